@@ -114,11 +114,12 @@ def run(
     parallel: str,
     gpus: int,
 ) -> None:
-    """Execute the run of a run.json.
+    """Execute the run that a run.json describes.
 
-    It writes metrics.json beside it. Several machines: start
+    Writes metrics.json beside the file SPEC. Several machines: start
     `torchrun --nnodes 2 … -m -- benchmarks run SPEC --parallel fsdp` on each.
     """
+    # `started` is the time at which the process started, from _run_command
     from benchmarks.harness.run.devices import reserve_devices
     from benchmarks.harness.run.execution import execute, launch_distributed
     from benchmarks.harness.training.processes import exit_worker
@@ -131,7 +132,7 @@ def run(
             )
         else:
             execute(spec, threads=threads, log=log, started=started, parallel=parallel)
-            # torchrun could take an ordinary exit for a failure
+            # torchrun could mistake an ordinary exit for a failure
             exit_worker()
 
 
@@ -262,7 +263,11 @@ def mirror(suite: str, output: Path | None) -> None:
 @_suite
 @click.option("--elsewhere", is_flag=True, help="Use the tolerances for different machines.")
 def check(suite: str, elsewhere: bool) -> None:
-    """Compare a suite's numbers with the blessed ones."""
+    """Compare a suite's numbers with the blessed ones.
+
+    `bless` wrote these into results/reference/. The exit status is 1 if a number differs by more
+    than its tolerance, or a run is not finished.
+    """
     from benchmarks.harness.results.check import check as check_suite
 
     comparison = check_suite(_load_suite(suite), elsewhere=elsewhere)
@@ -281,7 +286,10 @@ def check(suite: str, elsewhere: bool) -> None:
     help="Number of runs.",
 )
 def verify(suite: str, count: int) -> None:
-    """Rerun some finished runs, and compare their numbers."""
+    """Rerun some finished runs, and compare their numbers.
+
+    The exit status is 1 if a number differs, or a run fails.
+    """
     from benchmarks.harness.results.check import verify as verify_runs
 
     result = verify_runs(_load_suite(suite), count, click.echo)
@@ -294,8 +302,8 @@ def verify(suite: str, count: int) -> None:
 def bless(suite: str) -> None:
     """Bless the current numbers of a suite.
 
-    Needs a clean checkout. The fastest run of each benchmark is rerun, and must give exactly the
-    same numbers.
+    Writes them into results/reference/, as the numbers that `check` compares with. Needs a clean
+    checkout. The fastest run of each benchmark is rerun, and must give exactly the same numbers.
     """
     from benchmarks.harness.results.check import bless as bless_suite
 
@@ -379,7 +387,7 @@ def fetch(name: str, output: Path | None) -> None:
 @click.argument("name")
 @click.option("--output", type=_PATH, required=True, help="The model's folder.")
 def rebuild(name: str, output: Path) -> None:
-    """Write a packaged model as a folder of transformers."""
+    """Write a packaged model as a folder for transformers."""
     from benchmarks.harness.models.repackaged import rebuild as rebuild_model
 
     rebuild_model(name, output)
@@ -393,7 +401,10 @@ def rebuild(name: str, output: Path) -> None:
 )
 @_threads
 def partition(spec: str, output: Path, threads: int) -> None:
-    """Compute and cache the partition for a SPEC in JSON."""
+    """Cluster the neurons of a model, and cache the result.
+
+    SPEC is JSON with the model and the configuration of its experts.
+    """
     from benchmarks.harness.models.build import partition_to_cache
 
     partition_to_cache(spec, output, threads=threads)
@@ -406,7 +417,7 @@ def partition(spec: str, output: Path, threads: int) -> None:
 def serve_command(listener: int, names: tuple[str, ...]) -> None:
     """Fork for each command that a workflow sends to the socket LISTENER.
 
-    The pipelines of the benchmarks NAMES are imported before.
+    The modules that execute the benchmarks NAMES are imported first, so that forks start at once.
     """
 
     def import_all() -> None:
@@ -424,7 +435,8 @@ def serve_command(listener: int, names: tuple[str, ...]) -> None:
 def _load_suite(suite: str) -> Suite:
     """Load a suite for a command that works with its results.
 
-    In a job of the workflow, it has the values of the workflow's command line.
+    If the working directory has no results, it becomes the checkout. In a job of the workflow, the
+    suite has the values of the workflow's command line.
     """
     from benchmarks.harness.workflow.environment import suite_of_job
 
@@ -433,7 +445,7 @@ def _load_suite(suite: str) -> Suite:
 
 
 def _load_suite_with(suite: str, benchmark: str, part: str | None = None) -> Suite:
-    """Load a suite, see :func:`_load_suite`, and check that it has a benchmark and part.
+    """Load a suite like :func:`_load_suite`, and check that it runs a benchmark or data set.
 
     Args:
         suite: The name of the suite.
@@ -441,7 +453,7 @@ def _load_suite_with(suite: str, benchmark: str, part: str | None = None) -> Sui
         part: The name of a data set with its own tables; None for the whole benchmark.
 
     Raises:
-        DefinitionError: The suite does not have them.
+        DefinitionError: The suite does not run it.
     """
     from benchmarks.harness.config.yaml import Location, check_names
 

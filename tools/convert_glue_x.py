@@ -18,18 +18,22 @@ from typing import Any
 import yaml
 
 TASKS = Path(__file__).resolve().parents[1] / "benchmarks/glue/tasks.yaml"
-# cells by the names of their columns, or by their places in a file without a header
+# A row of a file: cells by the names of their columns, or by their positions in a file without a
+# header. Also a section of tasks.yaml.
 Row = dict[Any, Any]
 
 csv.field_size_limit(sys.maxsize)  # a review may be long
 
 
 def main(root: Path, names: list[str]) -> None:
-    """Convert the sets below a data root.
+    """Convert the data sets below a data root to JSON lines.
 
     Args:
         root: The data root.
-        names: The names of tasks; all of them if empty.
+        names: The names of tasks in ``tasks.yaml``; all of them if empty.
+
+    Raises:
+        SystemExit: A name or file is wrong, or no file has a known layout.
     """
     tasks = yaml.safe_load(TASKS.read_text(encoding="utf-8"))["tasks"]
     unknown = set(names) - set(tasks)
@@ -53,7 +57,7 @@ def main(root: Path, names: list[str]) -> None:
 
 
 def joined(first_rows: list[Row], second_rows: list[Row]) -> list[Row]:
-    """Join the columns of two lists of the same rows."""
+    """Join the columns of two lists of the same rows; the second list wins for equal columns."""
     rows = []
     for first, second in zip(first_rows, second_rows, strict=True):
         rows.append({**first, **second})
@@ -61,7 +65,7 @@ def joined(first_rows: list[Row], second_rows: list[Row]) -> list[Row]:
 
 
 def write(file: Path, rows: list[Row]) -> None:
-    """Write JSON lines atomically."""
+    """Write rows as JSON lines, atomically, and print the number of rows."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     temporary = file.with_suffix(".tmp")
     temporary.write_text("".join(lines), encoding="utf-8")
@@ -70,7 +74,14 @@ def write(file: Path, rows: list[Row]) -> None:
 
 
 def converted(folder: Path, task: Row) -> Iterator[tuple[Path, list[Row]]]:
-    """Yield the output file and rows of each split, by the first layout whose file exists."""
+    """Read each split of a task from a folder, and yield the split's output file and rows.
+
+    A split has the first layout whose file exists. A split without such a file is left out.
+
+    Args:
+        folder: The folder of the data set.
+        task: The entry of the task in ``tasks.yaml``.
+    """
     splits: set[str] = set()
     for names in task["splits"].values():  # such as "train+validation"
         splits.update(names.split("+"))
@@ -96,11 +107,18 @@ def find_layout(folder: Path, split: str, task: Row) -> Row | None:
 
 
 def read(file: Path, split: str, layout: Row, task: Row) -> Iterator[Row]:
-    """Yield the rows of a split, with the task's names of columns and labels."""
+    """Yield the rows of a split, with the names of columns and labels that the task uses.
+
+    Args:
+        file: The raw file.
+        split: The name of the split.
+        layout: One of the task's ``raw_formats``.
+        task: The entry of the task in ``tasks.yaml``.
+    """
     label = task.get("label", "label")
     columns = {label: label, **layout["columns"]}
     where = layout.get("where")
-    names = layout.get("label_names")
+    names = layout.get("label_names", {})
     unlabelled = {None, ""}
     for value in task.get("unlabelled", []):
         unlabelled.add(str(value))
@@ -113,12 +131,11 @@ def read(file: Path, split: str, layout: Row, task: Row) -> Iterator[Row]:
             continue
         row = {name: cells.get(column) for name, column in columns.items()}
         given = row[label]
-        if names and given not in unlabelled:
-            if given not in names:
-                choices = ", ".join(names)
-                raise SystemExit(
-                    f"{file}, row {number}: '{given}' is no label; choose from {choices}"
-                )
+        must_rename = bool(names) and given not in unlabelled
+        if must_rename and given not in names:
+            choices = ", ".join(names)
+            raise SystemExit(f"{file}, row {number}: '{given}' is no label; choose from {choices}")
+        if must_rename:
             row[label] = names[given]
         yield row
 
@@ -135,7 +152,7 @@ def check_columns(file: Path, layout: Row, cells: Row) -> None:
 
 
 def _separated(file: Path, layout: Row, _label: str) -> Iterator[tuple[int, Row]]:
-    """Yield the numbers and cells of the rows of a csv or tab-separated file."""
+    """Yield the number (from 1) and the cells of each row of a csv or tab-separated file."""
     errors = layout.get("encoding_errors", "strict")
     with file.open(encoding="utf-8-sig", errors=errors, newline="\n") as lines:
         rows = _csv_rows(lines) if layout.get("format") == "csv" else _tsv_rows(lines)
@@ -170,7 +187,7 @@ def _tsv_rows(lines: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _json_lines(file: Path, _layout: Row, _label: str) -> Iterator[tuple[int, Row]]:
-    """Yield the numbers and objects of the lines that are not blank."""
+    """Yield the number (from 1) and the object of each line that is not blank."""
     numbers = itertools.count(1)
     with file.open(encoding="utf-8-sig", newline="\n") as lines:
         for line in lines:
@@ -179,7 +196,10 @@ def _json_lines(file: Path, _layout: Row, _label: str) -> Iterator[tuple[int, Ro
 
 
 def _folders(file: Path, layout: Row, label: str) -> Iterator[tuple[int, Row]]:
-    """Yield one row for each text file. The label is the name of the file's folder."""
+    """Yield a number (from 1) and a row for each text file in the folders of the labels.
+
+    Column 0 of the row is the text. The label is the name of the file's folder.
+    """
     numbers = itertools.count(1)
     for name in layout["label_names"]:
         paths = sorted((file / name).glob("*.txt"))

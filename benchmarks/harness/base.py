@@ -75,7 +75,7 @@ class RunError(EMoEError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the class of an error without a message."""
+    """Return the first line of an error's message, else the error's class name."""
     lines = str(error).splitlines()
     if not lines:
         return type(error).__name__
@@ -96,10 +96,11 @@ _DAY = 24 * 60 * 60
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary file that replaces the path at the end.
+    """Yield the path of a temporary file to write. It replaces ``path`` when the block ends.
 
-    Readers see the old file or the new one, never a part. The temporary name is unique on all
-    machines. The content is flushed before the rename, to survive a power cut.
+    After an error in the block, the old file stays. Readers see the old file or the new one, never
+    half of one. The temporary name is unique on all machines. The content is flushed to disk before
+    the rename, to survive a power cut.
 
     Raises:
         OSError: The file cannot be written; names the path.
@@ -179,7 +180,7 @@ def read_bytes(path: Path, advice: str = "") -> bytes:
 
     Args:
         path: The path of the file.
-        advice: What the user should do, such as "delete it"; the end of the message of an error.
+        advice: What the user should do, such as "delete it". It ends the error message.
 
     Raises:
         DataError: The file cannot be read.
@@ -198,7 +199,7 @@ def read_json(path: Path, model: type[Model], advice: str = "") -> Model:
     Args:
         path: The path of the file.
         model: The pydantic model of the content, or a type such as ``dict[str, float]``.
-        advice: What the user should do, such as "delete it"; the end of the message of an error.
+        advice: What the user should do, such as "delete it". It ends the error message.
 
     Raises:
         DataError: The file cannot be read, or its content does not fit the model. The error names
@@ -252,7 +253,7 @@ _Loader.add_implicit_resolver(_FLOAT_TAG, _FLOAT_WITHOUT_POINT, list("-+01234567
 
 
 def read_yaml(path: Path) -> Any:
-    """Parse one YAML file, which may have no tags.
+    """Parse one YAML file, which must not contain tags such as ``!!set``.
 
     Raises:
         DefinitionError: The file cannot be read, or is not valid YAML; names the file.
@@ -260,7 +261,7 @@ def read_yaml(path: Path) -> Any:
     try:
         check_is_file(path)
         text = path.read_text(encoding="utf-8")
-        # a tag such as !!set makes a value that no model of the files expects
+        # a tag would make a value of a type that our models of the files do not expect
         events: Iterable[Any] = yaml.parse(text, SafeLoader)
         for event in events:
             if getattr(event, "tag", None):
@@ -280,9 +281,9 @@ def read_yaml(path: Path) -> Any:
 
 
 def is_held(path: Path) -> bool:
-    """Return True if a process holds a :class:`filelock.FileLock`.
+    """Return True if a process holds the :class:`filelock.FileLock` of this file.
 
-    It works in folders without write permission.
+    The check needs no write permission for the folder.
     """
     try:
         # a shared lock that does not wait fails only if another process has the exclusive one
@@ -308,9 +309,9 @@ def git(root: Path, *arguments: str) -> str:
 
 
 def derive_seed(*parts: object) -> int:
-    """Hash parts, such as the name of a use and a number, to a seed below 2**31.
+    """Derive a seed below 2**31 from values, such as the name of a purpose and a run's seed.
 
-    Seeds of different uses are independent.
+    Different values give independent seeds.
     """
     text = "\x1f".join(str(part) for part in parts)  # a separator that occurs in no part
     digest = hashlib.sha256(text.encode()).digest()
@@ -323,7 +324,7 @@ _SECRETS = r"(?:password|passwd|pwd|pw|token|secret|api[_-]?key)"
 
 
 def hide_passwords(text: str) -> str:
-    """Replace the passwords and tokens of URLs in a text by ``***``.
+    """Replace passwords and tokens in a text, such as those of URLs, by ``***``.
 
     A password may have any character, so everything that could be a part of one is hidden. A text
     that begins with a URL is one URL.

@@ -115,6 +115,11 @@ def test_mistakes_in_a_benchmark_are_named_with_the_nearest_valid_value(
         ("grid.0.protocol", ["published"], "'published' is for tasks without a test split"),
         ("methods.vanilla", {"tune": "blocks"}, "sets 'tune: blocks' but no 'layers'"),
         (
+            "methods.gmoe",
+            {"num_experts": 6, "top_k_fraction": 0.25},
+            r"top_k_fraction 0\.25 of the experts is 1\.5 experts",
+        ),
+        (
             "methods.random_partition.also_train",
             ["pooler"],
             "sets 'also_train', which needs training.lora or 'tune'",
@@ -125,6 +130,14 @@ def test_mistakes_in_a_suite_are_named_with_the_nearest_valid_value(path, value,
     with pytest.raises(DefinitionError, match=message) as caught:
         specs(load_benchmark("glue"), edited_part("glue", "mini", {path: value}))
     assert str(caught.value).startswith(f"{paths.CONFIG / 'mini.yaml'}: ")
+
+
+def test_rounding_errors_do_not_refuse_a_share_of_the_experts() -> None:
+    settings = {"num_experts": 25, "top_k_fraction": 0.28}  # 0.28 * 25 is 7.000000000000001
+    planned = specs(load_benchmark("glue"), edited_part("glue", "mini", {"methods.gmoe": settings}))
+    methods_of_runs = [spec["method"] for spec in planned]
+    used = {spec["config"]["top_k"] for spec in methods_of_runs if spec["name"] == "gmoe"}
+    assert used == {7}
 
 
 def test_missing_file_names_its_neighbour_and_numbers_may_have_no_point(tmp_path: Path) -> None:
@@ -256,7 +269,8 @@ def test_a_method_takes_the_fields_of_a_configuration_with_their_bounds() -> Non
 )
 def test_a_spec_is_read_back_as_it_is_hashed(benchmark: str, spec: type[Strict]) -> None:
     for run in [*plan([benchmark], "mini"), *plan([benchmark], "smoke")]:
-        assert canonical_json(parse(run.spec, spec, "run.json").model_dump()) == run.to_json()
+        read_back = parse(run.spec, spec, "run.json").model_dump(exclude_unset=True)
+        assert canonical_json(read_back) == run.to_json()
     with pytest.raises(
         DefinitionError, match=r"^run\.json: 'the file': unknown key 'sed'; did you mean 'seed'"
     ):

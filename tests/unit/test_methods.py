@@ -14,9 +14,11 @@ from pydantic import Field, TypeAdapter
 from transformers import BertConfig, BertForSequenceClassification
 
 import emoe
-from benchmarks.harness.base import MODEL_ROOT
+from benchmarks.harness.base import MODEL_ROOT, DefinitionError
 from benchmarks.harness.config.catalogue import ModelSpec, model_spec
+from benchmarks.harness.config.method_specs import method_spec
 from benchmarks.harness.config.methods import ExpertSettings, Method
+from benchmarks.harness.config.yaml import Location
 from benchmarks.harness.models.conversion import noisy_tuning_
 from benchmarks.harness.models.loading import load_backbone, load_classifier, weights_digest
 from benchmarks.harness.models.partitions import cached_partition
@@ -59,6 +61,18 @@ def test_an_editor_explains_each_key_of_a_method(
     keys = written["$defs"]["Method"]["properties"]
     assert keys.keys() == Method.model_fields.keys()
     assert [name for name, key in keys.items() if not key.get("description")] == []
+
+
+@pytest.mark.parametrize("kind", ["emoe", "gmoe"])
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_a_share_of_an_unknown_number_of_experts_is_refused(kind: Any, fraction: float) -> None:
+    """A GMoE has six experts by default, and must not use one of them if all are asked for."""
+    methods = {"moe": Method(title="MoE", kind=kind, top_k_fraction=fraction)}
+    point = {"method": "moe", "model": "minilm"}
+    message = "f: 'grid': method 'moe' sets 'top_k_fraction' but no 'num_experts', which it needs"
+    with pytest.raises(DefinitionError) as caught:
+        method_spec(methods, point, 0, None, Location("f", "grid"))
+    assert str(caught.value) == message
 
 
 def test_noise_scales_with_each_parameter_and_spares_the_head() -> None:

@@ -128,14 +128,14 @@ def sources_of(*benchmarks):
 
 
 def benchmark_and_part(benchmark, part):
-    # options of the commands that work on a benchmark or on one of its data sets
+    # the options for a command that works on a benchmark, or on one of its data sets
     if part:
         return f"--benchmark {benchmark} --part {part}"
     return f"--benchmark {benchmark}"
 
 
 def numbers_for_claims(shown):
-    # a file with the numbers of a benchmark, if the paper's claims compare them
+    # a list with the file of a benchmark's numbers, if the paper's claims compare them
     if shown.part is None and shown.benchmark in CLAIMED:
         return [artifacts.numbers_file(SUITE.name, shown.benchmark)]
     return []
@@ -159,6 +159,7 @@ def partition_of(wildcards):
 
 
 def package_of_model(wildcards):
+    # the package file that a model is rebuilt from
     with one_line_errors():
         return catalogue.rebuilt_from(wildcards.model).path
 
@@ -173,12 +174,14 @@ def inputs_of_run(wildcards):
 
 
 def run_resource(name, usual=None):
-    # a resource as the suite gives it for the run
+    # Make the function of a rule's resource: the value that the suite reserves for the run, or
+    # `usual` if it reserves none.
     return lambda wildcards: run_of(wildcards).resources.get(name, usual)
 
 
 def grown(name):
-    # A resource that grows each time that a job is tried again. It matters only on clusters.
+    # Make the function of a resource that grows each time that a job is tried again. It matters
+    # only on clusters.
     return lambda wildcards, attempt: run_of(wildcards).resources[name] * attempt
 
 
@@ -196,8 +199,8 @@ def run_threads(wildcards):
 
 
 def refuse(explain):
-    # The input of a target that cannot be made. It ends the workflow with the reason if
-    # someone asks for the target.
+    # Make the input function of a target that cannot be made. It ends the workflow with the reason
+    # if someone asks for the target.
     def reason(wildcards):
         with one_line_errors():
             text = explain(wildcards)

@@ -61,7 +61,7 @@ class Training(Strict):
     """Settings that override the others for single models, by name; not part of a run's spec."""
 
     def spec(self) -> dict[str, Any]:
-        """Return the settings of a run's spec."""
+        """Return the settings as plain values, without those that a run's spec omits."""
         return self.model_dump(exclude=self.in_no_spec)
 
 
@@ -105,7 +105,7 @@ class MethodsDefinition(Definition):
 
 
 class SuitePart(Strict):
-    """A benchmark's part of a suite."""
+    """The settings of one benchmark in the file of a suite."""
 
     resources: Resources = Resources()
     """Resources that the scheduler reserves for one run."""
@@ -114,7 +114,7 @@ class SuitePart(Strict):
 
 
 class TrainingPart(SuitePart):
-    """The suite's part of a benchmark that trains models with methods."""
+    """The settings in a suite of one benchmark that trains models with methods."""
 
     method_defaults: dict[Kind, Method] = Field({})
     """Default settings by kind of method; they override the benchmark's defaults."""
@@ -132,13 +132,13 @@ P = TypeVar("P", bound=SuitePart)
 
 @dataclass(frozen=True)
 class Part(Generic[P]):
-    """A benchmark's part of a suite, with the names for messages about it.
+    """A benchmark's part of a suite: its settings there, with names for error messages.
 
     Attributes:
         benchmark: The name of the benchmark.
         suite: The name of the suite.
         file: The file of the suite, for messages.
-        settings: The content of the part.
+        settings: What the suite's file sets for the benchmark.
     """
 
     benchmark: str
@@ -266,10 +266,12 @@ class Benchmark(ABC, Generic[D, E, P]):
 
     @property
     def folder(self) -> Path:
+        """Return the path of the benchmark's folder."""
         return BENCHMARKS / self.name
 
     @property
     def file(self) -> Path:
+        """Return the path of ``benchmark.yaml``."""
         return self.folder / "benchmark.yaml"
 
     # hooks
@@ -294,19 +296,19 @@ class Benchmark(ABC, Generic[D, E, P]):
         Args:
             part: The benchmark's part of the suite.
             exclude: The data sets to exclude.
-            others: The runs that the benchmark evaluates; empty if it evaluates none.
+            others: The runs of another benchmark that this one evaluates; empty if there is none.
         """
 
     def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
-        """Return a reader for each part of each data set that a run reads."""
+        """Return a reader for each split (or other part) of each data set that a run reads."""
         return []
 
     def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
         """Check that a run can use several processes with ``ddp`` or ``fsdp``.
 
         Raises:
-            RunError: Only one process works.
-            DefinitionError: Its settings do not fit the number of processes.
+            RunError: Runs of this kind use only one process.
+            DefinitionError: The run's settings do not fit the number of processes.
         """
         if processes > 1:
             raise RunError("only training runs of instruction tuning can use several processes")
@@ -427,12 +429,15 @@ def resolve_methods(
     defaults: Mapping[Kind, Method] = {},
     changes: Mapping[str, Method] = {},
 ) -> dict[str, Method]:
-    """Return the methods of a definition with all their settings.
+    """Merge the settings of each method that a benchmark compares, see :meth:`Benchmark.methods`.
 
     Args:
-        definition: The definition.
-        defaults: A suite's ``method_defaults``.
-        changes: A suite's ``methods``.
+        definition: The content of ``benchmark.yaml``.
+        defaults: The ``method_defaults`` of a suite.
+        changes: The ``methods`` of a suite.
+
+    Returns:
+        The methods by name, each with all its settings.
     """
     resolved = {}
     for name, row in definition.methods.items():
@@ -450,7 +455,11 @@ def resolve_methods(
 
 
 def check_rows(definition: MethodsDefinition, file: Path) -> None:
-    """Check the names of the methods that a benchmark compares, and of the baseline."""
+    """Check that the methods that a benchmark compares exist, and its baseline is one of them.
+
+    Raises:
+        DefinitionError: A name does not exist.
+    """
     for name, row in definition.methods.items():
         # a row has the settings of the method that it names, else of the method with its own name
         if row.method:
@@ -546,11 +555,10 @@ def _apply_grid_defaults(content: object) -> object:
 
 
 def _check_changes(benchmark: AnyBenchmark, part: Part[Any], key: str) -> None:
-    """Check a section that a suite overrides, for every model with settings of its own.
+    """Check a section of the settings as the suite changes it, also for each model in ``by_model``.
 
-    :meth:`Benchmark.settings` raises the errors.
+    :meth:`Benchmark.settings` raises the errors, because only merged settings are complete.
     """
-    # only after merging are the settings complete, so that they can be validated
     section = benchmark.settings(key, part)
     by_model = getattr(section, "by_model", None) or {}
     check_names(part.where(key, "by_model"), by_model, load_models())

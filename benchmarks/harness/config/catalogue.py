@@ -76,7 +76,10 @@ class ModelEntry(ModelSource):
     """Width of one FFN (transformers' `intermediate_size`), which N has to divide."""
 
     def spec(self, name: str) -> dict[str, Any]:
-        """Make the ``model`` section of a run's spec; title and neurons change no number."""
+        """Make the ``model`` section of a run's spec, without ``title`` and ``neurons``.
+
+        These two change no result.
+        """
         source = self.model_dump(exclude={"title", "neurons"})
         return {"name": name, **source}
 
@@ -147,7 +150,7 @@ def model_title(name: str) -> str:
 
 
 def model_names(modality: str | None) -> list[str]:
-    """Return the models for one modality; None is text classification."""
+    """Return the names of the models of one modality; None is text classification."""
     return [name for name, model in load_models().items() if model.modality == modality]
 
 
@@ -158,7 +161,10 @@ def load_metrics() -> dict[str, Metric]:
 
 
 def rebuilt_from(name: str) -> PackageFile:
-    """Return the package file of a rebuilt model.
+    """Return the package file with the weights of a model that the workflow converts.
+
+    Args:
+        name: The name of a model with the key ``rebuilt`` in ``models.yaml``.
 
     Raises:
         DataError: There is no such model, or it is not rebuilt from a package.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -33,7 +34,10 @@ _WORDS = {
 
 
 class TuneSpec(Strict):
-    """The parameters that a run trains, besides adapters, head and routers, instead of all."""
+    """What a run trains if it does not train the whole model.
+
+    Adapters and routers are trained too, and the head unless ``head`` is false.
+    """
 
     blocks: str | list[int]
     """The trained transformer blocks: layer numbers or a request such as `last:2`; [] for none."""
@@ -63,7 +67,7 @@ class MethodSpec(Strict):
 
 
 def variant_of(varied: Mapping[str, Any]) -> str:
-    """Write varied settings as a short name, the variant: a letter and a value for each.
+    """Write varied settings as a short name (the variant): a letter and a value for each.
 
     >>> variant_of({"num_experts": 16, "top_k_fraction": 0.25, "layers": [3, 5]})
     'N16-k0.25-L3+5'
@@ -127,7 +131,7 @@ def _layers_text(request: str, layers: Iterable[str]) -> str:
 
 
 def remove_settings(variant: str, usual: Collection[str]) -> str:
-    """Remove the usual settings from a variant.
+    """Remove the settings in ``usual`` from a variant.
 
     >>> remove_settings("k0.5-L22", ["L22"])
     'k0.5'
@@ -154,7 +158,7 @@ def method_spec(
         where: The location of the grid's block, for messages.
 
     Raises:
-        DefinitionError: Settings exclude each other.
+        DefinitionError: Settings exclude each other, or one that others need is missing.
     """
     name = point["method"]
     named = f"{where}: method '{name}'"
@@ -186,16 +190,17 @@ def method_spec(
 
 
 def _varied_settings(method: Method, point: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a point that vary the method; the others would change nothing."""
+    """Return those settings of a grid point that vary the method; others would change nothing."""
     keys: tuple[str, ...] = VARIANT_KEYS
     if method.kind == "dense":
-        # without trained blocks, which layers choose, all variants share one dense run
+        # `layers` matters to a dense model only if it chooses the trained parameters; otherwise
+        # all points share one run
         keys = () if method.tune is None else ("layers",)
     return {key: point[key] for key in keys if key in point}
 
 
 def _check_divisor(num_experts: int, model: str, where: str) -> None:
-    """Check that the FFN of a model can be split into equal experts, if its width is known."""
+    """Refuse ``num_experts`` that does not divide the width of the model's FFNs, if it is known."""
     neurons = load_models()[model].neurons
     if neurons is None or neurons % num_experts == 0:
         return
@@ -210,21 +215,14 @@ def _config(method: Method, seed: int, where: str) -> dict[str, Any] | None:
     """Make the configuration of EMoE or GMoE with all its defaults; None for a dense model."""
     values = method.config_values()
     if method.kind == "dense":
-        # layers choose the trained blocks of a dense model
+        # of these fields, only `layers` has a use in a dense model: it chooses trained blocks
         unused = sorted(values.keys() - {"layers"})
         if unused:
             raise DefinitionError(f"{where} is dense and takes no '{unused[0]}'")
         return None
 
     if method.top_k_fraction is not None:
-        # without num_experts, a fraction below 1 is refused here
-        top_k = method.top_k_fraction * values.get("num_experts", 1)
-        if top_k != int(top_k) or top_k < 1:
-            raise DefinitionError(
-                f"{where}: top_k_fraction {method.top_k_fraction} of the experts "
-                f"is {top_k:g} experts"
-            )
-        values["top_k"] = int(top_k)
+        values["top_k"] = _top_k(method.top_k_fraction, values.get("num_experts"), where)
     if values.get("partition_seed") == "run":
         values["partition_seed"] = seed
 
@@ -237,6 +235,26 @@ def _config(method: Method, seed: int, where: str) -> dict[str, Any] | None:
         return config(**values).to_dict()
     except (ConfigError, TypeError) as error:  # TypeError: a field without a default is missing
         raise DefinitionError(f"{where}: {error}") from error
+
+
+def _top_k(fraction: float, num_experts: int | None, where: str) -> int:
+    """Return ``top_k_fraction`` as a number of experts. Refuse one that is not whole, or below 1.
+
+    Args:
+        fraction: The value of ``top_k_fraction``.
+        num_experts: The number of experts; None if no file sets it.
+        where: The file, the keys and the method, for messages.
+    """
+    if num_experts is None:
+        raise DefinitionError(f"{where} sets 'top_k_fraction' but no 'num_experts', which it needs")
+    product = fraction * num_experts
+    top_k = round(product)
+    # a rounding error is no fault: 0.28 * 25 is 7.000000000000001
+    if top_k < 1 or not math.isclose(product, top_k):
+        raise DefinitionError(
+            f"{where}: top_k_fraction {fraction} of the experts is {product:g} experts"
+        )
+    return top_k
 
 
 def check_frozen(

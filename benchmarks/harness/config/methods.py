@@ -65,7 +65,7 @@ def register_tuning(name: str, tuning: Tuning) -> None:
 
 
 def tuning_spec(name: str | None, layers: Any, also: Iterable[str] = ()) -> dict[str, Any]:
-    """Make the ``tune`` part of a run's spec.
+    """Make ``method.tune`` of a run's spec, which :class:`.method_specs.TuneSpec` validates.
 
     Args:
         name: The name of the tuning; None if only adapters, head and routers are trained.
@@ -75,7 +75,8 @@ def tuning_spec(name: str | None, layers: Any, also: Iterable[str] = ()) -> dict
     also_trained = list(also)
     if name is None:
         return {"blocks": [], "also": also_trained}
-    if name == "blocks":  # blocks have a key of their own
+    # the layers of the tuning `blocks` have the key `blocks`
+    if name == "blocks":
         return {"blocks": layers, "also": also_trained}
     # a key without a value would change the ids of runs
     if layers is None:
@@ -84,7 +85,7 @@ def tuning_spec(name: str | None, layers: Any, also: Iterable[str] = ()) -> dict
 
 
 def is_below(name: str, modules: Iterable[str]) -> bool:
-    """Return True if a parameter belongs to one of the modules with these paths."""
+    """Return True if the parameter ``name`` belongs to one of the modules with these paths."""
     return any(name.startswith(f"{module}.") for module in modules)
 
 
@@ -209,11 +210,15 @@ class Method(ExpertSettings):
     """top_k as a share of num_experts."""
 
     def model_post_init(self, _context: Any, /) -> None:
+        """Refuse ``top_k`` beside ``top_k_fraction``."""
         if self.top_k is not None and self.top_k_fraction is not None:
             raise refusal("it has both top_k and top_k_fraction; keep one")
 
     def config_values(self) -> dict[str, Any]:
-        """Return the set fields of the configuration; ``partition_seed`` may be ``run``."""
+        """Return the given fields of the experts' configuration.
+
+        ``partition_seed`` may still be ``run`` instead of a number.
+        """
         return {name: value for name, value in self.given().items() if name in CONFIG_FIELDS}
 
 
@@ -266,7 +271,7 @@ def import_plugins() -> None:
 
 
 def plugin_files() -> list[Path]:
-    """Return the source files of the plugins. A package counts with all its modules."""
+    """Return the source files of the plugins; for a package, the files of all its modules."""
     files: list[Path] = []
     for name in _plugin_names():
         module = importlib.import_module(name)
@@ -323,14 +328,18 @@ def load_methods() -> dict[str, Method]:
 
 
 def merge_methods(*layers: Method) -> Method:
-    """Merge the given settings of several layers; later layers override earlier ones."""
+    """Merge the given settings of several layers; later layers override earlier ones.
+
+    The key ``method`` is left out.
+    """
     merged: dict[str, Any] = {}
     for layer in layers:
         settings = layer.given()
+        # a layer that gives one form removes the other form, which an earlier layer gave
         if _TOP_K & settings.keys():
             for key in _TOP_K:
                 merged.pop(key, None)
         merged.update(settings)
-    # the method that it names is already one of the layers
+    # the method that this key names is already one of the layers
     merged.pop("method", None)
     return Method(**merged)

@@ -33,11 +33,11 @@ _LISTS = ("benchmarks", "claims", "methods", "metrics", "models", "suites", "tas
 
 
 def check_name(name: str, file: Path | None = None) -> None:
-    """Refuse a name that the workflow or a command uses itself.
+    """Refuse a name for a benchmark or suite that the workflow or a command uses itself.
 
     Args:
         name: The name.
-        file: The file of the benchmark or suite, for the message; None if it is not written yet.
+        file: The file of the benchmark or suite, for the message; None if there is none yet.
 
     Raises:
         DefinitionError: The name is not valid. The error names the file and the reason.
@@ -49,9 +49,9 @@ def check_name(name: str, file: Path | None = None) -> None:
 
 
 def target_name(benchmark: str, part: str | None) -> str:
-    """Return the workflow's target of a benchmark, or of one of its data sets.
+    """Return the name of the workflow's target for a benchmark, or for one of its data sets.
 
-    The names of result files begin with it.
+    The names of the target's result files begin with it.
 
     Args:
         benchmark: The name of the benchmark.

@@ -24,7 +24,8 @@ def plan_runs(parts: Mapping[str, Part[Any]], exclude: Collection[str]) -> list[
     planned: dict[str, list[Run]] = {}
     for name in parts:
         _plan_benchmark(name, parts, exclude, planned)
-    # several grids may plan the same run, which then has the same id
+    # Several grids may plan the same run, which then has the same id. It stays at the place of the
+    # first, with the resources of the last.
     runs_by_id: dict[str, Run] = {}
     for name in parts:
         for run in planned[name]:
@@ -38,7 +39,13 @@ def _plan_benchmark(
     exclude: Collection[str],
     planned: dict[str, list[Run]],
 ) -> None:
-    """Add a benchmark's runs to ``planned``. Plan the benchmark that it evaluates first."""
+    """Add the runs of a benchmark to ``planned``, a dictionary of runs by benchmark.
+
+    If the benchmark evaluates the runs of another one, that one is planned first.
+
+    Raises:
+        DefinitionError: All runs are excluded.
+    """
     if name in planned:
         return
     benchmark = load_benchmark(name)
@@ -49,16 +56,10 @@ def _plan_benchmark(
         _plan_benchmark(benchmark.evaluates, parts, exclude, planned)
         evaluated_runs = planned[benchmark.evaluates]
     resources = part.settings.resources.model_dump()
-    # a run that trains nothing takes one process and at most one GPU
-    untrained_resources = dict(resources)
-    for key in ("gpu", "processes"):
-        if key in resources:
-            untrained_resources[key] = min(resources[key], 1)
     runs = []
     for spec in benchmark.specs(part, exclude, evaluated_runs):
         run = run_from_spec({**spec, "files": _file_digests(spec)})
-        reserved = resources if run.is_trained else untrained_resources
-        runs.append(replace(run, resources=dict(reserved)))
+        runs.append(replace(run, resources=_reserved(resources, run)))
     if not runs:
         raise DefinitionError(
             f"{part.file}: 'exclude' leaves no run of '{name}'; leave out the benchmark too"
@@ -66,8 +67,21 @@ def _plan_benchmark(
     planned[name] = runs
 
 
+def _reserved(resources: Mapping[str, Any], run: Run) -> dict[str, Any]:
+    """Return the resources of a run; one that trains nothing takes at most one GPU and process."""
+    reserved = dict(resources)
+    if not run.is_trained:
+        for key in ("gpu", "processes"):
+            if key in reserved:
+                reserved[key] = min(reserved[key], 1)
+    return reserved
+
+
 def _file_digests(spec: Mapping[str, Any]) -> dict[str, str]:
-    """Return the sha256 of each file that a run's data sets or rebuilt model come from, by name."""
+    """Return the sha256 of the packages and csv files that a run's data and model come from.
+
+    The keys are the names of packages' files, and the paths of csv files in the checkout.
+    """
     digests: dict[str, str] = {}
     # a rebuilt model is made of the files in a package
     rebuilt = spec["model"].get("rebuilt")
@@ -85,7 +99,14 @@ def _file_digests(spec: Mapping[str, Any]) -> dict[str, str]:
 
 @functools.cache
 def _csv_digest(name: str) -> str:
-    """Return the sha256 of a csv in the project."""
+    """Return the sha256 of a csv file in the checkout.
+
+    Args:
+        name: The path of the file, relative to the checkout.
+
+    Raises:
+        DefinitionError: There is no such file.
+    """
     file = paths.ROOT / name
     if not file.is_file():
         raise DefinitionError(f"{file} does not exist, but a task's 'source.csv' names it")

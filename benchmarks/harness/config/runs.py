@@ -100,12 +100,12 @@ class Run:
 
     @property
     def method_variant(self) -> str:
-        """Return the varied settings of the method."""
+        """Return a short name of the method's varied settings, such as ``N16-k0.25``."""
         return str(self.spec["method"]["variant"])
 
     @property
     def variant(self) -> str:
-        """Return the settings besides model, task and method."""
+        """Return a short name of the settings besides model, task and method."""
         return str(self.spec["variant"])
 
     @property
@@ -120,7 +120,7 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """Return the seed, or the trial of images."""
+        """Return the seed; for image classification, the number of the trial."""
         return self.spec["seed"]
 
     @property
@@ -132,7 +132,7 @@ class Run:
     def name(self) -> str:
         """Return a readable name: model, task, method, settings, learning rate, seed and id."""
         parts = [self.model, self.task, self.method, self.variant]
-        # a task without a test split has runs of both protocols
+        # a task without a test split has runs of both protocols, so the name has to tell them apart
         splits = self.spec["task"].get("splits", {})
         has_no_test_split = "test" in splits and splits["test"] is None
         if has_no_test_split and self.protocol == "clean":
@@ -199,7 +199,12 @@ def run_from_spec(spec: Mapping[str, Any]) -> Run:
 
 
 def read_run(path: Path) -> Run:
-    """Read a ``run.json``, and check that its content matches the name of its folder."""
+    """Read a ``run.json``, and check that its content matches the name of its folder.
+
+    Raises:
+        DataError: The file cannot be read.
+        DefinitionError: The folder's name is not the id of the content.
+    """
     spec = read_json(path, dict[str, Any], f"`snakemake --cores 1 {path}` writes it again")
     try:
         run = run_from_spec(spec)
@@ -225,7 +230,7 @@ def refuse_old_folders() -> None:
 
 @dataclass(frozen=True)
 class PartitionJob:
-    """One clustering of a model's layers, shared by all runs that need it.
+    """One clustering of the neurons in some layers of a model, shared by all runs that need it.
 
     Attributes:
         model: The ``model`` section of a run's spec.
@@ -257,7 +262,10 @@ class PartitionJob:
 
 
 def partition_jobs(run: Run) -> list[PartitionJob]:
-    """Return the clusterings that a run needs: one per layer, or one for a request like ``all``."""
+    """Return the clusterings that a run needs: none unless its experts come from k-means.
+
+    Listed layers have one clustering each. A request such as ``all`` has one for all layers.
+    """
     config = run.spec["method"]["config"]
     if config is None or config.get("partition") != "kmeans":
         return []
@@ -281,7 +289,11 @@ def partition_jobs(run: Run) -> list[PartitionJob]:
 
 
 def model_files(model: Mapping[str, Any]) -> list[str]:
-    """Return the files that the workflow makes before it can load a model."""
+    """Return the files that the workflow has to make for a model; empty for most models.
+
+    Args:
+        model: The ``model`` section of a run's spec.
+    """
     if "rebuilt" not in model:
         return []
     return [str(paths.MODELS / model["name"] / "model.safetensors")]
@@ -290,7 +302,8 @@ def model_files(model: Mapping[str, Any]) -> list[str]:
 def run_inputs(run: Run) -> list[str]:
     """List the files that a run needs besides ``run.json``.
 
-    These are packages, the weights of a rebuilt model, files of candidates, and partitions.
+    These are packages, the weights of a rebuilt model, partitions, and the files of candidates: the
+    trained runs that an evaluation chooses from.
     """
     # several sets may come from one package
     packages: list[str] = []
@@ -307,11 +320,15 @@ def run_inputs(run: Run) -> list[str]:
 
 
 def _candidate_files(folder: Path) -> list[str]:
-    """List the files of a candidate that an evaluation needs: numbers, weights, and a lost spec."""
+    """List the files that an evaluation needs of a trained run: its numbers and its weights.
+
+    The spec is among them only if the finished run has lost it, because an unfinished run writes
+    its spec itself.
+    """
     metrics = folder / "metrics.json"
     spec = folder / "run.json"
     weights = folder / paths.WEIGHTS
     files = [str(metrics), str(weights)]
-    if metrics.exists() and not spec.exists():  # an unfinished candidate writes its spec itself
+    if metrics.exists() and not spec.exists():
         files.append(str(spec))
     return files

@@ -64,7 +64,7 @@ class SetPart:
         if self.rows is None:
             return None
         published = self.published
-        # the paper's number counts more than the makers'
+        # if we score as many rows as the paper, another number of the makers does not matter
         if published and published.rows == self.rows:
             return None
         found = f"{self.name} ({self.part}): {self.rows:,} rows"
@@ -79,12 +79,13 @@ class SetPart:
 
 
 class SetReader(NamedTuple):
-    """A part of a data set that a run reads, and the function that reads and describes it.
+    """A part of a data set that a run reads, such as a split, and the function that describes it.
 
     Attributes:
         name: The name of the data set.
         part: The part, as in :class:`SetPart`; :data:`ALL` if the set is read as a whole.
-        read: The function. Its argument is True to open every file, which may take minutes.
+        read: The function. It reads the part and yields its descriptions. Its argument is True to
+            open every file, which may take minutes.
     """
 
     name: str
@@ -93,7 +94,7 @@ class SetReader(NamedTuple):
 
 
 def missing_set(name: str, problem: object, instructions: str, expected: int | None) -> SetPart:
-    """Describe a data set that cannot be read, as one missing part.
+    """Describe a data set that cannot be read, as one missing part called ``all``.
 
     Args:
         name: The name of the data set.

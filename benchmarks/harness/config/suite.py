@@ -61,7 +61,7 @@ class SuiteSettings(Strict):
 
 
 def suite_names() -> list[str]:
-    """Return the suites that have a file in ``config/``, the usual ones first."""
+    """Return the names of the suites (files in ``config/``), the most used ones first."""
     names = sorted(path.stem for path in paths.CONFIG.glob("*.yaml"))
     usual = [name for name in _USUAL if name in names]
     others = [name for name in names if name not in _USUAL]
@@ -69,7 +69,7 @@ def suite_names() -> list[str]:
 
 
 def _list_names(given: Any) -> Any:
-    """Make a list of a single name; refuse what is neither a name nor a list of names."""
+    """Return a list of names, also if a single name is given. Refuse any other value."""
     names = [given] if isinstance(given, str) else given
     is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if not is_list:
@@ -147,7 +147,7 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
 
 
 def _read_settings(file: Path, where: str, command_line: CommandLine) -> SuiteSettings:
-    """Read a suite's file, and replace what the command line gives.
+    """Read a suite's file, replace the values that the command line gives, and validate.
 
     Args:
         file: The suite's file.
@@ -165,14 +165,18 @@ def _read_settings(file: Path, where: str, command_line: CommandLine) -> SuiteSe
     check_names(Location(file, "benchmarks"), settings.benchmarks, benchmark_names())
     if not command_line.benchmarks:
         return settings
-    # the command line also gives their order
+    # the command line also gives the order of the benchmarks
     check_names(Location(where, "benchmarks"), command_line.benchmarks, settings.benchmarks)
     chosen = {name: settings.benchmarks[name] for name in command_line.benchmarks}
     return settings.model_copy(update={"benchmarks": chosen})
 
 
 def _read_parts(name: str, file: Path, settings: SuiteSettings) -> dict[str, Part[Any]]:
-    """Validate the suite's part of each benchmark, by name."""
+    """Validate the suite's settings of each benchmark, with the number of seeds, if it is set.
+
+    Returns:
+        The parts by the benchmark's name.
+    """
     parts = {}
     for benchmark, content in settings.benchmarks.items():
         planned = _with_seeds(content, settings.seeds) if settings.seeds else content
@@ -221,12 +225,12 @@ def _with_seeds(part: Any, seeds: int) -> Any:
 
 @functools.cache
 def plain_suite(name: str) -> Suite:
-    """Load a suite without the command line's values; each process plans it once."""
+    """Load a suite without values of the command line. A process loads each suite only once."""
     return load_suite({"suite": name})
 
 
 def suite_parts(benchmark: str) -> dict[str, Part[Any]]:
-    """Return a benchmark's part of each suite that runs it, by the suite's name."""
+    """Return what each suite that runs a benchmark sets for it, by the suite's name."""
     parts = {}
     for name in suite_names():
         suite = plain_suite(name)
@@ -242,7 +246,7 @@ class Suite:
     Attributes:
         name: ``smoke``, ``mini``, …
         settings: The checked configuration.
-        benchmark_parts: The part of each benchmark, by name.
+        benchmark_parts: What the suite sets for each of its benchmarks, by the benchmark's name.
         overrides: The values of the command line.
     """
 
@@ -258,11 +262,12 @@ class Suite:
 
     @cached_property
     def runs_by_folder(self) -> dict[str, Run]:
+        """Return the runs by their folder below ``results/runs``."""
         return {run.folder: run for run in self.runs}
 
     @cached_property
     def partitions(self) -> dict[str, PartitionJob]:
-        """Return the clusterings that the runs need, by id."""
+        """Return the clusterings of neurons that the runs need, by id."""
         # several runs need the same clustering
         jobs = {}
         for run in self.runs:
@@ -283,7 +288,10 @@ class Suite:
         return [run for run in runs if run.task == part]
 
     def parts(self, benchmark: str) -> list[str]:
-        """Return the data sets of a benchmark that have their own tables. Plans no runs."""
+        """Return the names of a benchmark's data sets, if each has its own tables; else [].
+
+        This plans no runs, which would take time.
+        """
         loaded = load_benchmark(benchmark)
         if not loaded.has_set_tables:
             return []
@@ -297,7 +305,10 @@ class Suite:
         return names
 
     def record_parts(self, benchmark: str) -> list[str | None]:
-        """Return the data sets that have a file of records each; [None] for one common file."""
+        """Return the names of the data sets whose runs are collected in separate files.
+
+        If the runs of all data sets are collected in one file, return [None].
+        """
         parts = self.parts(benchmark)
         if parts:
             return list(parts)

@@ -73,9 +73,9 @@ class Location:
 
 
 def _explain(error: ValidationError, content: object, at: Sequence[str | int]) -> str:
-    """Describe the first mistake that pydantic reports.
+    """Describe the first mistake that pydantic reports, in one line.
 
-    The description names the key, the value, and pydantic's message or the nearest valid value.
+    The line names the key, the value, and pydantic's message or the nearest valid value.
 
     Args:
         error: The error of pydantic.
@@ -173,7 +173,7 @@ class Strict(BaseModel):
                 raise refusal(f"'{key}' needs the key '{required}'")
 
     def _check_exactly_one(self) -> None:
-        """Refuse values for none, or for several, of ``exactly_one_of``."""
+        """Refuse the model unless exactly one key of ``exactly_one_of`` has a value."""
         with_value = [key for key in self.exactly_one_of if getattr(self, key) is not None]
         if len(with_value) != 1:
             choices = ", ".join(self.exactly_one_of)
@@ -182,7 +182,7 @@ class Strict(BaseModel):
 
 
 class ExplicitNulls(Strict):
-    """Data in which null differs from a missing key. Only explicit nulls are dumped."""
+    """A model in which null differs from a missing key. Its dump has only the given nulls."""
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -196,7 +196,7 @@ class ExplicitNulls(Strict):
 
 
 def refusal(message: str) -> PydanticCustomError:
-    """Return a validation error for a model's own validator; pydantic adds the keys."""
+    """Return an error that a model's validator can raise; pydantic adds the keys to the message."""
     # pydantic fills a template, and the message itself may contain braces
     return PydanticCustomError("refusal", "{message}", {"message": message})
 
@@ -205,12 +205,12 @@ NUMBER_COLUMNS = ("value", "status", "source")  # last columns of every CSV of p
 
 
 def optional() -> Any:
-    """Return the default of an optional key, which a run's spec omits."""
+    """Return the field of an optional key: the default is None, and a run's spec omits None."""
     return Field(default=None, exclude_if=lambda value: value is None)
 
 
 def optional_zero() -> Any:
-    """Return the default of an optional number; a run's spec omits None and 0."""
+    """Return the field of an optional number: a run's spec omits None, the default, and 0."""
     return Field(default=None, exclude_if=lambda value: not value)
 
 
@@ -232,7 +232,7 @@ def _check_unique(values: list[Any]) -> list[Any]:
 
 
 def registered(names: Collection[str], beside: Collection[str] = ()) -> AfterValidator:
-    """Require a string to be a registered name at reading time.
+    """Return a validator that requires a string to be registered when a file is read.
 
     Args:
         names: The registered names.

@@ -15,7 +15,7 @@ def is_commit(revision: str | None) -> bool:
 
 
 def commit_of(loaded: Any) -> str | None:
-    """Return the commit of a set that ``datasets`` loaded from the hub; None if it is unknown."""
+    """Return the commit of a data set that the package ``datasets`` loaded; None if unknown."""
     files = getattr(loaded, "cache_files", None)
     if not files:
         return None
@@ -37,7 +37,10 @@ def cached_commit(repository: str, file: str, revision: str | None) -> str | Non
 
 
 def hub_name(repository: str, revision: str | None, commit: str | None) -> str:
-    """Return the name of a repository on the hub with the commit that was read.
+    """Return the name of a repository on the hub with the version that was read.
+
+    It ends with "(not pinned)" if no commit was requested, and with "(instead of …)" if another
+    commit was requested than the one that was read.
 
     Args:
         repository: The name of the repository.
@@ -54,7 +57,7 @@ def hub_name(repository: str, revision: str | None, commit: str | None) -> str:
 
 
 def _commit_in(file: str) -> str | None:
-    """Find the commit in a cached file's path: the last folder with such a name, if any."""
+    """Return the last part of a cached file's path that is a commit; None if no part is one."""
     for part in reversed(Path(file).parts):
         if is_commit(part):
             return part

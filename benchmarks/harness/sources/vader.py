@@ -87,7 +87,7 @@ def load_vader(
 
 
 def _read_documents(domain: str) -> dict[str, list[_Sentence]]:
-    """Read the rated sentences of a domain, by document."""
+    """Read the rated sentences of a domain, as lists by the name of the document."""
     package = find_package(PACKAGE).check()
     ratings = _unpack(package.read_bytes())
     content = ratings[_FILES[domain]].decode("latin-1")
@@ -102,7 +102,7 @@ def _read_documents(domain: str) -> dict[str, list[_Sentence]]:
 
 
 def _names_in_split(documents: Iterable[str], domain: str, split: str) -> list[str]:
-    """Return the names of a split's documents, in a random order that is the same every time."""
+    """Shuffle documents with a fixed seed, and return the names of those in a split."""
     names = sorted(documents)
     random.Random(derive_seed("rated split", domain)).shuffle(names)
     test = round(len(names) * _TEST_SHARE)
@@ -117,9 +117,10 @@ def _names_in_split(documents: Iterable[str], domain: str, split: str) -> list[s
 
 @functools.lru_cache(maxsize=1)
 def _unpack(archive: bytes) -> dict[str, bytes]:
-    """Unpack the files with ratings from the source package, by file name.
+    """Unpack the files with ratings from the bytes of the source package, by file name.
 
-    A packed archive can only be read from its start, so this reads all files at once.
+    The ratings are in an archive inside the package. Such an archive can only be read from its
+    start, so this reads all files at once.
     """
     folder = f"{PACKAGE}-{find_package(PACKAGE).version}"
     with tarfile.open(fileobj=io.BytesIO(archive)) as package:

@@ -31,16 +31,16 @@ def write_plan(suite: Suite) -> None:
 
 
 def _run_cells(run: Run) -> tuple[str, ...]:
-    """Return the cells of a run in the plan, in the order of the columns."""
+    """Return the values of a run in ``plan.tsv``, in the order of ``_RUN_COLUMNS``."""
     keeps_weights = "yes" if run.keeps_weights else "no"
     resources = canonical_json(run.resources)
     return (run.folder, run.name, keeps_weights, resources, run.to_json())
 
 
 def is_written(suite: Suite) -> bool:
-    """Return True if the plan of a suite is there.
+    """Return True if the files of a suite's plan exist.
 
-    A job on another machine may not see the files of the main process.
+    They may not, because a job on another machine may not see the files of the main process.
     """
     return _plan_file(suite).exists() and _partitions_file(suite).exists()
 
@@ -83,27 +83,43 @@ def find_partition(name: str, suite: Suite) -> PartitionJob:
 
 
 def read_run_of_job(folder: str, suite: Suite) -> Run:
-    """Read a run from the plan, in a job on a cluster."""
+    """Read a run from the plan, in a job on a cluster.
+
+    Args:
+        folder: The run's folder below ``results/runs``.
+        suite: The suite.
+
+    Raises:
+        DefinitionError: The plan has no such run.
+    """
     row = _read_row(_plan_file(suite), _RUN_COLUMNS, folder)
     _benchmark, _, run_id = folder.partition("/")
     return Run(run_id, spec=json.loads(row["spec"]), resources=json.loads(row["resources"]))
 
 
 def read_partition_of_job(name: str, suite: Suite) -> PartitionJob:
-    """Read a clustering from the plan, in a job on a cluster."""
+    """Read a clustering from the plan, in a job on a cluster.
+
+    Args:
+        name: The id of the clustering.
+        suite: The suite.
+
+    Raises:
+        DefinitionError: The plan has no such clustering.
+    """
     row = _read_row(_partitions_file(suite), _PARTITION_COLUMNS, name)
     return PartitionJob(**json.loads(row["partition"]))
 
 
 def weights_by_benchmark(suite: Suite, *, in_job: bool) -> dict[str, dict[str, bool]]:
-    """Find out for each benchmark of a suite which of its runs keep their weights.
+    """Determine for every run of a suite whether it keeps its weights.
 
     Args:
         suite: The suite.
         in_job: True to read the plan, in a job on a cluster, instead of planning the suite.
 
     Returns:
-        By benchmark and id of the run, True if the run keeps its weights.
+        For each benchmark, a dictionary from the id of a run to True if it keeps its weights.
     """
     kept_by_benchmark: dict[str, dict[str, bool]] = {name: {} for name in suite.settings.benchmarks}
     if not in_job:
@@ -117,21 +133,23 @@ def weights_by_benchmark(suite: Suite, *, in_job: bool) -> dict[str, dict[str, b
 
 
 def _plan_file(suite: Suite) -> Path:
+    """Return the path of the table of runs."""
     return paths.RESULTS / suite.name / "plan.tsv"
 
 
 def _partitions_file(suite: Suite) -> Path:
+    """Return the path of the table of clusterings."""
     return paths.RESULTS / suite.name / "partitions.tsv"
 
 
 def _write_rows(path: Path, rows: list[tuple[str, ...]]) -> None:
-    """Write rows of cells. The first row has the names of the columns."""
+    """Write rows as lines with tabs between the cells. The first row names the columns."""
     lines = ["\t".join(row) for row in rows]  # canonical JSON has no tabs
     write_text(path, "\n".join(lines) + "\n")
 
 
 def _read_rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
-    """Yield the cells of each row, by column."""
+    """Yield each row below the first as a dictionary of cells by column."""
     with path.open(encoding="utf-8") as lines:
         next(lines)  # the names of the columns
         for line in lines:
@@ -140,7 +158,11 @@ def _read_rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]
 
 
 def _read_row(path: Path, columns: tuple[str, ...], key: str) -> dict[str, str]:
-    """Return the row whose first cell is ``key``, by column."""
+    """Return the row whose first cell is ``key``, as a dictionary of cells by column.
+
+    Raises:
+        DefinitionError: There is no such row.
+    """
     key_column = columns[0]
     for row in _read_rows(path, columns):
         if row[key_column] == key:

@@ -39,12 +39,12 @@ class RunRule:
 
 
 def run_rules(kept_by_benchmark: Mapping[str, Mapping[str, bool]]) -> list[RunRule]:
-    """List the rules of a suite, those of small benchmarks first.
+    """List the rules that execute the runs of a suite, those of small benchmarks first.
 
     Small benchmarks also have the higher priority, so that their tables are ready early.
 
     Args:
-        kept_by_benchmark: By benchmark and id of the run, True if the run keeps its weights.
+        kept_by_benchmark: The result of :func:`.plan.weights_by_benchmark`.
     """
     by_size = sorted(kept_by_benchmark, key=lambda benchmark: len(kept_by_benchmark[benchmark]))
     rules = []
@@ -58,7 +58,8 @@ def _rules_of_benchmark(
 ) -> list[RunRule]:
     """List the rules of a benchmark: one, or two if only some of its runs keep their weights.
 
-    All jobs of a rule write the same files, so the runs without weights then need another rule.
+    Snakemake expects the same files of all jobs of a rule, so the runs without weights then need
+    another rule. A benchmark without runs has no rule.
 
     Args:
         benchmark: The name of the benchmark.

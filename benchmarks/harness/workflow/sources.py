@@ -76,7 +76,10 @@ def page_sources() -> list[str]:
 
 
 def _folders_of_kind(name: str) -> set[str]:
-    """Return the folders below ``benchmarks/`` with the class of a benchmark or a base class."""
+    """Return the folders below ``benchmarks/`` that define a benchmark's class and base classes.
+
+    The harness is not among them.
+    """
     folders = set()
     for cls in type(load_benchmark(name)).__mro__:
         # such as "benchmarks.text.grid"
@@ -88,7 +91,10 @@ def _folders_of_kind(name: str) -> set[str]:
 
 
 def _definition_files(name: str) -> list[Path]:
-    """List the YAML files of a benchmark, its file of tasks, and the files of one it evaluates."""
+    """List the YAML files of a benchmark, also those outside the benchmark's folder.
+
+    These are a file of tasks that it shares, and the files of a benchmark whose runs it evaluates.
+    """
     benchmark = load_benchmark(name)
     files = sorted(benchmark.folder.glob("*.yaml"))
     tasks_file = getattr(benchmark.definition, "tasks", None)
@@ -100,7 +106,10 @@ def _definition_files(name: str) -> list[Path]:
 
 
 def _files(*patterns: str) -> list[str]:
-    """List the files below ``benchmarks/`` that match, relative to the working directory."""
+    """List the files below ``benchmarks/`` that match any pattern.
+
+    The patterns are relative to ``benchmarks/``, the results to the working directory.
+    """
     files = []
     for pattern in patterns:
         for file in sorted(BENCHMARKS.glob(pattern)):

@@ -29,7 +29,7 @@ from emoe.errors import did_you_mean
 def suite_files(suite: Suite) -> list[str]:
     """Return the files that a complete suite has.
 
-    It includes intermediate files, so that a deleted one is made again.
+    Intermediate files are included, so that a deleted one is made again.
     """
     return [
         str(paths.RESULTS / suite.name / "report.html"),
@@ -47,7 +47,7 @@ def suite_files(suite: Suite) -> list[str]:
 
 
 def metric_files(suite: Suite, benchmark: str | None = None, part: str | None = None) -> list[str]:
-    """Return the ``metrics.json`` of all runs, or of the runs of one benchmark or part."""
+    """Return the ``metrics.json`` of all runs, or of the runs of one benchmark or data set."""
     runs = suite.runs if benchmark is None else suite.runs_of(benchmark, part)
     return [str(run.metrics_file) for run in runs]
 
@@ -67,10 +67,11 @@ def lost_spec_files(suite: Suite) -> list[str]:
 
 
 def parts_by_records(suite: Suite) -> dict[str, tuple[str, str | None]]:
-    """Map the name of each file of records to its benchmark and part.
+    """Map the name of each file of collected runs to the benchmark and the part in it.
 
-    A benchmark with separate tables for each data set has a file of records for each data set. The
-    tables of a data set then need no runs of the others.
+    The part is a data set, or None for the whole benchmark. A benchmark with separate tables for
+    each data set has a file for each data set. The tables of a data set then need no runs of the
+    others.
     """
     parts_by_name: dict[str, tuple[str, str | None]] = {}
     for benchmark in suite.settings.benchmarks:
@@ -80,7 +81,7 @@ def parts_by_records(suite: Suite) -> dict[str, tuple[str, str | None]]:
 
 
 def record_files(suite: Suite, benchmark: str | None = None, part: str | None = None) -> list[str]:
-    """Return the files of records of all benchmarks, of one benchmark, or of one part."""
+    """Return the files of collected runs: of all benchmarks, of one, or of one data set."""
     files = []
     # None stands for every benchmark, and for every part
     for benchmark_of_file, part_of_file in parts_by_records(suite).values():
@@ -95,7 +96,10 @@ def section_files(suite: Suite, benchmark: str | None = None) -> list[str]:
 
 
 def _shown(suite: Suite, benchmark: str | None, part: str | None = None) -> list[Artifacts]:
-    """Return the tables and figures of all benchmarks, of one with its parts, or of one part."""
+    """Describe the tables and figures of all benchmarks, of one, or of one data set.
+
+    Those of a benchmark include those of its data sets.
+    """
     shown = []
     for artifacts in suite_artifacts(suite):
         if benchmark in (None, artifacts.benchmark) and part in (None, artifacts.part):
@@ -104,7 +108,7 @@ def _shown(suite: Suite, benchmark: str | None, part: str | None = None) -> list
 
 
 def digest_of_runs(suite: Suite, benchmark: str, part: str | None) -> str:
-    """Hash the folders of the runs of a benchmark or part, in the order of the grid."""
+    """Hash the folders of the runs that a suite has of a benchmark or data set, in grid order."""
     folders = [run.folder for run in suite.runs_of(benchmark, part)]
     text = "\n".join(folders)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -116,9 +120,9 @@ def number_files(suite: Suite) -> list[str]:
 
 
 def output_files(suite: Suite, benchmark: str | None = None, part: str | None = None) -> list[str]:
-    """Return the files of tables and figures of one part, of one benchmark, or of all.
+    """Return the files of tables and figures: of all benchmarks, of one, or of one data set.
 
-    Those of all include the claims.
+    Those of all benchmarks include the table and figures of the paper's claims.
     """
     shown = _shown(suite, benchmark, part)
     if benchmark is None and claimed_benchmarks(suite):
@@ -131,7 +135,7 @@ def output_files(suite: Suite, benchmark: str | None = None, part: str | None = 
 
 
 def page_files(suite: Suite, benchmark: str | None = None) -> list[str]:
-    """Return the page of each benchmark, or of one."""
+    """Return the HTML pages of all benchmarks, or of one."""
     names = [name for name in suite.settings.benchmarks if benchmark in (None, name)]
     return [str(paths.RESULTS / suite.name / f"{name}.html") for name in names]
 
@@ -171,7 +175,14 @@ def why_not_file(other: str, file: str, suite: Suite) -> str:
 
 
 def _hint(target: str, benchmarks: list[str], given: Suite, part: str | None = None) -> str:
-    """Explain that a suite lacks a target's benchmarks or their part, and list suites with them."""
+    """Explain that a suite does not run what a target needs, and list the suites that do.
+
+    Args:
+        target: The name of the target.
+        benchmarks: The benchmarks of which the target needs at least one.
+        given: The suite.
+        part: The data set that the target needs; None if it needs no certain one.
+    """
     others = []
     for name in suite_names():
         if name != given.name and _makes_any(plain_suite(name), benchmarks, part):
@@ -185,5 +196,11 @@ def _hint(target: str, benchmarks: list[str], given: Suite, part: str | None = N
 
 
 def _makes_any(suite: Suite, benchmarks: list[str], part: str | None) -> bool:
-    """Return True if a suite makes tables or figures of one of the benchmarks, or of its part."""
+    """Return True if a suite makes tables or figures of any of the benchmarks.
+
+    Args:
+        suite: The suite.
+        benchmarks: The names of the benchmarks.
+        part: The name of a data set, if only its tables and figures count.
+    """
     return any(output_files(suite, benchmark, part) for benchmark in benchmarks)
