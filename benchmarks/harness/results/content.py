@@ -326,7 +326,7 @@ class SetUsage(Recorded):
 
 
 class Usage(Recorded):
-    """The use of experts by data set; empty for a dense model, and for runs on a single data set."""
+    """The use of experts by data set; empty for dense models and for runs on one data set."""
 
     tasks: dict[str, SetUsage] = {}
     """By data set."""
