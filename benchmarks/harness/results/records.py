@@ -352,7 +352,7 @@ def _main_metrics(run: Run) -> dict[tuple[str, str], str]:
 
 def _paper_metric(ood_set: Mapping[str, Any]) -> str:
     """Return the metric that the paper reports for a data set out of domain."""
-    first: str = ood_set["ood_metrics"][0]  # by convention
+    first: str = ood_set["ood_metrics"][0]  # the first is the paper's
     return first
 
 
