@@ -300,6 +300,7 @@ def _with_evidence(row: ClaimRow, compare: Comparison, evidence: Evidence) -> Cl
 
     # only claims of a higher or lower number are tested with p
     has_direction = compare.direction in ("higher", "lower")
+    p = difference.p if has_direction else math.nan
     has_interval = is_paired and not math.isnan(difference.low)
 
     equivalent = MISSING
@@ -323,7 +324,7 @@ def _with_evidence(row: ClaimRow, compare: Comparison, evidence: Evidence) -> Cl
         low=shown.low,
         high=shown.high,
         n=difference.n,
-        p=difference.p if has_direction else math.nan,
+        p=p,
         evidence=evidence,
         remark=_remark(evidence, row.pair, benchmark),
     )

@@ -110,8 +110,9 @@ def draw_forest(rows: pd.DataFrame, path: Path, label: str, *, zero: bool = True
         for name, styles in styles_by_series:
             style = _legend_style(styles)
             column[0].plot([], [], ls="", ms=4.5, label=name, **style.mark)
-        longest = rows["series"].str.len().max()
-        legend_below(figure, column[:1], 3 if longest < _LONG_SERIES else 1)
+        longest_name = rows["series"].str.len().max()
+        num_columns = 3 if longest_name < _LONG_SERIES else 1
+        legend_below(figure, column[:1], num_columns)
         column[-1].set_xlabel(wrap_text(label, _TITLE_WIDTH))
 
 

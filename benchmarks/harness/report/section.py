@@ -120,13 +120,18 @@ def make_section(presentation: Presentation, records: Sequence[Record], suite: s
     has_methods = any(run.method for run in runs)
     model_names = dict.fromkeys(run.model for run in runs)  # a dict keeps the order of the runs
     costs = [record.metrics.cost for record in records]
+    # scores of random weights mean nothing
+    verdicts = [] if is_random else list(presentation.verdicts)
+    training = []
+    if presentation.optimizer:
+        training = _training_settings(records)
     return Section(
         tables=tables,
         figures=figures,
-        verdicts=[] if is_random else list(presentation.verdicts),
+        verdicts=verdicts,
         note=presentation.note,
         optimizer=presentation.optimizer,
-        training=_training_settings(records) if presentation.optimizer else [],
+        training=training,
         data=_data_rows(records),
         runs={run.folder: run.name for run in runs},
         models=list(model_names),

@@ -193,10 +193,12 @@ class Table:
         if not groups:
             groups = [pd.Series(0, frame.index)]  # all rows are one group
         by_group = candidates.groupby(groups)
-        extreme = by_group.transform("max" if direction == "higher" else "min")
+        # beside each row, the best number of its group
+        best_function = "max" if direction == "higher" else "min"
+        best_number = by_group.transform(best_function)
         # a group with a single number has no best one
         has_rival = by_group.transform("count") > 1
-        return (candidates == extreme) & has_rival
+        return (candidates == best_number) & has_rival
 
     def markdown(self) -> str:
         """Render title, table and caption, with the best numbers in bold."""
