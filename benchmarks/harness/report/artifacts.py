@@ -36,7 +36,7 @@ class Artifacts:
 
     @property
     def name(self) -> str:
-        """Return the prefix of the files, which is also the target of the workflow."""
+        """Return the prefix of the file names, which is also the target of the workflow."""
         return target_name(self.benchmark, self.part)
 
     def stem(self, name: str) -> str:
@@ -74,7 +74,7 @@ CLAIMS = Artifacts("claims", None, [""], ["", "all"])
 
 
 def numbers_file(suite: str, benchmark: str) -> str:
-    """Return the path of the file with the numbers of a benchmark that claims compare."""
+    """Return the path of the JSON-lines file with a benchmark's numbers that claims compare."""
     return str(paths.RESULTS / suite / "numbers" / f"{benchmark}.jsonl")
 
 
@@ -87,7 +87,7 @@ def artifacts_of(benchmark: str, part: str | None = None) -> Artifacts:
 
 
 def all_artifacts() -> list[Artifacts]:
-    """List the tables and figures of all benchmarks and their sets, also of those without a suite.
+    """List the tables and figures of all benchmarks and their sets, even if no suite runs them.
 
     Raises:
         DefinitionError: A benchmark has the target name of another benchmark's set, so the

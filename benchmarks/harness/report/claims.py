@@ -25,7 +25,7 @@ from benchmarks.harness.config.yaml import (
 
 
 class PaperEffect(Strict):
-    """The paper's number."""
+    """The effect that the paper reports."""
 
     effect: Number | None = None
     """Difference of the two methods; null if the paper gives none."""
@@ -102,7 +102,7 @@ class ClaimFile(Strict):
 
 @functools.cache
 def load_claims() -> dict[str, Claim]:
-    """Read the paper's claims, by name.
+    """Read the paper's claims, by name, and check every name in their comparisons.
 
     Raises:
         DefinitionError: The file is damaged, or a comparison has a name that does not exist.
@@ -169,7 +169,10 @@ def check_comparison(compare: Comparison, file: Path, at: str) -> None:
 
 
 def _comparable_metrics(compare: Comparison, domain: Domain) -> list[str]:
-    """List the metrics of a domain that can test a comparison: those with an equivalence margin."""
+    """List the metrics of a domain that can test a comparison.
+
+    They need an equivalence margin in metrics.yaml, except if the claim is that counts are equal.
+    """
     # counts are equal or not, so they need no margin
     needs_margin = compare.direction != "equal"
 

@@ -66,11 +66,11 @@ _STYLES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TestRow:
-    """One test of a claim, with the paper's effect and ours, before the correction of p.
+class ClaimRow:
+    """One test of a claim, with the paper's effect and ours. p is not corrected yet.
 
-    Unknown texts are a dash, and unknown numbers are nan. The fields are columns of the table's
-    CSV in this order, except ``compare`` and ``evidence``.
+    Unknown texts are a dash, and unknown numbers are nan. The fields are the columns of the table's
+    CSV file, in this order, except ``compare`` and ``evidence``.
 
     Attributes:
         claim: The name of the claim in ``claims.yaml``.
@@ -85,10 +85,11 @@ class TestRow:
         method: The name of the method of the claim.
         metric: The name of the metric.
         pair: What ``n`` counts: ``seed``, ``trial``, ``question``, ``setting`` or ``run``.
-        against_paper: Our difference beside the paper's: ``smaller``, ``larger``, ``compatible``.
-        equivalent: Text that says if the difference is negligible, with the margin.
+        against_paper: Our difference compared with the paper's: ``smaller``, ``larger`` or
+            ``compatible``.
+        equivalent: Whether the difference is negligible, and the margin, as text.
         unit: The unit of the numbers below, such as ``points``.
-        n_shown: ``n`` with its noun.
+        n_shown: ``n`` with a noun, such as ``5 seeds``.
         runs_shown: Our difference and its interval as text.
         delta: Our difference.
         low: The lower end of its interval.
@@ -97,7 +98,7 @@ class TestRow:
         p: The uncorrected p of the t-test, for claims that are tested with it.
         margin: The largest negligible difference.
         effect: The paper's difference, if it has the same unit.
-        paper: The paper's difference and its place as text.
+        paper: The paper's difference and where the paper reports it, as text.
         compare: The comparison; None if no suite can run the test.
         evidence: The result of the comparison; None if the suite lacks the runs.
         remark: The compared models and tasks, or why there is no result.
@@ -134,7 +135,7 @@ class TestRow:
 
 
 def write_claims(suite: Suite, rows: pd.DataFrame) -> None:
-    """Write the table and figures of the claims, from the rows of :func:`judge_claims`."""
+    """Write the table and both figures of the claims. ``rows`` are from :func:`judge_claims`."""
     folder = paths.RESULTS / suite.name
     claims_table(suite, rows).write(folder / "tables")
     draw_claims(rows[rows["headline"]], folder / "figures" / CLAIMS.name)
@@ -142,7 +143,7 @@ def write_claims(suite: Suite, rows: pd.DataFrame) -> None:
 
 
 def write_claim_numbers(suite: str, benchmark: str, numbers: pd.DataFrame) -> None:
-    """Write the numbers of a benchmark that claims compare, one a line.
+    """Write the numbers of a benchmark that claims compare, one per line as JSON.
 
     ``numbers`` has the columns ``COMPARED`` of :mod:`.common`.
     """
@@ -152,12 +153,15 @@ def write_claim_numbers(suite: str, benchmark: str, numbers: pd.DataFrame) -> No
 
 def _to_json(row: Mapping[Any, Any]) -> str:
     """Format one claim number as JSON."""
-    # pandas keeps numpy's numbers in columns of mixed types
+    # numpy's numbers become Python's; pandas keeps them in columns of mixed types
     return json.dumps(row, default=lambda number: number.item(), allow_nan=False)
 
 
 def read_claim_numbers(suite: Suite) -> dict[str, pd.DataFrame]:
-    """Read the claim numbers of each benchmark of a suite that tests claims.
+    """Read the numbers that claims compare, by benchmark.
+
+    The columns of each frame are ``COMPARED`` of :mod:`.common`. Benchmarks of the suite that test
+    no claim are left out.
 
     Raises:
         DataError: A file is missing or damaged.
@@ -165,7 +169,7 @@ def read_claim_numbers(suite: Suite) -> dict[str, pd.DataFrame]:
     numbers = {}
     for name in claimed_benchmarks(suite):
         path = Path(numbers_file(suite.name, name))
-        # else Snakemake leaves a damaged file as it is
+        # without --force, Snakemake keeps a damaged file
         advice = (
             f"`snakemake --cores all --force {path} --config suite={suite.name}` makes it again"
         )
@@ -183,18 +187,19 @@ def judge_claims(suite: Suite, numbers: Mapping[str, pd.DataFrame]) -> pd.DataFr
 
     Args:
         suite: The suite.
-        numbers: The claim numbers by benchmark.
+        numbers: The result of :func:`read_claim_numbers`.
 
     Returns:
         One row per test, in the order of ``claims.yaml``. The columns are the fields of
-        :class:`TestRow`, then ``p_holm`` (p, corrected over all tests) and ``verdict``.
+        :class:`ClaimRow`, then ``p_holm`` (p, corrected over all tests) and ``verdict``, a dash if
+        all models have random weights.
     """
     tests = []
     for name, claim in load_claims().items():
         for test in claim.tests:
-            tests.append(_test_row(name, claim, test, numbers))
+            tests.append(_claim_row(name, claim, test, numbers))
 
-    rows = pd.DataFrame([vars(test) for test in tests])
+    rows = pd.DataFrame([vars(test) for test in tests])  # a column per field
     p_holm = holm(rows["p"])
 
     if has_random_weights(suite.runs):
@@ -204,45 +209,48 @@ def judge_claims(suite: Suite, numbers: Mapping[str, pd.DataFrame]) -> pd.DataFr
     return rows.assign(p_holm=p_holm, verdict=verdicts)
 
 
-def _verdict(test: TestRow, p_holm: float) -> Verdict:
-    """Return the verdict of a test with its corrected p."""
+def _verdict(test: ClaimRow, p_holm: float) -> Verdict:
+    """Judge a test by its corrected p or its interval; ``MISSING`` if there is no evidence."""
     if test.compare is None or test.evidence is None:
         return Verdict.MISSING
     margin = load_metrics()[test.metric].equivalence_margin or 0.0
     return judge(test.compare, test.evidence.difference, p_holm, margin)
 
 
-def _test_row(
+def _claim_row(
     name: str, claim: Claim, test: ClaimTest, numbers: Mapping[str, pd.DataFrame]
-) -> TestRow:
-    """Compute a test's row: its description, the paper's effect, and ours if the runs exist."""
+) -> ClaimRow:
+    """Describe a test and the paper's effect, and add our effect if the suite has the runs.
+
+    ``name`` is the name of the claim. ``numbers`` is the result of :func:`read_claim_numbers`.
+    """
     if test.paper.effect is None:
         effect = "no number"
     else:
         effect = f"{test.paper.effect:+g} {test.paper.unit}"
-    untested = TestRow(
+    described = ClaimRow(
         claim=name,
         claim_title=claim.title,
         test=test.title,
         headline=test.headline,
         test_shown=test.title,
         paper=f"{effect} ({test.paper.where})",
-        remark=f"needs {test.needs}",
+        remark="not in this suite",
     )
     if test.compare is None:
-        return untested
+        return replace(described, remark=f"needs {test.needs}")
 
-    compared = _with_comparison(untested, test.compare, test.paper)
+    compared = _with_comparison(described, test.compare, test.paper)
     evidence = None
     if test.compare.benchmark in numbers:
         evidence = find_evidence(numbers[test.compare.benchmark], test.compare)
     if evidence is None:
-        return replace(compared, remark="not in this suite")
+        return compared
     return _with_evidence(compared, test.compare, evidence)
 
 
-def _with_comparison(row: TestRow, compare: Comparison, paper: PaperEffect) -> TestRow:
-    """Add what is known before the runs: names, unit, margin, and the paper's effect."""
+def _with_comparison(row: ClaimRow, compare: Comparison, paper: PaperEffect) -> ClaimRow:
+    """Add to a row what is known without runs: names, unit, margin, and the paper's effect."""
     benchmark = load_benchmark(compare.benchmark)
     metric = load_metrics()[compare.metric]
 
@@ -279,19 +287,20 @@ def _with_comparison(row: TestRow, compare: Comparison, paper: PaperEffect) -> T
     )
 
 
-def _with_evidence(row: TestRow, compare: Comparison, evidence: Evidence) -> TestRow:
-    """Add our difference in the row's unit, and compare it with the margin and the paper."""
+def _with_evidence(row: ClaimRow, compare: Comparison, evidence: Evidence) -> ClaimRow:
+    """Add our difference to a row, and compare it with the margin and the paper's effect."""
     benchmark = load_benchmark(compare.benchmark)
     metric = load_metrics()[compare.metric]
-    difference = evidence.difference  # in the metric's unit, as runs store it
+    difference = evidence.difference  # as runs store it, such as a share
 
-    # counts and ratios are stored as they are printed
+    # scores are scaled for printing, such as shares to points; counts and ratios are not
     is_paired = compare.direction not in ("equal", "near")
     scale = metric.scale if is_paired else 1
     shown = difference.scaled(scale)
 
-    # only these claims are tested with p
+    # only claims of a higher or lower number are tested with p
     has_direction = compare.direction in ("higher", "lower")
+    p = difference.p if has_direction else math.nan
     has_interval = is_paired and not math.isnan(difference.low)
 
     equivalent = MISSING
@@ -315,14 +324,14 @@ def _with_evidence(row: TestRow, compare: Comparison, evidence: Evidence) -> Tes
         low=shown.low,
         high=shown.high,
         n=difference.n,
-        p=difference.p if has_direction else math.nan,
+        p=p,
         evidence=evidence,
         remark=_remark(evidence, row.pair, benchmark),
     )
 
 
 def _runs_text(difference: Difference, unit: str, compare: Comparison, metric: Metric) -> str:
-    """Format a difference with its interval, a number of parameters, or the ratio of times."""
+    """Format a difference as a signed count, as a ratio of times, or with its unit and interval."""
     if compare.direction == "equal":
         return f"{difference.mean:+,.0f} parameters"
     if compare.direction == "near":
@@ -335,13 +344,14 @@ def _runs_text(difference: Difference, unit: str, compare: Comparison, metric: M
     decimals = metric.decimals
     if metric.unit == "%":
         decimals += 1  # differences are smaller than scores
+    # z: no minus sign for a number that is rounded to 0
     number = f"{difference.mean:+z.{decimals}f} {unit}".rstrip()
     interval = interval_text(difference.low, difference.high, decimals)
     return number + interval
 
 
 def _remark(evidence: Evidence, pair: str, benchmark: AnyBenchmark) -> str:
-    """List the models and tasks of a comparison, and count the omitted pairs."""
+    """List the compared models and tasks (or count many), and count the omitted pairs."""
     models = [model_title(name) for name in evidence.models]
     tasks = [benchmark.task_titles.get(name, name) for name in evidence.tasks]
     texts = [name_or_count(models, "models"), name_or_count(tasks, "tasks")]
@@ -359,7 +369,7 @@ def _with_noun(count: int, noun: str) -> str:
 
 
 def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
-    """Make a table from the rows of :func:`judge_claims`."""
+    """Make the table of the claims from the rows of :func:`judge_claims`."""
     num_tests = int(rows["p"].notna().sum())
     table = Table(
         "Claims of the paper",
@@ -404,7 +414,11 @@ def _is_below_paper(rows: pd.DataFrame) -> pd.Series[bool]:
 
 
 def verdict_sentences(rows: pd.DataFrame) -> list[str]:
-    """Return a sentence that counts the verdicts, and one on undecided tests below the paper."""
+    """Return a sentence that counts the verdicts, and if there are any, one on small effects.
+
+    ``rows`` are from :func:`judge_claims`. An effect is small if the test is undecided and the
+    whole interval is below the paper's effect.
+    """
     counts = rows["verdict"].value_counts()
     texts = []
     for verdict in Verdict:
@@ -422,10 +436,10 @@ def verdict_sentences(rows: pd.DataFrame) -> list[str]:
 
 
 def draw_claims(rows: pd.DataFrame, path: Path) -> None:
-    """Draw a forest plot of the tests in points: one panel per claim, a cross per paper's effect.
+    """Draw a forest plot of tests in points, with a panel per claim and crosses for the paper.
 
-    Write ``<path>.pdf`` and ``.png``. Tests in other units, and untested claims, appear only in the
-    table.
+    ``rows`` are from :func:`judge_claims`. Writes ``<path>.pdf`` and ``.png``. Tests in other
+    units, and claims without evidence, appear only in the table.
     """
     has_number = rows["delta"].notna()
     is_in_points = rows["unit"].eq("points")
@@ -434,19 +448,20 @@ def draw_claims(rows: pd.DataFrame, path: Path) -> None:
         placeholder_figure(path)
         return
 
-    # the series of the legend are the verdicts; one of them is split in two
-    series = shown["verdict"].mask(_is_below_paper(shown), _SMALLER).replace(MISSING, _NO_VERDICT)
+    # the legend lists the verdicts, with a name of its own for some undecided tests
+    verdicts = shown["verdict"].mask(_is_below_paper(shown), _SMALLER)
+    series = verdicts.replace(MISSING, _NO_VERDICT)
     intervals = shown["runs_shown"].str.replace(" points", "")
     counts = shown["n"].astype(int).astype(str)
     ours = shown.assign(series=series, text=intervals + ", n " + counts)
 
-    # a mark of the paper has no interval, which n = 0 says
+    # one more mark per test for the paper's effect; with n = 0 it is drawn without an interval
     with_effect = ours[ours["effect"].notna()]
     paper = with_effect.assign(delta=with_effect["effect"], n=0, series=_PAPER, text="")
 
     marks = pd.concat([ours, paper])
     numbers = ["delta", "low", "high", "margin"]
-    marks[numbers] /= 100  # draw_forest takes shares
+    marks[numbers] /= 100  # draw_forest takes shares and prints points
     titled = marks.assign(
         panel=marks["claim_title"], line=marks["test"], style=marks["series"].map(_STYLES)
     )

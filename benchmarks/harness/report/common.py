@@ -52,7 +52,10 @@ def join_claim_numbers(*parts: pd.DataFrame) -> pd.DataFrame:
 
 
 def parameter_counts(records: pd.DataFrame) -> pd.DataFrame:
-    """Return the parameter counts of all runs, for :func:`join_claim_numbers`."""
+    """Select the parameter counts of all runs, with the domain ``model``.
+
+    The rows fit :func:`join_claim_numbers`.
+    """
     is_of_model = records["part"] == "model"
     is_count = records["metric"].isin(COUNTS.metrics)
     return records[is_of_model & is_count].assign(domain="model")
@@ -62,18 +65,23 @@ def _in_order(titles: Mapping[str, str], ran: Iterable[str]) -> dict[str, str]:
     """Return titles by name: first the names that ``ran``, in that order, then the others."""
     ordered = {}
     for name in (*ran, *titles):
-        # a run may be of a name without a title
+        # a repeated name keeps its first place; a run may be of a name without a title
         if name in titles:
             ordered[name] = titles[name]
     return ordered
 
 
 class Outcomes:
-    """The finished runs of a benchmark in grid order. Subclasses add their results.
+    """The finished runs of a benchmark in grid order, and the titles of names in tables.
 
-    ``keys`` are the columns whose names have titles: ``model``, ``method``, ``task``,
-    ``eval_task``, or a key of ``titles``. ``titles`` maps each further column to the titles of its
-    names, in the order of rows.
+    Each kind of benchmark has a subclass, which adds the results.
+
+    Args:
+        benchmark: The benchmark.
+        runs: The finished runs.
+        keys: The columns of tables whose names have titles: ``model``, ``method``, ``task``,
+            ``eval_task``, or a column of ``titles``.
+        titles: For each further column, the title of each name, in the order of table rows.
     """
 
     pair = "seed"  # the unit of paired differences
@@ -112,12 +120,15 @@ class Outcomes:
 
     @property
     def origins(self) -> pd.DataFrame:
-        """Return run ids and row names, for :func:`.presentation.with_runs`."""
+        """Return the ``run_id`` and names of each run, which link it to rows of tables.
+
+        :func:`.presentation.with_runs` reads them.
+        """
         return self.records
 
     @property
     def shared_note(self) -> str:
-        """Return caption sentences on the use of :func:`.statistics.shared_pairs`."""
+        """Return two sentences for captions: only pairs that all compared rows have are used."""
         return (
             f"n counts the {self.pair}s that all compared rows have. Scores, Δ and marks use only "
             "these."
@@ -128,18 +139,18 @@ class Outcomes:
         return self.title("method", self.baseline)
 
     def role(self, method: str) -> str:
-        """Return ``baseline``, ``method`` or ``control``."""
+        """Return the role of a method: ``baseline``, ``method`` or ``control``."""
         if method not in self.methods:
             return "method"  # a row that only the paper has
         return self.methods[method].role
 
     def style(self, method: str) -> MethodStyle:
-        """Return the style of a method or of one of its settings."""
+        """Return the style of a method. ``method`` may have a setting: ``<name>|<setting>``."""
         name, _, _setting = method.partition(SETTING)
         return style_of(self.methods[name])
 
     def with_titles(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Add a column ``<key>_title`` for every key of the rows, and ``is_method``.
+        """Add a column ``<key>_title`` for every column with titles, and ``is_method``.
 
         ``is_method`` is False for controls.
         """
@@ -151,7 +162,7 @@ class Outcomes:
         return frame.assign(**columns)
 
     def order(self, frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-        """Sort by columns, and add titles.
+        """Sort rows by the columns ``keys``, and add titles with :meth:`with_titles`.
 
         Columns with titles are sorted in the order of ``titles``, with unknown names last. Other
         columns are sorted by value.
@@ -160,7 +171,10 @@ class Outcomes:
         return self.with_titles(by_rank.reset_index(drop=True))
 
     def _ranks(self, column: pd.Series) -> pd.Series:
-        """Replace the names of a column by their places in ``titles``; keep other columns."""
+        """Replace the names of a column by their places in ``titles``.
+
+        A column without titles stays as it is.
+        """
         names = self.titles.get(str(column.name))
         if not names:
             return column
@@ -169,21 +183,22 @@ class Outcomes:
 
 
 def read_published(benchmark: AnyBenchmark, file: str | None = None) -> pd.DataFrame:
-    """Read published numbers in points (ranks unchanged), with their status and source.
+    """Read a benchmark's file of published numbers, one row per number.
 
-    ``file`` defaults to ``paper`` of the definition.
+    Each ``value`` (a score or gain in points, or a rank) has a ``status`` and a ``source``. The
+    frame is empty if there is no file. ``file`` is by default ``paper`` of the definition.
     """
     name = file or benchmark.definition.paper
     if not name:
         return pd.DataFrame(columns=[*benchmark.paper_columns, *NUMBER_COLUMNS])
-    # an empty value is nan, and every other empty cell is an empty text
+    # only in the column `value`, an empty cell is nan; elsewhere it is an empty text
     return pd.read_csv(benchmark.folder / name, keep_default_na=False, na_values={"value": [""]})
 
 
 def published_delta(published: pd.DataFrame, baseline: str) -> pd.Series[float]:
-    """Subtract the baseline's published ``value`` with the same ``model`` and ``scope``.
+    """Return each published ``value`` minus the baseline's for the same ``model`` and ``scope``.
 
-    The difference is nan for the baseline itself.
+    The difference is nan for the baseline itself, and if the baseline's value is unknown.
     """
     cell = ["model", "scope"]
     is_baseline = published["method"] == baseline
@@ -197,7 +212,10 @@ def published_delta(published: pd.DataFrame, baseline: str) -> pd.Series[float]:
 def with_numbers(
     frame: pd.DataFrame, on: Sequence[str], numbers: pd.DataFrame, prefix: str = ""
 ) -> pd.DataFrame:
-    """Join numbers on the columns ``on``, and prefix the names of their other columns."""
+    """Join the columns of ``numbers`` to a frame, matched by the columns ``on``.
+
+    ``prefix`` is put before the names of the joined columns. A row without numbers gets nan.
+    """
     # the columns `on` become the index, so that they get no prefix
     named = numbers.set_index(list(on)).add_prefix(prefix)
     return frame.merge(named, left_on=list(on), right_index=True, how="left")
@@ -214,15 +232,15 @@ def with_columns(
     best: bool = True,
     joint: str = " ",
 ) -> tuple[pd.DataFrame, list[Column]]:
-    """Add one printed column of numbers per name, such as one per data set.
+    """Spread numbers over printed columns, one column per name, such as one per data set.
 
     Args:
         frame: The rows of the table.
         on: The columns that link a row to its numbers.
         numbers: The name in the first column, then the columns ``on``, ``mean`` and ``std``.
-        headings: The headings by name, in the order of the printed columns.
+        headings: The heading of each name, in the order of the printed columns.
         metric: The metric of the numbers.
-        std: The column of ``numbers`` with the printed standard deviation.
+        std: The column of ``numbers`` with the standard deviation to print.
         best: True to mark the best number of each printed column.
         joint: Separates the name from ``mean`` in the names of the frame's columns.
 
@@ -243,9 +261,10 @@ def with_columns(
 def with_average(
     frame: pd.DataFrame, columns: list[Column], metric: str
 ) -> tuple[pd.DataFrame, list[Column]]:
-    """Add the average of the columns. Return the extended frame and the printed columns.
+    """Add a printed column with the average of the columns.
 
-    The average is nan if a row lacks a value, because averages must be comparable.
+    The average is nan if a row lacks a value, because averages must be comparable. Returns the
+    extended frame, and the printed columns with the new one.
     """
     names = [column.value for column in columns]
     averages = frame[names].mean(axis=1, skipna=False)
@@ -254,7 +273,7 @@ def with_average(
 
 
 def interval_text(low: float, high: float, decimals: int = 1) -> str:
-    """Format the confidence interval of a difference after a blank. Empty if ``low`` is nan."""
+    """Format an interval as `` [+0.1, +0.9]``, with a leading blank; empty if ``low`` is nan."""
     if math.isnan(low):
         return ""
     # z: no minus sign for a number that is rounded to 0
@@ -262,7 +281,10 @@ def interval_text(low: float, high: float, decimals: int = 1) -> str:
 
 
 def difference_text(row: Any, unit: str = "") -> str:
-    """Format a difference of shares in points, with its interval and its verdict, if any."""
+    """Format a difference of shares in points, with the interval and the verdict if there are any.
+
+    ``row`` has ``delta``, ``low``, ``high`` and ``verdict``.
+    """
     interval = interval_text(row.low * 100, row.high * 100)
     difference = f"{row.delta * 100:+z.1f}{unit}{interval}"
     if not row.verdict:
@@ -273,7 +295,15 @@ def difference_text(row: Any, unit: str = "") -> str:
 def tests_table(
     against: str, caption: str, keys: Mapping[str, str], metric: str, frame: pd.DataFrame
 ) -> Table:
-    """Make a table from the rows of :func:`.statistics.with_verdicts`, corrected over all rows."""
+    """Make the table of tests against a reference, with intervals, p values and verdicts.
+
+    Args:
+        against: The title of the reference.
+        caption: The beginning of the caption.
+        keys: The headings of the text columns, by column of ``frame``.
+        metric: The metric of the differences.
+        frame: Rows of :func:`.statistics.with_verdicts`, corrected over all rows.
+    """
     num_tests = frame["p"].notna().sum()
     return Table(
         f"Tests against {against}",
@@ -294,35 +324,35 @@ def tests_table(
 
 
 def our_means(values: pd.Series[float], cell: Sequence[str]) -> pd.DataFrame:
-    """Average the values of each cell.
+    """Average the values of each cell, a combination of names in the index levels ``cell``.
 
-    A cell is a combination of values of the columns ``cell``. Its row has the mean ``ours``, the
-    95 % interval ``low`` and ``high`` (nan for a single value), and the count ``n``.
+    Returns one row per cell: the columns ``cell``, the mean ``ours``, the 95 % interval ``low`` and
+    ``high`` (nan for a single value), and the count ``n``.
     """
     by_cell = values.groupby(list(cell), sort=False)
     means = by_cell.agg(ours="mean", n="size")
 
     lows = []
     highs = []
-    for _, of_cell in by_cell:
-        if len(of_cell) > 1:
-            low, high = confidence_interval(of_cell.to_numpy())
+    for _, cell_values in by_cell:
+        if len(cell_values) > 1:
+            low, high = confidence_interval(cell_values.to_numpy())
         else:
             low = math.nan
             high = math.nan
         lows.append(low)
         highs.append(high)
-    # with a type, because values may be empty
+    # with a type, because both lists may be empty
     return means.assign(low=np.array(lows, float), high=np.array(highs, float)).reset_index()
 
 
 def published_table(
     title: str, caption: str, keys: Mapping[str, str], frame: pd.DataFrame, origins: pd.DataFrame
 ) -> Table:
-    """Make a table of our accuracies and the published ones.
+    """Make a table of our accuracies beside the published ones.
 
-    ``frame`` has ``value``, the columns of :func:`our_means`, ``difference``, ``status`` and
-    ``source``.
+    ``frame`` has the published ``value``, the columns of :func:`our_means`, ``difference``,
+    ``status`` and ``source``. ``origins`` links rows to runs (see :attr:`Outcomes.origins`).
     """
     return Table(
         title,
@@ -341,7 +371,11 @@ def published_table(
 
 
 def cell_means(records: pd.DataFrame, cell: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
-    """Compute the means of costs and expert loads, one row per cell and one column per metric."""
+    """Average costs, model sizes and expert loads over the runs of each cell.
+
+    A cell is a combination of values of the columns ``cell``. Returns one row per cell: these
+    columns, and one column per metric.
+    """
     costs = records[records["part"].isin(("cost", "model", "routing"))]
     means = {}
     for metric in metrics:
@@ -352,7 +386,10 @@ def cell_means(records: pd.DataFrame, cell: Sequence[str], metrics: Sequence[str
 
 
 def format_counts(rows: pd.DataFrame, cell: Sequence[str]) -> pd.DataFrame:
-    """Format the count ``n`` of each cell, such as ``5``, or ``5–8`` if its rows differ."""
+    """Format the count ``n`` of each cell as text: ``5``, or ``5–8`` if its rows differ.
+
+    A cell is a combination of values of the columns ``cell``. Returns these columns and ``n``.
+    """
     ends = rows.groupby(list(cell), sort=False)["n"].agg(["min", "max"])
     texts = []
     for low, high in zip(ends["min"], ends["max"], strict=True):
@@ -364,7 +401,7 @@ def format_counts(rows: pd.DataFrame, cell: Sequence[str]) -> pd.DataFrame:
 
 
 def name_or_count(names: Sequence[str], noun: str) -> str:
-    """List up to three names; count more than three."""
+    """List up to three names, such as ``a, b``; only count more, such as ``5 tasks``."""
     if len(names) > 3:
         return f"{len(names)} {noun}"
     return ", ".join(names)
@@ -373,10 +410,11 @@ def name_or_count(names: Sequence[str], noun: str) -> str:
 def average_over_seeds(
     frame: pd.DataFrame, cell: Sequence[str], numbers: Sequence[str]
 ) -> pd.DataFrame:
-    """Average columns of numbers per cell.
+    """Average the columns ``numbers`` over the rows of each cell, such as one row per seed.
 
-    A cell is a combination of values of the columns ``cell``. Its row has the mean of each column
-    of ``numbers``, the sample deviation ``<number>_std``, and the count of averaged rows ``n``.
+    A cell is a combination of values of the columns ``cell``. Returns one row per cell: these
+    columns, the mean of each number, its sample deviation ``<number>_std``, and the count of rows
+    ``n``.
     """
     types = dict.fromkeys(numbers, float)
     by_cell = frame.astype(types).groupby(list(cell), sort=False)
@@ -394,12 +432,13 @@ def summarize(
     Args:
         scores: The scores, one row per seed.
         cell: The columns that identify a cell; ``method`` is one of them.
-        references: Each reference method with the method to compare, or with None for all methods.
+        references: Pairs of a reference method and the method to compare with it; None for all
+            methods.
 
     Returns:
-        One row per cell with ``mean``, ``std`` (sample), ``population_std`` and ``n``, and the
-        uncorrected difference to the reference over ``pairs`` of seeds (``delta``, ``low``,
-        ``high``, ``p``).
+        One row per cell with ``mean``, ``std`` (sample), ``population_std`` and ``n``. The
+        difference to the reference is ``delta``, ``low``, ``high``, ``p`` (uncorrected), and the
+        number of paired seeds is ``pairs``.
     """
     rows = []
     for key, values in scores.groupby(list(cell), sort=False)["value"]:
@@ -411,8 +450,8 @@ def summarize(
         compared = scores
         if method is not None:
             compared = scores[scores["method"].isin([reference, method])]
-        to_reference = paired_differences(compared, cell, {"method": reference}, "seed")
-        differences.append(to_reference.drop(columns="values"))
+        paired = paired_differences(compared, cell, {"method": reference}, "seed")
+        differences.append(paired.drop(columns="values"))
     all_differences = pd.concat(differences).rename(columns={"n": "pairs"})
 
     # the rows of a reference have no difference
@@ -428,10 +467,15 @@ def cost_table(
     averaged: str,
     measured_on: str,
 ) -> Table:
-    """Make a table of time, memory, parameters and expert loads: means over the runs of each cell.
+    """Make a table of time, memory, parameters and expert loads, averaged over the runs of a cell.
 
-    ``averaged`` and ``measured_on`` are texts of the caption: the averaged runs, and the data of
-    the loads.
+    Args:
+        keys: The headings of the text columns, by column of ``frame``.
+        frame: One row per cell, with the columns ``cell``.
+        cell: The columns that identify a cell.
+        records: The rows of :func:`.records.tabulate_numbers`.
+        averaged: The beginning of the caption, which names the averaged runs.
+        measured_on: The data on which loads are measured, for the caption.
     """
     return Table(
         "Cost, and use of the experts",

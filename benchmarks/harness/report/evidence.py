@@ -34,7 +34,7 @@ class Evidence:
     Attributes:
         difference: The difference between the methods. For a ratio: median − 1, and the range over
             rounds.
-        incomplete: The number of omitted pairs, which lack a model, task or set.
+        incomplete: The number of omitted pairs, which lack a model, task, set or setting.
         models: The models that both methods have.
         tasks: The tasks that both methods have.
     """
@@ -46,7 +46,9 @@ class Evidence:
 
 
 def find_evidence(numbers: pd.DataFrame, compare: Comparison) -> Evidence | None:
-    """Compare two methods as the claim's direction requires; None if they share no model and task.
+    """Compare two methods by pairs, counts or ratios, as the claim's direction requires.
+
+    Returns None if there are no numbers of both methods to compare.
 
     Args:
         numbers: The numbers of all runs of a benchmark, with the columns ``COMPARED`` of
@@ -69,10 +71,10 @@ def find_evidence(numbers: pd.DataFrame, compare: Comparison) -> Evidence | None
 def _select_methods(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame:
     """Select the numbers of both methods with the settings that are compared.
 
-    The method has the settings of the comparison. The reference has its main setting, or the same
-    settings if it has no main one.
+    The method is compared in the settings that the comparison names, by default in its main one.
+    The reference is compared in its main setting, or in the same settings if it has no main one.
     """
-    is_main = numbers["setting"].eq("")
+    is_main = numbers["setting"].eq("")  # only other settings have a name
     if compare.settings == "all":
         is_compared = ~is_main
     else:
@@ -89,7 +91,7 @@ def _select_methods(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame:
 
 
 def _select_compared(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame:
-    """Select the numbers with the domain, the selection and the names of a comparison."""
+    """Select the numbers with the domain, selection, models, tasks and sets of a comparison."""
     is_kept = numbers["domain"] == compare.domain
     if compare.selection is not None:
         is_kept &= numbers["selection"] == compare.selection
@@ -108,20 +110,23 @@ def _select_compared(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame
 
 
 def _compare_pairs(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None:
-    """Compare seed by seed, or question by question.
+    """Compare the scores of two methods seed by seed, or question by question.
 
-    Each pair is averaged over models, tasks, sets and settings first. A pair is omitted if it lacks
-    a model, task, set or setting of another pair.
+    Each pair (seed or question) is averaged over models, tasks, sets and settings first. A pair is
+    omitted if it lacks a model, task, set or setting of another pair. Returns None without pairs.
     """
-    # repeated numbers count once
-    means = ours.groupby([*_CELL, "setting", *_PAIR], sort=False)["value"].mean()
-    other_means = others.groupby([*_CELL, *_PAIR], sort=False)["value"].mean().rename("other")
-    both = means.reset_index().merge(other_means.reset_index(), on=[*_CELL, *_PAIR])
+    # average first, so that repeated numbers count once
+    our_groups = ours.groupby([*_CELL, "setting", *_PAIR], sort=False)
+    other_groups = others.groupby([*_CELL, *_PAIR], sort=False)
+    our_means = our_groups["value"].mean().reset_index()
+    other_means = other_groups["value"].mean().rename("other").reset_index()
+    both = our_means.merge(other_means, on=[*_CELL, *_PAIR])
     if both.empty:
         return None
 
     differences = both.assign(difference=both["value"] - both["other"])
     by_pair = differences.groupby(_PAIR, sort=True)["difference"]
+    # a complete pair has a difference for every model, task, set and setting
     num_cells = len(both[[*_CELL, "setting"]].drop_duplicates())
     is_complete = by_pair.size() == num_cells
     complete = by_pair.mean()[is_complete]
@@ -134,9 +139,10 @@ def _compare_pairs(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None:
 
 
 def _compare_counts(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None:
-    """Return the largest difference of counts; ``n`` counts the method's runs.
+    """Find the largest difference of counts between any two runs of the same model and task.
 
-    Counts do not vary by chance, so there is no interval and no p.
+    ``n`` counts the runs of the method. Counts do not vary by chance, so both ends of the interval
+    are the difference, and p is nan. Returns None without such runs.
     """
     cell = ["model", "task", "tuning"]
     our_ends = ours.groupby(cell, sort=False)["value"].agg(["min", "max", "size"])
@@ -145,7 +151,7 @@ def _compare_counts(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None
     if both.empty:
         return None
 
-    # the largest difference between any two runs of a cell, with its sign
+    # the farthest counts above and below the reference; the larger difference keeps its sign
     upward = both["max"] - both["min_other"]
     downward = both["min"] - both["max_other"]
     spans = np.concatenate([upward, downward])
@@ -161,10 +167,10 @@ def _compare_counts(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None
 
 
 def _compare_ratios(rows: pd.DataFrame, compare: Comparison) -> Evidence | None:
-    """Return median ratio − 1, with the range over the rounds of all settings.
+    """Return the median ratio − 1, with the range over all settings and their rounds.
 
     A ratio already compares the method with the reference, so only the method's rows are read.
-    ``n`` counts settings.
+    ``n`` counts settings. Returns None without ratios.
     """
     of_method = rows[rows["method"] == compare.method]
     ratios = _values_of(of_method, compare.metric)
@@ -181,12 +187,12 @@ def _compare_ratios(rows: pd.DataFrame, compare: Comparison) -> Evidence | None:
 
 
 def _values_of(rows: pd.DataFrame, metric: str) -> pd.Series[float]:
-    """Return the values of a metric."""
+    """Return the values of the rows with a metric, as floats."""
     return rows.loc[rows["metric"] == metric, "value"].astype(float)
 
 
 def is_within(difference: Difference, least: float, most: float) -> bool:
-    """Return True if the whole interval of a difference lies between two bounds."""
+    """Return True if the whole interval of a difference lies between two bounds; False for nan."""
     return least <= difference.low and difference.high <= most
 
 
@@ -230,7 +236,7 @@ def judge(compare: Comparison, difference: Difference, p: float, margin: float) 
 
 
 def _judge_by_test(compare: Comparison, difference: Difference, p: float) -> Verdict:
-    """Judge a claim of a direction: a significant difference has the claimed sign or not."""
+    """Judge a claim that a number is higher or lower, by p and the sign of the difference."""
     if math.isnan(p):
         return Verdict.UNTESTABLE
     if p >= SIGNIFICANCE:
@@ -243,7 +249,10 @@ def _judge_by_test(compare: Comparison, difference: Difference, p: float) -> Ver
 
 
 def _judge_by_interval(compare: Comparison, difference: Difference, margin: float) -> Verdict:
-    """Judge a claim of bounds: the whole interval lies within them, outside, or neither."""
+    """Judge a claim that a difference has certain bounds, by where the interval lies.
+
+    Supported: the whole interval is within the bounds. Contradicted: it is outside.
+    """
     if math.isnan(difference.low):
         return Verdict.UNTESTABLE
     bounds = {

@@ -21,14 +21,14 @@ _FIRST_VALUES = 4
 
 
 def suite_rows(runs: Iterable[Run]) -> list[Row]:
-    """Tabulate the runs of a suite, one row per benchmark and model."""
+    """Summarize the runs of a suite, one row per benchmark and model."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.benchmark, run.model), []).append(run)
 
     rows = []
     for (benchmark, model), members in groups.items():
-        # an evaluation has the learning rate 0, which says nothing
+        # an evaluation has the learning rate 0, which is no setting
         trained = [run for run in members if run.is_trained]
         row = {
             "benchmark": benchmark,
@@ -99,7 +99,7 @@ def _methods() -> list[Row]:
 
 
 def _tasks() -> list[Row]:
-    """List the tasks, sets and measures of all benchmarks."""
+    """List the tasks (data sets or measures) of all benchmarks."""
     rows = []
     for benchmark in benchmark_names():
         for name, task in load_benchmark(benchmark).tasks.items():
@@ -124,7 +124,7 @@ def _models() -> list[Row]:
 
 
 def _metrics() -> list[Row]:
-    """List the metrics with their unit, better direction and tolerance."""
+    """List the metrics with unit, better direction, and tolerance between machines."""
     rows = []
     for name, metric in load_metrics().items():
         row = {

@@ -37,9 +37,10 @@ _HERE = Path(__file__).parent
 
 
 def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> None:
-    """Write the page of a suite, or of one benchmark without the claims.
+    """Write the HTML page of a suite, or of one of its benchmarks.
 
-    The tables and figures must exist.
+    The tables, figures and sections must exist. Only the page of a suite has the claims and the
+    paper's tables and figures.
     """
     page = _Page(suite, output.parent.absolute())
     names = list(suite.settings.benchmarks)
@@ -48,16 +49,13 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
     sections = {name: read_section(artifacts_of(name), suite.name) for name in names}
     all_sections = list(sections.values())
 
-    # one row of costs per benchmark, then their sum
+    # the costs of a benchmark are shown in its section, and all of them at the end of the page
+    costs = {name: _costs(name, [section]) for name, section in sections.items()}
+    total_costs = _costs("all", all_sections)
     shown_sections = []
-    costs = []
     for name, section in sections.items():
-        cost = _costs(name, [section])
-        costs.append(cost)
-        shown_sections.append({**page.section(name, section), "cost": cost})
-    costs.append(_costs("all", all_sections))
+        shown_sections.append({**page.section(name, section), "cost": costs[name]})
 
-    # only the page of a whole suite has the claims and the paper's items
     claims = {}
     paper_items = []
     if benchmark is None:
@@ -72,7 +70,7 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
         sections=shown_sections,
         models=_models_text(all_sections),
         paper=paper_items,
-        costs=costs,
+        costs=[*costs.values(), total_costs],
         machines=_sum_machines(all_sections),
         runs_folder=page.link(paths.RUNS),
         run_names=_run_names(all_sections),
@@ -84,7 +82,7 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
 
 @dataclass(frozen=True)
 class _Page:
-    """The content of a page that has links. Methods return data for the template.
+    """The parts of a page that read files or link to them. Methods return data for the template.
 
     Attributes:
         suite: The suite.
@@ -104,7 +102,7 @@ class _Page:
         return Path(relative).as_posix()
 
     def table(self, name: str, title: str) -> dict[str, Any]:
-        """Return a written table with its links, and the command that makes it."""
+        """Return the HTML of a written table, the link to its files, and the command to make it."""
         path = self.results / "tables" / name
         return {
             "title": title,
@@ -114,14 +112,17 @@ class _Page:
         }
 
     def drawn_figure(self, path: Path, caption: str) -> dict[str, str]:
-        """Return a figure, or nothing if it is only a placeholder."""
+        """Return :meth:`figure`, or an empty dictionary if the figure is only a placeholder."""
         if not is_drawn(path):
             return {}
         return self.figure(path, caption)
 
     def figure(self, path: Path, caption: str) -> dict[str, str]:
-        """Return a figure with its links. The page contains the image itself."""
-        # as text inside the page, so that the page is one file
+        """Return a written figure as an image, with its caption and the link to its files.
+
+        ``path`` has no ending.
+        """
+        # the image is text inside the page, so that the page is one file
         content = path.with_suffix(".png").read_bytes()
         image = base64.b64encode(content).decode()
         return {
@@ -133,7 +134,7 @@ class _Page:
         }
 
     def tables_and_figures(self, section: Section) -> dict[str, Any]:
-        """List the tables and figures of a section, and the titles of the empty ones."""
+        """Return the ``tables`` and ``figures`` of a section, and the titles of ``empty`` ones."""
         tables = []
         figures = []
         empty = []
@@ -152,7 +153,7 @@ class _Page:
         return {"tables": tables, "figures": figures, "empty": _distinct(empty)}
 
     def section(self, name: str, section: Section) -> dict[str, Any]:
-        """Return what the page shows of a benchmark and its sets."""
+        """Return what the page shows of a benchmark, and of each of its sets that has tables."""
         parts = []
         for part in self.suite.parts(name):
             of_set = artifacts_of(name, part)
@@ -201,10 +202,11 @@ class _Page:
         }
 
     def paper_items(self) -> list[dict[str, Any]]:
-        """List the paper's items with links to their files. Empty if the suite makes none of them.
+        """List the paper's tables and figures with links to our versions.
 
-        Each item is a row of :func:`.paper.paper_index` whose ``files`` are pairs of name and link.
-        The link is empty for a missing file.
+        Each row is one of :func:`.paper.paper_index`, with ``files`` replaced by pairs of file name
+        and link. The link is empty for a missing file. The list is empty if the suite makes no
+        version of any of them.
         """
         items = []
         has_files = False
@@ -220,7 +222,7 @@ class _Page:
     def _paper_link(self, file: str) -> tuple[str, str]:
         """Return the name of a file and the link to it, which is empty for a missing file."""
         path = Path(file)
-        # a browser shows no Markdown
+        # a browser shows HTML, but not Markdown
         if path.suffix == ".md":
             path = path.with_suffix(".html")
         if not path.exists():
@@ -229,7 +231,7 @@ class _Page:
 
 
 def _data_cells(row: DataRow) -> dict[str, Any]:
-    """Return the cells of a row of the table of data, by heading."""
+    """Return the cells of a row in the table of data sets, by heading."""
     return {
         "Task": row.task,
         "Split": row.split,
@@ -245,7 +247,7 @@ def _distinct(texts: Iterable[str]) -> list[str]:
 
 
 def _models_text(sections: Iterable[Section]) -> str:
-    """List the titles of the models of some benchmarks; count many."""
+    """List the titles of the models in some sections, or count them if there are many."""
     names: list[str] = []
     for section in sections:
         names += section.models
@@ -254,7 +256,7 @@ def _models_text(sections: Iterable[Section]) -> str:
 
 
 def _run_names(sections: Iterable[Section]) -> dict[str, str]:
-    """Map the folders of the runs of some benchmarks to readable names."""
+    """Map the folder of each run in some sections to a readable name."""
     names: dict[str, str] = {}
     for section in sections:
         names.update(section.runs)
@@ -264,7 +266,7 @@ def _run_names(sections: Iterable[Section]) -> dict[str, str]:
 def caption_title(caption: str) -> str:
     """Return the first sentence of a caption, or its text before a colon.
 
-    A sentence ends before a capital letter, so ``Fig. 4`` does not end one.
+    A full stop ends a sentence only before a capital letter, so ``Fig. 4`` does not end one.
     """
     first, *_rest = re.split(r"\. (?=[A-Z])|: ", caption, maxsplit=1)
     return first.rstrip(".")
@@ -280,9 +282,9 @@ def _are_random(sections: Iterable[Section]) -> bool:
 
 
 def _costs(name: str, sections: Sequence[Section]) -> dict[str, str]:
-    """Format the run count, hours, seconds per run and peak memory of some benchmarks.
+    """Format the run count, hours, seconds per run and peak memory of some sections, by heading.
 
-    ``name`` is the name of the row.
+    ``name`` is the first cell: the name of a benchmark, or ``all``.
     """
     seconds: list[float] = []
     for section in sections:
@@ -299,8 +301,8 @@ def _costs(name: str, sections: Sequence[Section]) -> dict[str, str]:
 
 
 def _sum_machines(sections: Iterable[Section]) -> list[Machine]:
-    """Add up the runs of each machine, and list the machines, those with most runs first."""
-    # a Counter needs keys that cannot change, so facts become pairs of name and text
+    """List the machines of all sections with their total runs, the busiest machine first."""
+    # the keys of a Counter must be hashable, so the facts become a tuple of (name, text)
     runs: Counter[tuple[tuple[str, str], ...]] = Counter()
     for section in sections:
         for machine in section.machines:

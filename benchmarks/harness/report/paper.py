@@ -31,10 +31,10 @@ _MAIN_STYLES = {"gmoe": GMOE, "emoe": EMOE}
 
 
 def write_paper_items(suite: Suite, presentation: Presentation) -> None:
-    """Write the paper's tables and figures into ``results/<suite>/paper/``.
+    """Write our versions of the paper's tables and figures into ``results/<suite>/paper/``.
 
-    They have the paper's numbers and rows. The figures of the benchmark or set must be drawn
-    already, because they are copied.
+    The files are named after the paper's, such as ``table_4``. Tables keep only the rows that the
+    paper has. Figures are copied, so those of the benchmark or set must be drawn already.
     """
     folder = paths.RESULTS / suite.name / "paper"
     figures = paths.RESULTS / suite.name / "figures"
@@ -49,7 +49,7 @@ def write_paper_items(suite: Suite, presentation: Presentation) -> None:
 
 
 def _copy_figure(source: Path, target: Path) -> None:
-    """Copy a figure in all its formats. Both paths have no ending."""
+    """Copy a figure in all formats. Both paths have no ending."""
     for ending in FIGURE_FORMATS:
         content = Path(f"{source}.{ending}").read_bytes()
         with atomic_write(Path(f"{target}.{ending}")) as temporary:
@@ -57,7 +57,7 @@ def _copy_figure(source: Path, target: Path) -> None:
 
 
 def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite) -> Table:
-    """Make the paper's version of a table, with its number and only its rows."""
+    """Make the version of our table that has the paper's title and only the paper's rows."""
     of_methods = _select_methods(table.frame, output.part.rows)
     frame = _select_protocol(of_methods, output.part.benchmark, suite)
 
@@ -78,7 +78,7 @@ def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite) -> Table
 
 
 def _select_methods(frame: pd.DataFrame, methods: Sequence[str] | None) -> pd.DataFrame:
-    """Keep the rows of some methods, in all their settings; without methods, keep all rows."""
+    """Keep the rows of some methods, with every setting; keep all rows if no method is named."""
     if not methods or "method" not in frame:
         return frame
     names_without_setting = frame["method"].str.split(SETTING, regex=False).str[0]
@@ -86,9 +86,9 @@ def _select_methods(frame: pd.DataFrame, methods: Sequence[str] | None) -> pd.Da
 
 
 def _select_protocol(frame: pd.DataFrame, benchmark: str, suite: Suite) -> pd.DataFrame:
-    """Keep the rows of the authors' protocol if the suite has it, else those of the clean one.
+    """Keep our rows of one protocol: the authors' if the suite runs it, else the clean one.
 
-    The paper's own rows stay.
+    Rows with the paper's own numbers stay.
     """
     if "protocol" not in frame:
         return frame
@@ -107,11 +107,12 @@ def _select_protocol(frame: pd.DataFrame, benchmark: str, suite: Suite) -> pd.Da
 
 
 def paper_index(suite: Suite) -> list[dict[str, Any]]:
-    """List the paper's items with their files in a suite.
+    """List the paper's tables and figures, and our version of each in a suite.
 
     Returns:
-        One row per item with ``item`` (its name), ``title``, ``naacl`` (its number in the NAACL
-        version), ``command`` (makes it; empty if nothing does), ``files`` and ``status``.
+        One row per item, a table or figure of the paper: ``item`` (the name), ``title``, ``naacl``
+        (the number in the NAACL version), ``command`` (makes our version; empty if there is none),
+        ``files`` (of our version) and ``status``.
     """
     rows: list[dict[str, Any]] = []
     for name, item in paper_items.load_paper().items.items():
@@ -133,10 +134,11 @@ def paper_index(suite: Suite) -> list[dict[str, Any]]:
 
 
 def _shown_files(item: PaperItem, files: Sequence[str]) -> tuple[list[str], str]:
-    """Return the files of an item to show, one per table and figure, and the status of the item.
+    """Return one file per table and figure to show for an item, and the status of the item.
 
-    ``files`` are all files that the suite makes for the item.
+    ``files`` are all files that the suite makes for the item, in all formats.
     """
+    # one format of each table and figure
     shown = [file for file in files if file.endswith((".md", ".png"))]
     existing = sum(Path(file).exists() for file in files)
     if item.missing:
@@ -147,7 +149,7 @@ def _shown_files(item: PaperItem, files: Sequence[str]) -> tuple[list[str], str]
     if existing < len(files):
         return shown, f"{existing} of {len(files)} files"
 
-    # a placeholder is not shown
+    # a table is always shown, a figure only if it is no placeholder
     drawn = [file for file in shown if file.endswith(".md") or plots.is_drawn(Path(file))]
     if not drawn:
         return drawn, "no run of this suite is of it"
@@ -155,14 +157,14 @@ def _shown_files(item: PaperItem, files: Sequence[str]) -> tuple[list[str], str]
 
 
 def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Compare GMoE and EMoE with the dense model in each main average.
+    """Compare GMoE and EMoE with the dense model in each main average, such as the mean over GLUE.
 
     Args:
-        numbers: The claim numbers of a suite, by benchmark.
+        numbers: The result of :func:`.claims_table.read_claim_numbers`.
 
     Returns:
         Rows for :func:`.plots.draw_forest`, with ``method`` (``gmoe`` or ``emoe``) and ``is_ours``.
-        Each average has the rows of our models, then the paper's.
+        Each average has one panel: the rows of our models, then the rows with the paper's numbers.
     """
     rows: list[dict[str, Any]] = []
     for average in paper_items.load_paper().main.values():
@@ -175,11 +177,14 @@ def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def _our_rows(average: MainAverage, model: str, numbers: pd.DataFrame) -> list[dict[str, Any]]:
-    """Compute the rows of one of our models from its claim numbers, one row per method."""
-    # a method without runs has no mark
+    """Compute the rows of one of our models, one per method that has runs.
+
+    ``numbers`` are the claim numbers of the model.
+    """
     evidence = {}
     for method in _MAIN_TITLES:
-        comparison = average.of.comparison(getattr(average.of, method))
+        name_in_benchmark = getattr(average.of, method)
+        comparison = average.of.comparison(name_in_benchmark)
         found = find_evidence(numbers, comparison)
         if found is not None:
             evidence[method] = found
@@ -201,7 +206,7 @@ def _our_rows(average: MainAverage, model: str, numbers: pd.DataFrame) -> list[d
 
 
 def _published_rows(average: MainAverage) -> list[dict[str, Any]]:
-    """Make the paper's rows of an average: crosses without intervals."""
+    """Make the rows with the paper's numbers of an average: crosses without intervals."""
     rows = []
     for model, scores in average.paper.items():
         for method in _MAIN_TITLES:
@@ -211,7 +216,7 @@ def _published_rows(average: MainAverage) -> list[dict[str, Any]]:
                 "method": method,
                 "is_ours": False,
                 "delta": (scores[method] - scores["dense"]) / 100,  # from percent to a share
-                "n": 0,
+                "n": 0,  # no interval
                 "style": replace(_MAIN_STYLES[method], marker="x"),
             }
             rows.append(row)
@@ -219,7 +224,7 @@ def _published_rows(average: MainAverage) -> list[dict[str, Any]]:
 
 
 def _line_title(average: MainAverage, model: str, evidence: Sequence[Evidence]) -> str:
-    """Return the title of a model, with its tasks and the number of pairs."""
+    """Return the title of a model, with the compared tasks and the number of pairs."""
     titles = load_benchmark(average.of.benchmark).task_titles
     tasks: list[str] = []
     for found in evidence:
@@ -233,9 +238,10 @@ def _line_title(average: MainAverage, model: str, evidence: Sequence[Evidence]) 
 
 
 def draw_main(numbers: Mapping[str, pd.DataFrame], path: Path) -> None:
-    """Draw the differences of GMoE and EMoE to the dense model.
+    """Draw the paper's main figure: how GMoE and EMoE differ from the dense model.
 
-    Each main average has a panel, and each model a line. ``path`` has no ending.
+    Each main average has a panel, and each model a line. ``numbers`` is as in :func:`main_rows`,
+    and ``path`` has no ending. Without numbers of ours, a placeholder is drawn.
     """
     rows = main_rows(numbers)
     if rows["is_ours"].any():

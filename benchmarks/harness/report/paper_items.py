@@ -30,7 +30,7 @@ from benchmarks.harness.report.claims import Comparison, check_comparison
 
 
 class PaperPart(Strict):
-    """One of our tables or figures."""
+    """One of our tables or figures that has the content of a table or figure of the paper."""
 
     exactly_one_of = ("table", "set_table", "figure")
     benchmark: str
@@ -46,6 +46,7 @@ class PaperPart(Strict):
 
     @property
     def name(self) -> str:
+        """Return the name of the table or figure."""
         return self.table or self.set_table or self.figure or ""
 
 
@@ -86,7 +87,7 @@ class MainNumbers(Strict):
     """The row of EMoE."""
 
     def comparison(self, method: str) -> Comparison:
-        """Compare a row with the dense model."""
+        """Return the comparison of a method with the dense model, as claims have it."""
         numbers = self.model_dump(exclude={"dense", "gmoe", "emoe"})
         return Comparison(**numbers, method=method, against=self.dense, direction="higher")
 
@@ -124,13 +125,13 @@ class PaperFile(Strict):
 
 @dataclass(frozen=True)
 class PaperOutput:
-    """The files of one part of an item.
+    """One of our tables or figures, in the version that is written for the paper.
 
     Attributes:
         name: The name of the files without ending: ``table_4``, ``table_3b``, ``table_8_pacs``.
-        item: The name of the item.
-        part: The part.
-        of_set: The set of a ``set_table``.
+        item: The paper's table or figure, by its name in ``paper.yaml``.
+        part: Our table or figure.
+        of_set: The data set, if the table is of one.
     """
 
     name: str
@@ -140,16 +141,16 @@ class PaperOutput:
 
     @property
     def title(self) -> str:
-        """Return the number and the title of the item."""
+        """Return the number (if it has one) and the title of the paper's table or figure."""
         title = load_paper().items[self.item].title
-        # such as table_4, or table_mmlu for a table without a number
+        # the name is such as table_4, or table_mmlu without a number
         kind, _, number = self.item.partition("_")
         if not number.isdigit():
             return f"The paper: {title}"
         return f"{kind.capitalize()} {number} of the paper (first version): {title}"
 
     def files(self, suite: str) -> list[str]:
-        """List the files in every format."""
+        """List the paths of the files, in every format."""
         folder = paths.RESULTS / suite / "paper"
         formats = FIGURE_FORMATS if self.part.figure else FORMATS
         return [str(folder / f"{self.name}.{ending}") for ending in formats]
@@ -157,7 +158,7 @@ class PaperOutput:
 
 @functools.cache
 def load_paper() -> PaperFile:
-    """Load the paper's tables and figures, and the averages of its main figure.
+    """Read ``paper.yaml``: the paper's tables and figures, and the averages of its main figure.
 
     Raises:
         DefinitionError: The file is damaged, or has a name that does not exist.
@@ -176,11 +177,14 @@ def load_paper() -> PaperFile:
 
 
 def check_part(part: PaperPart, where: Location) -> None:
-    """Check that the benchmark, the table or figure, and the rows of a part exist.
+    """Check that the benchmark, the table or figure, and the methods of a part exist.
 
     Args:
-        part: The part of an item.
-        where: The location of the part in its file, for messages.
+        part: The part to check.
+        where: The location of the part in ``paper.yaml``, for messages.
+
+    Raises:
+        DefinitionError: A name does not exist.
     """
     check_names(where.at("benchmark"), [part.benchmark], benchmark_names())
     benchmark = load_benchmark(part.benchmark)
@@ -189,8 +193,8 @@ def check_part(part: PaperPart, where: Location) -> None:
         name = getattr(part, kind)
         known = getattr(benchmark.definition, f"{kind}s", ())
         if name and name not in known:
-            # benchmark.yaml may have the mistake instead, then this raises an error that names it
-            # (only here, because the import takes a second)
+            # if the mistake is in benchmark.yaml instead, this raises an error that names it;
+            # it is only called for wrong names, because the import takes a second
             benchmark.checked_presentation()
             check_names(where.at(kind), [name], known)
     check_names(where.at("rows"), part.rows or (), benchmark.row_titles)
@@ -208,7 +212,7 @@ def missing_items() -> dict[str, str]:
 
 
 def item_benchmarks(item: PaperItem) -> list[str]:
-    """List the benchmarks that an item has numbers of, sorted by name."""
+    """List the benchmarks whose numbers an item shows, sorted by name."""
     benchmarks = {part.benchmark for part in item.parts or ()}
     if item.main:
         for average in load_paper().main.values():
@@ -217,7 +221,7 @@ def item_benchmarks(item: PaperItem) -> list[str]:
 
 
 def paper_outputs() -> Iterator[PaperOutput]:
-    """Yield the outputs of all items, whether a suite runs them or not."""
+    """Yield what we can write for all items of the paper, whether a suite runs it or not."""
     for name, item in load_paper().items.items():
         parts = item.parts or []
         for stem, part in zip(_part_stems(name, len(parts)), parts, strict=True):
@@ -230,7 +234,7 @@ def paper_outputs() -> Iterator[PaperOutput]:
 
 
 def _part_stems(item: str, count: int) -> list[str]:
-    """Return the file names of an item's parts, such as ``table_3a`` and ``table_3b``."""
+    """Return one file name per part of an item: ``table_3``, or ``table_3a`` and ``table_3b``."""
     if count == 1:
         return [item]
     # a letter follows a number directly, but not a word
@@ -239,7 +243,7 @@ def _part_stems(item: str, count: int) -> list[str]:
 
 
 def outputs_of(artifacts: Artifacts) -> list[PaperOutput]:
-    """List the paper's outputs that come from a benchmark, or from one of its sets."""
+    """List what we write for the paper from the tables and figures of a benchmark or data set."""
     outputs = []
     for output in paper_outputs():
         is_of_benchmark = output.part.benchmark == artifacts.benchmark
@@ -249,7 +253,7 @@ def outputs_of(artifacts: Artifacts) -> list[PaperOutput]:
 
 
 def files_of(artifacts: Artifacts, suite: str) -> list[str]:
-    """List the files of :func:`outputs_of`."""
+    """List the paths of all files of :func:`outputs_of`."""
     files = []
     for output in outputs_of(artifacts):
         files += output.files(suite)
@@ -257,7 +261,7 @@ def files_of(artifacts: Artifacts, suite: str) -> list[str]:
 
 
 def main_item() -> str:
-    """Return the name of the item with the main averages.
+    """Return the name of the figure with the main averages, such as ``figure_2``.
 
     Raises:
         LookupError: ``paper.yaml`` has no such item.
@@ -274,12 +278,12 @@ def main_figure(suite: str) -> Path:
 
 
 def main_files(suite: str) -> list[str]:
-    """List the files of :func:`main_figure`."""
+    """List the paths of the main figure in every format."""
     return [f"{main_figure(suite)}.{end}" for end in FIGURE_FORMATS]
 
 
 def paper_files(suite: Suite, item: str | None = None) -> list[str]:
-    """List the files that a suite makes for the paper's items, or for the named item."""
+    """List the files that a suite makes for all items of the paper, or for the named item."""
     files = []
     for name, entry in load_paper().items.items():
         is_asked = item is None or item == name
@@ -299,7 +303,7 @@ def _runs_any(suite: Suite, benchmarks: Sequence[str]) -> bool:
 
 
 def _makes(suite: Suite, output: PaperOutput) -> bool:
-    """Return True if a suite runs the benchmark of an output, and its set if it is of one."""
+    """Return True if a suite runs the benchmark of an output, and its data set if it has one."""
     benchmark = output.part.benchmark
     if benchmark not in suite.settings.benchmarks:
         return False

@@ -60,7 +60,7 @@ _LONG_SERIES = 30  # letters; the legend has one column if a name is as long, el
 
 
 def count_text(counts: Iterable[float], unit: str = "seeds") -> str:
-    """Format counts as ``n = 5 to 8 seeds``; empty if all are zero or nan."""
+    """Format counts as ``n = 5 to 8 seeds`` or ``n = 5 seeds``; empty if all are zero or nan."""
     present = {int(count) for count in counts if count and not math.isnan(count)}
     if not present:
         return ""
@@ -77,10 +77,11 @@ def draw_forest(rows: pd.DataFrame, path: Path, label: str, *, zero: bool = True
     """Draw a forest plot: marks with 95 % intervals, one panel below the other.
 
     Args:
-        rows: One row per mark: the titles ``panel``, ``line`` (vertical position) and ``series``
-            (legend), the ``style``, the value ``delta``, and its interval (``low``, ``high``),
-            drawn if ``n`` is at least :data:`FEW`. A ``margin`` shades its panel around zero, and a
-            ``text`` is printed beside its mark. Numbers are shares, drawn in points.
+        rows: One row per mark. The columns are the titles ``panel``, ``line`` (vertical position)
+            and ``series`` (legend), the ``style``, the value ``delta``, and its interval from
+            ``low`` to ``high``, which is drawn if ``n`` is at least :data:`FEW`. Optional columns:
+            ``margin`` shades the panel around zero, and ``text`` is printed beside the mark.
+            Numbers are shares and are drawn in points.
         path: The path without ending.
         label: The label of the axis.
         zero: True to draw a line at zero.
@@ -109,17 +110,21 @@ def draw_forest(rows: pd.DataFrame, path: Path, label: str, *, zero: bool = True
         for name, styles in styles_by_series:
             style = _legend_style(styles)
             column[0].plot([], [], ls="", ms=4.5, label=name, **style.mark)
-        longest = rows["series"].str.len().max()
-        legend_below(figure, column[:1], 3 if longest < _LONG_SERIES else 1)
+        longest_name = rows["series"].str.len().max()
+        num_columns = 3 if longest_name < _LONG_SERIES else 1
+        legend_below(figure, column[:1], num_columns)
         column[-1].set_xlabel(wrap_text(label, _TITLE_WIDTH))
 
 
 def _draw_panel(axis: Any, rows: pd.DataFrame, title: str) -> None:
     """Draw one panel of a forest plot: its lines with their marks, its title and its margin."""
     lines = rows.groupby("line", sort=False)
-    # line 0 is at height 0, line 1 below it at height 1; marks of a line are spread around it
-    place_in_line = (lines.cumcount() + 0.5) / lines["line"].transform("size")  # from 0 to 1
-    heights = lines.ngroup() + _MARKED_SHARE * (place_in_line - 0.5)
+    # line 0 is at height 0, line 1 below it at height 1, and so on
+    line_numbers = lines.ngroup()
+    # the marks of a line are spread evenly around its height
+    marks_in_line = lines["line"].transform("size")
+    place_in_line = (lines.cumcount() + 0.5) / marks_in_line  # from 0 to 1
+    heights = line_numbers + _MARKED_SHARE * (place_in_line - 0.5)
     for row, height in zip(rows.itertuples(), heights, strict=True):
         _draw_mark(axis, row, height)
 
@@ -155,7 +160,10 @@ def _legend_style(styles: pd.Series) -> MethodStyle:
 
 
 def legend_below(figure: Any, axes: Iterable[Any], columns: int) -> None:
-    """Draw one legend for all axes below the figure. A label appears once."""
+    """Draw one legend for all axes below the figure, in at most ``columns`` columns.
+
+    A label that several axes have appears once.
+    """
     handles_by_label = {}
     for axis in axes:
         handles, labels = axis.get_legend_handles_labels()
@@ -179,14 +187,18 @@ def wrap_text(text: str, inches: float, size: float = 8) -> str:
 
 
 def show_use(axis: Any, use: NDArray[np.float64], **options: Any) -> None:
-    """Show expert use relative to the mean use as an image, in the colours of :data:`USE`."""
+    """Draw a matrix of expert use, relative to the mean use, in the colours of :data:`USE`.
+
+    ``options`` go to ``imshow``.
+    """
     axis.imshow(use, norm=USE.norm, cmap=USE.cmap, aspect="auto", **options)
 
 
 def divide_by_mean(shares: NDArray[np.float64], mean: NDArray[np.float64]) -> NDArray[np.float64]:
     """Divide each row of expert shares by the mean shares, for :data:`USE`; 1 if a mean is zero."""
-    ones = np.ones_like(shares)
-    return np.divide(shares, mean, out=ones, where=mean > 0)
+    quotients = np.ones_like(shares)
+    # where a mean is zero, the quotient keeps the 1
+    return np.divide(shares, mean, out=quotients, where=mean > 0)
 
 
 @contextmanager
@@ -200,8 +212,9 @@ def panel_figure(
 ) -> Iterator[tuple[Any, Any]]:
     """Yield a figure and its axes ``[lines, columns]``; save the figure on exit.
 
-    Axes without data are hidden. ``size`` is in inches, and ``options`` go to ``plt.subplots``. If
-    the axes of a column share their x axis, the last visible one labels its ticks.
+    On exit, axes without data are hidden. With ``sharex``, the lowest visible axes of each column
+    get tick labels. ``path`` has no ending, ``size`` is in inches, ``style`` has matplotlib's
+    settings, and ``options`` go to ``plt.subplots``.
     """
     with mpl.rc_context(style):
         figure, axes = plt.subplots(
@@ -237,9 +250,9 @@ def save(figure: Any, path: Path, description: str | None = None) -> None:
 
 
 def placeholder_figure(path: Path) -> None:
-    """Write a figure that only says that it has no data, because the workflow expects its files.
+    """Write a figure with only the text that there is no data for it.
 
-    Pages omit it.
+    The workflow expects the files of every figure. Pages omit placeholders.
     """
     with mpl.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(4, 0.6))
@@ -249,6 +262,6 @@ def placeholder_figure(path: Path) -> None:
 
 
 def is_drawn(path: Path) -> bool:
-    """Return False if a figure is only a placeholder."""
+    """Return True if a written figure has data, False if it is a placeholder."""
     with Image.open(path.with_suffix(".png")) as image:
         return image.info.get("Description") != _PLACEHOLDER

@@ -46,7 +46,8 @@ class Figure:
     """A figure that is not drawn yet.
 
     Attributes:
-        draw: Writes the figure as PDF and PNG. Its last argument is a path without ending.
+        draw: The function that writes the figure as PDF and PNG. The last argument is a path
+            without ending.
         caption: The caption. Its first sentence is the title.
     """
 
@@ -56,23 +57,23 @@ class Figure:
 
 @dataclass(frozen=True)
 class Presentation:
-    """The tables, figures and sentences of a benchmark, or of one of its sets.
+    """The tables, figures and sentences of a benchmark, or of one of its data sets.
 
-    ``benchmark.yaml`` lists the tables and figures.
+    ``benchmark.yaml`` names the tables and figures that are made.
 
     Attributes:
         benchmark: The benchmark.
-        table_functions: The functions that make tables, by name. Their arguments are ``outcomes``,
-            and ``part`` if there is one.
-        figure_functions: The figures by name. Their functions also take a path.
-        outcomes: The finished ``runs``, and ``origins``, the run ids with the names of rows. If
-            claims compare the benchmark's methods, ``claim_numbers()`` returns
-            :func:`.common.join_claim_numbers`.
-        part: The set, for tables and figures of one set; else None.
+        table_functions: The functions that make tables, by name. They are called with ``outcomes``,
+            and with ``part`` if there is one.
+        figure_functions: The figures by name. Their functions are called with a path, too.
+        outcomes: The results of the finished runs, mostly :class:`.common.Outcomes`. It has
+            ``runs``, ``origins`` (which link runs to table rows), and if claims compare the
+            methods, ``claim_numbers()`` (a frame of :func:`.common.join_claim_numbers`).
+        part: The data set, for tables and figures of one set; else None.
         verdicts: Sentences on differences to the dense model.
         note: An explanation of the verdicts.
         optimizer: The optimizer, shown in the report; empty if nothing is trained.
-        parts: The presentations of sets; empty if sets share their tables.
+        parts: The presentations of data sets, by name; empty if these have no tables of their own.
     """
 
     benchmark: AnyBenchmark
@@ -92,15 +93,15 @@ class Presentation:
 
     @cached_property
     def tables(self) -> list[Table]:
-        """Make all tables, in order.
+        """Make all tables that ``benchmark.yaml`` names, in that order.
 
-        Tables of models with random weights have no verdicts and no bold numbers.
+        If all models have random weights, tables have no verdicts and no bold numbers.
         """
         return [self._table(name) for name in self.artifacts.tables]
 
     @property
     def figures(self) -> dict[str, Figure]:
-        """Return the figures by file name without ending; their functions take only a path."""
+        """Return the figures by file name without ending. ``draw`` takes only a path here."""
         figures = {}
         for name in self.artifacts.figures:
             figure = self.figure_functions[name]
@@ -110,16 +111,16 @@ class Presentation:
 
     @property
     def _arguments(self) -> list[Any]:
-        """Return the first arguments of the functions of tables and figures."""
+        """Return the arguments that all functions of tables and figures begin with."""
         if self.part:
             return [self.outcomes, self.part]
         return [self.outcomes]
 
     def _table(self, name: str) -> Table:
-        """Make the table with this name, with its file name and the runs of its rows."""
+        """Make the table ``name``, and add the name of its files and the runs behind each row."""
         made = self.table_functions[name](*self._arguments)
         named = replace(made, name=self.artifacts.stem(name))
-        # a table of other runs brings its own
+        # a table of only some runs, or of others, brings its own origins
         origins = self.outcomes.origins if named.origins is None else named.origins
         table = with_runs(named, origins, self.benchmark.name)
         if has_random_weights(self.outcomes.runs):
@@ -128,16 +129,17 @@ class Presentation:
 
 
 def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
-    """Add the column :data:`~.table.RUNS` with the run folders of each row of a table.
+    """Add the column :data:`~.table.RUNS`, the folders of the runs behind each row of a table.
 
     A run belongs to a row if both have the same names in every shared column, such as model and
-    method. An empty name matches every name. A benchmark that chooses among finished runs
-    (DomainBed's draws) lists all candidates, and a row of published numbers lists none.
+    method. An empty name in the table matches every run. If a benchmark chooses among finished
+    runs, a row lists all candidates. A row whose names no run has, such as one with only published
+    numbers, gets an empty text.
 
     Args:
-        table: The table.
+        table: The table. It is returned as it is if it has the column, or no shared column.
         origins: The ``run_id`` and the names of each run, one or more rows per run.
-        benchmark: The name of the benchmark.
+        benchmark: The name of the benchmark, the first part of the folders.
     """
     keys = [key for key in _ORIGIN if key in table.frame and key in origins]
     if not keys:
@@ -151,10 +153,11 @@ def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
         columns.append("run_id")
     candidates = origins[columns].astype(str).drop_duplicates(ignore_index=True)
 
-    # for each column, the places of the candidates with each name: an index, for many rows
+    # an index, because tables have many rows: by column and name, the places of the candidates
     places_by_name = {key: candidates.groupby(key).indices for key in keys}
     folders = []
     for names in table.frame[keys].fillna("").astype(str).to_dict("records"):
+        # keep the candidates that match the row in every column
         matching = set(candidates.index)
         for key, name in names.items():
             if name:
@@ -170,17 +173,21 @@ def has_random_weights(runs: Sequence[Run]) -> bool:
     models = [run.spec["model"] for run in runs if run.method]
     if not models:
         return False
-    # transformers' models are built from a configuration, and timm's with 'random'
+    # with one of these keys in models.yaml, a model has no pre-trained weights
     return all("config" in model or "random" in model for model in models)
 
 
 def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
-    """Present the finished runs of a benchmark."""
+    """Make the presentation of a benchmark's finished runs, with the module of its kind."""
     presentation: Presentation = benchmark.checked_presentation().present(benchmark, records)
     return presentation
 
 
 def check_presentations(benchmarks: Iterable[str]) -> None:
-    """Check the names of tables and figures in ``benchmark.yaml`` before the first run starts."""
+    """Check the names of tables and figures in ``benchmark.yaml``, before the first run starts.
+
+    Raises:
+        DefinitionError: The benchmark's kind has no such table or figure.
+    """
     for name in benchmarks:
         load_benchmark(name).checked_presentation()

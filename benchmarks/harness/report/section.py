@@ -27,7 +27,7 @@ _FEW_LABELS = 10  # more labels are only counted
 
 
 class ShownTable(Strict):
-    """A table that is written."""
+    """A written table, as the section lists it."""
 
     name: str
     """Name of its files without ending."""
@@ -36,7 +36,7 @@ class ShownTable(Strict):
 
 
 class ShownFigure(Strict):
-    """A figure that is written."""
+    """A written figure, as the section lists it."""
 
     name: str
     """Name of its files without ending."""
@@ -46,7 +46,7 @@ class ShownFigure(Strict):
 
 
 class DataRow(Strict):
-    """The rows of one split of a task."""
+    """The number of rows in one split of a task, and their labels."""
 
     task: str
     split: str
@@ -101,7 +101,10 @@ class Section(Strict):
 
 
 def make_section(presentation: Presentation, records: Sequence[Record], suite: str) -> Section:
-    """Describe the written tables and figures of a presentation, and its runs."""
+    """Collect what a page says about a benchmark or set, from its presentation and its runs.
+
+    The figures must be written already, because placeholders are marked as empty.
+    """
     tables = []
     for table in presentation.tables:
         shown_table = ShownTable(name=table.name, title=table.title, is_empty=table.frame.empty)
@@ -117,13 +120,18 @@ def make_section(presentation: Presentation, records: Sequence[Record], suite: s
     has_methods = any(run.method for run in runs)
     model_names = dict.fromkeys(run.model for run in runs)  # a dict keeps the order of the runs
     costs = [record.metrics.cost for record in records]
+    # scores of random weights mean nothing
+    verdicts = [] if is_random else list(presentation.verdicts)
+    training = []
+    if presentation.optimizer:
+        training = _training_settings(records)
     return Section(
         tables=tables,
         figures=figures,
-        verdicts=[] if is_random else list(presentation.verdicts),
+        verdicts=verdicts,
         note=presentation.note,
         optimizer=presentation.optimizer,
-        training=_training_settings(records) if presentation.optimizer else [],
+        training=training,
         data=_data_rows(records),
         runs={run.folder: run.name for run in runs},
         models=list(model_names),
@@ -135,21 +143,21 @@ def make_section(presentation: Presentation, records: Sequence[Record], suite: s
 
 
 def read_section(artifacts: Artifacts, suite: str) -> Section:
-    """Read what a page says about a benchmark or set.
+    """Read the section of a benchmark or set from its file.
 
     Raises:
         DataError: The file is missing or damaged.
     """
     path = Path(artifacts.section_file(suite))
-    # else Snakemake leaves a damaged file as it is
+    # without --force, Snakemake keeps a damaged file
     advice = f"`snakemake --cores all --force {path} --config suite={suite}` makes it again"
     return read_json(path, Section, advice)
 
 
 def _data_rows(records: Sequence[Record]) -> list[DataRow]:
-    """List row and label counts per task and split, sorted.
+    """List the number of rows and labels of each task and split, sorted by both.
 
-    If runs read different numbers of rows, the split with most rows is listed.
+    If runs read different numbers of rows of a split, the largest number is listed.
     """
     largest: dict[tuple[str, str], DataRow] = {}
     for record in records:
@@ -164,9 +172,9 @@ def _data_rows(records: Sequence[Record]) -> list[DataRow]:
 
 
 def _data_row(key: str, summary: DataSummary, task_of_run: str) -> DataRow | None:
-    """Describe one split that a run read; None if it has no labels, as instructions have none.
+    """Describe one split that a run read. None without labels or scores (for instructions).
 
-    ``key`` is the name of the split, or ``split:task`` if the run reads several sets.
+    ``key`` is the name of the split, or ``split:task`` if the run reads several data sets.
     """
     labels = _label_text(summary)
     if not labels:
@@ -185,7 +193,7 @@ def _data_row(key: str, summary: DataSummary, task_of_run: str) -> DataRow | Non
 
 
 def _label_text(summary: DataSummary) -> str:
-    """List the rows by label, or the range of a regression; count many labels."""
+    """List the number of rows by label, or the range of a regression; only count many labels."""
     if summary.range:
         lowest, highest = summary.range
         return f"from: {lowest}, to: {highest}"
@@ -196,16 +204,17 @@ def _label_text(summary: DataSummary) -> str:
 
 
 def _training_settings(records: Sequence[Record]) -> list[Setting]:
-    """Describe the training settings; list up to three values if runs differ."""
+    """List the training settings of all runs. If runs differ, up to three values are named."""
     rows = []
     for record in records:
         spec = record.run.spec
         hyper_parameters = spec.get("hparams", {})  # of images
         rows.append({**spec["training"], **hyper_parameters})
 
-    # a run that lacks a setting shows a dash
+    # a run that lacks a setting has a dash, which needs columns of objects
     settings = pd.DataFrame(rows)
-    texts = settings.astype(object).where(settings.notna(), MISSING).astype(str)
+    with_dashes = settings.astype(object).where(settings.notna(), MISSING)
+    texts = with_dashes.astype(str)
 
     described = []
     for name in texts:
@@ -215,8 +224,8 @@ def _training_settings(records: Sequence[Record]) -> list[Setting]:
 
 
 def _machines(records: Sequence[Record]) -> list[Machine]:
-    """List the machines, those with most runs first."""
-    # a Counter needs keys that cannot change, so facts become pairs of name and text
+    """List the machines of the runs, those with most runs first."""
+    # the keys of a Counter must be hashable, so the facts become a tuple of (name, text)
     runs: Counter[tuple[tuple[str, str], ...]] = Counter()
     for record in records:
         facts = _environment_texts(record.metrics.environment)
@@ -227,6 +236,7 @@ def _machines(records: Sequence[Record]) -> list[Machine]:
 def _environment_texts(environment: Environment) -> dict[str, str]:
     """Format the machine, packages and commit of a run, by name in alphabetical order."""
     texts = {}
+    # pydantic models iterate over (key, value)
     for key, value in sorted(environment):
         # the fingerprint is for `check`
         if key != "fingerprint":

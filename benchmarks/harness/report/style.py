@@ -15,7 +15,7 @@ from emoe.config import ROUTERS
 class MethodStyle:
     """The colour, marker and dashes of a method.
 
-    Colours are those of Okabe and Ito, which the colour-blind can distinguish.
+    Most colours are those of Okabe and Ito, which the colour-blind can distinguish.
 
     Attributes:
         colour: The colour as hex digits.
@@ -69,7 +69,7 @@ def style_of(method: Method) -> MethodStyle:
 
 
 def _filled_style(method: Method) -> MethodStyle:
-    """Return the style of a method by its kind, then by what distinguishes it from EMoE."""
+    """Return the style of a method, not hollow: by its kind, then by its difference to EMoE."""
     if method.kind == "gmoe":
         return GMOE
     if method.kind == "dense":
@@ -99,9 +99,9 @@ def _filled_style(method: Method) -> MethodStyle:
 
 
 def distinct_styles(labelled: Iterable[tuple[str, MethodStyle]]) -> dict[str, MethodStyle]:
-    """Return the styles by label.
+    """Return the styles by label, changed so that lines can be told apart.
 
-    Equal styles get different dashes, and alternate between hollow and filled.
+    Labels with equal styles get different dashes, and alternate between hollow and filled markers.
     """
     styles_by_label = dict(labelled)
     distinct: dict[str, MethodStyle] = {}

@@ -100,7 +100,7 @@ class Column:
         return f"{label} ({metric.unit})"
 
     def text(self, row: pd.Series) -> str:
-        """Format the cell of a row: the number, with its deviation or its interval if known."""
+        """Format the cell of a row: the number, with the deviation or the interval if known."""
         number = self._number_text(row[self.value], signed=self.signed)
         if self.std and not math.isnan(row[self.std]):
             deviation = self._number_text(row[self.std], signed=False)
@@ -114,7 +114,7 @@ class Column:
         return number
 
     def _number_text(self, value: float, *, signed: bool) -> str:
-        """Format a number with the metric's scale and decimals; a dash for nan."""
+        """Format a number with the scale of the metric and the decimals; a dash for nan."""
         if pd.isna(value):
             return MISSING
         metric = load_metrics()[self.metric]
@@ -134,12 +134,13 @@ class Table:
         keys: The headings of the text columns that identify a row, by column of the frame.
         columns: The columns of numbers.
         frame: The rows with unformatted numbers. It may have columns that are not printed.
-        group: The columns of the groups whose best number is marked, among rows with
-            ``is_method``. Without them, all rows are one group.
+        group: The columns that define groups of rows. In each group the best number is marked,
+            without controls (``is_method`` is False). Without columns, all rows are one group.
         notes: The headings of the text columns after the numbers, by column of the frame.
         name: The file name without ending.
-        wraps: True if cells have sentences that a page must wrap.
-        origins: The runs behind the rows; None for all finished runs.
+        wraps: True if cells have long texts that a page must wrap.
+        origins: The runs behind the rows, as :func:`.presentation.with_runs` takes them; None for
+            all finished runs.
     """
 
     title: str
@@ -161,7 +162,7 @@ class Table:
         return [column for column in self.columns if self.frame[column.value].notna().any()]
 
     def texts(self) -> pd.DataFrame:
-        """Format all cells. The columns are headings."""
+        """Format all cells as text. The columns of the result are the printed headings."""
         cells = {}
         for key, heading in self.keys.items():
             cells[heading] = self.frame[key].astype(str)
@@ -192,10 +193,12 @@ class Table:
         if not groups:
             groups = [pd.Series(0, frame.index)]  # all rows are one group
         by_group = candidates.groupby(groups)
-        extreme = by_group.transform("max" if direction == "higher" else "min")
+        # beside each row, the best number of its group
+        best_function = "max" if direction == "higher" else "min"
+        best_number = by_group.transform(best_function)
         # a group with a single number has no best one
         has_rival = by_group.transform("count") > 1
-        return (candidates == extreme) & has_rival
+        return (candidates == best_number) & has_rival
 
     def markdown(self) -> str:
         """Render title, table and caption, with the best numbers in bold."""
@@ -230,7 +233,7 @@ class Table:
         return f"{comment}\n{_LATEX_PREAMBLE}{table}\\endgroup\n"
 
     def _latex_column_format(self, texts: pd.DataFrame) -> str:
-        """Return the format of LaTeX columns: numbers to the right, long texts in 3 cm."""
+        """Return LaTeX's column format: numbers to the right, long texts 3 cm wide."""
         numbers = {column.heading for column in self.printed}
         formats = []
         for heading in texts:
@@ -243,9 +246,10 @@ class Table:
         return "".join(formats)
 
     def html(self) -> str:
-        """Render an unstyled ``<figure>``.
+        """Render an unstyled HTML ``<figure>``.
 
-        Numbers have a value that sorts them, and rows the folders of their runs.
+        It also has, for the script of the page, a value to sort each number by, and the folders of
+        the runs behind each row.
         """
         texts = self.texts()
         constants = self._constant_texts(texts)
@@ -271,9 +275,9 @@ class Table:
         return text + "\n"
 
     def _constant_texts(self, texts: pd.DataFrame) -> dict[str, str]:
-        """Return the texts that are the same in all rows, by heading of their text column.
+        """Return the text of each text column that is the same in all rows, by heading.
 
-        ``texts`` is the result of :meth:`texts`.
+        ``texts`` is the result of :meth:`texts`. At least one of the columns ``keys`` is left out.
         """
         if len(texts) < 2:
             return {}
@@ -282,13 +286,16 @@ class Table:
         for heading in (*key_headings, *self.notes.values()):
             if texts[heading].nunique() == 1:
                 constants[heading] = texts[heading].iloc[0]
-        # a table keeps at least one key
+        # a table must keep a column that names its rows
         if all(heading in constants for heading in key_headings):
             del constants[key_headings[-1]]
         return constants
 
     def with_random_weights_note(self) -> Table:
-        """Remove verdicts and marks, if any, and state in the caption that weights are random."""
+        """Remove verdicts and bold numbers, because with random weights they mean nothing.
+
+        The caption says so. A table that has neither is returned as it is.
+        """
         has_marks = any(column.best for column in self.columns)
         if "verdict" not in self.notes and not has_marks:
             return self
@@ -308,7 +315,7 @@ class Table:
 
 
 def _sentence_on(constants: Mapping[str, str]) -> str:
-    """List the texts that are the same in all rows in a sentence, without empty ones and dashes."""
+    """Write a sentence with the texts that all rows share, without empty texts and dashes."""
     known = []
     for heading, text in constants.items():
         if text not in ("", MISSING):
@@ -348,7 +355,7 @@ def escape_markdown(text: str) -> str:
 
 
 def escape_latex(text: str) -> str:
-    """Escape a text for pdflatex, and replace the signs that it lacks."""
+    """Join the lines of a text, escape it for pdflatex, and replace signs that pdflatex lacks."""
     in_one_line = " ".join(text.split())
     return in_one_line.translate(_SIGNS)
 

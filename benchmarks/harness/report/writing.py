@@ -16,9 +16,10 @@ from benchmarks.harness.results.records import read_records
 
 
 def write_tables(suite: Suite, benchmark: str, part: str | None = None) -> None:
-    """Write the tables and figures of a benchmark, or of one of its sets, from collected records.
+    """Write the tables and figures of a benchmark, or of one data set, from collected records.
 
-    It also writes the paper's items, the section of the pages, and the numbers of claims.
+    Also writes our versions of the paper's tables and figures, the section file that pages are
+    written from, and, for a whole benchmark, the numbers that claims compare. ``part`` is the set.
     """
     records = read_records(suite, benchmark, part)
     of_benchmark = present(load_benchmark(benchmark), records)
@@ -29,15 +30,15 @@ def write_tables(suite: Suite, benchmark: str, part: str | None = None) -> None:
         table.write(folder / "tables")
     for name, figure in presentation.figures.items():
         figure.draw(folder / "figures" / name)
-    # copies some of the figures
+    # after the figures, because some of them are copied
     write_paper_items(suite, presentation)
 
-    # reads whether the figures are placeholders
+    # also after the figures, to see which of them are placeholders
     section = make_section(presentation, records, suite.name)
     section_file = Path(presentation.artifacts.section_file(suite.name))
     write_json(section_file, section.model_dump())
 
-    # claims compare the numbers of all sets
+    # claims compare numbers of all sets, so they are not written for a single set
     if part is None and benchmark in claimed_benchmarks(suite):
         numbers = of_benchmark.outcomes.claim_numbers()
         write_claim_numbers(suite.name, benchmark, numbers)

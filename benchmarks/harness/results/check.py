@@ -93,9 +93,9 @@ class CheckResult:
         differences: The numbers that do not agree, with the columns ``status`` (changed, missing or
             new), :data:`KEYS`, ``before``, ``after`` and ``tolerance``.
         equal: The count of numbers that agree.
-        machines: A sentence per pair of machines, with the count of numbers and the kind of
-            comparison.
-        unfinished: The runs without numbers, with the reason if known.
+        machines: One sentence per pair of old and new machine: how many numbers were compared, and
+            whether exactly or within tolerances.
+        unfinished: The runs without new numbers, with the reason if known.
     """
 
     differences: pd.DataFrame
@@ -105,7 +105,7 @@ class CheckResult:
 
     @property
     def passed(self) -> bool:
-        """Return True if all numbers agree."""
+        """Return True if all numbers agree and no run is unfinished."""
         return self.differences.empty and not self.unfinished
 
     def __str__(self) -> str:
@@ -145,7 +145,8 @@ def tolerance_of(metric: str) -> float | None:
 def values_agree(before: str, after: str, tolerance: float) -> bool:
     """Return True if two values are equal or differ by at most the tolerance.
 
-    A value is a number or several numbers, as text. The tolerance is relative for values above 1.
+    A value is a text with one number, or with several numbers separated by blanks. The tolerance is
+    relative to the largest old number if that is above 1, else absolute.
     """
     if before == after:
         return True
@@ -230,7 +231,7 @@ def _rows_agree(rows: pd.DataFrame) -> pd.Series[bool]:
 def _machine_sentences(
     rows: pd.DataFrame, before: Numbers, after: Numbers, *, elsewhere: bool
 ) -> list[str]:
-    """Describe the comparison of each pair of machines, with the count of their numbers."""
+    """Say for each pair of machines how many numbers were compared, and how."""
     on_both_sides = rows[rows["status"] == "changed"]
     counts = on_both_sides.groupby(["machine_before", "machine_after"]).size()
     sentences = []
@@ -244,7 +245,7 @@ def _machine_sentences(
 
 
 def _comparison_kind(before: Numbers, after: Numbers, old_machine: str, new_machine: str) -> str:
-    """Describe the comparison of two machines: exact, or within tolerances and the reason."""
+    """Say how the numbers of two machines were compared: exactly, or within tolerances and why."""
     if old_machine == new_machine:
         if before.code != after.code:
             return "within tolerances: the reference was made by older code"
@@ -260,7 +261,7 @@ def _comparison_kind(before: Numbers, after: Numbers, old_machine: str, new_mach
 
 
 def code_digest() -> str:
-    """Hash the code that numbers depend on: experts, models, data and training of benchmarks."""
+    """Hash the code that numbers depend on, without the files that only print or draw numbers."""
     folders = [
         ROOT / "emoe",
         BENCHMARKS / "harness" / "models",
@@ -275,7 +276,7 @@ def code_digest() -> str:
         for file in sorted(folder.rglob("*")):
             is_code = file.suffix in (".py", ".cpp", ".h")
             if is_code and file.name not in _PRESENTATION_FILES:
-                # the name too: a renamed file counts as changed
+                # the name is hashed too, so a renamed file counts as changed
                 name = file.relative_to(folder.parent).as_posix()
                 digest.update(f"{name}\0".encode())
                 digest.update(file.read_bytes())
@@ -283,7 +284,7 @@ def code_digest() -> str:
 
 
 def check_numbers(records: Iterable[Record]) -> Numbers:
-    """Make the compared numbers of finished runs, without costs.
+    """Collect the numbers of finished runs that the check compares, without costs.
 
     Raises:
         DefinitionError: Two runs have the same name.
@@ -317,7 +318,7 @@ def _machine_name(fingerprint: Mapping[str, str]) -> str:
 
 
 def _group_name(run: Run) -> str:
-    """Name a run by its settings, the same for all seeds."""
+    """Join the settings of a run in one text, without the seed."""
     texts = []
     for key, value in run_keys(run).items():
         if key == "learning_rate":
@@ -336,19 +337,23 @@ def _numbers_of(record: Record) -> list[RunNumber]:
 
 
 def _scores(run: Run, metrics: Metrics) -> Iterator[RunNumber]:
-    """Yield the numbers that tables show."""
+    """Yield the compared numbers that tables show: all except costs and the best dev epoch."""
     for part, task, metric, number in run_numbers(run, metrics):
-        # neither costs, which vary, nor the best epoch on the dev split
+        # costs vary from run to run
         if metric not in load_metrics() or part in ("cost", "dev_best"):
             continue
         value = float(number)
+        # repr keeps all digits; counts are compared exactly and have no digits after the point
         is_count = value.is_integer() and tolerance_of(metric) == 0
         text = repr(int(value)) if is_count else repr(value)
         yield RunNumber(part, task, metric, text)
 
 
 def _other_numbers(run: Run, metrics: Metrics) -> Iterator[RunNumber]:
-    """Yield the numbers that only this check uses: those of the probe, the model and the data."""
+    """Yield the numbers that only this check uses, not the tables.
+
+    They describe the first training steps (the probe), the model and the data.
+    """
     if metrics.probe:
         # an evaluation has the logits of a model that another run trained
         is_evaluation = "candidates" in run.spec
@@ -361,7 +366,10 @@ def _other_numbers(run: Run, metrics: Metrics) -> Iterator[RunNumber]:
 
 
 def _probe_numbers(probe: Probe, logits_metric: str) -> Iterator[RunNumber]:
-    """Yield the losses, the summary of the logits and the expert loads of a probe."""
+    """Yield the losses of the first steps, the summary of the logits and the expert loads.
+
+    ``logits_metric`` is the metric whose tolerance applies to the logits.
+    """
     for step, loss in enumerate(probe.losses, start=1):
         yield RunNumber("probe", "", f"loss_{step}", loss)
     if probe.logits:
@@ -374,12 +382,12 @@ def _probe_numbers(probe: Probe, logits_metric: str) -> Iterator[RunNumber]:
 
 
 def _model_numbers(model: ModelNumbers) -> Iterator[RunNumber]:
-    """Yield the conversion of each layer, and the trained parameters of each group."""
+    """Yield the expert sizes and inertia of each converted layer, then the trained parameters."""
     for layer in model.conversion:
         name = f"layer {layer.index}"
         sizes = f"{layer.experts} experts of {layer.expert_size}, top {layer.top_k}"
         yield RunNumber("model", name, "conversion", sizes)
-        # GMoE has no partition that could explain variance
+        # the share of the variance that the partition leaves unexplained; GMoE has no partition
         if layer.explained is not None:
             yield RunNumber("model", name, "inertia", repr(1 - layer.explained))
     for group, trained in model.trained.items():
@@ -387,7 +395,7 @@ def _model_numbers(model: ModelNumbers) -> Iterator[RunNumber]:
 
 
 def read_reference(suite: str) -> Numbers:
-    """Read blessed numbers.
+    """Read the blessed numbers of a suite.
 
     Raises:
         DefinitionError: The csv is missing, damaged or of an older form.
@@ -416,7 +424,7 @@ def read_reference(suite: str) -> Numbers:
 
 
 def write_reference(suite: str, numbers: Numbers, commit: str) -> Path:
-    """Write blessed numbers as csv, and their origin (commit, machines and code) as JSON.
+    """Write a suite's blessed numbers as csv, and their commit, machines and code as JSON.
 
     Returns the path of the csv.
     """
@@ -435,8 +443,10 @@ def check(suite: Suite, *, elsewhere: bool = False) -> CheckResult:
     ``elsewhere`` applies tolerances even on the same machine.
 
     Raises:
-        DefinitionError: No finished run is collected, or the reference is missing or damaged.
-        DataError: A file of records is damaged, or older than a ``metrics.json``.
+        DefinitionError: No finished run is collected, or the csv of the blessed numbers is missing
+            or damaged.
+        DataError: A file of records is damaged or older than a ``metrics.json``, or the json with
+            the origin of the blessed numbers is missing or damaged.
     """
     records = _read_finished(suite)
     if not records:
@@ -471,6 +481,8 @@ def _read_finished(suite: Suite) -> list[Record]:
 def run_again(records: Sequence[Record], say: Callable[[str], None]) -> tuple[Numbers, list[str]]:
     """Rerun finished runs, each in a new process that writes to a temporary folder.
 
+    ``say`` prints a line about each run.
+
     Returns:
         The new numbers, and for each failed run its name and last line of output.
     """
@@ -490,9 +502,9 @@ def run_again(records: Sequence[Record], say: Callable[[str], None]) -> tuple[Nu
 
 
 def _run_in_process(record: Record, folder: Path) -> str | None:
-    """Rerun a finished run below a folder.
+    """Rerun a finished run, with its files below ``folder``.
 
-    Returns the last line of its errors if it fails, else None.
+    Returns the last line of its error output if it fails, else None.
     """
     path = folder / record.run.folder / "run.json"
     write_text(path, record.run.to_json())
@@ -507,7 +519,9 @@ def _run_in_process(record: Record, folder: Path) -> str | None:
 
 
 def verify(suite: Suite, count: int, say: Callable[[str], None]) -> CheckResult:
-    """Draw some finished runs, execute them again, and compare their numbers.
+    """Rerun up to ``count`` finished runs, chosen at random, and compare new and old numbers.
+
+    ``say`` prints a line about each run.
 
     Raises:
         DefinitionError: No run is finished.
@@ -527,9 +541,10 @@ def verify(suite: Suite, count: int, say: Callable[[str], None]) -> CheckResult:
 
 
 def bless(suite: Suite, say: Callable[[str], None]) -> Path:
-    """Bless the present numbers, if the fastest run of every benchmark repeats its numbers exactly.
+    """Write the present numbers as the new blessed ones, if reruns repeat them exactly.
 
-    Returns the path of the written csv.
+    One run of each benchmark is rerun, the fastest. ``say`` prints a line about each rerun, and the
+    differences if there are any. Returns the path of the written csv.
 
     Raises:
         DefinitionError: The checkout is not clean, a run is not finished, or a rerun has other
@@ -539,13 +554,12 @@ def bless(suite: Suite, say: Callable[[str], None]) -> Path:
     commit = clean_commit()
     check_finished(suite.runs, f"of the suite '{suite.name}'", f"make run SUITE={suite.name}")
 
-    # one run per benchmark is rerun, the fastest, to save time
     records: list[Record] = []
-    fastest: list[Record] = []
+    fastest: list[Record] = []  # of each benchmark, to save time
     for name in suite.settings.benchmarks:
-        of_benchmark = read_records(suite, name)
-        records += of_benchmark
-        fastest.append(min(of_benchmark, key=lambda record: record.metrics.cost.job_seconds))
+        benchmark_records = read_records(suite, name)
+        records += benchmark_records
+        fastest.append(min(benchmark_records, key=lambda record: record.metrics.cost.job_seconds))
     for record in records:
         check_current(record)
 
@@ -562,10 +576,12 @@ def bless(suite: Suite, say: Callable[[str], None]) -> Path:
 
 
 def clean_commit() -> str:
-    """Return the commit of a checkout without changes, except to blessed numbers.
+    """Return the commit of the checkout, which must have no uncommitted changes.
+
+    Changes to blessed numbers are allowed.
 
     Raises:
-        DefinitionError: A file is not committed.
+        DefinitionError: Another file is not committed.
     """
     status = git(ROOT, "status", "--porcelain", "--", ".", ":(exclude)results/reference")
     # one line per file, which ends with its path

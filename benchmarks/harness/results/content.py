@@ -12,14 +12,14 @@ from benchmarks.harness.config.yaml import refusal
 
 
 class Recorded(BaseModel):
-    """A part of a ``metrics.json``. A key that may be missing cannot be null."""
+    """The base of all sections of a ``metrics.json``. An optional key must not be null."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_null(cls, content: Any) -> Any:
-        """Refuse a null under a key that may be missing."""
+        """Return the content, or raise if an optional key without a default value is null."""
         # pydantic itself refuses what is not a mapping
         if not isinstance(content, dict):
             return content
@@ -32,7 +32,7 @@ class Recorded(BaseModel):
 
 
 def _check_number(text: str) -> str:
-    """Refuse a text that is not a number."""
+    """Return the text if it is a number, else raise."""
     try:
         float(text)
     except ValueError:
@@ -41,7 +41,7 @@ def _check_number(text: str) -> str:
 
 
 def _check_same_lengths(rows: Sequence[Sized]) -> Any:
-    """Refuse lists of different lengths."""
+    """Return the lists if all have the same length, else raise."""
     lengths = {len(row) for row in rows}
     if len(lengths) > 1:
         raise refusal("its lists have different lengths")
@@ -54,14 +54,14 @@ NumberText = Annotated[str, AfterValidator(_check_number)]  # a number with all 
 Digits = Annotated[str, Field(pattern="^[0-9]+$")]
 Layer = Digits  # the number of a layer
 Loads = Annotated[list[Count], Field(min_length=1)]  # choices by expert
-Shares = Annotated[list[float], Field(min_length=1)]  # shares of the choices by expert
+Shares = Annotated[list[float], Field(min_length=1)]  # share of the choices, by expert
 LoadRows = Annotated[list[Loads], Field(min_length=1), AfterValidator(_check_same_lengths)]
 ByMetric = Annotated[dict[str, Loss], Field(min_length=1)]
-Scores = dict[str, dict[str, ByMetric]]  # by part, set and metric
+Scores = dict[str, dict[str, ByMetric]]  # by part (such as test or ood), data set and metric
 
 
 class Cost(Recorded):
-    """What a run took. A kind that trains has the times of its training, too."""
+    """The time and memory of a run. Runs that train also have the times of their training."""
 
     job_seconds: float
     """The whole job, from the start of its process."""
@@ -101,23 +101,29 @@ class Environment(Recorded):
 class Logits(Recorded):
     """A summary of logits.
 
-    The order of the fields is that of a written file: `check` compares them as one text.
+    `check` compares the four numbers as one text, so the order of the fields must stay.
     """
 
     deviation: float
+    """Standard deviation."""
     mean: float
     projection: float
+    """Product with a fixed random direction."""
     rms: float
+    """Root of the mean square."""
 
 
 class Probe(Recorded):
-    """Numbers of the first steps, which barely differ between machines."""
+    """The first training losses, and the logits and expert loads of a fixed batch.
+
+    They barely differ between machines.
+    """
 
     losses: list[NumberText]
     loads: dict[Layer, Loads]
-    """Choices of a fixed batch by layer and expert; empty for a dense model."""
+    """Expert choices of a fixed batch by layer and expert; empty for a dense model."""
     logits: Logits | None = None
-    """Of the same batch. Sharded models record none."""
+    """Logits of the same batch. Sharded models record none."""
 
 
 class ConvertedLayer(Recorded):
@@ -153,7 +159,7 @@ class Source(Recorded):
 class ModelNumbers(Recorded):
     """The source and the sizes of a run's model.
 
-    A kind that trains nothing may record only its source and its conversion.
+    Runs that train nothing may record only the source and the conversion.
     """
 
     source: Source
@@ -169,7 +175,7 @@ class ModelNumbers(Recorded):
     active_neurons: float | None = None
 
 
-# the keys of a summary of instructions
+# the keys that only the summary of a set of instructions has
 _OF_INSTRUCTIONS = (
     "template",
     "broken_rows",
@@ -182,7 +188,7 @@ _OF_INSTRUCTIONS = (
 
 
 class DataSummary(Recorded):
-    """The rows of one split of a set.
+    """A summary of the rows in one split of a data set.
 
     Texts and images have labels or scores, and instructions have tokens.
     """
@@ -190,7 +196,7 @@ class DataSummary(Recorded):
     source: str
     rows: Count
     digest: str | None = None
-    """Of texts."""
+    """Digest of the rows, for texts."""
     dropped: Count | None = None
     """Rows without a clear label or text."""
     labels: dict[str, Count] = {}
@@ -198,7 +204,7 @@ class DataSummary(Recorded):
     range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     """The lowest and highest score of a regression."""
     template: str | None = None
-    """Of instructions, as are all following keys."""
+    """Template of the instructions. Only instructions have this and the following keys."""
     broken_rows: Count | None = None
     tokens: Count | None = None
     learned_tokens: Count | None = None
@@ -210,6 +216,7 @@ class DataSummary(Recorded):
     def content(self) -> str:
         """Return the counts, labels and digest in one text, which ``check`` compares."""
         texts = []
+        # pydantic models iterate over (key, value)
         for key, value in sorted(self):
             if isinstance(value, int):
                 texts.append(f"{key} {value}")
@@ -220,7 +227,7 @@ class DataSummary(Recorded):
         return ", ".join(texts)
 
     def model_post_init(self, _context: Any, /) -> None:
-        """Refuse a summary that lacks a key of its kind of data."""
+        """Raise if a key is missing that instructions, or else texts and images, must have."""
         has_instructions = any(getattr(self, key) is not None for key in _OF_INSTRUCTIONS)
         if has_instructions:
             self._check_given(_OF_INSTRUCTIONS)
@@ -231,14 +238,14 @@ class DataSummary(Recorded):
             raise refusal("'labels' is missing")
 
     def _check_given(self, keys: Sequence[str]) -> None:
-        """Refuse the summary if it lacks one of some keys."""
+        """Raise if one of the keys is missing."""
         for key in keys:
             if getattr(self, key) is None:
                 raise refusal(f"'{key}' is missing")
 
 
 class Windows(Recorded):
-    """Expert loads during the training, window by window."""
+    """Expert loads during the training. A window is a number of consecutive steps."""
 
     ends: list[Count]
     """The last step of each window."""
@@ -246,7 +253,7 @@ class Windows(Recorded):
     """By layer, window and expert."""
 
     def model_post_init(self, _context: Any, /) -> None:
-        """Refuse a layer with more or fewer windows than ``ends``."""
+        """Raise if a layer has more or fewer windows than ``ends``."""
         for layer, rows in self.loads.items():
             if len(rows) != len(self.ends):
                 raise refusal(
@@ -255,9 +262,10 @@ class Windows(Recorded):
 
 
 class Chance(Recorded):
-    """The mutual information of expert and label by chance, in bits.
+    """The mutual information of experts and labels after shuffling the labels, in bits.
 
-    Each pair has the mean and the 95 % quantile of shuffles.
+    Each list has the mean and the 95 % quantile over the shuffles. Labels are the ``class`` or the
+    ``environment`` of an image.
     """
 
     by_class: Annotated[list[float], Field(min_length=2, max_length=2, alias="class")]
@@ -265,9 +273,10 @@ class Chance(Recorded):
 
 
 class Routing(Recorded):
-    """A summary of the evaluated tokens' routing; empty for a dense model.
+    """A summary of how evaluated tokens were routed to experts; empty for a dense model.
 
-    Statistics are means over the layers. Kinds measure the information of different labels.
+    Single numbers are means over the layers. ``<label>_information`` is the mutual information of
+    experts and labels; benchmarks differ in the labels that they measure.
     """
 
     active_neurons: float | None = None
@@ -287,45 +296,47 @@ class Routing(Recorded):
     shares: dict[Layer, Shares] = {}
     """Shares of the choices by layer and expert."""
     windows: Windows | None = None
-    """Of text benchmarks' training."""
+    """Loads during the training, for text benchmarks."""
     loads: dict[
         Layer, Annotated[list[LoadRows], Field(min_length=1), AfterValidator(_check_same_lengths)]
     ] = {}
-    """Of images, by layer, environment, class and expert."""
+    """Loads for images, by layer, environment, class and expert."""
     chance: dict[Layer, Chance] = {}
-    """Of images, by layer."""
+    """Information by chance for images, by layer."""
 
     def model_post_init(self, _context: Any, /) -> None:
-        """Refuse loads and chance of different layers."""
+        """Raise if ``loads`` and ``chance`` have different layers."""
         if self.loads.keys() != self.chance.keys():
             raise refusal("'loads' and 'chance' have different layers")
 
 
 class SetUsage(Recorded):
-    """The use of experts by the rows of one set."""
+    """The use of experts by the rows of one data set."""
 
     shares: Shares
-    """By expert."""
+    """Share of the choices, by expert."""
     marks: list[Annotated[int, Field(ge=-1, le=1)]]
-    """1 for experts that are used more than by chance, -1 for less, by expert."""
+    """By expert: 1 if it is used more than by chance, -1 if less, else 0."""
     classes: dict[Digits, Shares]
     """Shares by class; empty for a regression."""
 
     def model_post_init(self, _context: Any, /) -> None:
-        """Refuse lists of different numbers of experts."""
+        """Raise if the lists have different numbers of experts."""
         _check_same_lengths([self.shares, self.marks, *self.classes.values()])
 
 
 class Usage(Recorded):
-    """The use of experts by set; all is empty for a dense model, and for runs on a single set."""
+    """The use of experts by data set; empty for dense models and for runs on one data set."""
 
     tasks: dict[str, SetUsage] = {}
-    """By set."""
+    """By data set."""
     shared: list[Count] = []
+    """Experts with a share above 1/N in every data set, and no mark."""
     specialised: list[Count] = []
+    """Experts that some data set uses more than by chance."""
 
     def model_post_init(self, _context: Any, /) -> None:
-        """Refuse a summary with only some of the keys, or with an expert that does not exist."""
+        """Raise if only some of the keys are given, or if a named expert does not exist."""
         given = self.model_fields_set
         if given:
             for key in type(self).model_fields:
@@ -345,19 +356,19 @@ class Usage(Recorded):
 class Matrix(Recorded):
     """The active neurons of some tokens.
 
-    ``tokens``, ``places`` and ``values`` have one entry per active neuron: its token, its place in
-    the order of the experts, and its value.
+    ``tokens``, ``places`` and ``values`` have one entry per active neuron: the number of its token,
+    its place among the neurons in the order of the experts, and its value.
     """
 
     neurons: Annotated[int, Field(ge=1)]
     tasks: Annotated[list[str], Field(min_length=1)]
-    """The set of each token."""
+    """The data set of each token."""
     tokens: list[Count]
     places: list[Count]
     values: list[float]
 
     def model_post_init(self, _context: Any, /) -> None:
-        """Refuse places without a token or a value."""
+        """Raise if ``tokens``, ``places`` and ``values`` have different lengths."""
         _check_same_lengths([self.tokens, self.places, self.values])
 
 
@@ -368,13 +379,13 @@ class QuestionResult(Recorded):
     metric: str
     questions: Count
     categories: dict[str, dict[str, float]]
-    """Metrics and number of questions by subgroup."""
+    """Main metric and number of questions, by subgroup of subjects."""
     subjects: dict[str, dict[str, float]]
-    """The same by subject."""
+    """All metrics and number of questions, by subject."""
     correct: dict[str, Annotated[str, Field(pattern="^[01]*$")]]
     """A digit for each question by subject; empty without a binary accuracy."""
     nats_per_byte: dict[str, list[Loss]] = {}
-    """For each right answer by subject; empty if questions have no several answers."""
+    """For each right answer, by subject; empty if questions do not have several answers."""
     source: list[str] = []
     """Origin of the questions."""
 
@@ -389,7 +400,7 @@ class Answer(Recorded):
 
 
 class Chosen(Recorded):
-    """The run that an evaluation chose."""
+    """The trained run that an evaluation run chose among its candidates."""
 
     run: str
     """Folder below results/runs."""
@@ -398,7 +409,7 @@ class Chosen(Recorded):
 
 
 class Transformed(Recorded):
-    """What a model scores after its conversion to another method."""
+    """The scores of a trained model after its conversion to another method."""
 
     scores: Scores
 
@@ -407,7 +418,7 @@ class Epoch(Recorded):
     """An epoch of text training, with its loss and scores under the names of metrics or sets."""
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, Loss]
+    __pydantic_extra__: dict[str, Loss]  # all keys besides the fields
     epoch: float
 
     def numbers(self) -> Mapping[str, Loss]:
@@ -416,17 +427,20 @@ class Epoch(Recorded):
 
 
 class HeldOutLoss(Recorded):
-    """The loss on held-out instructions at a step of the training."""
+    """The loss on held-out instructions after a step of the training."""
 
     step: Count
     loss: Loss
 
 
 class StepRecord(Recorded):
-    """A record of DomainBed, with accuracies under names such as ``env0_in_acc``."""
+    """An evaluation during the training of a DomainBed run.
+
+    It has accuracies under names such as ``env0_in_acc``.
+    """
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, float]
+    __pydantic_extra__: dict[str, float]  # all keys besides the fields
     step: Count
     epoch: float
     loss: Loss
@@ -437,7 +451,7 @@ class StepRecord(Recorded):
 
 
 def _check_same_numbers(records: list[StepRecord]) -> list[StepRecord]:
-    """Refuse records with different accuracies."""
+    """Return the records if all have accuracies under the same names, else raise."""
     names = {frozenset(record.numbers()) for record in records}
     if len(names) > 1:
         raise refusal("its records have different accuracies")
@@ -445,9 +459,10 @@ def _check_same_numbers(records: list[StepRecord]) -> list[StepRecord]:
 
 
 class Metrics(Recorded):
-    """The parts of a ``metrics.json``; ``Benchmark.recorded`` lists a benchmark's required parts.
+    """The content of a ``metrics.json``.
 
-    A new kind may record further parts.
+    ``Benchmark.recorded`` lists the sections that a benchmark must record. A new kind of benchmark
+    may record further sections.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -460,11 +475,11 @@ class Metrics(Recorded):
         Annotated[dict[str, Annotated[dict[str, float], Field(min_length=1)]], Field(min_length=1)]
         | None
     ) = None
-    """By candidate."""
+    """Measured numbers, by candidate and metric."""
     transformed: dict[str, Transformed] = {}
-    """By method."""
+    """By the method that the trained model was converted to."""
     data: dict[str, DataSummary] | None = None
-    """By set and part."""
+    """By split, or by ``split:task`` if a run reads several data sets."""
     model: ModelNumbers | None = None
     probe: Probe | None = None
     routing: Routing | None = None
@@ -496,5 +511,5 @@ class Metrics(Recorded):
 
 
 def rerun_advice(path: Path) -> str:
-    """Return the advice how to make a damaged ``metrics.json`` anew."""
+    """Return the advice of error messages on how to remake a damaged ``metrics.json``."""
     return f"delete it and run `snakemake --cores all {path}`"

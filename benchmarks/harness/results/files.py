@@ -9,5 +9,5 @@ from benchmarks.harness.config.names import target_name
 
 
 def records_file(suite: str, benchmark: str, part: str | None = None) -> Path:
-    """Return the file with the records of a benchmark, or of the runs on one of its sets."""
+    """Return the path of the file with the records of a benchmark, or of its runs on one set."""
     return RESULTS / suite / "records" / f"{target_name(benchmark, part)}.jsonl"

@@ -44,7 +44,7 @@ def mirror(records: Sequence[Record], uri: str) -> dict[str, int]:
     Raises:
         RunError: MLflow failed. The message names the store without its password.
     """
-    # they log the creation of tables, and tracebacks
+    # these libraries log the creation of tables, and tracebacks
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
@@ -55,7 +55,7 @@ def mirror(records: Sequence[Record], uri: str) -> dict[str, int]:
     store.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(store.with_name(f".{store.name}.lock")):
         if is_file:
-            store.touch()  # with the umask's permissions
+            store.touch()  # so that the file has the permissions of the umask
         try:
             with _database_lock(uri):
                 return _write_all(records, uri)
@@ -97,15 +97,15 @@ def _database_lock(uri: str) -> Iterator[None]:
     # without a pool, so that the connection closes after the block, which frees the lock
     engine = create_engine(uri, poolclass=NullPool, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
-        # else MLflow fails if two processes create its tables at once, and stores runs twice if
-        # two results folders have them
+        # without the lock, two processes may create MLflow's tables at once, which fails, or store
+        # the same run twice
         connection.execute(text("SELECT pg_advisory_lock(:number)"), {"number": _LOCK_NUMBER})
         yield
 
 
 def _problem(error: Exception) -> str:
     """Describe MLflow's error in one line."""
-    # SQLAlchemy may say it in a later line
+    # SQLAlchemy's message may have this in a later line
     if "database is locked" in str(error):
         return "the database is locked; end the other process that uses it, and repeat"
     return first_line(error)
@@ -203,7 +203,7 @@ def _numbers(record: Record, time: int) -> Iterator[Metric]:
 def _point(
     curve: str, step: int, numbers: Mapping[str, float | None], time: int
 ) -> Iterator[Metric]:
-    """Yield the numbers of one point of a curve."""
+    """Yield the numbers of one point of a curve, without missing ones."""
     for key, value in numbers.items():
         if value is not None:  # the loss of a model that diverged
             yield Metric(_plain(f"{curve}.{key}"), float(value), time, step)
@@ -221,7 +221,7 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _plain(name: str) -> str:
-    """Replace the characters that MLflow rejects.
+    """Replace the characters that MLflow rejects in names by ``_``.
 
     One is the ``%`` of ``+90%``, an environment of ColoredMNIST.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,9 +105,10 @@ def read_record(run: Run, root: Path = RUNS) -> Record:
 
 
 def collect(suite: Suite, benchmark: str, part: str | None = None) -> list[Path]:
-    """Write the records of a benchmark's runs, or of the runs on one of its sets.
+    """Read each run's ``metrics.json``, and write the records of a benchmark or of one data set.
 
-    Returns the paths of the files. A file has one line of JSON per run, in the order of the grid.
+    ``part`` is the data set; None for all. Returns the paths of the written files. A file has one
+    line of JSON per run, in the order of the grid.
     """
     files = []
     for file_part in _parts_with_files(suite, benchmark, part):
@@ -120,9 +121,9 @@ def collect(suite: Suite, benchmark: str, part: str | None = None) -> list[Path]
 
 
 def _parts_with_files(suite: Suite, benchmark: str, part: str | None) -> list[str | None]:
-    """List the sets of a benchmark that have a file of records each; only ``part`` if it is given.
+    """List the data sets whose records have their own file, or only ``part`` if it is given.
 
-    None stands for one file with the records of all runs.
+    The list is ``[None]`` if one file has the records of all runs.
     """
     if part:
         return [part]
@@ -137,16 +138,18 @@ def _to_line(record: Record) -> str:
 
 
 def read_records(suite: Suite, benchmark: str, part: str | None = None) -> list[Record]:
-    """Read the collected records of a benchmark, or of one of its sets, in the order of the grid.
+    """Read the collected records of a benchmark in the order of the grid.
+
+    ``part`` selects the runs on one of its data sets.
 
     Raises:
-        DataError: A file of records is missing, damaged, or has the runs of another plan. Names the
-            file.
+        DataError: A file of records is missing or damaged, or its runs are not those that the suite
+            plans. Names the file.
     """
     records_by_folder: dict[str, Record] = {}
     for file_part in _parts_with_files(suite, benchmark, part):
         path = records_file(suite.name, benchmark, file_part)
-        # else Snakemake leaves a file of the wrong content as it is
+        # without --force, Snakemake keeps the existing file
         advice = (
             f"`snakemake --cores all --force {path} --config suite={suite.name}` collects it again"
         )
@@ -200,7 +203,7 @@ def check_current(record: Record) -> None:
 
 
 def check_finished(runs: Sequence[Run], which: str, command: str) -> None:
-    """Check that all runs are finished.
+    """Check that all runs have a ``metrics.json``.
 
     Args:
         runs: The runs.
@@ -259,7 +262,7 @@ def check_metrics(run: Run, content: bytes, path: Path) -> Metrics:
 
 
 def _range_of(metric: str) -> tuple[float, float]:
-    """Return the smallest and the largest possible value of a metric, infinite without a limit."""
+    """Return the smallest and the largest possible value of a metric; infinite if unlimited."""
     metrics = load_metrics()
     low: float | None = None
     high: float | None = None
@@ -273,7 +276,7 @@ def _range_of(metric: str) -> tuple[float, float]:
 
 
 def _is_between(value: object, low: float, high: float) -> bool:
-    """Return True for a number from ``low`` to ``high``, up to rounding."""
+    """Return True if the value is a number from ``low`` to ``high``, up to rounding."""
     if not isinstance(value, (int, float)):
         return False
     return low - _ROUNDING <= value <= high + _ROUNDING
@@ -303,9 +306,9 @@ def tabulate_numbers(records: Iterable[Record]) -> pd.DataFrame:
     The columns are :data:`RUN_KEYS`, ``run_id``, ``part``, ``eval_task``, ``metric``, ``value``,
     and ``is_score`` (True for the main metric of a text task). The parts are
 
-    - ``dev``: the kept epoch on the dev split. ``dev_best``: the best epoch there, for clean runs
-      of tasks with their own dev split; for other runs the reported score, or the score on held-out
-      rows.
+    - ``dev``: the kept epoch on the split that selects epoch and hyper-parameters. It is the dev
+      split, and for tasks without a test split held-out training rows or the reported split.
+    - ``dev_best``: the best epoch on the dev split, for tasks with a test split.
     - ``test``: the reported split of the training task. ``ood``: each other task.
     - ``ood_mean``: the mean of the scores over the other tasks (metric ``score``).
     - ``test as <method>``, ``ood as <method>``, ``ood_mean as <method>``: the same after converting
@@ -334,7 +337,7 @@ def tabulate_numbers(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def _main_metrics(run: Run) -> dict[tuple[str, str], str]:
-    """Map each part and data set to its main metric.
+    """Map each (part, data set) to its main metric.
 
     It is the task's own metric in domain, and the paper's metric out of domain.
     """
@@ -343,9 +346,14 @@ def _main_metrics(run: Run) -> dict[tuple[str, str], str]:
         for part in ("dev", "dev_best", "test"):
             metrics[part, task["name"]] = task.get("metric", "")
     for other in run.spec["ood"]:
-        # the first is the paper's
-        metrics["ood", other["name"]] = other["ood_metrics"][0]
+        metrics["ood", other["name"]] = _paper_metric(other)
     return metrics
+
+
+def _paper_metric(ood_set: Mapping[str, Any]) -> str:
+    """Return the metric that the paper reports for a data set out of domain."""
+    first: str = ood_set["ood_metrics"][0]  # the first is the paper's
+    return first
 
 
 def run_keys(run: Run) -> dict[str, Any]:
@@ -354,12 +362,12 @@ def run_keys(run: Run) -> dict[str, Any]:
 
 
 def run_numbers(run: Run, metrics: Metrics) -> Iterator[RunNumber]:
-    """Yield every number of a run.
+    """Yield every number of a run that tables show: scores, costs, sizes of the model, and routing.
 
     Raises:
         LookupError: A score is missing that the run must have.
     """
-    # a measurement has nothing else
+    # a measurement has no other numbers
     if metrics.measured is not None:
         for candidate, values in metrics.measured.items():
             for name, value in values.items():
@@ -370,7 +378,7 @@ def run_numbers(run: Run, metrics: Metrics) -> Iterator[RunNumber]:
     for method, transformed in metrics.transformed.items():
         yield from _score_numbers(run, transformed.scores, AS + method)
 
-    # without a test split, the scores of the epochs are on the dev split that is also reported
+    # the best epoch on the dev split; tasks without a test split report the dev split itself
     if metrics.epochs and run.spec["task"]["splits"]["test"] is not None:
         metric = run.spec["task"]["metric"]
         scores: list[Any] = [epoch.numbers()[metric] for epoch in metrics.epochs]
@@ -384,7 +392,7 @@ def run_numbers(run: Run, metrics: Metrics) -> Iterator[RunNumber]:
 def _numbers_of_section(
     part: str, section: Recorded | None, names: Sequence[str]
 ) -> Iterator[RunNumber]:
-    """Yield the named numbers of a section of metrics.json, without those that it lacks."""
+    """Yield the named numbers of a section of metrics.json. A missing number is skipped."""
     for name in names:
         value = getattr(section, name, None)
         if value is not None:
@@ -392,14 +400,14 @@ def _numbers_of_section(
 
 
 def _score_numbers(run: Run, scores: Scores, suffix: str = "") -> Iterator[RunNumber]:
-    """Yield all scores, and their mean over the sets out of domain.
+    """Yield all scores, and the mean of the paper's metric over the data sets out of domain.
 
     The suffix is appended to each part.
     """
     for part, by_data_set in scores.items():
         for data_set, values in by_data_set.items():
             for metric, value in values.items():
-                # a null elsewhere is an error, which `check_metrics` finds
+                # any other null is yielded, and `check_metrics` raises an error for it
                 has_diverged = value is None and metric in _MAY_DIVERGE
                 if not has_diverged:
                     yield RunNumber(part + suffix, data_set, metric, value)
@@ -407,16 +415,17 @@ def _score_numbers(run: Run, scores: Scores, suffix: str = "") -> Iterator[RunNu
     ood_scores: list[Any] = []
     for other in run.spec["ood"]:
         by_metric = scores["ood"][other["name"]]
-        ood_scores.append(by_metric[other["ood_metrics"][0]])
+        ood_scores.append(by_metric[_paper_metric(other)])
     if ood_scores:
         mean = sum(ood_scores) / len(ood_scores)
         yield RunNumber(OOD_MEAN + suffix, "", "score", mean)
 
 
 def scores_of(records: pd.DataFrame, part: str) -> pd.DataFrame:
-    """Return the rows of a part that have the main metric of each set, renamed to ``score``.
+    """Select the main score of each data set in a part such as ``test``.
 
-    ``records`` is a result of :func:`tabulate_numbers`.
+    ``records`` are rows of :func:`tabulate_numbers`. The metric of the selected rows is renamed to
+    ``score``.
     """
     is_part = records["part"] == part
     return records[is_part & records["is_score"]].assign(metric="score")

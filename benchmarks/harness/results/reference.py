@@ -23,12 +23,12 @@ class Origin(BaseModel):
 
 
 def bless_advice(suite: str) -> str:
-    """Return the advice how to write a suite's blessed numbers anew."""
+    """Return the advice of error messages on how to renew a suite's blessed numbers."""
     return f"bless a run of the suite (`python -m benchmarks bless --suite {suite}`)"
 
 
 def read_origin(path: Path) -> Origin:
-    """Read the origin of a suite's blessed numbers; the file has the suite's name.
+    """Read the origin of a suite's blessed numbers from ``<suite>.json``.
 
     Raises:
         DataError: The file is missing, damaged or of an older form.

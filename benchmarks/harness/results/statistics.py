@@ -18,9 +18,9 @@ PERMUTATIONS = 500  # shuffles that estimate the mutual information by chance
 
 
 def information_numbers(*names: str) -> list[str]:
-    """List the metrics of the mutual information of experts and some kinds of labels.
+    """List the metric names of the mutual information of experts and labels, three per label.
 
-    Each kind, such as ``task``, has three: the information, and its mean and 95 % quantile by
+    For the label ``task`` they are ``task_information``, and the mean and the 95 % quantile by
     chance.
     """
     metrics = []
@@ -35,8 +35,8 @@ def information_numbers(*names: str) -> list[str]:
 class Difference:
     """The mean of paired differences, with a confidence interval and a test.
 
-    With one pair, or if all differences are equal, ``low``, ``high`` and ``p`` are nan. If all
-    differences are 0, ``low`` and ``high`` are 0.
+    With one pair, or if all differences are equal, ``low``, ``high`` and ``p`` are nan. If several
+    differences are all 0, ``low`` and ``high`` are 0. Without pairs, ``mean`` is nan, too.
 
     Attributes:
         mean: The mean over ``n`` pairs.
@@ -64,7 +64,7 @@ class Difference:
 
 
 def mean_difference(differences: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Difference:
-    """Compute the mean of paired differences, with interval and test."""
+    """Compute the mean of paired differences, its confidence interval, and the paired t-test."""
     n = len(differences)
     if n == 0:
         return Difference(math.nan, math.nan, math.nan, math.nan, n)
@@ -88,11 +88,11 @@ def mean_difference(differences: np.ndarray[tuple[int], np.dtype[np.float64]]) -
 def confidence_interval(
     values: np.ndarray[tuple[int], np.dtype[np.float64]],
 ) -> tuple[float, float]:
-    """Return the 95 % interval of a mean.
+    """Return the lower and upper end of the 95 % confidence interval of a mean.
 
     Both ends are the mean if there is a single value, or if all values are equal.
     """
-    # values are their differences to 0
+    # the interval of a mean is that of the differences to 0
     interval = mean_difference(values)
     if math.isnan(interval.low):
         return interval.mean, interval.mean
@@ -108,29 +108,29 @@ def paired_differences(
 ) -> pd.DataFrame:
     """Compare each cell with its reference over pairs, such as each method with the baseline.
 
-    A cell is a combination of values of the columns ``cell``. Each score is compared with the
-    reference score that has the same values in all other columns, then the scores of a pair are
-    averaged.
+    A cell is a combination of values of the columns ``cell``. Each score is joined with the
+    reference score that has the same values in all other columns. Then scores and reference scores
+    are averaged over each pair, and the differences of the pairs are tested.
 
     Args:
         scores: The scores in the column ``value``, one row per score.
         cell: The columns that identify a cell.
-        reference: The values that the reference has, by column, such as the baseline's name under
-            ``method``.
+        reference: The value that rows of the reference have in some columns, such as
+            ``{"method": "dense"}``.
         pair: The column that identifies a pair, such as ``seed``.
-        averaged: The columns over which the reference is averaged.
+        averaged: The columns over which reference scores are averaged before they are joined.
 
     Returns:
-        One row per cell that shares pairs with its reference: the cell's columns,
-        :attr:`Difference.COLUMNS`, and the counts of pairs ``n`` and of compared ``values``.
+        One row per cell that shares pairs with its reference: the columns ``cell``,
+        :attr:`Difference.COLUMNS`, the count ``n`` of pairs and the count ``values`` of scores.
     """
     is_reference = pd.Series(True, scores.index)
     for column, name in reference.items():
         is_reference &= scores[column] == name
 
-    # beside each score the reference score that differs only in the columns of the reference
-    others = ("value", *reference, *averaged)
-    shared = [column for column in scores if column not in others]
+    # put the reference score beside each score that has the same values in the shared columns
+    not_shared = ("value", *reference, *averaged)
+    shared = [column for column in scores if column not in not_shared]
     by_shared = scores[is_reference].groupby(shared, sort=False)
     references = by_shared["value"].mean().rename("reference").reset_index()
     both = scores[~is_reference].merge(references, on=shared)
@@ -155,22 +155,23 @@ def paired_differences(
 def shared_pairs(
     scores: pd.DataFrame, table: Sequence[str], row: Sequence[str], pair: str
 ) -> pd.DataFrame:
-    """Keep the scores of the pairs (such as seeds) that all rows of a table share.
+    """Keep the scores of the pairs (such as seeds) that every row of a table has.
 
-    Then the means of its rows are comparable. The columns ``table`` identify a table, and the
+    Then the means of the rows are comparable. The columns ``table`` identify a table, and the
     columns ``row`` a row in it.
     """
+    # one number per row, so that distinct rows can be counted below
     row_numbers = scores.groupby(list(row), sort=False).ngroup()
     by_table = row_numbers.groupby([scores[column] for column in table])
     by_pair = row_numbers.groupby([scores[column] for column in (*table, pair)])
-    # for each score, the rows of its table, and those of them that have its pair
+    # beside each score: how many rows its table has, and how many of them have its pair
     num_rows = by_table.transform("nunique")
     num_rows_with_pair = by_pair.transform("nunique")
     return scores[num_rows == num_rows_with_pair]
 
 
 def holm(p: pd.Series[float]) -> pd.Series[float]:
-    """Correct the p values of one family by Holm's step-down procedure; nan is not counted."""
+    """Correct the p values of one family by Holm's step-down procedure; nan is left out."""
     # statsmodels' multipletests collects garbage at every call, which takes longer than the rest
     ordered = p.dropna().sort_values()
     # the smallest is multiplied by the number of tests, the next by one less, and so on
@@ -182,26 +183,29 @@ def holm(p: pd.Series[float]) -> pd.Series[float]:
 def with_verdicts(
     rows: pd.DataFrame, family: Sequence[str] = (), *, lower_is_better: bool = False
 ) -> pd.DataFrame:
-    """Add the corrected p ``p_holm``, and a ``verdict``.
+    """Add the columns ``p_holm`` (corrected p) and ``verdict`` to rows of differences.
 
-    p is corrected over all rows, or over each group of the columns ``family``. The verdict is
-    ``better``, ``worse``, ``within noise``, ``equal``, or empty without a test.
+    p is corrected over all rows, or within each group of rows that are equal in the columns
+    ``family``. The verdict is ``better``, ``worse``, ``within noise``, ``equal``, or empty if there
+    is no p.
     """
     if family and len(rows):
         p_holm = rows.groupby(list(family), sort=False)["p"].transform(holm)
     else:
         p_holm = holm(rows["p"])
 
-    is_better = rows["delta"] < 0 if lower_is_better else rows["delta"] > 0
+    is_better = rows["delta"] > 0
+    if lower_is_better:
+        is_better = rows["delta"] < 0
     is_equal = (rows["low"] == 0) & (rows["high"] == 0)
-    # the first condition that is true decides
+    # the first condition that is true decides; a significant row that is not better is worse
     conditions = {
         "equal": is_equal,
         "": p_holm.isna(),
         "within noise": p_holm >= SIGNIFICANCE,
         "better": is_better,
     }
-    verdicts = np.select(list(conditions.values()), list(conditions), "worse")
+    verdicts = np.select(list(conditions.values()), list(conditions.keys()), default="worse")
     return rows.assign(p_holm=p_holm, verdict=verdicts)
 
 
@@ -228,17 +232,20 @@ def friedman_ranks(scores: pd.DataFrame) -> tuple[pd.Series[float], float]:
 
 
 def critical_difference(methods: int, sets: int) -> float:
-    """Return the critical difference of two mean ranks in Nemenyi's test at 5 % (Demšar 2006)."""
+    """Return the critical difference of mean ranks in Nemenyi's test at 5 % (Demšar 2006).
+
+    The mean ranks of two methods differ significantly if they are further apart.
+    """
     quantile = float(stats.studentized_range.ppf(CONFIDENCE, methods, math.inf)) / math.sqrt(2)
     standard_error = math.sqrt(methods * (methods + 1) / (6 * sets))
     return quantile * standard_error
 
 
 def mutual_information(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Compute the mutual information of expert and label, in bits.
+    """Compute the mutual information of expert and label in bits, ``[...]``.
 
-    It is above 0 by chance, more so with many experts and labels and few rows; see
-    :func:`shuffled_information`.
+    Independent experts and labels also have a value above 0 by chance, a larger one with many
+    experts and labels and few rows. :func:`shuffled_information` estimates it.
 
     Args:
         counts: The choices by label and expert, ``[..., labels, experts]``.
@@ -261,11 +268,11 @@ def shuffled_information(
 ) -> NDArray[np.float64]:
     """Compute the mutual information of experts and labels, unshuffled and shuffled.
 
-    Labels are shuffled among the rows (or images) of each stratum. The tokens of a row stay
-    together.
+    Labels are shuffled among the rows (texts or images) of each stratum. All tokens of a row have
+    the label of the row.
 
     Args:
-        loads: The choices of each expert by row, ``[rows, layers, experts]``.
+        loads: How often each row chooses each expert, ``[rows, layers, experts]``.
         labels: The label of each row, from 0.
         strata: The stratum of each row, within which labels are shuffled.
         seed: The seed of the shuffles.
@@ -274,7 +281,7 @@ def shuffled_information(
         Bits, ``[1 + PERMUTATIONS, layers]``; the first row is unshuffled.
     """
     random = np.random.default_rng(seed)
-    by_stratum = np.argsort(strata, kind="stable")
+    by_stratum = np.argsort(strata, kind="stable")  # row numbers, sorted by stratum
     # where each label begins among the sorted labels; shuffling does not change that
     starts = np.flatnonzero(np.diff(np.sort(labels), prepend=-1))
 
@@ -282,12 +289,13 @@ def shuffled_information(
     for number in range(1 + PERMUTATIONS):
         shown_labels = labels.copy()
         if number > 0:
-            # the rows of a stratum get the labels of the same stratum in random order
+            # both orders list stratum after stratum; the second is random within each stratum, so
+            # each row gets the label of a random row of its stratum
             random_keys = random.random(len(labels))
             by_stratum_shuffled = np.lexsort((random_keys, strata))
             shown_labels[by_stratum] = labels[by_stratum_shuffled]
+        # sum the rows of each label: [labels, layers, experts]
         by_label = np.argsort(shown_labels, kind="stable")
-        # [labels, layers, experts]
         counts.append(np.add.reduceat(loads[by_label], starts))
 
     stacked = np.stack(counts)  # [1 + PERMUTATIONS, labels, layers, experts]
@@ -295,9 +303,9 @@ def shuffled_information(
 
 
 def shuffle_statistics(bits: NDArray[np.float64]) -> tuple[float, float]:
-    """Return the mean and the 95 % quantile of the shuffles.
+    """Return the mean and the 95 % quantile of the information of shuffled labels.
 
-    ``bits`` are ``[1 + PERMUTATIONS]``; the first is unshuffled.
+    ``bits`` are ``[1 + PERMUTATIONS]``; the first is of the unshuffled labels and is ignored.
     """
     shuffled = bits[1:]
     mean = float(shuffled.mean())
@@ -321,13 +329,16 @@ class MutualInformation:
 
     @classmethod
     def mean(cls, bits: NDArray[np.float64]) -> MutualInformation:
-        """Average bits ``[1 + PERMUTATIONS, cases]`` over cases; the first row is unshuffled."""
+        """Average bits ``[1 + PERMUTATIONS, cases]`` over cases, such as layers.
+
+        The first row is of the unshuffled labels.
+        """
         means = bits.mean(1)
         chance, chance_95 = shuffle_statistics(means)
         return cls(bits=float(means[0]), chance=chance, chance_95=chance_95)
 
     def numbers(self, name: str) -> dict[str, float]:
-        """Return the numbers by metric; ``name`` is the kind of label, such as ``task``."""
+        """Return the numbers by metric name; ``name`` is the kind of label, such as ``task``."""
         metric, metric_of_chance, metric_of_chance_95 = information_numbers(name)
         return {
             metric: self.bits,
