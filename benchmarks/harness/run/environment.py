@@ -89,9 +89,9 @@ def capture() -> dict[str, Any]:
 
 
 def fingerprint(captured: Mapping[str, Any]) -> dict[str, str]:
-    """Return everything that can change the last digit of a number, such as package versions.
+    """Describe what can change the last digit of a number: packages, hardware, variables.
 
-    Two runs with equal fingerprints compute equal numbers.
+    A run that is repeated with an equal fingerprint gives equal numbers.
 
     Args:
         captured: The result of :func:`capture`.
