@@ -128,8 +128,8 @@ def _count_usage(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict
 def noisy_tuning_(model: nn.Module, intensity: float, *, seed: int) -> None:
     """Add uniform noise to the pre-trained weights in place, before fine-tuning.
 
-    Each parameter gets ``U(-1/2, 1/2) * intensity * std(parameter)``. The new head stays unchanged,
-    and so does a parameter with one element, which has no standard deviation.
+    Each parameter gets ``U(-1/2, 1/2) * intensity * std(parameter)``. A new head of transformers
+    stays unchanged, and so does a parameter with one element, which has no standard deviation.
 
     Args:
         model: The model.

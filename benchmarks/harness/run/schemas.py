@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic.json_schema import models_json_schema
 
 from benchmarks.harness.base import SCHEMAS, write_text
-from benchmarks.harness.config.benchmark import KINDS, benchmark_names, load_benchmark
+from benchmarks.harness.config.benchmark import KINDS, SuitePart, benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import MetricFile, ModelFile
 from benchmarks.harness.config.methods import MethodFile
 from benchmarks.harness.config.suite import SuiteSettings
@@ -50,7 +50,9 @@ def _suite_schema() -> dict[str, Any]:
     """Make the JSON schema of ``config/<suite>.yaml``, with a section for each benchmark."""
     section_models = {name: load_benchmark(name).part_model for name in benchmark_names()}
     # pydantic describes all sections and what they contain in one "$defs"
-    requested = [(model, "validation") for model in section_models.values()]
+    requested: list[tuple[type[SuitePart], Literal["validation"]]] = [
+        (model, "validation") for model in section_models.values()
+    ]
     _, combined_schema = models_json_schema(requested)
     definitions = combined_schema["$defs"]
     # no key is required, because a suite may give it for many blocks in ``grid_defaults``
