@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import nn
@@ -40,11 +40,12 @@ from benchmarks.harness.models.trainable import Trainable, load_trained_, traine
 from benchmarks.harness.models.tuning import FAST, Groups, tune_
 from emoe.architectures import FFN, find_ffns
 from emoe.config import EMoEConfig
+from emoe.convert import ConversionReport
 from emoe.files import write_tensors
 from emoe.layer import routed_layers
 from emoe.partitioning import Partition
 
-# the files of a trained model
+# files in the folder of a trained model
 _TRAINED = "trained.safetensors"
 _PARTITION = "partition.safetensors"
 # loaders of the network whose neurons are clustered, by modality; text classifiers have none
@@ -57,7 +58,7 @@ _NETWORKS: dict[str | None, Callable[[ModelSpec], nn.Module]] = {
 
 
 class TrainedSpec(Protocol):
-    """What the builders of all kinds of models read of a training run's spec."""
+    """The fields of a training run's spec that the builders read."""
 
     @property
     def model(self) -> ModelSpec: ...
@@ -82,8 +83,8 @@ def build_classifier(
         spec: The spec of a training run.
         labels: The number of classes; 0 for a regression.
         tokenizer: The model's tokenizer.
-        calibration: Batches of training rows, for a co-activation partition.
-        partition: The saved partition of a model that is rebuilt.
+        calibration: Batches of training rows, for a co-activation partition or fixed experts.
+        partition: The saved partition of the neurons, to rebuild a trained model.
     """
     outputs = max(labels, 1)  # a regression has one
     head_seed = derive_seed("head", spec.seed)
@@ -120,9 +121,9 @@ def build_language_model(
 
     Args:
         spec: The spec of a run of instruction tuning.
-        calibration: Batches of training rows, for a co-activation partition.
-        partition: The saved partition, to rebuild a trained model.
-        empty: Leave the weights uninitialised: another process sends them.
+        calibration: Batches of training rows, for a co-activation partition or fixed experts.
+        partition: The saved partition of the neurons, to rebuild a trained model.
+        empty: True to leave the weights uninitialised, because another process sends them.
 
     Raises:
         EMoEError: The weights are missing or damaged, or the method does not fit the model.
@@ -153,7 +154,7 @@ def build_language_model(
 
 
 def build_seq2seq(spec: TrainedSpec) -> Trainable:
-    """Load and convert an encoder-decoder model for a run on several tasks, and train all of it."""
+    """Load and convert an encoder-decoder model. It has no adapters; all parameters are trained."""
     model = load_seq2seq(spec.model)
     source = source_of(spec.model, model)
     return _make_trainable(model, model, source, spec)
@@ -167,21 +168,23 @@ def _make_trainable(
     calibration: Iterable[Mapping[str, Any]] = (),
     partition: Mapping[int, torch.Tensor] | None = None,
 ) -> Trainable:
-    """Convert and adapt a loaded model, and choose its trained parameters.
+    """Convert a loaded model, add adapters, and freeze the parameters that are not trained.
 
     Args:
         model: The model that is called.
-        network: The part with the FFNs: the model itself, or one of its modules.
-        source: The source of the weights, for the record.
+        network: The module that contains the FFNs: the model itself, or one of its modules.
+        source: The source of the weights and their digest, for ``metrics.json``.
         spec: The spec of the training run.
-        calibration: Batches of training rows, for a co-activation partition.
-        partition: The saved partition of a model that is rebuilt.
+        calibration: Batches of training rows, for a co-activation partition or fixed experts.
+        partition: The saved partition of the neurons, to rebuild a trained model.
     """
-    # measured before the conversion and the adapters change the model
-    dense_parameters = _count_parameters(model)
-    embedding_parameters = _embedding_parameters(model)
+    # counted before the conversion and the adapters change the model
     ffns = find_ffns(network)
-    ffn_weights = _ffn_weights(ffns)
+    dense = _DenseSize(
+        parameters=_count_parameters(model),
+        embeddings=_embedding_parameters(model),
+        ffns=_ffn_weights(ffns),
+    )
 
     prefix = _make_prefix(model, network, spec, len(ffns))
     report = apply_method_(network, spec.method, spec.seed, calibration, partition)
@@ -199,48 +202,71 @@ def _make_trainable(
         prefix.freeze_()
     use_sparse_(model)
 
+    summary = {"source": dict(source), **_summarise(model, dense, report, groups)}
+    return Trainable(model, summary, _slow_parameters(model, groups), adapters, prefix)
+
+
+class _DenseSize(NamedTuple):
+    """The size of a model before its conversion."""
+
+    parameters: int
+    """All parameters."""
+    embeddings: int
+    """Parameters of embedding tables that are only looked up."""
+    ffns: int
+    """Weights of the FFNs, without biases."""
+
+
+def _summarise(
+    model: nn.Module, dense: _DenseSize, report: ConversionReport | None, groups: Groups
+) -> dict[str, Any]:
+    """Return the ``model`` section of ``metrics.json``, except the source of the weights.
+
+    Args:
+        model: The converted and adapted model.
+        dense: The size of the model before its conversion.
+        report: The report of the conversion; None for a dense model.
+        groups: The trained parameters by group; empty if all are trained.
+    """
     # FFN neurons that a token uses, as a share of the dense model's
     active_neurons = 1.0
     conversion: list[dict[str, Any]] = []
     if report is not None:
         active_neurons = report.active_neurons
         conversion = [dataclasses.asdict(layer) for layer in report.layers]
-    routing_parameters = 0
-    for layer in routed_layers(network):
-        routing_parameters += sum(parameter.numel() for parameter in layer.parameters())
-    # the dense model without its inactive neurons, or with GMoE's further copies
-    active_dense = round(dense_parameters + (active_neurons - 1) * ffn_weights)
+    routing_parameters = sum(_count_parameters(layer) for layer in routed_layers(model))
+
+    # the dense model without its inactive neurons, or with the additional experts of GMoE
+    active_dense = round(dense.parameters + (active_neurons - 1) * dense.ffns)
     active_parameters = active_dense + routing_parameters
-    summary = {
-        "source": dict(source),
+    return {
         "parameters": _count_parameters(model),
-        "dense_parameters": dense_parameters,
+        "dense_parameters": dense.parameters,
         "active_parameters": active_parameters,
         # a multiplication and an addition for each weight; an embedding is only looked up
-        "flops_per_token": 2 * (active_parameters - embedding_parameters),
+        "flops_per_token": 2 * (active_parameters - dense.embeddings),
         "trainable_parameters": _count_trainable(model),
         "trained": {group: _describe_group(members) for group, members in groups.items()},
         "active_neurons": active_neurons,
         "conversion": conversion,
     }
-    return Trainable(model, summary, _slow_parameters(model, groups), adapters, prefix)
 
 
 def _make_prefix(
     model: nn.Module, network: nn.Module, spec: TrainedSpec, num_layers: int
 ) -> Prefix | None:
-    """Return the frozen embeddings and first layers; None if the run freezes none."""
+    """Return the embeddings and first layers to freeze; None if the run freezes none."""
     frozen_layers = getattr(spec.training, "frozen_layers", None)  # some kinds cannot freeze layers
     if not frozen_layers:
         return None
-    # again with the number of layers, because planning cannot resolve ``last:2``
+    # planning made this check without the number of layers, so it could not resolve ``last:2``
     check_frozen(frozen_layers, spec.method, "the model", num_layers)
     return Prefix(model, network, frozen_layers)
 
 
 def _slow_parameters(model: nn.Module, groups: Groups) -> frozenset[str]:
-    """Return the trained parameters with a lower learning rate, by their names in the model."""
-    # the groups have the names in the network, which may be a module of the model
+    """Return the names of the trained parameters that get a lower learning rate."""
+    # compared by identity: the groups have the names in the network, which may be a submodule
     slow_ids: set[int] = set()
     for group, members in groups.items():
         if group not in FAST:
@@ -251,7 +277,7 @@ def _slow_parameters(model: nn.Module, groups: Groups) -> frozenset[str]:
 
 
 def _describe_group(members: Sequence[tuple[str, nn.Parameter]]) -> dict[str, Any]:
-    """Return the size of a group of trained parameters, and a digest of their names."""
+    """Return the number of parameters in a group, and a digest of their names."""
     names = sorted(name for name, _ in members)
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
     return {
@@ -286,16 +312,16 @@ def _embedding_parameters(model: nn.Module) -> int:
     output_head = None
     if isinstance(model, PreTrainedModel):
         output_head = model.get_output_embeddings()
-    # tied to a table in some models, which then multiplies by it
+    # some models share the head's weight with a table; it is multiplied, not only looked up
     head_weight = getattr(output_head, "weight", None)
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     return sum(table.numel() for table in tables if table is not head_weight)
 
 
 def permutations(model: nn.Module) -> dict[int, torch.Tensor]:
-    """Return the permutation of the neurons of each converted layer, by layer number.
+    """Return the permutation of the neurons ``[d]`` of each converted layer, by layer number.
 
-    It is empty for a dense model and for GMoE, whose experts are copies of the FFN.
+    The result is empty for a dense model and for GMoE, whose experts are copies of the FFN.
     """
     by_layer: dict[int, torch.Tensor] = {}
     for layer in routed_layers(model):
@@ -305,7 +331,7 @@ def permutations(model: nn.Module) -> dict[int, torch.Tensor]:
 
 
 def save_trained(model: nn.Module, folder: Path) -> None:
-    """Save the trained tensors of a model, and the partition of its neurons."""
+    """Save the trained tensors of a model, and the partition of its neurons, for :func:`reopen`."""
     folder.mkdir(parents=True, exist_ok=True)
     partition = permutations(model)
     if partition:  # a dense model and GMoE have none
@@ -345,11 +371,13 @@ def reopen(
 
 
 def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
-    """Cluster the neurons of a model, cache the partition, and write a receipt.
+    """Cluster the neurons of a model unless the cache has the partition, and write a receipt.
+
+    The receipt is a JSON file with the cache keys and statistics of the partition.
 
     Args:
-        spec: The resolved ``model`` and the ``config`` of the EMoE as JSON.
-        output: The file of the receipt.
+        spec: JSON with the ``model`` section of a run's spec, and the EMoE's ``config``.
+        output: The path of the receipt.
         threads: The number of CPU threads.
     """
     content = json.loads(spec)

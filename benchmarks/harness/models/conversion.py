@@ -16,7 +16,7 @@ from benchmarks.harness.config.method_specs import MethodSpec
 from benchmarks.harness.models.partitions import cached_partition
 from emoe.config import EMoEConfig
 
-_HEADS = {"classifier", "score"}  # transformers' names of new heads
+_HEADS = {"classifier", "score"}  # names of new heads in transformers
 
 
 def apply_method_(
@@ -26,15 +26,17 @@ def apply_method_(
     calibration: Iterable[Mapping[str, Any]] = (),
     partition: Mapping[int, torch.Tensor] | None = None,
 ) -> emoe.ConversionReport | None:
-    """Add noise to a dense model and convert it, as its method says, in place.
+    """Apply a method to a dense model in place: add noise to the weights, then convert the FFNs.
+
+    A method may do both, one, or neither.
 
     Args:
         model: The pre-trained model.
         method: The ``method`` section of a run's spec.
-        seed: The seed of the run, for noisy tuning.
-        calibration: Batches of training rows, for a co-activation partition and for fixed experts.
-        partition: The saved partition of a model that is rebuilt. By default it is computed, or
-            read from the cache.
+        seed: The seed of the run; it determines the noise.
+        calibration: Batches of training rows, for a co-activation partition or fixed experts.
+        partition: The saved partition of the neurons, to rebuild a trained model. By default it is
+            computed, or read from the cache.
 
     Returns:
         The report of the conversion; None for a dense model.
@@ -58,7 +60,7 @@ def _convert_(
     if not isinstance(config, EMoEConfig):
         return emoe.convert_(model, config)
 
-    # the experts that avg-k uses most are fixed after the conversion
+    # fixed experts are those that avg-k uses most, so convert with avg-k and count first
     is_fixed = config.router == "fixed"
     if is_fixed:
         config = dataclasses.replace(config, router="avg_k")
@@ -75,7 +77,7 @@ def _convert_(
         if partition is None:
             usage = _count_usage(model, calibration)
         else:
-            # equal counts: a rebuilt model loads its own with the trained tensors
+            # placeholders: the real counts are loaded later, with the trained tensors
             equal = torch.ones(config.num_experts, dtype=torch.int64)
             usage = {}
             for layer in partition:
@@ -85,7 +87,10 @@ def _convert_(
 
 
 def convert_trained_(model: nn.Module, config: Mapping[str, Any] | None) -> None:
-    """Convert a trained dense model to experts in place; without ``config``, fold EMoE back."""
+    """Convert a trained dense model to ``config``, in place. Without one, make an EMoE dense again.
+
+    A model that gets experts also uses the sparse backend if it can.
+    """
     if config is None:
         emoe.to_dense_(model)
     else:
@@ -94,9 +99,9 @@ def convert_trained_(model: nn.Module, config: Mapping[str, Any] | None) -> None
 
 
 def use_sparse_(model: nn.Module) -> None:
-    """Use the sparse backend on a CPU.
+    """Let a converted model compute only the chosen experts (the sparse backend), on a CPU.
 
-    A model stays masked if its FFNs have adapters, or if its scores need every neuron.
+    Models that this backend does not support stay unchanged, for example with adapters in the FFNs.
     """
     if torch.cuda.is_available() or not emoe.is_converted(model):
         return
@@ -106,8 +111,12 @@ def use_sparse_(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _count_usage(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[int, torch.Tensor]:
-    """Count how often avg-k uses each expert on some batches: ``[num_experts]`` by layer."""
-    use_sparse_(model.eval())
+    """Count how often a model uses each expert on some batches: ``[num_experts]`` by layer.
+
+    Leaves the model in eval mode.
+    """
+    model.eval()
+    use_sparse_(model)
     with emoe.record_routing(model) as record:
         for batch in batches:
             model(**batch)
@@ -119,17 +128,17 @@ def _count_usage(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict
 def noisy_tuning_(model: nn.Module, intensity: float, *, seed: int) -> None:
     """Add uniform noise to the pre-trained weights in place, before fine-tuning.
 
-    Each parameter gets ``U(-1/2, 1/2) * intensity * std(parameter)``. The new head stays unchanged,
-    and so does a parameter with one element, which has no standard deviation.
+    Each parameter gets ``U(-1/2, 1/2) * intensity * std(parameter)``. A new head of transformers
+    stays unchanged, and so does a parameter with one element, which has no standard deviation.
 
     Args:
         model: The model.
-        intensity: The authors' lambda, 0.15.
+        intensity: The factor of the noise. The authors of noisy tuning call it lambda.
         seed: The seed of the noise.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        is_head = not _HEADS.isdisjoint(name.split("."))
+        is_head = any(module in _HEADS for module in name.split("."))
         if is_head or parameter.numel() <= 1:
             continue
         # drawn on the CPU, so that the noise is equal on all devices

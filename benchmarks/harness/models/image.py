@@ -33,7 +33,8 @@ class ImageClassifier(nn.Module):
 
     Attributes:
         network: The model of timm or transformers.
-        source: The source of the weights, and the digest of all weights except the head.
+        source: ``from``, the source of the weights, and ``weights``, the digest of all weights
+            except the head.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class ImageClassifier(nn.Module):
         super().__init__()
         self.network = network
         self.source = dict(source)
-        self._options = dict(options)  # further arguments of the network
+        self._options = dict(options)  # additional arguments for each call of the network
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Return the ``logits`` ``[rows, classes]``, and the mean ``loss`` if labels are given.
@@ -103,10 +104,13 @@ def load_image_classifier(
 
 
 def _resizing_options(config: Any, image_size: int | None) -> dict[str, bool]:
-    """Return the arguments with which a network of transformers takes images of another size."""
-    # other architectures, such as DINOv2, interpolate their positions without being asked
-    asks_for_option = config.model_type in ("vit", "deit")
-    if asks_for_option and config.image_size != image_size:
+    """Return call arguments that let a network of transformers take images of another size.
+
+    Empty if it needs none.
+    """
+    # other architectures, such as DINOv2, always interpolate their positions
+    needs_option = config.model_type in ("vit", "deit")
+    if needs_option and config.image_size != image_size:
         return {"interpolate_pos_encoding": True}
     return {}
 
@@ -120,7 +124,10 @@ def _apply_dropout(rate: float, head: nn.Module, args: tuple[Tensor]) -> tuple[T
 def _load_transformers(
     model: ModelSpec, num_classes: int, drop_path: float, seed: int
 ) -> tuple[nn.Module, dict[str, str]]:
-    """Load an image classifier of transformers with a new head, and describe its weights.
+    """Load an image classifier of transformers with a new head.
+
+    Returns:
+        The classifier, and the ``source`` of an :class:`ImageClassifier`.
 
     Raises:
         DataError: The weights are missing or damaged.
@@ -148,7 +155,10 @@ def _load_transformers(
 def _load_timm(
     model: ModelSpec, num_classes: int, image_size: int | None, drop_path: float, seed: int
 ) -> tuple[nn.Module, dict[str, str]]:
-    """Load an image classifier of timm with a new head, and describe its weights.
+    """Load an image classifier of timm with a new head.
+
+    Returns:
+        The classifier, and the ``source`` of an :class:`ImageClassifier`.
 
     Raises:
         DataError: The weights are missing or damaged.
@@ -184,10 +194,10 @@ def _load_timm_backbone(model: ModelSpec, drop_path: float) -> Any:
     with loading_errors(model):
         network = timm.create_model(cast(str, model.timm), pretrained=comes_from_hub, **options)
         if is_random:
-            _draw_(network, derive_seed("random weights", model.name))
+            _randomise_(network, derive_seed("random weights", model.name))
         elif user_folder is not None:
             tensors = read_tensors(user_folder / WEIGHT_FILES[0])
-            # the file may have a head besides, which the network lacks
+            # the file may also have a head, which this network lacks
             missing, _ = network.load_state_dict(tensors, strict=False)
             if missing:
                 raise DataError(
@@ -196,11 +206,14 @@ def _load_timm_backbone(model: ModelSpec, drop_path: float) -> Any:
     return network
 
 
-def _draw_(network: nn.Module, seed: int) -> None:
-    """Draw random weights that are equal in all torch releases, unlike timm's ``trunc_normal_``."""
+def _randomise_(network: nn.Module, seed: int) -> None:
+    """Draw random weights and set biases to zero; the scales of norms stay as they are.
+
+    The numbers are equal in all torch releases. Those of timm's ``trunc_normal_`` are not.
+    """
     torch.manual_seed(seed)
     for name, weight in network.named_parameters():
         if weight.ndim > 1:
             nn.init.normal_(weight, std=_DEVIATION)
         elif name.endswith("bias"):
-            nn.init.zeros_(weight)  # timm draws some
+            nn.init.zeros_(weight)  # timm initialises some biases randomly

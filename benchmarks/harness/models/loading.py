@@ -65,8 +65,8 @@ def load_pretrained(loader: Any, model: ModelSpec, **options: Any) -> PreTrained
     """Load a model, or build one with reproducible random weights.
 
     Args:
-        loader: The auto class of transformers.
-        model: The model; with ``config`` the weights are random.
+        loader: An auto class of transformers, such as ``AutoModel``.
+        model: The model; if it has a ``config``, its weights are random.
         **options: Options of :func:`emoe.files.load_stock`.
 
     Raises:
@@ -101,12 +101,13 @@ def loading_errors(model: ModelSpec) -> Iterator[None]:
 def load_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer. It pads on the right.
 
-    It pads with the end token if it has no padding token (GPT-2).
+    A tokenizer without a padding token (GPT-2) pads with the end token.
     """
     if model.config is not None:
-        source = model_spec(cast(str, model.tokenizer))
-        tokenizer = load_tokenizer(source)
-        if tokenizer.eos_token is None:  # BERT's, for a decoder
+        # a random model uses the tokenizer of another model
+        tokenizer_model = model_spec(cast(str, model.tokenizer))
+        tokenizer = load_tokenizer(tokenizer_model)
+        if tokenizer.eos_token is None:  # a decoder with BERT's tokenizer needs these tokens
             tokenizer.bos_token = tokenizer.cls_token
             tokenizer.eos_token = tokenizer.sep_token
     else:
@@ -159,7 +160,8 @@ def load_classifier(
         problem_type = "regression"
     options: dict[str, Any] = {"num_labels": num_labels, "problem_type": problem_type}
     if model.config is not None:
-        # random weights as a checkpoint without a head, whose head is drawn like a loaded model's
+        # load the random weights like a checkpoint without a head, so that the head is drawn in
+        # the same way as for a real checkpoint
         config = AutoConfig.for_model(**model.config, **options)
         weights = load_backbone(model).state_dict()
         classifier_type = cast(Any, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)])
@@ -187,7 +189,7 @@ def load_seq2seq(model: ModelSpec) -> PreTrainedModel:
 
 
 def load_language_model(model: ModelSpec) -> PreTrainedModel:
-    """Load a pre-trained model with its language-modelling head, in the format that it names.
+    """Load a pre-trained model with its language-modelling head, in float32, bfloat16 or 4 bits.
 
     Raises:
         DataError: The weights are missing or damaged.
@@ -199,7 +201,7 @@ def load_language_model(model: ModelSpec) -> PreTrainedModel:
 
 
 def _dtype(model: ModelSpec) -> torch.dtype:
-    """Return the type of a language model's weights."""
+    """Return the dtype in which a language model's weights are loaded."""
     if model.weights == "bf16":
         return torch.bfloat16
     return torch.float32
@@ -210,8 +212,9 @@ def build_empty_language_model(model: ModelSpec, converted: Any) -> PreTrainedMo
 
     Args:
         model: The model.
-        converted: The layers to convert; None for none. The weights of their FFNs become zero, and
-            all others stay uninitialised.
+        converted: The layers to convert, as layer numbers or text such as ``last:2``; None for
+            none. The weights of their FFNs become zero, because the conversion reads them. All
+            others stay uninitialised.
     """
     config = load_config(model)
     with no_init_weights():
@@ -224,7 +227,7 @@ def build_empty_language_model(model: ModelSpec, converted: Any) -> PreTrainedMo
 
 
 def _ffns_of(model: PreTrainedModel, layers: Any) -> list[FFN]:
-    """Return the FFNs of the requested layers, such as ``last:2``; none without a request."""
+    """Return the FFNs of some layers, which are numbers or text such as ``last:2``; [] for None."""
     if not layers:
         return []
     ffns = find_ffns(model)
@@ -233,7 +236,10 @@ def _ffns_of(model: PreTrainedModel, layers: Any) -> list[FFN]:
 
 
 def _four_bit(model: ModelSpec) -> BitsAndBytesConfig:
-    """Return settings of bitsandbytes that keep the head and the FFNs of ``whole`` unquantised."""
+    """Return the bitsandbytes settings for a language model in 4 bits.
+
+    They exclude the head, and the FFNs of the layers in ``model.whole``.
+    """
     # without weights, only to find the FFNs
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(load_config(model))
@@ -253,12 +259,16 @@ def _four_bit(model: ModelSpec) -> BitsAndBytesConfig:
 def source_of(
     model: ModelSpec, loaded: PreTrainedModel, *, with_digest: bool = True
 ) -> dict[str, str]:
-    """Describe the weights of a loaded model for the record: their source and their digest.
+    """Describe the weights of a loaded model for ``metrics.json``.
 
     Args:
         model: The model of the run's spec.
         loaded: The loaded model.
-        with_digest: If False, the digest stays empty. It is over all weights except the head.
+        with_digest: If False, ``weights`` is empty.
+
+    Returns:
+        ``from``, the source of the weights, and ``weights``, the digest of all weights except the
+        head.
     """
     digest = ""
     if with_digest:
@@ -269,7 +279,10 @@ def source_of(
 
 
 def describe(model: ModelSpec, commit: str | None) -> str:
-    """Return the source of a model's weights: folder, package, or hub id with its ``commit``."""
+    """Return the source of a model's weights as text.
+
+    It is "random weights", the user's folder, a package, or the hub id with its ``commit``.
+    """
     if model.config is not None or model.random is not None:
         return "random weights"
     user_folder = user_model_folder(model.name)

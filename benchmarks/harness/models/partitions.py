@@ -1,4 +1,7 @@
-"""Cache partitions of neurons by the content of the keys that were clustered."""
+"""Cache partitions: the grouping of each FFN's neurons into experts.
+
+A neuron is clustered by its key, a row of the FFN's in-projection.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,13 @@ from emoe.partitioning import Partition, is_permutation, join_partitions
 
 # Part of every cache key. Increase it if the same settings give another partition.
 _ALGORITHM_VERSION = 2
-_LAYER = "layer."  # the beginning of a tensor's name in a file; the layer number follows
+_LAYER = "layer."  # a tensor's name in a file begins with this; the layer number follows
 
 
 def cached_partition(model: nn.Module, config: EMoEConfig, folder: Path = PARTITIONS) -> Partition:
-    """Return the partition of a model, layer by layer from the cache or by clustering.
+    """Return the partition of a model's neurons. Layers that are not in the cache are computed.
 
-    The cache is keyed by the content of the clustered keys, never by the name of a model.
+    The cache depends on the content of the weights, never on the name of a model.
     """
     partitions = []
     for layer, key in partition_keys(model, config).items():
@@ -41,7 +44,7 @@ def cached_partition(model: nn.Module, config: EMoEConfig, folder: Path = PARTIT
 
 
 def partition_keys(model: nn.Module, config: EMoEConfig) -> dict[int, str]:
-    """Return the cache key of each converted layer, 16 hex digits by layer number.
+    """Return the name in the cache of each layer to convert: 16 hex digits by layer number.
 
     It is a hash of the FFN's keys, the layer number, and all settings that determine the partition.
     """
@@ -52,7 +55,8 @@ def partition_keys(model: nn.Module, config: EMoEConfig) -> dict[int, str]:
     layers = resolve_layers(config.layers, len(ffns))  # type: ignore[arg-type]
     cache_keys = {}
     for layer in layers:
-        digest_of_keys = tensor_digest(ffns[layer].keys())
+        neuron_keys = ffns[layer].keys()  # [neurons, width]
+        digest_of_keys = tensor_digest(neuron_keys)
         content = f"{settings}{layer}:{digest_of_keys}"
         cache_keys[layer] = hashlib.sha256(content.encode()).hexdigest()[:16]
     return cache_keys
@@ -94,5 +98,5 @@ def load_partition(path: Path) -> Partition:
 
 
 def _numbers_by_layer(text: str) -> dict[int, float]:
-    """Read a JSON object of numbers by layer, whose keys are strings in JSON."""
+    """Read a JSON object with a number for each layer. In JSON the layer numbers are strings."""
     return {int(layer): number for layer, number in json.loads(text).items()}

@@ -61,11 +61,12 @@ Batch = Callable[[Sequence[int]], Mapping[str, Any]]
 
 
 class Prefix:
-    """The frozen embeddings and first layers of a network: no gradient, dropout, stochastic depth.
+    """The embeddings and first layers of a network, which :meth:`freeze_` freezes.
 
-    If the model is called with ``prefix_states`` ``[rows, tokens, width]``, its frozen layers
-    return these states, and the other layers run on them. Without them the whole model runs.
-    Modules and parameters keep their names.
+    Frozen, they have no gradient, dropout or stochastic depth. If the model is then called with
+    ``prefix_states`` ``[rows, tokens, width]``, the frozen layers return these states, and the
+    other layers run on them. Without them the whole model runs. Modules and parameters keep their
+    names.
 
     Args:
         model: The model that is called: the network, or a module around it.
@@ -73,7 +74,7 @@ class Prefix:
         layers: The number of frozen layers.
 
     Attributes:
-        names: The frozen parameters of the network.
+        names: The names of the prefix's parameters in the network.
         seconds: The time spent in :meth:`output` so far.
 
     Raises:
@@ -98,7 +99,8 @@ class Prefix:
         modules = dict(network.named_modules())
         self._blocks = [modules[path] for path in frozen_paths.layers]
         self._modules = [modules[path] for path in paths if path in modules]
-        # irrelevant differences, such as the path of the weights, only cause a recomputation
+        # part of the digest. It may contain irrelevant settings, such as the path of the weights.
+        # If only these differ, the states are needlessly computed again, but never wrong.
         described = [type(network).__name__, getattr(network, "config", ""), *self._modules]
         self._description = "\n".join(str(item) for item in described)
 
@@ -106,6 +108,7 @@ class Prefix:
         """Freeze the prefix permanently: no gradient, and eval mode in every call of the model."""
         for name in self.names:
             self._network.get_parameter(name).requires_grad_(False)
+        # with prefix states in a call, the layers return them instead of computing
         for block in self._blocks:
             cast(Any, block).forward = partial(self._forward, block)
         self._model.register_forward_pre_hook(self._take_states, with_kwargs=True)
@@ -113,7 +116,7 @@ class Prefix:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hash the architecture, settings and weights, which determine the output for a row."""
+        """Return a hash of all that determines a row's output: architecture, settings, weights."""
         digest = hashlib.sha256(self._description.encode())
         for name, tensor in sorted(self._network.state_dict().items()):
             if name in self.names:
@@ -124,8 +127,13 @@ class Prefix:
     def output(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the last frozen layer's output ``[rows, tokens, width]``, float32, on the CPU.
 
+        If there is an accelerator, the model is moved to it first.
+
         Args:
             inputs: The arguments of the model.
+
+        Raises:
+            RuntimeError: The model ran to its end without the output of that layer.
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model.to(device)
@@ -147,7 +155,10 @@ class Prefix:
     def _take_states(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Keep the states of a call, whose other arguments the model gets (a pre-hook)."""
+        """Keep the prefix states of a call, and return the arguments without them (a pre-hook).
+
+        Also sets the prefix to eval mode.
+        """
         for module in self._modules:  # the model may have been set to training mode
             module.eval()
         self._states = kwargs.get(STATES)
@@ -155,11 +166,14 @@ class Prefix:
         return args, other_arguments
 
     def _forget_states(self, *_call: object) -> None:
-        """Drop the states after a call of the model (a hook)."""
+        """Drop the prefix states after a call of the model (a hook)."""
         self._states = None
 
     def _forward(self, block: nn.Module, states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run a frozen layer, or return the given states in its place (its forward method)."""
+        """Run a frozen layer, or return the prefix states if the call has any.
+
+        Replaces the ``forward`` of the layer.
+        """
         if self._states is None:
             return type(block).forward(block, states, *args, **kwargs)
         return self._states.to(states.dtype)
@@ -179,16 +193,16 @@ def _stop(_module: nn.Module, _args: object, output: Tensor) -> None:
 
 
 class _FrozenPaths(NamedTuple):
-    """The paths in a network of what is frozen."""
+    """The paths of the modules and parameters to freeze, such as ``bert.encoder.layer.0``."""
 
     before: list[str]
-    """The modules and parameters that run before the layers."""
+    """Modules and parameters that run before the layers."""
     layers: list[str]
     """The first layers."""
 
 
 def _frozen_paths(network: nn.Module, layers: int) -> _FrozenPaths:
-    """Find the first ``layers`` layers of a network, and what runs before them.
+    """Find the first ``layers`` layers of a network, and the embeddings before them.
 
     Raises:
         DefinitionError: The architecture is unknown here, or has fewer layers.
@@ -224,7 +238,7 @@ class PrefixStates:
 
     Args:
         prefix: The prefix of the model.
-        rows: The digest of the model inputs.
+        rows: The digest of the model inputs of all rows.
         lengths: The number of tokens of each row.
         batch: A function that returns the model's inputs for rows, given their numbers. It pads on
             the right.
@@ -239,13 +253,14 @@ class PrefixStates:
         batch: Batch,
         folder: Path = PREFIXES,
     ) -> None:
-        # the file has the tokens of all rows below each other; a row's tokens end here
+        # the file has the tokens of all rows, one row after the other; a row's tokens end here
         ends = np.cumsum(np.asarray(lengths, dtype=np.int64))
         if torch.cuda.is_available():
             device = torch.cuda.get_device_name()
         else:
             device = torch.backends.cpu.get_cpu_capability()
-        contents = [
+        # everything that determines the numbers
+        determinants = [
             _VERSION,
             prefix.digest,
             rows,
@@ -253,12 +268,12 @@ class PrefixStates:
             torch.get_num_threads(),
             torch.__version__,
         ]
-        key = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:24]
+        key = hashlib.sha256(json.dumps(determinants).encode()).hexdigest()[:24]
         file = folder / f"{key}.npy"
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{key}.lock"):
             if not file.exists():
-                _write(file, prefix, ends, lengths, batch)
+                _write_states(file, prefix, ends, lengths, batch)
         self._values = np.load(file, mmap_mode="r")  # [tokens of all rows, width]
         self._ends = ends
         self._lengths = lengths
@@ -274,14 +289,15 @@ class PrefixStates:
 def collate_states(
     collate: Callable[[list[Row]], Mapping[str, Any]],
 ) -> Callable[[list[Row]], dict[str, Any]]:
-    """Return a collator that also collates the rows' prefix states, if any: padded or packed.
+    """Return a collator that also adds ``prefix_states`` to a batch whose rows have them.
 
     Args:
-        collate: The collator of the other columns.
+        collate: The collator of the other columns. It pads on the right, or packs all rows into
+            one sequence.
     """
 
-    def collated(rows: list[Row]) -> dict[str, Any]:
-        """Collate rows, with their states if they have any."""
+    def collate_with_states(rows: list[Row]) -> dict[str, Any]:
+        """Collate rows; pad or pack their prefix states like their tokens."""
         states = [row[STATES] for row in rows if STATES in row]  # [tokens, width] each
         batch = dict(collate([_without_states(row) for row in rows]))
         if not states:
@@ -291,11 +307,11 @@ def collate_states(
             packed = torch.cat(states)
             return {**batch, STATES: packed[None]}
         padded = pad_sequence(states, batch_first=True)  # [rows, tokens of the longest, width]
-        # the other collator may pad further, to a multiple of a number
+        # the other collator may pad further, for example to a multiple of 8
         missing = tokens - padded.shape[1]
         return {**batch, STATES: F.pad(padded, (0, 0, 0, missing))}
 
-    return collated
+    return collate_with_states
 
 
 def _without_states(row: Row) -> Row:
@@ -304,7 +320,7 @@ def _without_states(row: Row) -> Row:
 
 
 def columns_digest(columns: Mapping[str, NDArray[Any]]) -> str:
-    """Return the digest of columns of numbers, such as the token ids of all rows."""
+    """Return a sha256 over columns of numbers, such as the token ids of all rows."""
     digest = hashlib.sha256()
     for name, values in sorted(columns.items()):
         digest.update(f"{name} {values.dtype} {values.shape}\n".encode())
@@ -312,15 +328,15 @@ def columns_digest(columns: Mapping[str, NDArray[Any]]) -> str:
     return digest.hexdigest()
 
 
-def _write(
+def _write_states(
     file: Path, prefix: Prefix, ends: NDArray[np.int64], lengths: Sequence[int], batch: Batch
 ) -> None:
-    """Compute the states of all rows, and write one array ``[tokens of all rows, width]``."""
+    """Compute the prefix states of all rows; write them as one array ``[all tokens, width]``."""
     values: Any = None
     with atomic_write(file) as temporary:
         for rows in _similar_rows(lengths):
             outputs = prefix.output(batch(rows)).numpy()  # [rows, tokens, width]
-            if values is None:  # only the first output tells the width
+            if values is None:  # the width is only known from the first output
                 width = outputs.shape[2]
                 shape = (int(ends[-1]), width)
                 values = np.lib.format.open_memmap(
@@ -334,7 +350,7 @@ def _write(
 
 
 def _similar_rows(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the numbers of rows in batches of similar length.
+    """Yield batches of row numbers. The rows of a batch have similar lengths, to avoid padding.
 
     A batch has at most ``_TOKENS_AT_ONCE`` tokens with padding, or a single longer row.
     """

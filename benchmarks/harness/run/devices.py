@@ -35,11 +35,12 @@ def reserve_devices(count: int, name: str, processes: int = 1) -> ExitStack:
         processes: The number of processes of the run, one on each accelerator.
 
     Returns:
-        The locks, as a context manager. The end of the process releases them too. The variable
-        keeps its value.
+        The locks, as a context manager. The end of the process releases them too.
+        ``CUDA_VISIBLE_DEVICES`` keeps its new value.
 
     Raises:
-        RunError: Fewer accelerators are visible than requested, or than processes.
+        RunError: Fewer accelerators are visible than requested, or fewer are requested than
+            processes.
     """
     locks = ExitStack()
     if count == 0:
@@ -64,23 +65,23 @@ def check_accelerators(suite: str, runs: Iterable[Run]) -> None:
     Raises:
         RunError: A run needs an accelerator, and none is visible.
     """
-    for run in runs:
-        if not run.resources["gpu"]:
-            continue
-        if visible_devices():
-            return
-        raise RunError(
-            f"the suite '{suite}' asks for accelerators, and none is visible here: start it on a "
-            "machine that has one, or on a cluster (docs/cluster.md), or set "
-            f"'benchmarks.{run.benchmark}.resources.gpu: 0' in config/{suite}.yaml "
-            "to run it on the CPU"
-        )
+    demanding = [run for run in runs if run.resources["gpu"]]
+    if not demanding or visible_devices():
+        return
+    benchmark = demanding[0].benchmark
+    raise RunError(
+        f"the suite '{suite}' asks for accelerators, and none is visible here: start it on a "
+        "machine that has one, or on a cluster (docs/cluster.md), or set "
+        f"'benchmarks.{benchmark}.resources.gpu: 0' in config/{suite}.yaml "
+        "to run it on the CPU"
+    )
 
 
 def visible_devices() -> list[str]:
-    """Return the accelerators that this process may use.
+    """Return the ids of the accelerators that this process may use.
 
-    These are the ones in ``CUDA_VISIBLE_DEVICES``. Without this variable, all of torch's are.
+    These are the ids in ``CUDA_VISIBLE_DEVICES``. If it is not set, they are the numbers of all
+    accelerators that torch finds.
     """
     visible = os.environ.get(VISIBLE)
     if visible is None:
@@ -93,12 +94,20 @@ def visible_devices() -> list[str]:
 
 
 def _lock_devices(locks: ExitStack, devices: list[str], count: int, name: str) -> list[str]:
-    """Lock ``count`` devices, and return them. Waits until enough devices are free."""
+    """Lock ``count`` of the devices, and return their ids. Waits until enough devices are free.
+
+    Args:
+        locks: Gets the new locks.
+        devices: The ids of all devices that may be used.
+        count: The number of devices to lock.
+        name: The name of the run, for messages.
+    """
     folder = _lock_folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     locked: list[str] = []
     has_reported = False
-    # only one process chooses at a time: two that wait for each other's devices would never end
+    # Only one process chooses at a time. Otherwise two processes could each hold a device that the
+    # other one needs, and wait forever.
     with FileLock(folder / "choice.lock"):
         while True:
             for device in devices:
@@ -115,7 +124,7 @@ def _lock_devices(locks: ExitStack, devices: list[str], count: int, name: str) -
 
 
 def _lock_folder() -> Path:
-    """Return the folder of the locks of this user's processes on this machine."""
+    """Return the folder of the lock files. Each user, machine and scheduled job has one."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     names = [platform.node()]
     # one folder per scheduled job, because schedulers may number the devices of each job from 0

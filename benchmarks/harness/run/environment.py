@@ -89,13 +89,15 @@ def capture() -> dict[str, Any]:
 
 
 def fingerprint(captured: Mapping[str, Any]) -> dict[str, str]:
-    """Describe packages and hardware. If all are equal, numbers are equal to the last digit.
+    """Describe what can change the last digit of a number: packages, hardware, variables.
+
+    A run that is repeated with an equal fingerprint gives equal numbers.
 
     Args:
         captured: The result of :func:`capture`.
     """
     processor = _processor()
-    # the variable ATEN_CPU_CAPABILITY may lower it
+    # may be less than the processor has, because of the variable ATEN_CPU_CAPABILITY
     capability = torch.backends.cpu.get_cpu_capability()
     variables = {}
     for name in VARIABLES:
@@ -138,12 +140,12 @@ class _Processor(NamedTuple):
 
     name: str
     flags_digest: str
-    """Digest of the name and the instructions that the processor has."""
+    """Digest of the name and of the supported instructions."""
 
 
 @functools.cache
 def _processor() -> _Processor:
-    """Read the name of the processor and its instructions."""
+    """Read the processor's name and supported instructions from ``/proc/cpuinfo``."""
     text = Path("/proc/cpuinfo").read_text()
     model_line = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
     # x86 has flags, and ARM has features

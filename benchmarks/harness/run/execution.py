@@ -21,8 +21,8 @@ import torch
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from benchmarks.harness.base import LOCK, RunError, derive_seed, format_json, write_text
-from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.runs import read_run
+from benchmarks.harness.config.benchmark import AnyBenchmark, load_benchmark
+from benchmarks.harness.config.runs import Run, read_run
 from benchmarks.harness.results.records import check_metrics
 from benchmarks.harness.run import environment
 from benchmarks.harness.training import processes as group
@@ -37,8 +37,8 @@ def execute(
 ) -> Path:
     """Execute the run of a ``run.json`` and write ``metrics.json`` beside it.
 
-    If another process executes the same run, wait for its result. Processes that torchrun started
-    work together: the first one locks and writes.
+    If another process already executes this run, wait for it and keep its result. If torchrun
+    started several processes, they compute together, and the first one locks and writes.
 
     Args:
         path: The path of the ``run.json``.
@@ -66,6 +66,7 @@ def execute(
     if is_main:
         lock = _lock_run(path.parent, run.name)
     else:
+        # the first process has locked the run for all of them
         log = log.with_name(f"{log.stem}-{group.rank()}{log.suffix}")
     with lock:
         group.init_process_group()
@@ -74,32 +75,50 @@ def execute(
             return output
         with _redirect_output(log) as terminal:
             progress = Progress(run.name, terminal if is_main else sys.stderr)
-            captured = environment.capture()
-            pipeline = benchmark.pipeline()
-            # built before a suite's first run, so that all its runs use them
-            if not torch.cuda.is_available():
-                prepare_kernels()
-            startup_seconds = time.time() - started
-            torch.manual_seed(derive_seed("run", run.seed))
-            metrics: dict[str, Any] = pipeline.run(spec, path.parent, progress)
-            if not is_main:
-                return output
-            job_seconds = time.time() - started
-            metrics["cost"] = {
-                **metrics.get("cost", {}),
-                "startup_seconds": startup_seconds,
-                "job_seconds": job_seconds,
-                "peak_memory_mb": _peak_memory() / 1e6,
-            }
-            captured["fingerprint"] = environment.fingerprint(captured)
-            content = {"run_id": run.id, **metrics, "environment": captured}
-            text = format_json(content)
-            check_metrics(run, text.encode(), output)
-            write_text(output, text)
-            # with its numbers written, the run is never resumed
-            shutil.rmtree(path.with_name("checkpoints"), ignore_errors=True)
-            progress.finish(job_seconds)
+            metrics = _measure(benchmark, run, spec, path.parent, progress, started)
+            # all processes compute, but only the first one writes
+            if is_main:
+                text = format_json(metrics)
+                check_metrics(run, text.encode(), output)
+                write_text(output, text)
+                # a run with a result is never resumed
+                shutil.rmtree(path.with_name("checkpoints"), ignore_errors=True)
+                progress.finish(metrics["cost"]["job_seconds"])
     return output
+
+
+def _measure(
+    benchmark: AnyBenchmark, run: Run, spec: Any, folder: Path, progress: Progress, started: float
+) -> dict[str, Any]:
+    """Compute a run, and return the content of ``metrics.json``.
+
+    Only the first process has the complete content.
+
+    Args:
+        benchmark: The benchmark of the run.
+        run: The run.
+        spec: The run's spec, as read by the benchmark.
+        folder: The folder of the run.
+        progress: Prints the progress lines.
+        started: The start of the process (``time.time()``).
+    """
+    captured = environment.capture()
+    pipeline = benchmark.pipeline()
+    # compiled before a suite's first run, so that all its runs use the same kernels
+    if not torch.cuda.is_available():
+        prepare_kernels()
+    startup_seconds = time.time() - started
+    torch.manual_seed(derive_seed("run", run.seed))
+    metrics: dict[str, Any] = pipeline.run(spec, folder, progress)
+    job_seconds = time.time() - started
+    metrics["cost"] = {
+        **metrics.get("cost", {}),
+        "startup_seconds": startup_seconds,
+        "job_seconds": job_seconds,
+        "peak_memory_mb": _peak_memory() / 1e6,
+    }
+    captured["fingerprint"] = environment.fingerprint(captured)
+    return {"run_id": run.id, **metrics, "environment": captured}
 
 
 def _peak_memory() -> int:
@@ -113,7 +132,7 @@ def _peak_memory() -> int:
 def launch_distributed(
     path: Path, *, threads: int, log: Path, processes: int, parallel: str
 ) -> None:
-    """Execute a run with several processes on this machine.
+    """Execute a run with several processes on this machine, and wait for them.
 
     Args:
         path: The path of the ``run.json``.
@@ -145,7 +164,10 @@ def launch_distributed(
 
 
 def _end_with_launcher() -> None:
-    """End this process when its launcher ends; a killed launcher cannot end its processes."""
+    """End this process as soon as its launcher has ended; do nothing without a launcher.
+
+    A launcher that is killed cannot end the processes that it started.
+    """
     launcher = os.environ.pop(_LAUNCHER, None)
     if launcher is None:
         return
@@ -160,7 +182,7 @@ def _end_with_launcher() -> None:
 
 
 def _lock_run(folder: Path, run_name: str) -> AcquireReturnProxy[Any]:
-    """Lock the folder of a run. Waits until no other process works on the run."""
+    """Lock the folder of a run, and return the held lock. Waits if another process holds it."""
     lock = FileLock(folder / LOCK)
     try:
         return lock.acquire(blocking=False)
@@ -173,7 +195,7 @@ def _lock_run(folder: Path, run_name: str) -> AcquireReturnProxy[Any]:
 def _redirect_output(path: Path) -> Iterator[TextIO]:
     """Send all output of the process to a log, and yield the terminal's stream.
 
-    Native libraries write to file descriptors, so it is these that are redirected.
+    This redirects the file descriptors, because native libraries write to them directly.
     """
     saved_output = os.dup(1)
     saved_errors = os.dup(2)

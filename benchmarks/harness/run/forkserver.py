@@ -36,7 +36,7 @@ ONE_THREAD = {
     "NUMEXPR_NUM_THREADS": "1",
     "VECLIB_MAXIMUM_THREADS": "1",
 }
-# a fork copies these variables from its caller; they change no number
+# a fork copies these variables from its caller; their values do not influence results
 _CALLERS_VARIABLES = {
     ADDRESS,
     # folders
@@ -61,13 +61,14 @@ _ACCEPTED = b"+"  # the server's answer before it runs a command; the exit statu
 
 
 def run_in_fork(arguments: Sequence[str]) -> int | None:
-    """Run a command in a fork of the server that the environment names.
+    """Run a command in a fork of the server, whose address is in the environment.
 
     Args:
         arguments: The arguments of ``python -m benchmarks``.
 
     Returns:
-        The exit status; None if there is no server with the same environment, and nothing was run.
+        The exit status. None if there is no server with the same environment; then the command was
+        not run.
     """
     address = os.environ.get(ADDRESS)
     if not address:
@@ -96,10 +97,10 @@ def run_in_fork(arguments: Sequence[str]) -> int | None:
 
 
 class Server:
-    """The process that imports and forks, with its start and its end.
+    """Starts and stops the server process, which imports everything and forks for each command.
 
     Args:
-        benchmarks: The benchmarks whose pipelines it imports; forks may import others.
+        benchmarks: The benchmarks whose pipelines the server imports; forks may import others.
     """
 
     def __init__(self, benchmarks: Iterable[str]) -> None:
@@ -130,7 +131,7 @@ class Server:
         """End the server if it was started."""
         if self._process is None:
             return
-        self._process.terminate()  # it may still import
+        self._process.terminate()  # while it imports, it would not notice that its input ends
         self._process.communicate()
         self._process = None
         address = Path(os.environ.pop(ADDRESS))
@@ -143,7 +144,7 @@ def serve(
     """Import the pipelines, and fork for each caller until the standard input ends.
 
     Args:
-        listener: The socket for callers.
+        listener: The socket on which callers connect.
         import_all: A function that imports all modules that commands need.
         work: A function that runs a command in a fork and returns its exit status.
     """
@@ -169,17 +170,21 @@ def serve(
 
 
 def _run_for_caller(caller: socket.socket, work: Callable[[list[str]], int]) -> None:
-    """Run a caller's command in this fork, send the exit status, and end."""
+    """Run a caller's command in this fork, send the exit status to the caller, and end the fork.
+
+    If the caller's environment does not fit, end without an answer; the caller then runs the
+    command itself.
+    """
     status = 1
     try:
-        _, streams, _, _ = socket.recv_fds(caller, 1, 3)
+        _, streams, _, _ = socket.recv_fds(caller, 1, 3)  # the caller's standard streams
         with caller.makefile() as content:
             request = json.loads(content.readline())
         environment: dict[str, str] = request["environment"]
         if not _fits(environment):
-            os._exit(0)  # without an answer, so the caller runs the command itself
+            os._exit(0)
         caller.sendall(_ACCEPTED)
-        # as in a process of its own
+        # undo the server's handling of signals
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for number, stream in enumerate(streams):
@@ -203,12 +208,12 @@ def _run_for_caller(caller: socket.socket, work: Callable[[list[str]], int]) -> 
 
 def _fits(environment: Mapping[str, str]) -> bool:
     """Return True if a caller's environment differs from the server's only in copied variables."""
-    # pairs that only one of both has: other values, and variables that the other one lacks
+    # (name, value) pairs that only one side has: changed values and missing variables
     differences = environment.items() ^ _ENVIRONMENT.items()
     return all(name in _CALLERS_VARIABLES for name, _ in differences)
 
 
 def _end_with(caller: socket.socket) -> None:
-    """End this process when the caller ends."""
-    caller.recv(1)
+    """Wait until the caller ends, and then end this process."""
+    caller.recv(1)  # the caller sends nothing more, so this returns when its socket is closed
     os.kill(os.getpid(), signal.SIGTERM)

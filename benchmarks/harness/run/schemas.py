@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic.json_schema import models_json_schema
 
 from benchmarks.harness.base import SCHEMAS, write_text
-from benchmarks.harness.config.benchmark import KINDS, benchmark_names, load_benchmark
+from benchmarks.harness.config.benchmark import KINDS, SuitePart, benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import MetricFile, ModelFile
 from benchmarks.harness.config.methods import MethodFile
 from benchmarks.harness.config.suite import SuiteSettings
@@ -47,18 +47,20 @@ def write_schemas() -> list[Path]:
 
 
 def _suite_schema() -> dict[str, Any]:
-    """Make the schema of ``config/<suite>.yaml``, with a section for each benchmark."""
-    part_models = {name: load_benchmark(name).part_model for name in benchmark_names()}
-    _, schemas_of_parts = models_json_schema(
-        [(model, "validation") for model in part_models.values()]
-    )
-    # no key is required, because ``grid_defaults`` may give those of a block
-    definitions = schemas_of_parts["$defs"]
+    """Make the JSON schema of ``config/<suite>.yaml``, with a section for each benchmark."""
+    section_models = {name: load_benchmark(name).part_model for name in benchmark_names()}
+    # pydantic describes all sections and what they contain in one "$defs"
+    requested: list[tuple[type[SuitePart], Literal["validation"]]] = [
+        (model, "validation") for model in section_models.values()
+    ]
+    _, combined_schema = models_json_schema(requested)
+    definitions = combined_schema["$defs"]
+    # no key is required, because a suite may give it for many blocks in ``grid_defaults``
     for definition in definitions.values():
         definition.pop("required", None)
 
     sections = {}
-    for name, model in part_models.items():
+    for name, model in section_models.items():
         sections[name] = {"$ref": f"#/$defs/{model.__name__}"}
 
     schema = SuiteSettings.model_json_schema()

@@ -30,8 +30,8 @@ class RunStatus:
         run: The run.
         state: ``finished`` if its numbers exist; else ``running`` if a process holds its lock;
             else ``failed`` if its log exists; else ``missing``.
-        last: The last line of the log of a running or failed run.
-        silent: The number of seconds since that line was written.
+        last: The last line in the log of a running or failed run; empty if there is none.
+        silent: The number of seconds since the log was last written; None without a log.
     """
 
     run: Run
@@ -57,7 +57,7 @@ def describe(suite: Suite) -> str:
 
 
 def run_status(run: Run) -> RunStatus:
-    """Return the status of a run."""
+    """Determine the state of a run, and the last line of its log if it is running or failed."""
     folder = RUNS / run.folder
     # checked first, because a run writes its numbers before it releases its lock
     is_running = is_held(folder / LOCK)
@@ -72,8 +72,8 @@ def run_status(run: Run) -> RunStatus:
 
 
 def _last_line(log: Path) -> str:
-    """Return the last line of a log that is not blank; empty without one."""
-    # a progress bar overwrites its line with "\r", which read_text() makes a line end
+    """Return the last line of a log that is not blank; empty if all lines are blank."""
+    # a progress bar overwrites its line with "\r", which read_text() turns into a line end
     lines = log.read_text(errors="replace").split("\n")
     for line in reversed(lines):
         text = line.strip()
@@ -83,11 +83,15 @@ def _last_line(log: Path) -> str:
 
 
 def count(benchmark: str, statuses: Sequence[RunStatus]) -> dict[str, str | int | float | None]:
-    """Return a row of the table: the number of runs in each state, and the finished runs' time.
+    """Count the runs of a benchmark in each state, and compute the median time of the finished.
 
     Args:
-        benchmark: The benchmark to count.
+        benchmark: The name of the benchmark.
         statuses: The runs of all benchmarks.
+
+    Returns:
+        A row of the table: ``benchmark``, a count for each state, and ``median_seconds``, which is
+        None without finished runs.
     """
     of_benchmark = [status for status in statuses if status.run.benchmark == benchmark]
     num_runs = Counter(status.state for status in of_benchmark)

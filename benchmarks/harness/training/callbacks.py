@@ -1,4 +1,7 @@
-"""Callbacks of the training loop: times, first losses, running gates, epoch of the row order."""
+"""Callbacks of the training loop: times, first losses, running gates, epoch of the row order.
+
+A running gate is a moving average of the mean neuron keys of each expert, by which a router scores.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,10 @@ class Stopwatch(SavedCallback):
         self._start = 0.0
 
     def cost(self, steps: int) -> dict[str, float]:
-        """Return the seconds of this many optimizer steps, for ``cost`` of ``metrics.json``."""
+        """Return the mean seconds of a step, and the seconds of ``steps`` steps of that length.
+
+        The keys are ``steps``, ``step_seconds`` and ``train_seconds``, as in ``metrics.json``.
+        """
         step_seconds = self.seconds / max(self.steps, 1)
         return {
             "steps": steps,
@@ -83,29 +89,32 @@ class Stopwatch(SavedCallback):
 
 
 class SetEpochs(TrainerCallback):
-    """A callback that sets the epoch of the row order.
+    """A callback that sets the epoch of the row order at the start of each epoch.
 
     accelerate does not set it in a resumed run on several processes.
+
+    Args:
+        order: A sampler with the method ``set_epoch``.
     """
 
     def __init__(self, order: Any) -> None:
         self._order = order
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        # a fraction in the middle of an epoch, None before the first
+        # state.epoch is a fraction if the run resumes within an epoch, and may be None at first
         epoch = state.epoch or 0
         self._order.set_epoch(int(epoch))
 
 
 class UpdateGates(TrainerCallback):
-    """A callback that updates running gates from the keys after each optimizer step."""
+    """A callback that updates the running gates of a model after each optimizer step."""
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         emoe.update_gates_(kwargs["model"])
 
 
 def fixed_rows(rows: Any) -> list[Any]:
-    """Return the first rows of a data set, for :meth:`Probe.observe`."""
+    """Return the first four rows of a data set (or all, if fewer), for :meth:`Probe.observe`."""
     count = min(len(rows), _FIXED_ROWS)
     return [rows[number] for number in range(count)]
 
@@ -151,7 +160,7 @@ class Probe(SavedCallback):
 
     @torch.no_grad()
     def observe(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        """Summarise the logits of a batch, and count its expert choices.
+        """Summarise the logits of a batch, and count how often its tokens choose each expert.
 
         Does nothing if the model is sharded.
 
@@ -164,7 +173,7 @@ class Probe(SavedCallback):
             return
         is_quantized = getattr(model, "is_quantized", False)
         if torch.cuda.is_available() and world_size() == 1 and not is_quantized:
-            # training uses it
+            # training will use the accelerator too
             model.to("cuda")
         device = next(model.parameters()).device
         without_labels = {name: value for name, value in batch.items() if name != "labels"}
@@ -181,12 +190,12 @@ class Probe(SavedCallback):
         self._observed = {"logits": summarise_logits(logits), "loads": loads}
 
     def add_loss(self, loss: Tensor) -> None:
-        """Record the loss of a training batch, if it is one of the first."""
+        """Record the loss of a training batch, if it is one of the first eight."""
         if len(self.losses) < FIRST_STEPS:
             self.losses.append(float(loss))
 
     def summary(self) -> dict[str, Any]:
         """Return ``probe`` of ``metrics.json``: ``losses``, ``logits``, and ``loads`` by layer."""
-        # text with all digits, which no reader of the file rounds
+        # as text with all digits, so that no reader of the file rounds them
         losses = [repr(loss) for loss in self.losses]
         return {"losses": losses, **self._observed}

@@ -35,7 +35,7 @@ class SavedCallback(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": attributes}
 
     def restore(self, state: TrainerState) -> None:
-        """Restore the attributes from a checkpoint's state."""
+        """Set the saved attributes from the Trainer state of a checkpoint."""
         states = cast(Any, state.stateful_callbacks)
         own_state = states[type(self).__name__]
         for name, value in own_state["attributes"].items():
@@ -57,7 +57,7 @@ class MarkComplete(TrainerCallback):
 
 
 def _mark_complete(checkpoint: Path) -> None:
-    """Flush the files of a checkpoint to the disk, and write their digests."""
+    """Flush the files of a checkpoint to the disk, and then write their digests to ``complete``."""
     files = list(checkpoint.iterdir())
     for path in files:
         with path.open("rb") as file:
@@ -67,16 +67,16 @@ def _mark_complete(checkpoint: Path) -> None:
 
 
 class FindBest(TrainerCallback):
-    """A callback that finds the best checkpoint in the run's folder.
+    """A callback that updates the path of the best checkpoint when training starts.
 
-    Trainer saves its path. If the folder was moved since, Trainer would end with the last weights
-    instead.
+    Trainer saves this path in each checkpoint. If the folder of the run was moved since, Trainer
+    would not find the best weights, and would silently keep the last ones.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any
     ) -> None:
-        _find_best(args, state)
+        _update_best_path(args, state)
 
 
 def resume(trainer: Trainer, say: Callable[[str], None]) -> str | None:
@@ -84,7 +84,7 @@ def resume(trainer: Trainer, say: Callable[[str], None]) -> str | None:
 
     Args:
         trainer: The trainer, before training.
-        say: The function that prints a warning for each checkpoint that is not complete.
+        say: The function that prints a warning for each unusable checkpoint.
 
     Returns:
         The checkpoint, for ``trainer.train(resume_from_checkpoint=…)``; None if there is none.
@@ -93,7 +93,7 @@ def resume(trainer: Trainer, say: Callable[[str], None]) -> str | None:
     if checkpoint is None:
         return None
     trainer.state = _read_state(checkpoint)
-    _find_best(trainer.args, trainer.state)
+    _update_best_path(trainer.args, trainer.state)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, SavedCallback):
             callback.restore(trainer.state)
@@ -101,14 +101,19 @@ def resume(trainer: Trainer, say: Callable[[str], None]) -> str | None:
 
 
 def last_complete_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """Return the newest checkpoint whose files are unchanged; None if there is none.
+    """Return the newest checkpoint that a run can resume from; None if there is none.
 
-    Other checkpoints are removed. A warning names the wrong file of each.
+    Its files and its best checkpoint must be complete. Every checkpoint with a fault is removed,
+    with a warning that describes the fault.
+
+    Args:
+        folder: The folder of the checkpoints.
+        say: The function that prints the warnings.
     """
     newest: Path | None = None
     if is_main():
         faults: list[str] = []
-        # the oldest first, because a newer one may need its weights
+        # the oldest first: a newer checkpoint is useless if the best one before it was removed
         for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step):
             fault = _find_fault(checkpoint)
             if fault is None:
@@ -126,7 +131,10 @@ def last_complete_checkpoint(folder: Path, say: Callable[[str], None]) -> Path |
 
 
 def _find_fault(checkpoint: Path) -> str | None:
-    """Describe the first file of a checkpoint that is missing or changed; None if there is none."""
+    """Describe why a run cannot resume from a checkpoint; None if it can.
+
+    A file is missing or changed, or the best checkpoint so far is missing.
+    """
     try:
         digests = read_json(checkpoint / COMPLETE, dict[str, str])
     except DataError as error:
@@ -149,17 +157,19 @@ def _find_fault(checkpoint: Path) -> str | None:
     return None
 
 
-def _find_best(args: TrainingArguments, state: TrainerState) -> None:
-    """Set the path of the best checkpoint in a state, if a checkpoint is the best so far."""
+def _update_best_path(args: TrainingArguments, state: TrainerState) -> None:
+    """Set the path of the best checkpoint in a state to the folder of this run, if there is one."""
     if state.best_global_step is not None:
         state.best_model_checkpoint = str(_checkpoint(args, state.best_global_step))
 
 
 def _checkpoint(args: TrainingArguments, step: int) -> Path:
+    """Return the folder of the checkpoint that is saved after a step."""
     return Path(str(args.output_dir)) / f"checkpoint-{step}"
 
 
 def _read_state(checkpoint: Path) -> TrainerState:
+    """Read the Trainer state that is saved in a checkpoint."""
     return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 

@@ -25,7 +25,10 @@ def _accuracy_f1(labels: NDArray[Any], predictions: NDArray[Any]) -> float:
 
 
 def _pearson_spearman(labels: NDArray[Any], predictions: NDArray[Any]) -> float:
-    """Return the mean of both correlations; 0 if the predictions are constant or not finite."""
+    """Return the mean of the Pearson and Spearman correlations.
+
+    It is 0 if the predictions are constant or not finite.
+    """
     if not np.isfinite(predictions).all() or np.ptp(predictions) == 0:
         return 0.0
     # nearly constant predictions, as before training, are no reason for a warning
@@ -55,11 +58,12 @@ def score(
         metric: The key in :data:`SCORES`.
         logits: The logits of the head ``[rows, classes]``, or ``[rows, 1]`` for a regression.
         labels: The labels of the data set ``[rows]``.
-        merged: The class of the data set for each class of the head; None if they are equal.
+        merged: For each class of the head, the class of the data set that it counts as; None if
+            both have the same classes.
     """
     is_regression = logits.shape[1] == 1
     predictions = logits[:, 0] if is_regression else logits.argmax(-1)
-    # a head for three classes of NLI predicts the two classes of another data set
+    # such as a head for three classes of NLI, and a data set with two classes
     if merged:
         predictions = np.asarray(merged)[predictions]
     compute_score = SCORES[metric]

@@ -29,12 +29,12 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Return the number of this process."""
+    """Return the number of this process among those of the run, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_main() -> bool:
-    """Return True if this process writes the results."""
+    """Return True in the first process, which writes the results."""
     return rank() == 0
 
 
@@ -44,18 +44,18 @@ def set_parallelism(parallel: str) -> None:
 
 
 def is_sharded() -> bool:
-    """Return True if the processes of this run share one model (FSDP2)."""
+    """Return True if this run shards one model over several processes (FSDP2)."""
     return world_size() > 1 and os.environ.get(_PARALLEL) == "fsdp"
 
 
 def init_process_group() -> None:
-    """Connect to the other processes, if there are any."""
+    """Connect to the other processes of this run, if there are any."""
     if world_size() > 1:
         PartialState(cpu=not torch.cuda.is_available(), timeout=_TIMEOUT)
 
 
 def destroy_process_group() -> None:
-    """Disconnect from the other processes."""
+    """Wait for the other processes of this run, and disconnect from them."""
     if dist.is_initialized():
         dist.barrier()
         PartialState().destroy_process_group()
@@ -63,7 +63,7 @@ def destroy_process_group() -> None:
 
 
 def exit_worker() -> None:
-    """Exit at once if there are other processes.
+    """Exit at once, with status 0, if there are other processes.
 
     Threads of gloo may outlive its groups and abort an ordinary exit. torchrun would report this as
     a failure.
@@ -75,7 +75,10 @@ def exit_worker() -> None:
 
 
 def broadcast(value: Any) -> Any:
-    """Return the main process's plain value on all processes."""
+    """Send a value of the main process to all processes, and return it.
+
+    The arguments of the other processes are ignored.
+    """
     if world_size() == 1:
         return value
     (received,) = broadcast_object_list([value])
@@ -83,16 +86,16 @@ def broadcast(value: Any) -> Any:
 
 
 def shard_(model: PreTrainedModel, precision: str) -> None:
-    """Share one model among the processes (FSDP2): shard each transformer block, then the rest.
+    """Shard one model over the processes (FSDP2): each transformer block, then the rest.
 
-    The weights are those of the main process. Checkpoints have whole tensors, so they fit any
-    number of processes.
+    The weights are those of the main process.
 
     Args:
         model: The model, with equal modules on all processes. Only the main process needs its
             weights.
         precision: The precision of the forward pass.
     """
+    # kept, because they are sent only after the model is sharded
     weights = model.state_dict() if is_main() else {}
     cast(Any, model).fsdp_plan = _sharding_plan(model)
     requested = DistributedConfig(fsdp_size=world_size(), fsdp_mixed_precision=precision == "bf16")
@@ -100,20 +103,24 @@ def shard_(model: PreTrainedModel, precision: str) -> None:
     model.maybe_distribute_model(model, config, mesh)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, weights, options=options)
+    # some buffers are not in the state dict
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
 
 
 def _sharding_plan(model: PreTrainedModel) -> dict[str, str]:
-    """Name the modules that are sharded by themselves, as patterns for transformers."""
+    """Return transformers' plan for FSDP: a strategy for each module that is sharded by itself.
+
+    The keys are module names with a wildcard in place of the layer number.
+    """
     blocks = {ffn.name for ffn in find_ffns(model)}
     plan = {}
     for name, module in model.named_modules():
-        # the rest of a block must have one type, and trained adapters are float32
+        # all parameters that are sharded together must have one dtype, so modules with another
+        # dtype (trained adapters are float32) are sharded by themselves
         parameters = module.parameters(recurse=False)
         has_other_dtype = any(parameter.dtype != model.dtype for parameter in parameters)
         if name in blocks or has_other_dtype:
-            # the numbers of layers become wildcards
             pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
             plan[pattern] = "free_full_weight"
     return plan

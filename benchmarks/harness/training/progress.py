@@ -16,12 +16,12 @@ _SECONDS_BETWEEN_LINES = 15.0
 class Progress(TrainerCallback):
     """A callback that prints lines about a run: its step, and the time left for its training.
 
-    A terminal shows every line. Without a terminal only warnings and finished runs are shown. The
-    log has the rest, and the warnings too.
+    On a terminal, ``stream`` gets every line. Otherwise it only gets warnings and the duration of
+    the finished run, and the other lines go to the log. The log gets the warnings in both cases.
 
     Args:
         run_name: The readable name of the run, which begins each line.
-        stream: The stream for the lines; by default the standard error.
+        stream: A terminal or another stream; by default the standard error.
     """
 
     def __init__(self, run_name: str, stream: TextIO | None = None) -> None:
@@ -45,6 +45,7 @@ class Progress(TrainerCallback):
         self._print(f"finished in {_clock(seconds)}", self._stream)
 
     def _print(self, text: str, stream: TextIO) -> None:
+        """Print a line that begins with the name of the run."""
         with suppress(OSError):  # a closed terminal must not fail the run
             print(f"[{self._run_name}] {text}", file=stream, flush=True)
 
@@ -63,7 +64,7 @@ class Progress(TrainerCallback):
         if is_too_early or is_last_step:
             return
         self._last = now
-        # a resumed run has not computed its first steps in this time
+        # a resumed run computed its first steps earlier
         steps_done = state.global_step - self._first_step
         steps_left = state.max_steps - state.global_step
         seconds_per_step = (now - self._start) / steps_done

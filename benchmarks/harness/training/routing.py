@@ -1,4 +1,7 @@
-"""Record the routing of a model while it trains, and in evaluations."""
+"""Record the routing of a model while it trains, and in evaluations.
+
+The load of an expert is the number of tokens that choose it.
+"""
 
 from __future__ import annotations
 
@@ -41,13 +44,21 @@ def evaluate_with_routing(
 
 
 def routing_summary(record: RoutingRecord) -> dict[str, Any]:
-    """Return the mean of each routing statistic over layers, and ``shares`` of experts by layer."""
+    """Return the mean of each routing statistic over layers, and ``shares`` by layer.
+
+    ``shares`` are the loads of a layer's experts, divided by their sum.
+    """
     shares = {str(number): layer.shares.tolist() for number, layer in record.layers.items()}
     return {**record.summary(), "shares": shares}
 
 
 def loads_by_row(record: LayerRecord, rows: int) -> NDArray[np.int64]:
-    """Return a layer's loads ``[rows, experts]``, recorded with row numbers as labels."""
+    """Count how often the tokens of each row chose each expert: ``[rows, experts]``.
+
+    Args:
+        record: The record of a layer, made with the numbers of the rows as labels.
+        rows: The number of rows.
+    """
     loads = np.zeros((rows, record.num_experts), dtype=np.int64)
     for row, counts in record.by_label.items():
         loads[row] = counts.numpy()
@@ -60,7 +71,7 @@ def window_steps(steps: int) -> int:
     >>> window_steps(80), window_steps(5000), window_steps(60_000)
     (4, 100, 600)
     """
-    # longer windows would be too few, shorter windows too many
+    # longer windows would give too few per run, and shorter ones too many
     longest = steps // _FEWEST_WINDOWS
     shortest = math.ceil(steps / _MOST_WINDOWS)
     return max(1, min(_AUTHORS_WINDOW, longest), shortest)
@@ -74,7 +85,7 @@ class RoutingTrace(SavedCallback):
 
     Attributes:
         ends: The last step of each window.
-        loads: The loads ``[windows, N]`` by layer.
+        loads: The loads ``[windows, experts]`` by layer number.
     """
 
     SAVED = ("ends", "loads")
@@ -102,7 +113,7 @@ class RoutingTrace(SavedCallback):
 
     def _end_window(self, step: int) -> None:
         """Store the loads of the window that ends with a step. The next step begins another."""
-        # a window has ended in this step, or the model is dense
+        # the window already ended in this step, or the model is dense
         if self._record is None:
             return
         self.ends.append(step)
@@ -112,7 +123,7 @@ class RoutingTrace(SavedCallback):
         self._recording.close()
 
     def summary(self) -> dict[str, Any]:
-        """Return ``windows`` of ``routing`` in ``metrics.json``. Empty for a dense model."""
+        """Return the ``ends`` and ``loads`` under the key ``windows``. Empty for a dense model."""
         if not self.ends:
             return {}
         return {"windows": {"ends": self.ends, "loads": self.loads}}

@@ -12,9 +12,9 @@ from benchmarks.harness.base import derive_seed
 
 
 class EpochOrder(Sampler[int]):
-    """An order of the training rows that depends on the seed and the epoch alone.
+    """A random order of the training rows that depends only on the rows, the seed and the epoch.
 
-    All methods have the same order. A resumed run has the same order as an uninterrupted run.
+    So all methods have the same order, and a resumed run has the order of an uninterrupted one.
 
     Args:
         lengths: The number of tokens of each row.
@@ -31,7 +31,7 @@ class EpochOrder(Sampler[int]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch; the data loader calls this before each."""
+        """Set the epoch of the next iteration. The data loader calls this before each epoch."""
         self._epoch = epoch
 
     def __len__(self) -> int:

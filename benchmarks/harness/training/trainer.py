@@ -80,12 +80,12 @@ class RoutedTrainer(Trainer):
 
     Args:
         order: The order of the rows.
-        trainable: The model.
+        trainable: The model, and the names of parameters with a lower learning rate.
         probe: The probe that records the loss of the first batches.
-        base_lr_ratio: The share of the learning rate for trained parameters other than adapters
+        base_lr_ratio: The factor of the learning rate for trained parameters other than adapters
             and head.
-        by_token: True to average the loss of a step over its learned tokens, False over its
-            batches.
+        by_token: True to average the loss of a step over all tokens with labels; False to average
+            it over the batches of the step.
         **kwargs: The arguments of Trainer.
     """
 
@@ -99,7 +99,8 @@ class RoutedTrainer(Trainer):
         by_token: bool = False,
         **kwargs: Any,
     ) -> None:
-        # Trainer does not save models that were sharded before; this class does
+        # Trainer refuses a model that is already sharded unless it saves nothing else, but this
+        # class can save the optimizer too; so set the option only while Trainer checks it
         kwargs["args"].save_only_model = is_sharded()
         super().__init__(model=trainable.model, **kwargs)
         self.args.save_only_model = False
@@ -121,11 +122,12 @@ class RoutedTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
+        # parameters with a lower learning rate
         slow = set()
         for name, parameter in self._trained.named_parameters():
             if name in self._trainable.slow:
                 slow.add(parameter)
-        # move them into groups of their own, with a lower learning rate
+        # move them into groups of their own
         for group in list(optimizer.param_groups):
             slow_parameters = [parameter for parameter in group["params"] if parameter in slow]
             if not slow_parameters:
@@ -145,10 +147,10 @@ class RoutedTrainer(Trainer):
         if not model.training:
             return loss
         balance = emoe.aux_loss(model)
-        # the loss is the number 0.0 if no layer has one
+        # the number 0.0 if no layer has a balance loss
         if not isinstance(balance, Tensor):
             return loss
-        # like the task's loss
+        # Trainer then expects a loss that is already averaged over the batches of the step
         if self.loss_is_scaled_for_ga:
             balance = balance / self.current_gradient_accumulation_steps
         return loss + balance
@@ -203,11 +205,11 @@ class RoutedTrainer(Trainer):
 
 
 def extract_logits(predictions: Any) -> NDArray[Any]:
-    """Return the logits of a model's predictions, which may be a tuple."""
+    """Return the logits of predictions: these themselves, or the first element of a tuple."""
     logits = predictions[0] if isinstance(predictions, tuple) else predictions
     return cast(NDArray[Any], logits)
 
 
 def finite_or_none(loss: float) -> float | None:
-    """Return a loss, or None if it is not finite, which JSON cannot represent."""
+    """Return a loss, or None if it is not finite, because JSON has no such numbers."""
     return loss if math.isfinite(loss) else None
