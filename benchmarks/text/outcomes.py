@@ -189,7 +189,8 @@ class TextOutcomes(Outcomes):
         """Add the column ``scope``, and number the rows from 0."""
         pairs = zip(scores["task"], scores["eval_task"], strict=True)
         scopes = [self.pair_title(task, eval_task) for task, eval_task in pairs]
-        return scores.assign(scope=scopes).reset_index(drop=True)
+        # with a type, because there may be no scores
+        return scores.reset_index(drop=True).assign(scope=pd.Series(scopes, dtype=str))
 
     def _split_settings(self) -> None:
         """Turn each setting of an ablation, and of a row with several variants, into a row."""
@@ -351,13 +352,16 @@ def add_transformed_rows(records: pd.DataFrame) -> pd.DataFrame:
 
     That method also gets a copy of the run's dev scores, which choose its runs.
     """
-    # "test as emoe": the part "test" of a model that was converted to the method "emoe"
-    split = records["part"].str.partition(AS)
-    part = split[0]
-    method = split[2]
-    is_transformed = method != ""
+    parts = []
+    methods = []
+    for name in records["part"]:
+        # "test as emoe": the part "test" of a model that was converted to the method "emoe"
+        part, _, method = name.partition(AS)
+        parts.append(part)
+        methods.append(method)
+    is_transformed = pd.Series(methods, records.index, dtype=str) != ""
     trained = records[~is_transformed]
-    transformed = records.assign(part=part, method=method)[is_transformed]
+    transformed = records.assign(part=parts, method=methods)[is_transformed]
 
     converted_runs = transformed[["run_id", "method"]].drop_duplicates()
     dev = trained[trained["part"] == "dev"].drop(columns="method")

@@ -194,7 +194,8 @@ def choices_table(outcomes: TextOutcomes) -> Table:
     """Make a table of all hyper-parameter choices with their dev scores; mark the chosen ones."""
     tables = []
     candidates = []
-    for protocol in outcomes.protocols:
+    # without scores, the tables are empty, but have their columns
+    for protocol in outcomes.protocols or PROTOCOLS:
         tables.append(choices(outcomes.records, protocol).assign(protocol=protocol))
         scores = selection_scores(outcomes.records, protocol)
         candidates.append(scores.assign(protocol=protocol))
