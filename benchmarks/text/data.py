@@ -55,7 +55,8 @@ class TextSplit:
     Attributes:
         texts: One tuple per row, with one or two texts.
         labels: The class numbers, or the scores of a regression.
-        dropped: The number of rows that were left out: without a gold label or text, or near-neutral.
+        dropped: The number of rows that were left out, because they have no text, no gold label, or
+            a near-neutral rating.
         source: The file, package or hub id.
     """
 
