@@ -94,7 +94,7 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
         split = splits[other.name]
         progress.say(f"evaluating on {other.name}, {len(split):,} rows")
         scores[other.name] = evaluator.evaluate(split, other, routing)
-    routed, usage = routing.set_routing(spec.task.name)
+    routed, usage = routing.routing_of_set(spec.task.name)
     return {
         "scores": {"test": {spec.task.name: tested}, "ood": scores},
         "routing": routed,

@@ -373,7 +373,7 @@ def _protocols_of(frame: pd.DataFrame) -> list[str]:
 def add_transformed_rows(records: pd.DataFrame) -> pd.DataFrame:
     """Give the numbers of models that were converted after training to their new method.
 
-    The new method also gets a copy of the dev scores of the run, for the choice of hyper-parameters.
+    The new method also gets a copy of the run's dev scores, for the choice of hyper-parameters.
 
     Args:
         records: The numbers of runs, see :func:`.records.tabulate_numbers`.

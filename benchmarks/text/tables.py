@@ -83,7 +83,7 @@ _RESULT_BLOCKS = (
 )
 
 
-def results(outcomes: TextOutcomes) -> Table:
+def results_table(outcomes: TextOutcomes) -> Table:
     """Make a table of scores under both selections, and differences to the baseline."""
     frame = outcomes.order(common.format_counts(outcomes.rows, CELL), CELL)
     numbers = ["mean", "std", "population_std", "delta", "low", "high"]
@@ -106,7 +106,7 @@ def results(outcomes: TextOutcomes) -> Table:
     )
 
 
-def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
+def tasks_table(outcomes: TextOutcomes, domain: str = ID) -> Table:
     """Make a table like the paper's: a column per task (or pair of tasks), and their average."""
     of_domain = outcomes.rows[outcomes.rows["domain"] == domain]
     rows = of_domain.assign(std=shown_deviation(of_domain))
@@ -130,7 +130,7 @@ def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
     )
 
 
-def tests(outcomes: TextOutcomes) -> Table:
+def tests_table(outcomes: TextOutcomes) -> Table:
     """Make a table of paired tests over seeds against the baseline."""
     keys = {
         "model_title": "Model",
@@ -150,7 +150,7 @@ def tests(outcomes: TextOutcomes) -> Table:
     )
 
 
-def ood(outcomes: TextOutcomes) -> Table:
+def ood_table(outcomes: TextOutcomes) -> Table:
     """Make a table of scores on every set, by training task."""
     is_clean = outcomes.rows["protocol"] == CLEAN
     is_single_set = outcomes.rows["domain"].isin([ID, OOD])
@@ -172,7 +172,7 @@ def ood(outcomes: TextOutcomes) -> Table:
     )
 
 
-def cost(outcomes: TextOutcomes) -> Table:
+def cost_table(outcomes: TextOutcomes) -> Table:
     """Make a table of time, memory, parameters and the use of experts."""
     # clean runs, or all runs of a cell without clean ones
     records = outcomes.origins
@@ -291,7 +291,7 @@ def _metric_of(task: TaskEntry, domain: str) -> str:
 _PUBLISHED_KEY = list(PAPER_COLUMNS)
 
 
-def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
+def paper_table(outcomes: TextOutcomes, domain: str = ID) -> Table:
     """Make a table of our numbers and the paper's in one domain, under both selections."""
     frame = _published_scores(outcomes)
     columns = [
@@ -390,11 +390,11 @@ def _averages(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 TABLES = {
-    "results": results,
-    "tasks": tasks,
-    "tests": tests,
-    "ood": ood,
-    "cost": cost,
+    "results": results_table,
+    "tasks": tasks_table,
+    "tests": tests_table,
+    "ood": ood_table,
+    "cost": cost_table,
     "choices": choices_table,
-    "paper": paper,
+    "paper": paper_table,
 }

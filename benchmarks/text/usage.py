@@ -212,7 +212,7 @@ class RoutingRecorder:
         self._sets[name] = SetLoads(loads, classes[chosen])
         self._summaries[name] = routing_summary(record)
 
-    def set_routing(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    def routing_of_set(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the routing summary of a set, and the use of experts by all sets.
 
         The summary is that of :func:`~benchmarks.harness.training.routing.routing_summary`. With
