@@ -278,7 +278,7 @@ def _change_numbers(shares: NDArray[np.float64]) -> dict[str, float]:
         return {"load_change": math.nan, "load_drift": math.nan, "load_drift_chance": math.nan}
     changes = np.abs(np.diff(shares, axis=0)).sum(1)  # [windows - 1]
     quarter = max(windows // _PERIODS, 1)
-    # the even windows of a half are about as many as the windows of a quarter, as are the odd ones
+    # the even windows of a half are as many as the windows of a quarter, and so are the odd ones
     first_half = shares[: 2 * quarter]
     last_half = shares[-2 * quarter :]
     chances = [_distance(half[::2], half[1::2]) for half in (first_half, last_half)]
