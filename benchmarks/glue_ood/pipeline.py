@@ -28,15 +28,16 @@ from emoe.errors import CheckpointError
 
 
 def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any]:
-    """Evaluate the chosen run of one spec.
+    """Choose among the candidate runs of one spec, and evaluate the chosen one.
 
     Args:
         spec: The settings of the run.
-        folder: The run's folder.
+        folder: The folder of the run.
         progress: The progress line.
 
     Returns:
-        The content of ``metrics.json`` without the harness's part; ``chosen`` is the evaluated run.
+        The content of ``metrics.json``, without the sections that the harness adds. ``chosen`` is
+        the evaluated run.
     """
     settings = spec.evaluation
     load = partial(
@@ -77,7 +78,7 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
     first_set = splits[spec.ood[0].name]
     probe.observe(classifier.model, evaluator.first_batch(first_set))
 
-    # the run that trained the model may have the same score already
+    # the run that trained the model may have recorded the same score
     tests_same_rows = (
         training.eval_rows == settings.rows and training.max_length == settings.max_length
     )
@@ -114,7 +115,7 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
 
 
 def _load(other: RunTask, load: Callable[..., TextSplit]) -> TextSplit:
-    """Load an OOD set; an error says how to leave the set out."""
+    """Load an OOD set with ``load``. If that fails, the error also says how to exclude the set."""
     try:
         return load(other, "test")
     except DataError as error:
@@ -124,7 +125,10 @@ def _load(other: RunTask, load: Callable[..., TextSplit]) -> TextSplit:
 
 
 def _chosen(spec: EvaluationSpec) -> Run:
-    """Return the candidate with this seed, and the setting of the best mean dev score over seeds.
+    """Return the candidate run to evaluate.
+
+    It has the seed of the spec. Its variant and learning rate have the best dev score among all
+    candidates, as a mean over seeds.
 
     Raises:
         DataError: No candidate with this seed has the chosen variant and learning rate.

@@ -27,5 +27,5 @@ FIGURES = {"usage": USAGE}
 
 
 def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
-    """Present finished runs."""
+    """Make the tables, figures and verdicts of a benchmark's finished runs."""
     return present_text(benchmark, records, TABLES, FIGURES, optimizer="")

@@ -265,7 +265,7 @@ def verdicts(outcomes: TextOutcomes) -> Iterator[str]:
 def _differences_text(differences: pd.DataFrame) -> str:
     """Describe the differences of a method on one or several tasks, in points.
 
-    Several differences are averaged, and their verdicts are counted.
+    Several differences are averaged, and the text sums up their verdicts.
     """
     if len(differences) == 1:
         only = differences.iloc[0]
