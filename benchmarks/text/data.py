@@ -215,7 +215,7 @@ def load_part(
         rows: The number of sampled rows; None keeps all.
         entries: The tasks of ``tasks.yaml``, with the row counts that are expected.
         say: A function that prints a message. It gets a warning if the row count is unexpected.
-            Without ``say`` or ``entries``, rows are not counted.
+            Without ``say`` or ``entries``, row counts are not checked.
     """
     read_part = resolve_part(task.splits, part)
     split = load_split(task, read_part)

@@ -106,13 +106,17 @@ def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> 
 
 
 class _Line(NamedTuple):
-    """One line of a heatmap of expert use: a set, or one of its classes."""
+    """One line of a heatmap of expert use: a data set, or one of its classes.
+
+    Attributes:
+        label: The title of the data set, or the name of the class.
+        shares: The share of each expert.
+        marks: For each expert, use above (1) or below (-1) chance, else 0; None for a class.
+    """
 
     label: str
-    shares: list[float]  # by expert
-    marks: (
-        list[int] | None
-    )  # by expert: use above (1) or below (-1) chance, else 0; None for classes
+    shares: list[float]
+    marks: list[int] | None
 
 
 def _count_lines(usage: Usage, *, with_classes: bool) -> int:
@@ -237,14 +241,15 @@ def trace_numbers(trace: pd.DataFrame) -> dict[str, float]:
 
     Returns:
         - ``windows``: the number of windows
-        - ``load_entropy``: the entropy of the shares over its maximum ln N, as a mean over windows
-        - ``load_max_over_mean``: the load of the busiest expert over the mean load, as a mean over
+        - ``load_entropy``: the entropy of the shares, divided by ln N, its maximum; a mean over
           windows
+        - ``load_max_over_mean``: the load of the busiest expert, divided by the mean load; a mean
+          over windows
         - ``load_change``: the mean L1 distance between the shares of consecutive windows; it grows
           if windows have fewer tokens, so compare it only within a run
         - ``load_drift``: the L1 distance between the mean shares of the first and the last quarter
-        - ``load_drift_chance``: the drift that chance explains: the distance between the even and
-          the odd windows of the first half, averaged with that of the last half
+        - ``load_drift_chance``: the drift to expect by chance: the distance between the even and
+          the odd windows of the first two quarters, averaged with that of the last two
 
         Change, drift and chance of a single window are nan.
     """

@@ -18,7 +18,8 @@ from benchmarks.harness.results.records import Record, scores_of
 from benchmarks.harness.training.metrics import SCORES, score
 from benchmarks.text.outcomes import TextOutcomes, choices, reported_scores, select_runs
 from benchmarks.text.routing import published_traces, trace_numbers
-from benchmarks.text.tables import paper_table, results_table, tasks_table, tests_table
+from benchmarks.text.tables import paper_table, results_table, tasks_table
+from benchmarks.text.tables import tests_table as paired_tests_table
 from tests import fake_runs
 
 
@@ -110,7 +111,7 @@ def test_means_differ_by_the_difference_beside_them_and_tests_keep_all_seeds(
         )  # vanilla and EMoE have eight seeds, the others five
         gaps = by_row[f"{prefix}_mean"] - frame.loc[("tweets", "vanilla"), f"{prefix}_mean"]
         assert by_row[f"{prefix}_delta"].tolist() == pytest.approx(gaps.tolist())
-    tested = tests_table(glue).frame.set_index(["task", "method"])["n"]
+    tested = paired_tests_table(glue).frame.set_index(["task", "method"])["n"]
     assert set(tested.loc[("tweets", "emoe")]) == {8}
 
 
