@@ -45,11 +45,14 @@ class EvaluationFile(Definition, Ablated):
 
 
 class EvaluationDefinition(EvaluationFile, MethodsDefinition):
-    """The definition with the methods and the baseline of the evaluated benchmark."""
+    """The content of the benchmark's file, with methods and baseline of the evaluated benchmark."""
 
 
 class EvaluationSpec(RunSpec):
-    """The settings that determine the numbers of a run. It evaluates a run of another benchmark."""
+    """The settings that determine the numbers of a run that evaluates a run of another benchmark.
+
+    The evaluated run is chosen among candidates, which differ in learning rate, variant and seed.
+    """
 
     protocol: Protocol
     """The protocol that chose among the candidates."""

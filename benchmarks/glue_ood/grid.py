@@ -24,7 +24,7 @@ from benchmarks.text.grid import DOMAINS, TextBenchmark, TextSets, check_ablatio
 
 
 class _Cell(NamedTuple):
-    """The names that candidate runs share. One candidate per seed is chosen."""
+    """The names that candidate runs share. For each seed, one of the candidates is evaluated."""
 
     model: str
     task: str
@@ -33,12 +33,15 @@ class _Cell(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """The runs to plan for one method in one cell, or for a conversion of its trained models.
+    """One row of the tables, for which runs are planned. Its candidates are the runs of one cell.
+
+    The chosen models may be converted to another method before the evaluation.
 
     Attributes:
-        name: The name of the method, or of the conversion.
+        name: The name of the method, or of the row with converted models.
         candidates: The folders of the candidate runs.
-        used_as: The folders of the target method's runs; empty without a conversion.
+        used_as: The folders of the runs of the method that models are converted to; empty without
+            conversion.
     """
 
     name: str
@@ -84,9 +87,9 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
     def specs(
         self, part: Part[EvaluationPart], exclude: Collection[str], others: Sequence[Run]
     ) -> Iterator[dict[str, Any]]:
-        # The chosen learning rate and variant are unknown until the other benchmark's runs are
-        # finished. So a spec names all candidates of its cell, over all seeds, and the run chooses
-        # among their records.
+        # The learning rate and the variant are chosen when the runs of the other benchmark are
+        # finished. So a spec names all candidates of its cell, of all seeds. The run itself chooses
+        # with their records.
         trained = {run.folder: run for run in others}
         settings = self.settings("evaluation", part).model_dump()
         cells = self._candidates(part, others)
@@ -101,7 +104,7 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
             for seed in seeds:
                 changed = {"method": _method(row.name, None)}
                 if row.used_as:
-                    # the target method may have fewer seeds
+                    # the method that models are converted to may have fewer seeds
                     if seed not in overrides:
                         continue
                     changed = overrides[seed]
@@ -121,7 +124,7 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
     def _candidates(
         self, part: Part[EvaluationPart], others: Sequence[Run]
     ) -> dict[_Cell, list[str]]:
-        """Group the folders of the other benchmark's runs by cell.
+        """Group the folders of the other benchmark's runs by cell. Leave out rows of ablations.
 
         Raises:
             DefinitionError: A run does not keep its weights.
@@ -144,14 +147,17 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
 
 
 def _main_rows(benchmark: TextBenchmark) -> dict[str, Method]:
-    """Return the methods of a benchmark as they are defined, without rows of ablations."""
+    """Return the methods of a benchmark as ``benchmark.yaml`` defines them, without ablations."""
     roles = {name: method.role for name, method in benchmark.methods().items()}
     given = benchmark.definition.methods
     return {name: method for name, method in given.items() if roles[name] != ABLATION}
 
 
 def _rows(definition: EvaluationDefinition, cells: Mapping[_Cell, list[str]]) -> Iterator[_Row]:
-    """Yield a row for each cell, then the converted rows whose target method has runs."""
+    """Yield a row for each cell, then a row for each cell whose models are converted.
+
+    A conversion needs runs of the method that models are converted to.
+    """
     for cell, folders in cells.items():
         yield _Row(cell.method, folders, used_as=[])
     for name, transformed in definition.transformed.items():
@@ -164,17 +170,26 @@ def _rows(definition: EvaluationDefinition, cells: Mapping[_Cell, list[str]]) ->
 
 
 def _method(name: str, config: dict[str, Any] | None) -> dict[str, Any]:
-    """Return ``method`` of a spec; ``config`` is that of a conversion before the evaluation."""
+    """Return ``method`` of a spec.
+
+    ``config`` is the configuration that the model is converted to before the evaluation. It is None
+    for a dense model, and without conversion.
+    """
     return {"name": name, "variant": "", "config": config}
 
 
 def _transform_overrides(
     row: _Row, trained: Mapping[str, Run], file: Path
 ) -> dict[int, dict[str, Any]]:
-    """Return the spec overrides of a converted row, by seed; empty without a conversion.
+    """Return what a conversion changes in the specs of a row, by seed; empty without conversion.
+
+    Args:
+        row: The row.
+        trained: The runs of the evaluated benchmark, by folder.
+        file: The file of the benchmark, for messages.
 
     Raises:
-        DefinitionError: The target method has several settings.
+        DefinitionError: The method that models are converted to has several settings.
     """
     overrides: dict[int, dict[str, Any]] = {}
     for folder in row.used_as:
@@ -184,7 +199,7 @@ def _transform_overrides(
             "transform": "emoe" if config else "dense",
             "method": _method(row.name, config),
         }
-        # runs of the same seed differ only in their learning rate
+        # runs of the same seed may differ only in their learning rate
         if overrides.setdefault(run.seed, override) != override:
             raise DefinitionError(
                 f"{file}: 'transformed.{row.name}.used_as' runs with several N, k or layers; it "

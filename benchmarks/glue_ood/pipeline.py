@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 import emoe
 from benchmarks.glue_ood.definition import EvaluationSpec
 from benchmarks.harness.base import RUNS, DataError
@@ -16,6 +18,8 @@ from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_classifier, reopen
 from benchmarks.harness.models.conversion import convert_trained_
 from benchmarks.harness.models.loading import load_tokenizer
+from benchmarks.harness.models.trainable import Trainable
+from benchmarks.harness.results.content import Metrics
 from benchmarks.harness.results.records import read_record, tabulate_numbers
 from benchmarks.harness.training.callbacks import Probe
 from benchmarks.harness.training.progress import Progress
@@ -28,15 +32,16 @@ from emoe.errors import CheckpointError
 
 
 def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any]:
-    """Evaluate the chosen run of one spec.
+    """Choose among the candidate runs of one spec, and evaluate the chosen one.
 
     Args:
         spec: The settings of the run.
-        folder: The run's folder.
+        folder: The folder of the run.
         progress: The progress line.
 
     Returns:
-        The content of ``metrics.json`` without the harness's part; ``chosen`` is the evaluated run.
+        The content of ``metrics.json``, without the sections that the harness adds. ``chosen`` is
+        the evaluated run.
     """
     settings = spec.evaluation
     load = partial(
@@ -51,15 +56,8 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
     chosen = _chosen(spec)
     trained = parse(chosen.spec, TextSpec, chosen.folder)
     recorded = read_record(chosen).metrics
-    training = trained.training
     tokenizer = load_tokenizer(trained.model)
-    build = partial(build_classifier, labels=len(trained.task.labels), tokenizer=tokenizer)
-    try:
-        classifier = reopen(build, trained, recorded.weights, RUNS / chosen.folder / "model")
-    except (DataError, CheckpointError) as error:
-        raise DataError(
-            f"{error}; delete {chosen.metrics_file} and let Snakemake train the run again"
-        ) from error
+    classifier = _reopen(chosen, trained, recorded, tokenizer)
     # evaluate the trained weights with the experts of another method, or without experts
     if spec.transform is not None:
         convert_trained_(classifier.model, spec.method.config)
@@ -69,7 +67,7 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
         trained.task,
         settings.batch_size,
         settings.max_length,
-        training.precision,
+        trained.training.precision,
         folder,
     )
     probe = Probe()
@@ -77,26 +75,21 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
     first_set = splits[spec.ood[0].name]
     probe.observe(classifier.model, evaluator.first_batch(first_set))
 
-    # the run that trained the model may have the same score already
-    tests_same_rows = (
-        training.eval_rows == settings.rows and training.max_length == settings.max_length
-    )
-    is_same_model = spec.transform is None
     # a model with experts is evaluated again, because its routing is recorded
-    if tests_same_rows and is_same_model and not emoe.is_converted(classifier.model):
+    if _has_recorded_score(spec, trained) and not emoe.is_converted(classifier.model):
         recorded_scores = recorded.scores or {}
-        tested = recorded_scores["test"][spec.task.name]
+        test_scores = recorded_scores["test"][spec.task.name]
     else:
         progress.say(f"evaluating on {spec.task.name}, {len(test):,} rows")
-        tested = evaluator.evaluate(test, routing=routing)
-    scores = {}
+        test_scores = evaluator.evaluate(test, routing=routing)
+    ood_scores = {}
     for other in spec.ood:
         split = splits[other.name]
         progress.say(f"evaluating on {other.name}, {len(split):,} rows")
-        scores[other.name] = evaluator.evaluate(split, other, routing)
-    routed, usage = routing.set_routing(spec.task.name)
+        ood_scores[other.name] = evaluator.evaluate(split, other, routing)
+    routed, usage = routing.routing_of_set(spec.task.name)
     return {
-        "scores": {"test": {spec.task.name: tested}, "ood": scores},
+        "scores": {"test": {spec.task.name: test_scores}, "ood": ood_scores},
         "routing": routed,
         "usage": usage,
         "probe": probe.summary(),
@@ -113,8 +106,45 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
     }
 
 
+def _reopen(
+    chosen: Run, trained: TextSpec, recorded: Metrics, tokenizer: PreTrainedTokenizerBase
+) -> Trainable:
+    """Load the classifier that the chosen run trained.
+
+    Args:
+        chosen: The chosen run.
+        trained: The spec of the chosen run.
+        recorded: The content of ``metrics.json`` of the chosen run.
+        tokenizer: The tokenizer of the model.
+
+    Raises:
+        DataError: The trained weights are missing or damaged, or the pre-trained weights have
+            changed.
+    """
+    build = partial(build_classifier, labels=len(trained.task.labels), tokenizer=tokenizer)
+    try:
+        return reopen(build, trained, recorded.weights, RUNS / chosen.folder / "model")
+    except (DataError, CheckpointError) as error:
+        raise DataError(
+            f"{error}; delete {chosen.metrics_file} and let Snakemake train the run again"
+        ) from error
+
+
+def _has_recorded_score(spec: EvaluationSpec, trained: TextSpec) -> bool:
+    """Return True if the run that trained the model has tested the same model on the same rows.
+
+    A model that is converted before the evaluation is not the same.
+    """
+    training = trained.training
+    settings = spec.evaluation
+    has_same_rows = training.eval_rows == settings.rows
+    has_same_lengths = training.max_length == settings.max_length
+    has_same_model = spec.transform is None
+    return has_same_rows and has_same_lengths and has_same_model
+
+
 def _load(other: RunTask, load: Callable[..., TextSplit]) -> TextSplit:
-    """Load an OOD set; an error says how to leave the set out."""
+    """Load an OOD set with ``load``. If that fails, the error also says how to exclude the set."""
     try:
         return load(other, "test")
     except DataError as error:
@@ -124,7 +154,10 @@ def _load(other: RunTask, load: Callable[..., TextSplit]) -> TextSplit:
 
 
 def _chosen(spec: EvaluationSpec) -> Run:
-    """Return the candidate with this seed, and the setting of the best mean dev score over seeds.
+    """Return the candidate run to evaluate.
+
+    It has the seed of the spec. Its variant and learning rate have the best dev score among all
+    candidates, as a mean over seeds.
 
     Raises:
         DataError: No candidate with this seed has the chosen variant and learning rate.

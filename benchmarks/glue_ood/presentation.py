@@ -14,18 +14,18 @@ from benchmarks.text.definition import OOD
 from benchmarks.text.outcomes import TextOutcomes
 from benchmarks.text.presentation import present_text
 from benchmarks.text.routing import USAGE, usage_table
-from benchmarks.text.tables import paper, tasks, tests
+from benchmarks.text.tables import paper_table, tasks_table, tests_table
 
 TABLES: dict[str, Callable[[TextOutcomes], Table]] = {
     "ranks": ranks,
-    "scores": partial(tasks, domain=OOD),
-    "tests": tests,
+    "scores": partial(tasks_table, domain=OOD),
+    "tests": tests_table,
     "usage": usage_table,
-    "paper": partial(paper, domain=OOD),
+    "paper": partial(paper_table, domain=OOD),
 }
 FIGURES = {"usage": USAGE}
 
 
 def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
-    """Present finished runs."""
+    """Make the tables, figures and verdicts of a benchmark's finished runs."""
     return present_text(benchmark, records, TABLES, FIGURES, optimizer="")

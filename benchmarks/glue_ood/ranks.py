@@ -15,14 +15,14 @@ from benchmarks.text.definition import OOD
 from benchmarks.text.outcomes import PROTOCOLS, TextOutcomes
 from benchmarks.text.tables import BY_SELECTION, RANK
 
-Scores = dict[tuple[str, str], pd.DataFrame]
+Scores = dict[tuple[str, str], pd.DataFrame]  # by protocol and model, [methods, data sets]
 
 
 def ranked_scores(outcomes: TextOutcomes) -> Scores:
-    """Return the mean scores ``[methods, sets]`` of the ranked methods, by protocol and model.
+    """Return the mean scores ``[methods, data sets]`` of the ranked methods, by protocol and model.
 
-    Means are over the seeds that all ranked methods share. Without a common set and seed, a
-    protocol and model have no scores.
+    A data set is a pair of training task and OOD set. Means are over the seeds that all ranked
+    methods have on it. A protocol and model without a common data set and seed is left out.
     """
     methods = cast(EvaluationDefinition, outcomes.benchmark.definition).ranked
     is_ood = outcomes.seeds["domain"] == OOD
@@ -30,12 +30,13 @@ def ranked_scores(outcomes: TextOutcomes) -> Scores:
     seeds = outcomes.seeds[is_ood & is_ranked]
     scores = {}
     for key, group in seeds.groupby(["protocol", "model"], sort=False):
-        # [methods, sets and seeds]
+        # [methods, data sets and seeds]
         by_seed = group.pivot_table(
             index="method", columns=["scope", "seed"], values="value", sort=False
         )
-        # only seeds of a set that every method has
+        # only the seeds of a data set that every method has
         complete = by_seed.dropna(axis=1)
+        # the mean over seeds; transposed, because groups are made of rows
         by_set = complete.T.groupby(level="scope", sort=False).mean().T
         in_order = [name for name in methods if name in by_set.index]
         table = by_set.loc[in_order]
@@ -45,7 +46,10 @@ def ranked_scores(outcomes: TextOutcomes) -> Scores:
 
 
 def ranks(outcomes: TextOutcomes) -> Table:
-    """Make a table of our mean ranks over OOD sets and the paper's."""
+    """Make a table of the mean rank of each method over OOD sets, and the paper's mean rank.
+
+    It has a row per model, protocol and ranked method.
+    """
     paper = _paper_ranks(outcomes)
     rows = []
     notes = []
@@ -94,14 +98,19 @@ def ranks(outcomes: TextOutcomes) -> Table:
 
 
 def _paper_ranks(outcomes: TextOutcomes) -> pd.Series[float]:
-    """Read the paper's mean ranks, by model and method."""
+    """Read the paper's mean ranks. The index of the series is the model and the method."""
     published = read_published(outcomes.benchmark)
     of_ranks = published[published["scope"] == RANK]
     return of_ranks.set_index(["model", "method"])["value"]
 
 
 def _test_text(scores: pd.DataFrame, p: float) -> str:
-    """Describe Friedman's test (nan if there is none) and the critical difference of the ranks."""
+    """Describe Friedman's test of ranks, and the critical difference of two mean ranks.
+
+    Args:
+        scores: The scores, ``[methods, data sets]``.
+        p: The p of the test; nan without a test.
+    """
     test = "no Friedman test" if math.isnan(p) else f"Friedman p = {p:.3f}"
     methods, sets = scores.shape
     return f"{test}, critical difference {critical_difference(methods, sets):.2f}"

@@ -13,7 +13,7 @@ from benchmarks.harness.report.table import MISSING, RUNS, Column, Table
 from benchmarks.harness.results.records import Record
 from benchmarks.text.definition import CLEAN, ID, OOD
 from benchmarks.text.outcomes import CELL, DOMAINS, KEYS, TextOutcomes
-from benchmarks.text.tables import cost, ood, tests, verdicts
+from benchmarks.text.tables import cost_table, ood_table, tests_table, verdicts
 
 # domains besides those of TextOutcomes
 ID_MEAN = "id_mean"
@@ -155,7 +155,13 @@ def _compared_runs(outcomes: MultitaskOutcomes, frame: pd.DataFrame) -> pd.Serie
     return together + " " + alone
 
 
-TABLES = {"gains": gains, "sets": ood, "tests": tests, "transfer": transfer, "cost": cost}
+TABLES = {
+    "gains": gains,
+    "sets": ood_table,
+    "tests": tests_table,
+    "transfer": transfer,
+    "cost": cost_table,
+}
 
 
 def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:

@@ -34,20 +34,26 @@ from benchmarks.text.definition import ABLATION_COLUMNS, ID, OOD, PUBLISHED, Abl
 from benchmarks.text.outcomes import ARROW, DOMAINS, TextOutcomes, shown_deviation, split_name
 
 _AVERAGE_OF = "average of "
-_GROUP = ["protocol", "domain", "model", "scope"]  # rows that are compared with each other
+# a group: the rows that are compared with each other; a scope is a task, a pair or an average
+_GROUP = ["protocol", "domain", "model", "scope"]
 _ROW = [*_GROUP, "method"]
 
 
 def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
-    """Compute the numbers of an ablation, a row per selection, domain, model, scope and method.
+    """Compute the numbers of an ablation, a row per protocol, domain, model, scope and method.
 
-    A scope is a task, a pair of tasks or an average. It has the baseline and at least one ablated
-    method. Columns: these keys, ``mean``, ``std``, ``n``, the paired difference to the baseline
-    (``delta``, ``low``, ``high``, ``p``, ``p_holm`` over the rows of a scope, ``verdict``),
-    ``active_neurons``, the paper's numbers (``paper``, ``paper_delta``, ``status``, ``source``),
-    ``is_ours``, ``is_average``, and titles.
+    A scope is a task, a pair of tasks (training and evaluation), or an average. Rows of the same
+    first four keys are compared with each other. Columns:
+
+    - the five keys, and titles
+    - ``mean``, ``std`` and ``n`` over seeds
+    - the paired difference to the baseline, or to the row above if the ablation has ``steps``:
+      ``delta``, ``low``, ``high``, ``p``, ``p_holm`` (over the compared rows), ``verdict``
+    - ``active_neurons``
+    - the paper's numbers: ``paper``, ``paper_delta``, ``status``, ``source``
+    - ``is_ours`` (False for rows that only the paper has) and ``is_average``
     """
-    # main outcomes have only the best setting of a row
+    # these outcomes have a row for every setting; the main ones only for the best
     ablated = outcomes.ablated
     names = _row_names(ablation, ablated.methods)
     seeds = _compared_seeds(ablated, names)
@@ -67,7 +73,10 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
 
 
 def _row_names(ablation: Ablation, methods: Iterable[str]) -> list[str]:
-    """List the rows of an ablation in its order; a method with several settings has a row each."""
+    """List the names of an ablation's rows, in the order of its definition.
+
+    ``methods`` are the names of all rows. Each setting of a method has its own name.
+    """
     names = []
     for row in ablation.rows:
         names += [name for name in methods if split_name(name).method == row]
@@ -75,10 +84,11 @@ def _row_names(ablation: Ablation, methods: Iterable[str]) -> list[str]:
 
 
 def _compared_seeds(outcomes: TextOutcomes, names: Sequence[str]) -> pd.DataFrame:
-    """Return the scores of the rows ``names``, and their averages over scopes, by seed.
+    """Return the scores of the rows ``names`` by seed, and their averages over tasks or pairs.
 
-    Groups without the baseline or without an ablated row are left out. All rows of a group have the
-    same seeds.
+    Rows are compared if they have the same protocol, domain, model and scope. A group of such rows
+    is left out if it lacks the baseline or has no ablated row. All rows of a group have the same
+    seeds.
     """
     scores = outcomes.seeds
     is_shown = (
@@ -88,9 +98,10 @@ def _compared_seeds(outcomes: TextOutcomes, names: Sequence[str]) -> pd.DataFram
     )
     # scores on single tasks or pairs of tasks
     single = scores[is_shown]
-    seeds = pd.concat([single, _averages(single)])[[*_ROW, "seed", "value"]]
+    with_averages = pd.concat([single, _averages(single)])
+    seeds = with_averages[[*_ROW, "seed", "value"]]
 
-    # a group of main rows alone is in the other tables
+    # other tables show the groups that have only main rows
     ablated = [name for name in names if _is_ablated(outcomes, name)]
 
     def has_comparison(group: pd.DataFrame) -> bool:
@@ -103,21 +114,28 @@ def _compared_seeds(outcomes: TextOutcomes, names: Sequence[str]) -> pd.DataFram
 
 
 def _is_ablated(outcomes: TextOutcomes, name: str) -> bool:
-    """Return True for a row of ablations, a control, and one of several settings of a method."""
+    """Return True if a row is one of several settings, or its role is ablation or control."""
     return bool(split_name(name).setting) or outcomes.role(name) in (ABLATION, CONTROL)
 
 
 def _summarise(seeds: pd.DataFrame, references: Iterable[tuple[str, str | None]]) -> pd.DataFrame:
-    """Compute mean, deviation and difference of each row; ``references`` as in ``summarize``."""
+    """Compute the mean, deviation and paired difference of each row.
+
+    ``references`` are the pairs of rows to compare, see
+    :func:`~benchmarks.harness.report.common.summarize`.
+    """
     rows = summarize(seeds, _ROW, references).drop(columns="pairs")
-    # pandas' grouped means differ from summarize's in the last digit; ablations show these
+    # ablations show pandas' grouped means, which differ from summarize's in the last digit
     grouped = seeds.groupby(_ROW, sort=False)["value"]
     rows[["mean", "std"]] = grouped.agg(["mean", "std"]).to_numpy()
     return rows.assign(std=shown_deviation(rows))
 
 
 def _sort_rows(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
-    """Sort rows by group and by their place in the ablation; rows of the paper alone come last."""
+    """Sort rows by model, protocol, domain and scope, then by their place in the ablation.
+
+    Rows that only the paper has come last.
+    """
     scopes = list(rows["scope"].unique())
     keys = [
         (
@@ -130,21 +148,24 @@ def _sort_rows(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
         )
         for row in rows.itertuples()
     ]
-    order = sorted(range(len(rows)), key=keys.__getitem__)
+    order = sorted(range(len(rows)), key=lambda number: keys[number])
     return rows.iloc[order].reset_index(drop=True)
 
 
 def _method_key(ablation: Ablation, name: str) -> tuple[int, list[float], str]:
     """Return the sort key of a row: its place in the ablation, then the numbers of its setting."""
     method, setting = split_name(name)
-    numbers = re.findall(r"\d+\.?\d*", setting)
-    return ablation.rows.index(method), [float(number) for number in numbers], setting
+    place = ablation.rows.index(method)
+    # by number, so that N8 comes before N16
+    numbers = [float(number) for number in re.findall(r"\d+\.?\d*", setting)]
+    return place, numbers, setting
 
 
 def _averages(seeds: pd.DataFrame) -> pd.DataFrame:
-    """Average each seed over the scopes that all rows of a selection, domain and model have.
+    """Average the scores of each row and seed over scopes (tasks, or pairs of tasks).
 
-    With fewer than two such scopes there is no average.
+    Rows of the same protocol, domain and model are averaged over the scopes that all of them have.
+    There is no average over fewer than two scopes.
     """
     averages = [seeds.iloc[:0]]
     keys = ["protocol", "domain", "model"]
@@ -168,24 +189,30 @@ def _averages(seeds: pd.DataFrame) -> pd.DataFrame:
 
 
 def _join_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
-    """Join the paper's numbers (authors' selection), and add the rows that only the paper has."""
+    """Join the paper's numbers to our rows, and add the rows that only the paper has.
+
+    The paper's numbers have the protocol ``published``.
+    """
     published = _read_paper(outcomes, ablation)
     on = ["protocol", "model", "scope", "method"]
     numbers = published[[*on, "paper", "paper_delta", "status", "source"]]
     joined = rows.merge(numbers, on=on, how="outer", sort=False)
-    # rows of the paper alone have no domain; only the title of a pair of tasks has an arrow
+    # rows that only the paper has lack a domain; a scope with an arrow is a pair of tasks
     is_pair = joined["scope"].str.contains(ARROW, regex=False)
     domains = is_pair.map({True: OOD, False: ID})
     return joined.assign(domain=joined["domain"].fillna(domains))
 
 
 def _read_paper(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
-    """Read the paper's numbers of an ablation as shares; without a file the frame has no rows."""
+    """Read the paper's numbers of an ablation, and turn points into shares.
+
+    If the ablation has no file of the paper's numbers, the frame has no rows.
+    """
     if ablation.paper:
         published = read_published(outcomes.benchmark, ablation.paper)
     else:
         published = pd.DataFrame(columns=[*ABLATION_COLUMNS, *NUMBER_COLUMNS])
-    # name the rows as ours, and turn points into shares
+    # name the rows like ours: method|setting
     methods = published["method"]
     settings = published["setting"].astype(str)
     named = published.assign(
@@ -197,7 +224,11 @@ def _read_paper(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
 
 
 def _add_titles(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
-    """Add ``is_average``, and titles with settings. If k varies, main rows show their N and k/N."""
+    """Add ``is_average``, and ``method_title`` with the setting of the row.
+
+    If the rows vary k, the experts in use, then titles of main rows have N, the number of experts,
+    and k/N.
+    """
     settings = [split_name(name).setting for name in rows["method"]]
     k_varies = any("k" in setting_values(setting) for setting in settings)
     configs = _configs(outcomes)
@@ -215,7 +246,7 @@ def _add_titles(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _configs(outcomes: TextOutcomes) -> dict[tuple[str, str], dict[str, Any]]:
-    """Map each model and method to the configuration of its first run; empty for a dense model."""
+    """Map each model and method to the expert settings of its first run; empty if it is dense."""
     by_run = {run.id: run.config for run in outcomes.runs}
     first_runs = outcomes.records.drop_duplicates(["model", "method"])
     return {(run.model, run.method): by_run[run.run_id] for run in first_runs.itertuples()}
@@ -230,7 +261,7 @@ def _main_setting(config: Mapping[str, Any]) -> str:
 
 
 def ablation_table(outcomes: TextOutcomes, name: str) -> Table:
-    """Make the table of an ablation."""
+    """Make the table of the ablation ``name``: scores, differences, and the paper's numbers."""
     definition: Ablation = outcomes.benchmark.definition.ablations[name]
     reference = "row above" if definition.steps else "first row"
     rows = ablation_rows(outcomes, definition)
@@ -293,11 +324,11 @@ def ablation_figure(outcomes: TextOutcomes, name: str) -> Figure:
 
 
 def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
-    """Draw the differences of :func:`ablation_rows` to their reference as a forest plot.
+    """Draw the differences of the ablation ``name`` to the baseline as a forest plot.
 
-    Panels are models (with their first selection), and lines are methods. A mark is the average
-    over the sets (or the single set), in domain or out of domain. Intervals (95 %) need three
-    seeds.
+    With ``steps``, they are differences to the row above. Each panel is a model, under the first
+    protocol that it has. Each line is a method. A mark is a difference in domain or out of domain,
+    averaged over sets if there are several. It has a 95 % interval if there are three seeds.
     """
     definition: Ablation = outcomes.benchmark.definition.ablations[name]
     rows = ablation_rows(outcomes, definition)
@@ -321,15 +352,15 @@ def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
 
 
 def _first_selection(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of each model's first selection."""
+    """Keep the rows of each model that have its first protocol."""
     first = rows.groupby("model")["protocol"].transform("first")
     return rows[rows["protocol"] == first]
 
 
 def _shown_differences(ours: pd.DataFrame) -> pd.DataFrame:
-    """Return the averages of each panel and domain, or its rows if it has no average."""
+    """Keep the averages of each panel and domain, or all its rows if it has no average."""
     rows = _first_selection(ours)
-    # single tasks have marks only where there is nothing to average
+    # where a panel and domain has averages, keep only them; elsewhere, no row is an average
     has_average = rows.groupby(["panel", "domain"])["is_average"].transform("any")
     return rows[rows["is_average"] == has_average]
 

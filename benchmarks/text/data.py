@@ -44,17 +44,19 @@ _DEV_SHARE = 0.15
 _TEST_SHARE = 0.15
 
 _NO_LABEL = {"", "-1", "nan", "none", "null"}  # missing labels, unless the task has such a class
+# a whole number with zeros after the point, such as 1.0
 _WHOLE = re.compile(r"^(-?\d+)\.0*$")
 
 
 @dataclass(frozen=True)
 class TextSplit:
-    """The rows of one split.
+    """The texts and labels of one split of a data set.
 
     Attributes:
-        texts: One tuple per row, with one text or a pair.
+        texts: One tuple per row, with one or two texts.
         labels: The class numbers, or the scores of a regression.
-        dropped: The number of omitted rows, which lack a gold label or a text.
+        dropped: The number of rows that were left out, because they have no text, no gold label, or
+            a near-neutral rating.
         source: The file, package or hub id.
     """
 
@@ -67,19 +69,23 @@ class TextSplit:
         return len(self.texts)
 
     def sample(self, rows: int | None, seed_name: str) -> TextSplit:
-        """Draw ``rows`` rows, the same for every run; None keeps all rows."""
+        """Draw ``rows`` random rows, the same in every run; None keeps all rows.
+
+        ``seed_name`` determines the draw. The rows keep their order.
+        """
         if rows is None or rows >= len(self):
             return self
         draw = random.Random(derive_seed("rows", seed_name))
         chosen = draw.sample(range(len(self)), rows)
-        # rows stay in the order of the set
         return self._rows(sorted(chosen))
 
     def hold_out(self, share: float, seed_name: str) -> tuple[TextSplit, TextSplit]:
-        """Hold out a share of the rows, the same for every run.
+        """Hold out a share of random rows, the same in every run.
+
+        ``seed_name`` determines the draw.
 
         Returns:
-            The other rows, and the held-out rows.
+            The kept rows, and the held-out rows.
 
         Raises:
             DataError: The share rounds to no row, or to all rows.
@@ -95,10 +101,10 @@ class TextSplit:
         return self._rows(kept), self._rows(sorted(held_out))
 
     def stratified_sample(self, share: float, seed_name: str) -> TextSplit:
-        """Draw a share of the rows of every class, the same for every run.
+        """Draw a share of the rows of every class, the same rows in every run.
 
-        The classes of a regression are the rounded scores. Every class keeps at least one row. A
-        smaller share is a subset of a larger one.
+        ``seed_name`` determines the draw. In a regression, rounded scores serve as classes. Every
+        class keeps at least one row. The rows of a smaller share are among those of a larger one.
         """
         by_class: dict[int, list[int]] = {}
         for row, label in enumerate(self.labels):
@@ -108,13 +114,14 @@ class TextSplit:
         chosen: list[int] = []
         for label, rows in sorted(by_class.items()):
             # the order does not depend on the share, so that smaller shares are subsets
-            random.Random(derive_seed("part", seed_name, label)).shuffle(rows)
+            draw = random.Random(derive_seed("part", seed_name, label))
+            draw.shuffle(rows)
             count = max(1, round(share * len(rows)))
             chosen += rows[:count]
         return self._rows(sorted(chosen))
 
     def _rows(self, chosen: Sequence[int]) -> TextSplit:
-        """Return the split with only the chosen rows, in their order."""
+        """Return a split with only the chosen rows, in the order of ``chosen``."""
         texts = [self.texts[row] for row in chosen]
         labels = [self.labels[row] for row in chosen]
         return replace(self, texts=texts, labels=labels)
@@ -132,9 +139,10 @@ class TextSplit:
         return np.asarray(self.labels, dtype=np.int64)
 
     def summary(self) -> dict[str, Any]:
-        """Return source, digest and row counts, in total and by class.
+        """Return ``data`` of ``metrics.json``: source, digest, and numbers of rows.
 
-        A regression has the range of its scores instead of counts by class.
+        ``labels`` counts the rows of each class. A regression has the ``range`` of its scores
+        instead.
         """
         # the digest shows whether two runs read the same rows in the same order
         digest = hashlib.sha256()
@@ -155,21 +163,28 @@ class TextSplit:
 
 
 def resolve_part(splits: Splits, part: str) -> str:
-    """Return the part to read: ``dev`` instead of ``test`` if the task has no test split."""
+    """Return the part to read: ``part``, but ``dev`` instead of a missing ``test`` split."""
     if part == "test" and splits.test is None:
         return "dev"
     return part
 
 
 def describe_rows(name: str, part: str, split: TextSplit, entry: TaskEntry) -> SetPart:
-    """Describe the rows of a part of a task, with the counts of its makers and the authors."""
+    """Describe the loaded rows of a task's ``train``, ``dev`` or ``test`` part.
+
+    Args:
+        name: The name of the task.
+        part: The part.
+        split: The rows of the part.
+        entry: The task, with the row counts that its makers and the paper's authors report.
+    """
     if split.has_classes:
         counts = Counter(split.labels)
         by_class = [f"{label} {counts[number]:,}" for number, label in enumerate(entry.labels)]
         labels = ", ".join(by_class)
     else:
         labels = f"{min(split.labels):g} to {max(split.labels):g}"
-    # the paper's count is that of its test part
+    # the paper's row count is that of the test part
     published = entry.published_rows if part == "test" else None
     return SetPart(
         name,
@@ -192,14 +207,15 @@ def load_part(
 ) -> TextSplit:
     """Load the ``train``, ``dev`` or ``test`` part of a task, and sample rows of it.
 
-    A task without a test split has its dev split instead.
+    If the task has no test split, its dev split is the test part.
 
     Args:
         task: The task.
-        part: The part.
+        part: The name of the part.
         rows: The number of sampled rows; None keeps all.
-        entries: The tasks of ``tasks.yaml``, with their row counts.
-        say: The function that prints a warning if the set has an unexpected row count.
+        entries: The tasks of ``tasks.yaml``, with the row counts that are expected.
+        say: A function that prints a message. It gets a warning if the row count is unexpected.
+            Without ``say`` or ``entries``, row counts are not checked.
     """
     read_part = resolve_part(task.splits, part)
     split = load_split(task, read_part)
@@ -212,9 +228,10 @@ def load_part(
 
 
 def load_split(task: RunTask, part: str) -> TextSplit:
-    """Load the ``train``, ``dev`` or ``test`` part of a task.
+    """Load all rows of the ``train``, ``dev`` or ``test`` part of a task.
 
-    The set's folder below the data root (``EMOE_DATA_ROOT``) has precedence over the hub.
+    Rows come from a package or a csv if the task names one. Else they come from the set's folder
+    below the data root (``EMOE_DATA_ROOT``), or, without that folder, from the hub.
 
     Raises:
         DataError: The set, a column or a split is missing, or a label is not one of the task's.
@@ -240,7 +257,10 @@ def load_split(task: RunTask, part: str) -> TextSplit:
 
 
 def _load_vader_split(domain: str, label: str | None, split: str) -> TextSplit:
-    """Load a domain of the set inside vaderSentiment; ``label`` may choose other labels."""
+    """Load a domain, such as tweets, of the data set inside the package vaderSentiment.
+
+    The label is the sign of a rating. With the ``label`` "strength", it is weak or strong.
+    """
     texts, labels, dropped = load_vader(domain, split, strength=label == "strength")
     name = f"{domain}, {split}"
     if label:
@@ -251,13 +271,13 @@ def _load_vader_split(domain: str, label: str | None, split: str) -> TextSplit:
 
 @dataclass(frozen=True)
 class _Table:
-    """The cells of one file, or of one split on the hub.
+    """The rows of one file, or of one split on the hub, as they are stored.
 
     Attributes:
         source: The file, or the hub id and split.
-        cells: The cells, with the file's column names.
-        class_names: The names of the classes in the order of their numbers; None if the file stores
-            none.
+        cells: The rows, with the file's column names.
+        class_names: The class names that the source stores, in the order of the class numbers; None
+            if it stores none.
     """
 
     source: str
@@ -265,12 +285,12 @@ class _Table:
     class_names: Sequence[str] | None = None
 
     def column(self, name: str, task: RunTask) -> str:
-        """Return the name of a task's column in this table: ``name``, or its first alias.
+        """Return the name of a task's column in this table: ``name``, or an alias of it.
 
         Raises:
-            DataError: The table has neither.
+            DataError: The table has no such column.
         """
-        # other copies of a set may name a column otherwise
+        # another copy of a set may have another name for a column
         aliases = [alias for alias, column in task.column_aliases.items() if column == name]
         for column in (name, *aliases):
             if column in self.cells:
@@ -279,7 +299,10 @@ class _Table:
 
 
 def _read_tables(task: RunTask, split: str) -> list[_Table]:
-    """Read a split from the user's folder, else from the hub; ``a+b`` names two splits."""
+    """Read a split from the task's csv, else from the user's folder, else from the hub.
+
+    A split may be several files. The split ``a+b`` is the split ``a`` followed by ``b``.
+    """
     if task.source.csv:
         return [_csv_split(ROOT / task.source.csv, task, split)]
     # the user's folder; None if there is none
@@ -300,7 +323,7 @@ def _read_hub(task: RunTask, split: str) -> _Table:
     """Read a split from the hub.
 
     Raises:
-        DataError: The set is not on the hub, or cannot be loaded.
+        DataError: The task names no set on the hub, or the set cannot be loaded.
     """
     source = task.source
     folder = expected_path(source.model_dump())
@@ -324,7 +347,13 @@ def _read_hub(task: RunTask, split: str) -> _Table:
 
 
 def _read_saved(folder: Path, task: RunTask, splits: Sequence[str]) -> list[_Table]:
-    """Read splits, or a whole set without splits, from a folder of ``datasets``' save_to_disk."""
+    """Read splits from a folder that ``datasets`` wrote with ``save_to_disk``.
+
+    The folder may hold a single set without splits, if the task has no training split.
+
+    Raises:
+        DataError: The folder cannot be read, or has no splits but the task needs several.
+    """
     with _name_file_in_errors(folder):
         saved: Any = datasets.load_from_disk(str(folder))
         # a dictionary has several splits, anything else is one set
@@ -338,9 +367,13 @@ def _read_saved(folder: Path, task: RunTask, splits: Sequence[str]) -> list[_Tab
 
 
 def _read_folder(folder: Path, task: RunTask, split: str) -> list[_Table]:
-    """Read a split from files with the hub's names, in the first available format."""
+    """Read a split from files that are named as on the hub, in the first available format.
+
+    Raises:
+        DataError: The folder has no file of the split, or a file cannot be read.
+    """
     folders = [folder]
-    # the hub keeps the files of a configuration in a folder of its name, or in `data`
+    # on the hub, the files of a configuration are in a folder of that name, or in `data`
     if task.source.config:
         folders += [folder / task.source.config, folder / "data"]
     for subfolder in folders:
@@ -356,7 +389,9 @@ def _read_folder(folder: Path, task: RunTask, split: str) -> list[_Table]:
 
 
 def _find_files(folder: Path, split: str, suffix: str) -> list[Path]:
-    """Find the files of a split with a file ending: one file, or several pieces in their order.
+    """Find the files of a split with the ending ``suffix``: one file, or its pieces in order.
+
+    The list is empty if there are none.
 
     Raises:
         DataError: A piece is missing.
@@ -375,7 +410,10 @@ def _find_files(folder: Path, split: str, suffix: str) -> list[Path]:
 
 
 def _read_file(file: Path, folders: Sequence[Path], task: RunTask) -> _Table:
-    """Read a file, with class names from the file or from the metadata in the folders."""
+    """Read a file.
+
+    If it stores no class names, they come from the metadata files in ``folders``.
+    """
     with _name_file_in_errors(file):
         if file.suffix == ".csv":
             table = _Table(str(file), read_csv(file))
@@ -394,7 +432,10 @@ def _read_file(file: Path, folders: Sequence[Path], task: RunTask) -> _Table:
 def _documented_class_names(
     table: _Table, folders: Sequence[Path], task: RunTask
 ) -> Sequence[str] | None:
-    """Return the class names in README.md or ``dataset_infos.json`` of the folders, or None."""
+    """Find the class names in README.md or ``dataset_infos.json`` of the folders.
+
+    Returns None if neither file has them.
+    """
     for folder in folders:
         infos = DatasetInfosDict.from_directory(str(folder))
         info = infos.get(task.source.config) or infos.get("default")
@@ -407,12 +448,12 @@ def _documented_class_names(
 
 
 def read_csv(file: Path) -> pd.DataFrame:
-    """Read a csv as text cells; short rows lack their last cells.
+    """Read a csv with every cell as text. Rows may lack their last cells.
 
     Raises:
-        DataError: The file cannot be read.
+        DataError: The file cannot be read, or its first row has more cells than the header.
     """
-    # every cell stays as it is written: labels are read by the task's rules
+    # cells stay as they are written, because the task decides what a label means
     with _name_file_in_errors(file), warnings.catch_warnings():
         # pandas only warns if the first row has more cells than the header
         warnings.simplefilter("error", pd.errors.ParserWarning)
@@ -424,10 +465,11 @@ def read_csv(file: Path) -> pd.DataFrame:
 def _csv_split(file: Path, task: RunTask, split: str) -> _Table:
     """Read the rows of a split from one csv.
 
-    The column ``split`` names the split of each row. Without it, a hash of the text chooses it.
+    The column ``split`` names the split of each row. Without this column, a hash of the first text
+    chooses the split.
 
     Raises:
-        DataError: The csv cannot be read, or has no such row.
+        DataError: The csv cannot be read, lacks the column of the text, or has no row of the split.
     """
     table = _Table(str(file), read_csv(file))
     cells = table.cells
@@ -444,7 +486,10 @@ def _csv_split(file: Path, task: RunTask, split: str) -> _Table:
 
 
 def _split_by_hash(text: str) -> str:
-    """Choose the split of a text by its hash, independently of other rows."""
+    """Choose ``train``, ``dev`` or ``test`` by a hash of the text.
+
+    So a row stays in its split if other rows are added.
+    """
     digest = hashlib.sha256(text.encode()).digest()
     # the first 48 bits, as a number from 0 to 1
     fraction = int.from_bytes(digest[:6], "big") / 2**48
@@ -456,7 +501,7 @@ def _split_by_hash(text: str) -> str:
 
 
 def _to_table(dataset: Any, source: str, task: RunTask) -> _Table:
-    """Convert a set of ``datasets`` to a table, with its class names if it has them."""
+    """Convert a set of the library ``datasets``, with its class names if it has any."""
     # batches of arrow tables also work for a streamed set, which has no length
     batches = list(dataset.with_format("arrow").iter(batch_size=10_000))
     cells = pa.concat_tables(batches, promote_options="default").to_pydict()
@@ -469,7 +514,7 @@ def _to_table(dataset: Any, source: str, task: RunTask) -> _Table:
 
 @contextmanager
 def _name_file_in_errors(path: Path) -> Iterator[None]:
-    """Turn any error of a library into a one-line :class:`DataError` that names the file."""
+    """Turn an error of a library inside the block into a :class:`DataError` that names the file."""
     try:
         yield
     except DataError:
@@ -480,14 +525,14 @@ def _name_file_in_errors(path: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Labels:
-    """The labels that a table may contain.
+    """The rules that turn the labels in a table into class numbers or scores.
 
     Attributes:
-        class_names: The stored class names by number (as text); empty if the table stores none.
-        unlabelled: The label texts of rows without a gold label.
-        classes: The class numbers by spelling; empty for a regression.
+        class_names: The stored class names by class number (as text); empty if none are stored.
+        unlabelled: The label texts that mean that a row has no gold label.
+        classes: The class number of each spelling of a label; empty for a regression.
         low: The lowest score of a regression.
-        high: The highest score.
+        high: The highest score of a regression.
     """
 
     class_names: Mapping[str, str]
@@ -498,10 +543,11 @@ class _Labels:
 
     @classmethod
     def of(cls, table: _Table, task: RunTask) -> _Labels:
-        """Return the labels of a table of a task's rows."""
+        """Return the rules for a table with rows of a task."""
         low, high = task.range or (-math.inf, math.inf)
+        stored_names = table.class_names or ()
         return cls(
-            class_names={str(number): name for number, name in enumerate(table.class_names or ())},
+            class_names={str(number): name for number, name in enumerate(stored_names)},
             unlabelled={label_text(value) for value in task.unlabelled},
             classes=_class_numbers(table, task),
             low=low,
@@ -509,7 +555,7 @@ class _Labels:
         )
 
     def text(self, value: object) -> str:
-        """Convert the label of a cell to text; a class number becomes its stored name."""
+        """Convert the value of a label cell to text; a class number becomes its stored name."""
         written = label_text(value)
         return label_text(self.class_names.get(written, written))
 
@@ -517,28 +563,30 @@ class _Labels:
         """Return the class number or the score of a label; None if the task has no such label."""
         if self.classes:
             return self.classes.get(label)
-        # nan if it is not a number, and then not in the range
+        # a text that is not a number becomes nan, which is in no range
         score = float(pd.to_numeric(label, errors="coerce"))
         if self.low <= score <= self.high:
             return score
         return None
 
     def hint(self, label: str) -> str:
-        """Return the end of the error on an unknown label."""
+        """Return the end of the message on an unknown label: a similar one, or the range."""
         if self.classes:
             return did_you_mean(label, self.classes)
         return f"; it must be a number from {self.low:g} to {self.high:g}"
 
 
 def _complete_rows(table: _Table, task: RunTask) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield the texts and the label of each row of a table that has all texts and a gold label.
+    """Yield the texts and the label of each row. Skip rows without a gold label or a text.
+
+    A label is a class number or a score.
 
     Raises:
-        DataError: A label is not one of the task's.
+        DataError: The table lacks a column, or a label is not one of the task's.
     """
     labels = _Labels.of(table, task)
     columns = [table.column(name, task) for name in (*task.fields, task.label)]
-    # the index of the row, its texts, and its label
+    # each row is its index, its one or two texts, and its label
     for row, *cells, value in table.cells[columns].itertuples(name=None):
         texts = _row_texts(cells)
         label = labels.text(value)
@@ -558,7 +606,7 @@ def _complete_rows(table: _Table, task: RunTask) -> Iterator[tuple[tuple[str, ..
 def _row_texts(cells: Sequence[object]) -> tuple[str, ...] | None:
     """Return the texts of a row; None if one is missing, or all are blank."""
     for cell in cells:
-        # nan, an empty cell of some formats, differs from itself
+        # some formats read an empty cell as nan, which is not equal to itself
         if cell is None or cell != cell:
             return None
     texts = tuple(str(cell) for cell in cells)
@@ -575,10 +623,10 @@ def label_text(value: object) -> str:
 
 
 def _class_numbers(table: _Table, task: RunTask) -> dict[str, int]:
-    """Map spellings of labels to class numbers; empty for a regression.
+    """Map each spelling of a label to its class number; empty for a regression.
 
-    Numbers are class numbers, unless the task's class names are numbers or the file has class
-    names.
+    Spellings are class names, and class numbers as text. Class numbers are left out if the task's
+    class names are numbers, too. They are also left out if the table stores real class names.
     """
     by_number = {str(number): name for number, name in enumerate(task.labels)}
     if any(_is_number(name) for name in (*task.labels, *task.label_names)):
@@ -589,6 +637,7 @@ def _class_numbers(table: _Table, task: RunTask) -> dict[str, int]:
     if table.class_names is None:
         spellings = {**by_number, **by_name}
     elif by_number and _are_numbers_from_0(table.class_names):
+        # the stored names are only numbers
         spellings = by_number
     else:
         spellings = {**_makers_spellings(task), **by_name}
@@ -596,18 +645,19 @@ def _class_numbers(table: _Table, task: RunTask) -> dict[str, int]:
 
 
 def _is_number(name: str) -> bool:
-    """Return True if a class name is a whole number."""
+    """Return True if a class name is a whole number, such as ``-1`` or ``2.0``."""
     return label_text(name).lstrip("-").isdecimal()
 
 
 def _are_numbers_from_0(names: Sequence[str]) -> bool:
-    """Return True if class names are only the numbers of the classes."""
+    """Return True if the class names are the numbers from 0, as if there were no names."""
     return set(names) == {str(number) for number in range(len(names))}
 
 
 def _makers_spellings(task: RunTask) -> dict[str, str]:
-    """Map the labels in the makers' files to class names; the first layout has precedence."""
+    """Map the labels in the files of the set's makers to class names, for all file layouts."""
     spellings = {}
+    # an earlier layout has precedence, so it comes last
     for layout in reversed(task.raw_formats or []):
         spellings.update(layout.label_names)
     return spellings

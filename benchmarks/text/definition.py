@@ -147,7 +147,7 @@ class TextPart(TrainingPart):
 
 
 class Transformed(Strict):
-    """A row that is trained as one method and evaluated as another."""
+    """A row of a table for models that are trained as one method and evaluated as another."""
 
     title: str
     """Label in tables and figures."""
@@ -176,7 +176,7 @@ class Ablation(Strict):
 
 
 class Ablated(Strict):
-    """The ablations of a text benchmark."""
+    """The settings of a text benchmark for its ablations."""
 
     ablations: dict[Key, Ablation] = Field({})
     """Ablations by name; `tables` and `figures` list the ones to show."""
@@ -240,7 +240,7 @@ class Splits(Strict):
 
 
 class FileLayout(Strict):
-    """One layout of the makers' files."""
+    """The names, format and columns of the files that the makers of a data set publish."""
 
     format: Literal["tsv", "csv", "jsonl", "folders"] = "tsv"
     """Tab-separated without quoting, comma-separated with quoting, JSON lines, or a folder of text
@@ -261,7 +261,7 @@ class FileLayout(Strict):
 
 
 class RunTask(Strict):
-    """The task in a run's spec: the settings that determine its numbers."""
+    """The settings of a task that determine a run's numbers, and so are part of the run's spec."""
 
     name: str
     """Key in tasks.yaml."""
@@ -300,7 +300,7 @@ class RunTask(Strict):
 
 
 def merged_classes(larger: RunTask, smaller: RunTask) -> list[int]:
-    """Map each class of a task to a class of a task with fewer classes.
+    """Return for each class of a task the number of its class in a task with fewer classes.
 
     Args:
         larger: The task with more classes, whose ``label_map`` has the mapping.
@@ -326,7 +326,7 @@ def merged_classes(larger: RunTask, smaller: RunTask) -> list[int]:
 
 
 class TaskEntry(RunTask, Entry):
-    """One task of ``tasks.yaml``: a run's task, with entries for display and checks."""
+    """One task of ``tasks.yaml``: the settings of a run, and others for display and checks."""
 
     rows: dict[Annotated[str, Field(pattern="^(train|dev|test)$")], int] = Field({})
     """Row counts of each part according to the makers, including rows without a gold label; for
@@ -344,7 +344,7 @@ class TaskEntry(RunTask, Entry):
 
 
 class TaskFile(Strict):
-    """Task definitions; a task is data, not code."""
+    """The content of a file with task definitions, such as ``tasks.yaml``."""
 
     tasks: Annotated[dict[Key, TaskEntry], Field(min_length=1)]
     """The tasks, by name."""
@@ -352,7 +352,10 @@ class TaskFile(Strict):
     @model_validator(mode="before")
     @classmethod
     def _add_names(cls, content: Any) -> Any:
-        """Give each task its key as its name; content of another form is refused later."""
+        """Give each task its key as its name.
+
+        Content of another form stays as it is, and is refused by a later check.
+        """
         match content:
             case {"tasks": dict(tasks)}:
                 named = dict(tasks)

@@ -60,17 +60,19 @@ _OTHER_AXES = (*TRAINING_KEYS, "protocol", "learning_rate", "seed")
 
 
 class TextSets(Benchmark[D, TaskEntry, P]):
-    """A benchmark on texts: it lists and describes the sets of its runs."""
+    """A benchmark on text tasks, which can list and describe the data sets of its runs."""
 
     task_files: ClassVar = {"tasks": TaskFile}
     paper_columns: ClassVar[tuple[str, ...]] = PAPER_COLUMNS
 
     def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
-        # imported here, because it imports `datasets`, and planning is fast without
+        # imported here, because it imports `datasets`, which would slow down planning
         from benchmarks.text.data import resolve_part
 
         # a run without training only evaluates
-        parts = ("train", "dev", "test") if "training" in spec else ("test",)
+        parts = ["test"]
+        if "training" in spec:
+            parts = ["train", "dev", "test"]
         used = []
         for task in trained_sets(spec):
             used += [(task["name"], part) for part in parts]
@@ -84,7 +86,10 @@ class TextSets(Benchmark[D, TaskEntry, P]):
         return readers
 
     def _describe(self, name: str, part: str, open_files: bool) -> Iterator[SetPart]:
-        """Describe one part of a set, or say how to get it. It is always read as a whole."""
+        """Describe the ``train``, ``dev`` or ``test`` part of a task, or say how to get the set.
+
+        The part is always read as a whole, so ``open_files`` is not used.
+        """
         from benchmarks.text.data import describe_rows, load_split
 
         task = self.tasks[name]
@@ -100,7 +105,8 @@ class TextSets(Benchmark[D, TaskEntry, P]):
 class TextBenchmark(TextSets[TextDefinition, TextPart]):
     """A benchmark of text classifiers.
 
-    Each is fine-tuned on one task, and evaluated on this task and on OOD sets.
+    Each classifier is fine-tuned on one task, and evaluated on this task and on
+    out-of-distribution (OOD) sets.
     """
 
     package = "benchmarks.text"
@@ -165,7 +171,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
             )
 
     def _trainable_tasks(self) -> list[str]:
-        """List the tasks with the splits that training needs."""
+        """List the tasks that have a training split and a dev split."""
         tasks = self.tasks.items()
         return [name for name, task in tasks if task.splits.train and task.splits.dev]
 
@@ -176,12 +182,19 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         settings: TextTraining,
         where: Location,
     ) -> dict[str, Any]:
-        """Return ``method`` of a run's spec.
+        """Return the sections ``method`` and, if any, ``used_as`` of a run's spec.
 
-        If the trained model is also evaluated as another method, ``used_as`` is added.
+        ``used_as`` is the method that the trained model is converted to for a second evaluation.
+
+        Args:
+            methods: The methods of the suite.
+            point: The point of the grid.
+            settings: The training settings of the suite for the run's model.
+            where: The place of the point in the file, for messages.
         """
 
         def resolved(name: str) -> dict[str, Any]:
+            # the same point of the grid with another method
             with_method = {**point, "method": name}
             return method_spec(methods, with_method, point["seed"], settings.lora, where)
 
@@ -193,7 +206,11 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         return specs
 
     def _check_training(self, part: Part[TextPart]) -> None:
-        """Check the training settings of a suite."""
+        """Check that the training settings of a suite name existing things and fit together.
+
+        Raises:
+            DefinitionError: A check failed.
+        """
         training: TextTraining = self.settings("training", part)
         where = part.where("training")
         check_names(where.at("epochs_by_task"), training.epochs_by_task or (), self.tasks)
@@ -213,7 +230,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
 
 
 def _check_trained_once(transformed: Mapping[str, Transformed], file: Path) -> None:
-    """Raise a DefinitionError if two rows are trained as the same method."""
+    """Raise a DefinitionError if two transformed rows are trained as the same method."""
     trained = [row.trained for row in transformed.values()]
     for name in trained:
         if trained.count(name) > 1:
@@ -225,7 +242,10 @@ def _check_trained_once(transformed: Mapping[str, Transformed], file: Path) -> N
 def _check_training_keys(
     point: Mapping[str, Any], methods: Mapping[str, Method], where: Location
 ) -> None:
-    """Raise a DefinitionError if a row that is not of ablations varies training settings."""
+    """Raise a DefinitionError if a point of a grid varies training settings of a main method.
+
+    Only methods with the role ``ablation`` may vary them.
+    """
     name = point["method"]
     for key in TRAINING_KEYS:
         if key in point and methods[name].role != ABLATION:
@@ -246,16 +266,16 @@ def _evaluates_ood(settings: TextTraining, method: str) -> bool:
 def transformed_rows(
     transformed: Mapping[str, Transformed], definition: MethodsDefinition, file: Path
 ) -> dict[str, Method]:
-    """Return a method for each row of ``transformed``, with the settings of its training.
+    """Make a method of each row of ``transformed``. It has the settings of the trained method.
 
     Args:
         transformed: The rows that are trained as one method and evaluated as another, by name.
-        definition: The definition with these methods.
+        definition: The definition of the methods that the rows name.
         file: The file of the rows, for messages.
 
     Raises:
-        DefinitionError: A row does not exist, or the weights of one do not fit the model of the
-            other.
+        DefinitionError: A row has the name of a method. Or it names a method that does not exist,
+            is only for ablations, or has weights that do not fit other methods.
     """
     check_rows(definition, file)
     resolved = resolve_methods(definition)
@@ -265,24 +285,25 @@ def transformed_rows(
         where = Location(file, f"transformed.{name}")
         if name in definition.methods:
             raise DefinitionError(f"{where} has the name of a method; choose another name")
-        # the trained weights are used in both models
+        # the weights of one method are used in a model of the other
         for key, used in (("trained", row.trained), ("used_as", row.used_as)):
             check_names(where.at(key), [used], usual)
             if not _has_portable_weights(resolved[used]):
                 raise DefinitionError(
                     f"{where.at(key)} is '{resolved[used].title}', whose weights fit no other row"
                 )
-        # a row without `method` has that of its name in methods.yaml
+        # a method without the key `method` has the settings of its own name in methods.yaml; the
+        # row has another name, so that it needs the key
         settings = {"method": row.trained, **definition.methods[row.trained].given()}
         rows[name] = Method(**{**settings, "title": row.title, "role": ABLATION})
     return rows
 
 
 def _has_portable_weights(method: Method) -> bool:
-    """Return True if the trained weights of a method fit a dense model and other experts."""
+    """Return True if a method's trained weights fit a dense model, and EMoE with other experts."""
     settings = method.given()
     has_learned_router = settings.get("router", "avg_k") != "avg_k"
-    # the activations of the run's data, not the weights, determine these experts
+    # these experts depend on the activations of the run's data, not only on the weights
     has_experts_from_data = settings.get("partition") == "coactivation"
     if has_learned_router or has_experts_from_data or method.kind == "gmoe":
         return False
@@ -291,11 +312,12 @@ def _has_portable_weights(method: Method) -> bool:
 
 
 def check_ablations(benchmark: AnyBenchmark) -> None:
-    """Check that ablations compare existing rows with the baseline.
+    """Check the rows of ablations: all exist, and the first one is the baseline.
+
+    Also check the files with the paper's numbers.
 
     Raises:
-        DefinitionError: A check failed. The error names the file, the key and the nearest valid
-            value.
+        DefinitionError: A check failed. The error names the file and the key.
     """
     definition = benchmark.definition
     for name, ablation in definition.ablations.items():
@@ -310,7 +332,9 @@ def check_ablations(benchmark: AnyBenchmark) -> None:
 
 
 def _check_task(where: Location, name: str, tasks: Mapping[str, TaskEntry]) -> None:
-    """Check that the names in a task exist, and that its OOD sets have classes that fit.
+    """Check that the names in a task exist, and that the classes of its OOD sets fit its own.
+
+    A task that is neither on the hub nor in a package or csv must say how to get it.
 
     Raises:
         DefinitionError: A check failed; the error begins with ``where``.
@@ -335,7 +359,7 @@ def _check_task(where: Location, name: str, tasks: Mapping[str, TaskEntry]) -> N
 
 def _check_classes_fit(task: TaskEntry, other: TaskEntry) -> None:
     """Raise a DefinitionError if classes must be merged, and no ``label_map`` says how."""
-    # as many classes correspond by their order
+    # with equal numbers of classes, class i of one task is class i of the other
     if len(task.labels) > len(other.labels):
         merged_classes(task, other)
     elif len(other.labels) > len(task.labels):
@@ -343,15 +367,19 @@ def _check_classes_fit(task: TaskEntry, other: TaskEntry) -> None:
 
 
 def _protocol(task: TaskEntry, point: Mapping[str, Any], where: Location) -> str:
-    """Return the protocol of a run: its grid point's, or the task's default."""
+    """Return the protocol of a run: the one of its grid point, or the default of its task.
+
+    Raises:
+        DefinitionError: The point has a protocol that the task does not allow.
+    """
     has_test = task.splits.test is not None
     if has_test and point.get("protocol") == PUBLISHED:
         raise DefinitionError(
             f"{where.at('protocol')}: '{PUBLISHED}' is for tasks without a test split"
         )
-    # with a test split, selection with the dev split is clean
-    usual = CLEAN if has_test else PUBLISHED
-    return str(point.get("protocol", usual))
+    # with a test split, the dev split is not reported, so selection with it is clean
+    default = CLEAN if has_test else PUBLISHED
+    return str(point.get("protocol", default))
 
 
 def run_training(
@@ -369,7 +397,7 @@ def run_training(
     epochs_by_task = settings.epochs_by_task or {}
     epochs = epochs_by_task.get(point["task"], settings.epochs)
     training["epochs"] = epochs * point.get("epochs_factor", 1)
-    # only a clean run of a task without a test split holds training rows out
+    # only a clean run of a task without a test split needs held-out training rows
     if protocol == PUBLISHED or task.splits.test is not None:
         training["validation_fraction"] = 0.0
     if "train_share" in point:
@@ -378,9 +406,12 @@ def run_training(
 
 
 def _advice(name: str, task: TaskEntry, problem: str) -> str:
-    """Return a message on a missing set, with instructions to get it."""
+    """Return a message on a set that cannot be loaded, with instructions to get it.
+
+    A set that exists, but is broken, gets only ``problem``.
+    """
     source = task.source.model_dump()
-    # such a set is here, but cannot be read
+    # the set exists: in a package, a csv or the user's folder
     if task.source.vader_sentiment or task.source.csv or local_path(name, source) is not None:
         return f"{name}: {problem}"
     if task.download_instructions:

@@ -1,7 +1,4 @@
-"""Create a text benchmark from a csv.
-
-It is a copy of ``template/`` with the rows, and a suite of the same name.
-"""
+"""Create a text benchmark from a csv: a copy of ``template/``, the rows, and a suite."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ _NO_LABEL = {"", "nan", "null"}  # but -1 and none may be classes
 
 
 def new_benchmark(name: str, file: Path, text: str = "text", label: str = "label") -> None:
-    """Write ``benchmarks/<name>`` and ``config/<name>.yaml``.
+    """Write a new benchmark to ``benchmarks/<name>``, and its suite to ``config/<name>.yaml``.
 
     Args:
         name: The name of the benchmark, its suite and its target.
@@ -39,7 +36,7 @@ def new_benchmark(name: str, file: Path, text: str = "text", label: str = "label
 
     Raises:
         DefinitionError: The name is taken, or the workflow uses it.
-        DataError: The file cannot be read, lacks a column, or has one label only.
+        DataError: The file cannot be read, lacks a column, or has fewer than two labels.
     """
     _check_name(name)
     labels = _labels(file, text, label)
@@ -68,7 +65,7 @@ def new_benchmark(name: str, file: Path, text: str = "text", label: str = "label
 
 
 def _yaml(value: object) -> str:
-    """Write a value of a YAML file in one line; JSON is valid YAML."""
+    """Format a value as one line of YAML. JSON is valid YAML."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -95,13 +92,13 @@ def _labels(file: Path, text: str, label: str) -> list[str]:
         if column not in rows:
             near = did_you_mean(column, rows)
             raise DataError(f"{file} has no column '{column}'{near}; set it with --text or --label")
-    texts = {label_text(cell) for cell in rows[label]}
-    labels = {text for text in texts if text.casefold() not in _NO_LABEL}
+    values = {label_text(cell) for cell in rows[label]}
+    labels = {value for value in values if value.casefold() not in _NO_LABEL}
     if len(labels) < 2:
         raise DataError(
             f"{file}: all rows have the label {labels or None}; a benchmark needs two labels"
         )
-    are_numbers = all(re.fullmatch(r"-?\d+", text) for text in labels)
+    are_numbers = all(re.fullmatch(r"-?\d+", value) for value in labels)
     if are_numbers:
         return sorted(labels, key=int)
     return sorted(labels)

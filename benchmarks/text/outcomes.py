@@ -23,18 +23,18 @@ from benchmarks.harness.results.records import AS, Record, scores_of, tabulate_n
 from benchmarks.harness.results.statistics import paired_differences, shared_pairs, with_verdicts
 from benchmarks.text.definition import CLEAN, ID, OOD, PUBLISHED
 
-CELL = ["model", "task", "method"]
+CELL = ["model", "task", "method"]  # what is compared; a cell has runs of several choices and seeds
 KEYS = {  # headings of the columns that identify a row
     "model_title": "Model",
     "task_title": "Trained on",
     "method_title": "Method",
 }
-CHOICE = ["variant", "learning_rate"]
+CHOICE = ["variant", "learning_rate"]  # the hyper-parameters that are chosen in each cell
 PROTOCOLS = {CLEAN: "clean", PUBLISHED: "authors'"}  # their titles
 DOMAINS = {ID: "in domain", OOD: "out of domain"}  # their titles
 ARROW = " → "  # between the titles of training set and evaluation set
 _PAIR = ["model", "task", "eval_task"]
-_SET = ["protocol", "domain", *_PAIR, "scope"]
+_SET = ["protocol", "domain", *_PAIR, "scope"]  # rows with the same values are compared
 _ROW = [*_SET, "method"]
 
 
@@ -56,18 +56,19 @@ def split_name(name: str) -> RowName:
 
 
 def shown_deviation(rows: pd.DataFrame) -> pd.Series[float]:
-    """Return the standard deviations that tables show.
+    """Return the standard deviation that tables show for each row.
 
-    They are the sample's, but the population's under the authors' selection, as in their code.
+    It is the sample deviation. Rows of the protocol ``published`` have the population deviation, as
+    in the authors' code.
     """
     return rows["std"].where(rows["protocol"] == CLEAN, rows["population_std"])
 
 
 def selection_scores(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
-    """Return the dev score of every run, which chooses hyper-parameters.
+    """Return the dev score of every run, for the choice of hyper-parameters under a protocol.
 
-    Tasks with a test split have clean runs only. For them the authors' protocol uses the score of
-    the best dev epoch.
+    For the protocol ``published``, a task with a test split has no runs of its own. Then the score
+    is that of the best dev epoch in the clean runs.
     """
     dev = scores_of(records[records["protocol"] == protocol], "dev")
     if protocol == CLEAN:
@@ -76,10 +77,11 @@ def selection_scores(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
 
 
 def choices(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
-    """Average the dev score of every choice (variant and learning rate) over seeds; mark the best.
+    """Average the dev score of every choice (variant and learning rate) over seeds.
 
-    The columns are :data:`CELL`, :data:`CHOICE`, ``mean``, ``std``, ``n`` and ``chosen``, which is
-    True for the best choice of a cell. The first of equally good choices wins.
+    A cell is a model, task and method. ``chosen`` is True for the best choice of each cell, or the
+    first of equally good ones. The other columns are :data:`CELL`, :data:`CHOICE`, ``mean``,
+    ``std`` and ``n``.
     """
     scores = selection_scores(records, protocol)
     by_choice = scores.groupby([*CELL, *CHOICE], sort=False)["value"]
@@ -90,9 +92,10 @@ def choices(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
 
 
 def select_runs(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
-    """Return the records of the runs with the chosen hyper-parameters.
+    """Return the records of the runs with the hyper-parameters that a protocol chooses.
 
-    ``protocol`` becomes the protocol of the choice, and ``run_protocol`` that of the run.
+    In the result, the column ``protocol`` is the protocol of the choice. ``run_protocol`` is the
+    protocol of the run.
     """
     table = choices(records, protocol)
     chosen = table.loc[table["chosen"], [*CELL, *CHOICE]]
@@ -103,10 +106,13 @@ def select_runs(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
 
 
 def reported_scores(chosen: pd.DataFrame) -> pd.DataFrame:
-    """Return the in-domain score that a protocol reports, a row per cell and seed.
+    """Return the in-domain scores that are reported, a row per protocol, cell and seed.
 
-    The score is on the reported split. For tasks with a test split, the authors' protocol reports
-    the best dev epoch.
+    A score is on the reported split. Only the protocol ``published`` for a task with a test split
+    reports the dev score of the best epoch.
+
+    Args:
+        chosen: The records from :func:`select_runs`.
     """
     has_own_protocol = chosen["run_protocol"] == chosen["protocol"]
     test = scores_of(chosen[has_own_protocol], "test")
@@ -120,21 +126,22 @@ class TextOutcomes(Outcomes):
     Args:
         records: The numbers of the runs; None to read them.
         include_ablations: True to add the rows of ablations. If a row has several variants, each
-            setting becomes a separate row ``<row>|<setting>``, instead of the best one only.
+            setting becomes a separate row ``<row>|<setting>``. Otherwise there is only the best.
 
     Attributes:
-        records: Every number.
-        chosen: The records of the chosen runs, by protocol; see :func:`select_runs`.
-        seeds: The scores, a row for each protocol, ``domain`` (``id``, ``ood``, ``ood_mean``),
-            model, training task, evaluation task, method and seed. ``scope`` is the title of both
-            tasks.
-        shared: The scores of the seeds that all methods of a set share.
+        records: Every number of the shown runs, see :func:`.records.tabulate_numbers`.
+        chosen: The records of the runs with chosen hyper-parameters, see :func:`select_runs`.
+        seeds: The scores of the chosen runs, a row for each protocol, ``domain`` (``id``, ``ood``,
+            ``ood_mean``), model, training task, evaluation task, method and seed. ``scope`` is the
+            title of both tasks.
+        shared: The part of ``seeds`` with the seeds that all methods have which are compared, for
+            each protocol, domain, model, training task and evaluation task.
         protocols: The protocols that have scores.
         run_protocols: The protocols under which runs were trained.
-        rows: The statistics of :func:`~benchmarks.harness.report.common.summarize` over the shared
-            seeds; ``n`` is 0 without shared seeds.
-        tests: The paired differences to the baseline in and out of domain, over all seeds of both
-            methods. Each row has a verdict. p is Holm-corrected over all rows.
+        rows: The statistics of :func:`~benchmarks.harness.report.common.summarize` over ``shared``;
+            ``n`` is 0 without shared seeds.
+        tests: The paired differences to the baseline in and out of domain, over all seeds that the
+            two methods share. Each row has a verdict. p is Holm-corrected over all rows.
     """
 
     benchmark: AnyBenchmark
@@ -147,7 +154,7 @@ class TextOutcomes(Outcomes):
         *,
         include_ablations: bool = False,
     ) -> None:
-        # main tables omit the rows of ablations
+        # main tables leave out the rows of ablations
         methods = resolve_methods(benchmark.definition)
         kept = list(methods)
         if not include_ablations:
@@ -178,7 +185,10 @@ class TextOutcomes(Outcomes):
         )
 
     def _shown_records(self, methods: Sequence[str]) -> pd.DataFrame:
-        """Return the numbers of the runs for the rows ``methods``, with converted models."""
+        """Return the numbers of the shown runs that belong to ``methods``.
+
+        They include the numbers of models that were converted to one of these methods.
+        """
         run_ids = {run.id for run in self.runs}
         of_runs = self._all_records[self._all_records["run_id"].isin(run_ids)]
         # a shown run may be evaluated as an ablation, which is not shown
@@ -186,39 +196,42 @@ class TextOutcomes(Outcomes):
         return records[records["method"].isin(methods)].reset_index(drop=True)
 
     def _with_scopes(self, scores: pd.DataFrame) -> pd.DataFrame:
-        """Add the column ``scope``, and number the rows from 0."""
+        """Add ``scope``, the title of training and evaluation task, and renumber the rows."""
         pairs = zip(scores["task"], scores["eval_task"], strict=True)
         scopes = [self.pair_title(task, eval_task) for task, eval_task in pairs]
-        return scores.assign(scope=scopes).reset_index(drop=True)
+        # with a type, because there may be no scores
+        return scores.reset_index(drop=True).assign(scope=pd.Series(scopes, dtype=str))
 
     def _split_settings(self) -> None:
-        """Turn each setting of an ablation, and of a row with several variants, into a row."""
+        """Give each setting of an ablation, and of a row with several variants, its own row name.
+
+        ``records`` get the new names, and ``methods`` get their methods.
+        """
         records = self.records
         is_ablation = records["method"].map(self.role).eq(ABLATION)
         settings = self._settings(is_ablation)
         methods = records["method"]
         names = methods.where(settings == "", methods + SETTING + settings)
-        # a row with a setting has the method of its row; the table adds the setting to its title
         of_settings = {name: self.methods[split_name(name).method] for name in names.unique()}
         self.methods = {**self.methods, **of_settings}
-        # these variants are rows now, and no longer a choice within a row
+        # these variants have rows of their own now, so none of them is to be chosen
         is_no_choice = is_ablation | methods.ne(names)
         self.records = records.assign(
             method=names, variant=records["variant"].mask(is_no_choice, "")
         )
 
     def _settings(self, is_ablation: pd.Series[bool]) -> pd.Series[str]:
-        """Return the setting that becomes part of each record's row name; empty for none.
+        """Return for each record the setting to add to its row name, or an empty text.
 
-        A row with several variants has its variants as settings. A row of an ablation has its
-        variant without the settings that are usual for the model's main rows.
+        For a row with several variants, that is the variant. For an ablation, it is the variant
+        without the settings that all main rows of the model share.
         """
         records = self.records
         cells = records.groupby(["protocol", "model", "task", "method"])
         variants = cells["variant"].transform("nunique")
         settings = records["variant"].where(variants > 1, "")
 
-        # the usual settings by model, such as its layers
+        # the settings that the main rows of each model share, such as the converted layers
         usual = {}
         for model, rows in records[~is_ablation].groupby("model", sort=False):
             usual[model] = self._usual_settings(rows)
@@ -230,7 +243,7 @@ class TextOutcomes(Outcomes):
         return settings
 
     def _usual_settings(self, records: pd.DataFrame) -> set[str]:
-        """Return the settings that all variants of rows with experts share, such as the layers."""
+        """Return the settings that are in every variant with experts, such as the layers."""
         has_experts = records["method"].map(lambda name: self.methods[name].kind != "dense")
         settings = []
         for variant in records.loc[has_experts, "variant"].unique():
@@ -242,19 +255,23 @@ class TextOutcomes(Outcomes):
 
     @property
     def origins(self) -> pd.DataFrame:
-        """Return the records of the chosen runs, which link table rows to runs."""
+        """Return the records of the chosen runs. Tables use them to link their rows to runs."""
         return self.chosen
 
     @cached_property
     def shared_origins(self) -> pd.DataFrame:
-        """Return the chosen runs of the shared seeds."""
+        """Return the records of the chosen runs that have a score in :attr:`shared`."""
         keys = ["protocol", *CELL, "seed"]
         return self.chosen.merge(self.shared[keys].drop_duplicates(), on=keys)
 
     def training(self) -> Iterator[tuple[Any, Metrics]]:
-        """Yield the names of each chosen run of the first protocol, and what it recorded."""
+        """Yield the names and the metrics of each chosen run under the first protocol with runs.
+
+        The names are a named tuple with ``model``, ``task``, ``method``, ``seed`` and their titles.
+        The metrics are the content of ``metrics.json``.
+        """
         by_id = {record.run.id: record.metrics for record in self._finished}
-        first = self.run_protocols[:1]
+        first = self.run_protocols[:1]  # empty without runs
         of_first = self.chosen[self.chosen["protocol"].isin(first)]
         runs = of_first.drop_duplicates("run_id")
         for record in self.order(runs, [*CELL, "seed"]).itertuples():
@@ -264,7 +281,7 @@ class TextOutcomes(Outcomes):
         """Return the records of the runs that ``protocol`` chooses."""
         if self.benchmark.evaluates is None:
             return select_runs(self.records, protocol)
-        # every run of this benchmark evaluates a run that was chosen before
+        # every run of this benchmark evaluates a chosen run, so there is nothing to choose
         of_protocol = self.records[self.records["protocol"] == protocol]
         return of_protocol.assign(run_protocol=protocol)
 
@@ -273,7 +290,7 @@ class TextOutcomes(Outcomes):
         has_own_protocol = self.chosen["run_protocol"] == self.chosen["protocol"]
         records = self.chosen[has_own_protocol]
         scores = []
-        # an evaluation of trained runs shows in-domain scores only in its ablations
+        # a benchmark that evaluates trained runs shows in-domain scores only in its ablations
         if self._include_ablations or self.benchmark.evaluates is None:
             scores.append(reported_scores(self.chosen).assign(domain=ID))
         for domain in (OOD, OOD_MEAN):
@@ -296,20 +313,24 @@ class TextOutcomes(Outcomes):
         return self._by_set(with_verdicts(differences.drop(columns="values")))
 
     def _by_set(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Sort by set in the order of the runs, then by method as defined; add titles."""
+        """Group the compared rows, in the order in which they occur, and sort each group by method.
+
+        Also add titles.
+        """
         numbered = rows.assign(set_number=rows.groupby(_SET, sort=False).ngroup())
         return self.order(numbered, ["set_number", "method"]).drop(columns="set_number")
 
     def of(self, domain: str, protocol: str) -> pd.DataFrame:
-        """Return the rows of one domain under one protocol."""
+        """Return the part of :attr:`rows` with one domain and one protocol."""
         has_domain = self.rows["domain"] == domain
         has_protocol = self.rows["protocol"] == protocol
         return self.rows[has_domain & has_protocol]
 
     def claim_numbers(self) -> pd.DataFrame:
-        """Return the scores of every seed and the parameter counts, for claims.
+        """Return the scores of every seed and the parameter counts, for the check of claims.
 
-        The rows of ablations are included.
+        They include the rows of ablations. The columns are those of
+        :func:`~benchmarks.harness.report.common.join_claim_numbers`.
         """
         scores = self.seeds.rename(columns={"protocol": "selection"}).assign(metric="score")
         joined = join_claim_numbers(scores, parameter_counts(self.records))
@@ -320,7 +341,7 @@ class TextOutcomes(Outcomes):
         if self._include_ablations or not self.benchmark.definition.ablations:
             return numbers
 
-        # a main row keeps the numbers of its best setting; ablations add rows that are missing
+        # add the rows that only ablations have; a main row keeps the numbers of its best setting
         with_ablations = self.ablated.claim_numbers()
         keys = ["method", "setting", "domain"]
         known = pd.MultiIndex.from_frame(numbers[keys])
@@ -328,11 +349,14 @@ class TextOutcomes(Outcomes):
         return pd.concat([numbers, with_ablations[~is_known]], ignore_index=True)
 
     def with_titles(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Add titles; the protocol's title column is ``selection``."""
+        """Add the columns of titles. The one of protocols is called ``selection``."""
         return super().with_titles(frame).rename(columns={"protocol_title": "selection"})
 
     def pair_title(self, task: str, eval_task: str) -> str:
-        """Return ``SST-2 → IMDB``; only the training task without another ``eval_task``."""
+        """Return the titles of a training and an evaluation task, such as ``SST-2 → IMDB``.
+
+        If there is no other ``eval_task``, return only the title of the training task.
+        """
         trained = self.title("task", task)
         # a mean over sets has no evaluation task
         if eval_task in ("", task):
@@ -341,23 +365,29 @@ class TextOutcomes(Outcomes):
 
 
 def _protocols_of(frame: pd.DataFrame) -> list[str]:
-    """List the protocols of a frame's rows, in their usual order."""
-    protocols = set(frame["protocol"])
-    return [protocol for protocol in PROTOCOLS if protocol in protocols]
+    """List the protocols that a frame contains, in the order of :data:`PROTOCOLS`."""
+    contained = set(frame["protocol"])
+    return [protocol for protocol in PROTOCOLS if protocol in contained]
 
 
 def add_transformed_rows(records: pd.DataFrame) -> pd.DataFrame:
-    """Assign the numbers of models that were converted after training to the new method.
+    """Give the numbers of models that were converted after training to their new method.
 
-    That method also gets a copy of the run's dev scores, which choose its runs.
+    The new method also gets a copy of the run's dev scores, for the choice of hyper-parameters.
+
+    Args:
+        records: The numbers of runs, see :func:`.records.tabulate_numbers`.
     """
-    # "test as emoe": the part "test" of a model that was converted to the method "emoe"
-    split = records["part"].str.partition(AS)
-    part = split[0]
-    method = split[2]
-    is_transformed = method != ""
+    parts = []
+    methods = []
+    for name in records["part"]:
+        # "test as emoe": the part "test" of a model that was converted to the method "emoe"
+        part, _, method = name.partition(AS)
+        parts.append(part)
+        methods.append(method)
+    is_transformed = pd.Series(methods, records.index, dtype=str) != ""
     trained = records[~is_transformed]
-    transformed = records.assign(part=part, method=method)[is_transformed]
+    transformed = records.assign(part=parts, method=methods)[is_transformed]
 
     converted_runs = transformed[["run_id", "method"]].drop_duplicates()
     dev = trained[trained["part"] == "dev"].drop(columns="method")

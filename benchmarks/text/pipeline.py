@@ -1,6 +1,6 @@
-"""Fine-tune a text classifier on one task, fully or with adapters, and evaluate it.
+"""Fine-tune a text classifier on one task, fully or with adapters.
 
-It is evaluated on this task and on OOD sets.
+It is evaluated on this task and on out-of-distribution (OOD) sets.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
 
     Args:
         spec: The settings of the run.
-        folder: The run's folder, for checkpoints and kept weights.
+        folder: The folder of the run, for checkpoints and kept weights.
         progress: The progress line.
 
     Returns:
-        The content of ``metrics.json`` without the harness's part.
+        The content of ``metrics.json``, without the sections that the harness adds.
     """
     task = spec.task
     training = spec.training
@@ -41,7 +41,7 @@ def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
     ood = {other.name: load(other, "test", ood_rows) for other in spec.ood}
 
     tokenizer = load_tokenizer(spec.model)
-    # a co-activation partition is made with training rows
+    # rows for a partition by co-activation, which needs activations
     calibration = calibration_batches(
         splits.train, tokenizer, training.max_length, training.eval_batch_size
     )
@@ -52,22 +52,23 @@ def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
     progress.say("evaluating")
     routing = RoutingRecorder(classifier.model)
     evaluated = _evaluate(trainer, spec, splits.test, ood, routing)
-    routed, usage = routing.set_routing(task.name)
-    # before the model may be converted to another method
+    routed, usage = routing.routing_of_set(task.name)
+    # save the weights now, because the conversion below would change the model
     if training.keep_weights:
         save_trained(classifier.model, folder / "model")
 
+    # evaluate the trained model again as another method
     transformed = {}
     if spec.used_as:
-        as_other = evaluated
-        # weights of a diverged model cannot be clustered; keep its scores
+        scores_as_other = evaluated
+        # a diverged model has no loss; its weights cannot be clustered, so it keeps its scores
         if kept["loss"] is not None:
             progress.say(f"evaluating as {spec.used_as.name}")
             convert_trained_(classifier.model, spec.used_as.config)
-            as_other = _evaluate(trainer, spec, splits.test, ood)
-        transformed = {spec.used_as.name: {"scores": as_other}}
+            scores_as_other = _evaluate(trainer, spec, splits.test, ood)
+        transformed = {spec.used_as.name: {"scores": scores_as_other}}
 
-    # all numbers of the kept epoch but its own
+    # the scores of the kept epoch, without the number of the epoch
     dev_scores = {name: value for name, value in kept.items() if name != "epoch"}
     return {
         "scores": {"dev": {task.name: dev_scores}, **evaluated},
@@ -93,29 +94,34 @@ def _evaluate(
     ood: Mapping[str, TextSplit],
     routing: RoutingRecorder | None = None,
 ) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Return the scores on the test split and the OOD sets, by part, set and metric."""
-    tested = trainer.evaluate(test, routing=routing)
-    by_set = {}
+    """Evaluate on the test split and the OOD sets; record routing if ``routing`` is given.
+
+    Returns:
+        The scores by part (``test`` or ``ood``), set and metric.
+    """
+    test_scores = trainer.evaluate(test, routing=routing)
+    ood_scores = {}
     for other in spec.ood:
-        by_set[other.name] = trainer.evaluate(ood[other.name], other, routing)
-    return {"test": {spec.task.name: tested}, "ood": by_set}
+        ood_scores[other.name] = trainer.evaluate(ood[other.name], other, routing)
+    return {"test": {spec.task.name: test_scores}, "ood": ood_scores}
 
 
 class _Splits(NamedTuple):
-    """The splits of a run."""
+    """The rows of the training task that a run trains on, selects with, and reports."""
 
     train: TextSplit
-    dev: TextSplit  # for selection
+    dev: TextSplit  # for the selection of epoch and hyper-parameters
     test: TextSplit  # reported
 
 
 def _load_splits(task: RunTask, training: TextTraining, load: Callable[..., TextSplit]) -> _Splits:
-    """Load the splits of a run.
+    """Load the splits of a run with ``load``, which is :func:`.data.load_part`.
 
-    A task without a test split reports the dev split. A clean run of such a task selects with
-    held-out training rows, and a published run with the reported split.
+    If the task has no test split, the dev split is reported. Then a clean run selects with held-out
+    training rows, and a published run with the reported split itself.
     """
     train = load(task, "train", training.train_rows)
+    # the dev split, if the task has no test split
     test = load(task, "test", training.eval_rows)
     if training.validation_fraction:
         train, dev = train.hold_out(training.validation_fraction, f"{task.name}/held out")
@@ -123,7 +129,7 @@ def _load_splits(task: RunTask, training: TextTraining, load: Callable[..., Text
         dev = load(task, "dev", training.dev_rows or training.eval_rows)
     else:
         dev = test
-    # after the dev rows are held out, so that these are the same for every share
+    # only now, so that the held-out rows are the same for every share
     if training.train_share:
         train = train.stratified_sample(training.train_share, f"{task.name}/train")
     return _Splits(train, dev, test)

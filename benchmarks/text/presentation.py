@@ -20,7 +20,7 @@ FIGURES = {"usage": USAGE, "traces": TRACES}
 
 
 def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
-    """Present finished runs."""
+    """Make the tables, figures and verdicts of a benchmark's finished runs."""
     return present_text(
         benchmark, records, TABLES, FIGURES, optimizer="AdamW, linear decay, no clipping"
     )
@@ -33,7 +33,15 @@ def present_text(
     figures: Mapping[str, Figure],
     optimizer: str,
 ) -> Presentation:
-    """Present a text benchmark: tables, figures, ablations, and a verdict on every method."""
+    """Make the tables, figures and verdicts of a text benchmark, and add those of its ablations.
+
+    Args:
+        benchmark: The benchmark.
+        records: The finished runs.
+        tables: The functions that make tables of :class:`TextOutcomes`, by name.
+        figures: The figures, by name.
+        optimizer: A description of the optimizer, for the page; empty without training.
+    """
     outcomes = TextOutcomes(benchmark, records)
     ablations = benchmark.definition.ablations
     ablation_tables = {name: partial(ablation_table, name=name) for name in ablations}

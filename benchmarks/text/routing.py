@@ -1,7 +1,7 @@
-"""Show how models route: the use of experts by set, and their loads over training.
+"""Show how models route: the use of experts by data set, and the loads of experts over training.
 
-A trace is the frame of one layer. Each row has the experts' shares in a window of training steps,
-and is indexed by the window's last step.
+A trace is a frame with the loads of one layer. Each row has the shares of the experts in a window
+of training steps. Its index is the last step of the window.
 """
 
 from __future__ import annotations
@@ -35,20 +35,23 @@ _MOST_TASKS = 4  # rows of panels
 _PUBLISHED_WINDOW = 100  # steps of a window in the paper's traces
 NUMBERS = ("load_entropy", "load_max_over_mean", "load_change", "load_drift", "load_drift_chance")
 
-UsagePanel = tuple[str, Usage]  # a title, and the use of experts
+UsagePanel = tuple[str, Usage]  # the title of a panel, and the expert use that it shows
 
 
 def draw_usage_by_set(outcomes: TextOutcomes, path: Path) -> None:
-    """Draw the expert use of at most three routed methods, for the first model, task and seed.
+    """Draw which experts each data set uses, for at most three routed methods without controls.
 
-    Controls are left out.
+    The runs are those of the first model, task and seed with routing.
     """
     panels = _usage_panels(outcomes)
     draw_usage(panels[:_MOST_PANELS], outcomes, path)
 
 
 def _usage_panels(outcomes: TextOutcomes) -> list[UsagePanel]:
-    """Return a panel for each routed method of the first model and task, from its first seed."""
+    """Return a panel for each routed method, without controls, of the first model and task.
+
+    It shows the first seed of the method.
+    """
     panels: dict[str, UsagePanel] = {}
     drawn = None  # the first model and task
     for record, metrics in outcomes.training():
@@ -66,15 +69,16 @@ def _usage_panels(outcomes: TextOutcomes) -> list[UsagePanel]:
 
 
 def _with_first_set(usage: Usage, name: str) -> Usage:
-    """Return expert use with the set ``name`` first."""
+    """Return expert use with the data set ``name`` first."""
+    # the first place of a repeated key counts
     in_order = {name: usage.tasks[name], **usage.tasks}
     return usage.model_copy(update={"tasks": in_order})
 
 
 def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> None:
-    """Draw expert use as stacked heatmaps: lines are sets, columns are experts.
+    """Draw expert use as heatmaps, one panel below the other: lines are sets, columns are experts.
 
-    Each set is followed by lines of its classes, if all of them fit.
+    Below each set are the lines of its classes, if the lines of all panels fit in the figure.
     """
     if not panels:
         plots.placeholder_figure(path)
@@ -102,15 +106,21 @@ def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> 
 
 
 class _Line(NamedTuple):
-    """One line of a heatmap of expert use: a set, or one of its classes."""
+    """One line of a heatmap of expert use: a data set, or one of its classes.
+
+    Attributes:
+        label: The title of the data set, or the name of the class.
+        shares: The share of each expert.
+        marks: For each expert, use above (1) or below (-1) chance, else 0; None for a class.
+    """
 
     label: str
-    shares: list[float]  # by expert
-    marks: list[int] | None  # by expert: use above (1) or below (-1) chance; None for a class
+    shares: list[float]
+    marks: list[int] | None
 
 
 def _count_lines(usage: Usage, *, with_classes: bool) -> int:
-    """Count the lines of a panel."""
+    """Count the lines of a panel: its sets, and their classes if these are shown."""
     if not with_classes:
         return len(usage.tasks)
     return sum(1 + len(use.classes) for use in usage.tasks.values())
@@ -125,13 +135,17 @@ def _use_lines(outcomes: Outcomes, usage: Usage, *, with_classes: bool) -> list[
             continue
         task = cast(TaskEntry, outcomes.benchmark.tasks[name])
         for number, shares in use.classes.items():
-            # the blank sets the names of classes off from the names of sets
+            # a blank after the name distinguishes classes from sets
             lines.append(_Line(f"{task.labels[int(number)]} ", shares, None))
     return lines
 
 
 def _draw_use(axis: Any, usage: Usage, lines: Sequence[_Line]) -> None:
-    """Draw one panel: the shares of each line, the marks of sets, and dots for shared experts."""
+    """Draw one panel: the expert shares of each line over the mean of all sets.
+
+    Triangles mark the experts that a set uses more or less than by chance. Dots mark experts that
+    all sets share.
+    """
     mean = np.mean([use.shares for use in usage.tasks.values()], axis=0)  # [experts]
     shares = np.array([line.shares for line in lines])  # [lines, experts]
     plots.show_use(axis, plots.divide_by_mean(shares, mean))
@@ -154,7 +168,7 @@ def _draw_use(axis: Any, usage: Usage, lines: Sequence[_Line]) -> None:
 
 
 def _draw_marks(axis: Any, line: int, marks: Sequence[int]) -> None:
-    """Draw a triangle on each expert that a set uses more or less than by chance."""
+    """Draw a triangle on each marked expert of a line: up for 1, down for -1, none for 0."""
     for expert, mark in enumerate(marks):
         if mark == 0:
             continue
@@ -163,7 +177,7 @@ def _draw_marks(axis: Any, line: int, marks: Sequence[int]) -> None:
 
 
 def usage_table(outcomes: TextOutcomes) -> Table:
-    """Make a table of the mutual information of experts with set and class.
+    """Make a table of the mutual information of experts with data set, and with class.
 
     It has a row per model, training task and method.
     """
@@ -193,7 +207,11 @@ def usage_table(outcomes: TextOutcomes) -> Table:
 
 
 def _usage_rows(outcomes: TextOutcomes, information: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the names and the numbers of each chosen run that recorded the use of experts."""
+    """Return a table row for each chosen run that recorded the use of experts.
+
+    A row has the columns :data:`CELL`, the metrics ``information`` of mutual information, and the
+    counts of specialised and shared experts.
+    """
     rows = []
     for record, metrics in outcomes.training():
         if not metrics.usage or not metrics.usage.tasks or not metrics.routing:
@@ -219,14 +237,21 @@ USAGE = Figure(
 
 
 def trace_numbers(trace: pd.DataFrame) -> dict[str, float]:
-    """Return the number of ``windows`` of a trace, and the numbers in :data:`NUMBERS`.
+    """Summarise a trace: how balanced the loads are, and how much they change.
 
-    Means over windows: entropy (divided by ln N), load of the busiest expert over the mean load,
-    and change, the L1 distance between the shares of consecutive windows. Change grows if windows
-    have fewer tokens, so compare it only within a run. Drift is the L1 distance between the first
-    and the last quarter of training. Its chance is the same distance between the even and the odd
-    windows of the first two quarters, averaged with that of the last two. A single window has
-    neither change nor drift (nan).
+    Returns:
+        - ``windows``: the number of windows
+        - ``load_entropy``: the entropy of the shares, divided by ln N, its maximum; a mean over
+          windows
+        - ``load_max_over_mean``: the load of the busiest expert, divided by the mean load; a mean
+          over windows
+        - ``load_change``: the mean L1 distance between the shares of consecutive windows; it grows
+          if windows have fewer tokens, so compare it only within a run
+        - ``load_drift``: the L1 distance between the mean shares of the first and the last quarter
+        - ``load_drift_chance``: the drift to expect by chance: the distance between the even and
+          the odd windows of the first two quarters, averaged with that of the last two
+
+        Change, drift and chance of a single window are nan.
     """
     # [windows, experts]; sums depend on the memory layout in the last digit
     shares = np.ascontiguousarray(trace)
@@ -249,13 +274,16 @@ def _entropies(shares: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _change_numbers(shares: NDArray[np.float64]) -> dict[str, float]:
-    """Return change, drift and its chance of the shares ``[windows, experts]``."""
+    """Return the change, the drift and the drift by chance of shares ``[windows, experts]``.
+
+    They are defined in :func:`trace_numbers`.
+    """
     windows = len(shares)
     if windows < 2:
         return {"load_change": math.nan, "load_drift": math.nan, "load_drift_chance": math.nan}
     changes = np.abs(np.diff(shares, axis=0)).sum(1)  # [windows - 1]
     quarter = max(windows // _PERIODS, 1)
-    # even and odd windows of two quarters: means over as many windows as those of the drift
+    # the even windows of a half are as many as the windows of a quarter, and so are the odd ones
     first_half = shares[: 2 * quarter]
     last_half = shares[-2 * quarter :]
     chances = [_distance(half[::2], half[1::2]) for half in (first_half, last_half)]
@@ -273,9 +301,10 @@ def _distance(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
 
 
 def traces(outcomes: TextOutcomes) -> pd.DataFrame:
-    """Return the traces of the chosen runs with routing, under the first selection.
+    """Return the traces of the chosen runs with routing, under the first protocol with runs.
 
-    The frame has a row per run and layer.
+    The frame has a row per run and layer, with the columns ``model``, ``task``, ``method``,
+    ``seed``, ``layer``, ``trace`` and titles.
     """
     rows = []
     for record, metrics in outcomes.training():
@@ -301,17 +330,22 @@ def published_traces(outcomes: TextOutcomes) -> dict[str, pd.DataFrame]:
         # [windows, experts]
         shares = np.loadtxt(outcomes.benchmark.folder / file, delimiter=",", ndmin=2)
         ends = _PUBLISHED_WINDOW * np.arange(1, 1 + len(shares))
-        # rounded shares of the file do not quite sum to 1
+        # the file has rounded shares, which do not quite sum to 1
         published[name] = pd.DataFrame(shares / shares.sum(1, keepdims=True), ends)
     return published
 
 
 def trace_table(outcomes: TextOutcomes) -> Table:
-    """Make a table with a row per model, task and routed method, and the paper's rows."""
+    """Make a table of how balanced the expert loads are over training, and how they change.
+
+    It has a row per model, task and routed method, and the rows of the paper's traces.
+    """
     numbers = ["windows", *NUMBERS]
     by_layer = traces(outcomes)
-    measured = pd.DataFrame(map(trace_numbers, by_layer["trace"]), columns=numbers)
-    by_run = by_layer[_RUN].join(measured).groupby(_RUN, sort=False).mean().reset_index()
+    measured = pd.DataFrame([trace_numbers(trace) for trace in by_layer["trace"]], columns=numbers)
+    # the mean over layers
+    runs = by_layer[_RUN].join(measured).groupby(_RUN, sort=False)
+    by_run = runs.mean().reset_index()
     ours = outcomes.order(average_over_seeds(by_run, CELL, numbers), CELL)
     published = published_traces(outcomes)
     frame = ours
@@ -336,7 +370,7 @@ def trace_table(outcomes: TextOutcomes) -> Table:
 
 
 def _paper_rows(outcomes: TextOutcomes, published: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Compute the rows of the paper's traces, whose model is unknown."""
+    """Return the table rows of the paper's traces. The paper does not name their model."""
     rows = [{"method": name, **trace_numbers(trace)} for name, trace in published.items()]
     task = outcomes.title("task", outcomes.benchmark.definition.published_traces.task)
     titled = outcomes.with_titles(pd.DataFrame(rows))
@@ -351,17 +385,17 @@ class _TracePanel(NamedTuple):
 
 
 class _TraceRow(NamedTuple):
-    """One row of panels: the methods of a model and task, or of the paper."""
+    """One row of panels: the methods of one model and task, or those of the paper."""
 
     title: str
     panels: list[_TracePanel]
 
 
 def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
-    """Draw the expert loads of the first layer and seed.
+    """Draw the expert loads over training, for the first routed layer and the first seed.
 
-    Each row is a model and task, each panel a method. The paper's task comes first; at most four
-    rows are ours. The last row is the paper's.
+    Each row of panels is a model and task, and each panel a method. At most four rows are ours,
+    those of the paper's task first. The last row is the paper's.
     """
     rows = _our_trace_rows(outcomes)[:_MOST_TASKS]
     published = published_traces(outcomes)
@@ -393,7 +427,10 @@ def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
 
 
 def _our_trace_rows(outcomes: TextOutcomes) -> list[_TraceRow]:
-    """Return a row of panels for each model and task, without controls; the paper's task first."""
+    """Return a row of panels for each model and task, those of the paper's task first.
+
+    Controls are left out.
+    """
     all_traces = traces(outcomes)
     of_methods = all_traces[all_traces["is_method"]]
     first = of_methods.drop_duplicates(CELL)  # the first seed and layer
@@ -403,7 +440,7 @@ def _our_trace_rows(outcomes: TextOutcomes) -> list[_TraceRow]:
     )
     definition = outcomes.benchmark.definition.published_traces
     if definition is not None:
-        # False comes before True
+        # False, the paper's task, comes before True
         titled = titled.sort_values(
             "task", key=lambda tasks: tasks != definition.task, kind="stable"
         )
@@ -418,7 +455,7 @@ def _our_trace_rows(outcomes: TextOutcomes) -> list[_TraceRow]:
 def _draw_trace(axis: Any, trace: pd.DataFrame) -> None:
     """Draw a trace as a heatmap: windows from top to bottom, experts from left to right."""
     _, experts = trace.shape
-    # left, right, bottom, top: the centre of expert 1 is at 0, and the y axis counts steps
+    # left, right, bottom, top: the centre of the first expert is at 0, and the y axis counts steps
     extent = (-0.5, experts - 0.5, trace.index[-1], 0)
     # a balanced load is 1 / N, so shares times N are loads over the mean load
     plots.show_use(axis, trace.to_numpy() * experts, interpolation="nearest", extent=extent)

@@ -25,6 +25,7 @@ from benchmarks.text.outcomes import (
 
 RANK = "OOD Friedman rank"  # scope of the paper's ranks
 _ROW = ["model", "protocol", "method"]
+# headings of the columns that identify a row of a table over all training tasks
 BY_SELECTION = {"model_title": "Model", "selection": "Selection", "method_title": "Method"}
 _SELECTIONS = (
     "Selection chooses epoch, learning rate and variant. Clean: with a split that is not reported "
@@ -39,18 +40,18 @@ _DEVIATION = (
 
 
 class _ResultBlock(NamedTuple):
-    """A pair of columns of the table of results: scores, and their differences to the baseline."""
+    """Two columns of the table of results: scores, and their differences to the baseline."""
 
-    prefix: str  # of the columns of the frame
+    prefix: str  # of the names of the frame's columns
     domain: str
     protocol: str
     score_heading: str
     delta_heading: str
-    std: str  # the shown standard deviation
+    std: str  # the standard deviation to show: std or population_std
 
     @property
     def columns(self) -> list[Column]:
-        """Return the two columns of the table."""
+        """Return the two printed columns: the score, and the difference."""
         return [
             Column(
                 "score",
@@ -83,8 +84,11 @@ _RESULT_BLOCKS = (
 )
 
 
-def results(outcomes: TextOutcomes) -> Table:
-    """Make a table of scores under both selections, and differences to the baseline."""
+def results_table(outcomes: TextOutcomes) -> Table:
+    """Make a table of scores under both protocols, and their differences to the baseline.
+
+    It has a row per model, training task and method.
+    """
     frame = outcomes.order(common.format_counts(outcomes.rows, CELL), CELL)
     numbers = ["mean", "std", "population_std", "delta", "low", "high"]
     columns = []
@@ -106,8 +110,12 @@ def results(outcomes: TextOutcomes) -> Table:
     )
 
 
-def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
-    """Make a table like the paper's: a column per task (or pair of tasks), and their average."""
+def tasks_table(outcomes: TextOutcomes, domain: str = ID) -> Table:
+    """Make a table of scores like the paper's, with a column per task and their average.
+
+    Out of domain, a column is a pair of training and evaluation task. The table has a row per
+    model, protocol and method.
+    """
     of_domain = outcomes.rows[outcomes.rows["domain"] == domain]
     rows = of_domain.assign(std=shown_deviation(of_domain))
     # the title of a task (or pair of tasks) is the heading of its column
@@ -130,8 +138,8 @@ def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
     )
 
 
-def tests(outcomes: TextOutcomes) -> Table:
-    """Make a table of paired tests over seeds against the baseline."""
+def tests_table(outcomes: TextOutcomes) -> Table:
+    """Make a table of tests against the baseline, paired by seed, for every task and OOD set."""
     keys = {
         "model_title": "Model",
         "selection": "Selection",
@@ -150,11 +158,14 @@ def tests(outcomes: TextOutcomes) -> Table:
     )
 
 
-def ood(outcomes: TextOutcomes) -> Table:
-    """Make a table of scores on every set, by training task."""
+def ood_table(outcomes: TextOutcomes) -> Table:
+    """Make a table of scores under the clean protocol, with a column per evaluation task.
+
+    It has a row per model, training task and method.
+    """
     is_clean = outcomes.rows["protocol"] == CLEAN
     is_single_set = outcomes.rows["domain"].isin([ID, OOD])
-    # means over OOD sets have no set of their own
+    # a mean over OOD sets has no column
     rows = outcomes.rows[is_clean & is_single_set]
     headings = {name: outcomes.title("task", name) for name in rows["eval_task"].unique()}
     numbers = rows[["eval_task", *CELL, "mean", "std"]]
@@ -172,13 +183,16 @@ def ood(outcomes: TextOutcomes) -> Table:
     )
 
 
-def cost(outcomes: TextOutcomes) -> Table:
-    """Make a table of time, memory, parameters and the use of experts."""
-    # clean runs, or all runs of a cell without clean ones
+def cost_table(outcomes: TextOutcomes) -> Table:
+    """Make a table of time, memory, parameters and expert loads.
+
+    It has a row per model, training task and method.
+    """
+    # the clean runs of a cell, or its published runs if it has no clean ones
     records = outcomes.origins
     first_protocol = records.groupby(CELL)["protocol"].transform("first")
     of_first = records[records["protocol"] == first_protocol]
-    # the table of expert use shows the mutual information
+    # mutual information is in the table of expert use
     is_information = of_first["metric"].str.contains("_information")
     return common.cost_table(
         KEYS,
@@ -191,10 +205,14 @@ def cost(outcomes: TextOutcomes) -> Table:
 
 
 def choices_table(outcomes: TextOutcomes) -> Table:
-    """Make a table of all hyper-parameter choices with their dev scores; mark the chosen ones."""
+    """Make a table of all choices of hyper-parameters, with their dev scores and the chosen ones.
+
+    A choice is a variant and a learning rate.
+    """
     tables = []
     candidates = []
-    for protocol in outcomes.protocols:
+    # without scores there is no protocol, but the table must have its columns
+    for protocol in outcomes.protocols or PROTOCOLS:
         tables.append(choices(outcomes.records, protocol).assign(protocol=protocol))
         scores = selection_scores(outcomes.records, protocol)
         candidates.append(scores.assign(protocol=protocol))
@@ -225,7 +243,7 @@ def choices_table(outcomes: TextOutcomes) -> Table:
 
 
 def verdicts(outcomes: TextOutcomes) -> Iterator[str]:
-    """Yield a sentence on the differences to the baseline per model, method and selection.
+    """Yield a sentence on the differences to the baseline for each model, method and protocol.
 
     Controls have no sentence.
     """
@@ -237,15 +255,18 @@ def verdicts(outcomes: TextOutcomes) -> Iterator[str]:
         model_title = outcomes.title("model", model)
         texts = []
         for domain, words in DOMAINS.items():
-            in_domain = group[group["domain"] == domain]
-            if len(in_domain):
-                texts.append(f"{words} {_differences_text(in_domain)}")
+            of_domain = group[group["domain"] == domain]
+            if len(of_domain):
+                texts.append(f"{words} {_differences_text(of_domain)}")
         differences = "; ".join(texts)
         yield f"{method_title}, {model_title}, {PROTOCOLS[protocol]} selection: {differences}."
 
 
 def _differences_text(differences: pd.DataFrame) -> str:
-    """Describe the differences over one or many tasks, in points."""
+    """Describe the differences of a method on one or several tasks, in points.
+
+    Several differences are averaged, and the text sums up their verdicts.
+    """
     if len(differences) == 1:
         only = differences.iloc[0]
         return f"{common.difference_text(only)} ({only['scope']}, n = {only['n']})"
@@ -265,7 +286,7 @@ def _differences_text(differences: pd.DataFrame) -> str:
 
 
 def _metric_note(outcomes: TextOutcomes, domain: str = ID) -> str:
-    """Return a sentence that lists the tasks, or out-of-domain sets, of each metric."""
+    """Return a sentence that lists each metric, with the tasks (or OOD sets) that it scores."""
     rows = outcomes.rows[outcomes.rows["domain"] == domain]
     titles_by_metric: dict[str, list[str]] = {}
     for name in rows["eval_task"].unique():
@@ -281,7 +302,7 @@ def _metric_note(outcomes: TextOutcomes, domain: str = ID) -> str:
 
 
 def _metric_of(task: TaskEntry, domain: str) -> str:
-    """Return the main metric of a task: its own, or out of domain the paper's."""
+    """Return the metric of the score of a task: ``metric``, or the first of ``ood_metrics``."""
     if domain == ID or not task.ood_metrics:
         return task.metric
     return task.ood_metrics[0]
@@ -290,14 +311,17 @@ def _metric_of(task: TaskEntry, domain: str) -> str:
 _PUBLISHED_KEY = list(PAPER_COLUMNS)
 
 
-def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
-    """Make a table of our numbers and the paper's in one domain, under both selections."""
+def paper_table(outcomes: TextOutcomes, domain: str = ID) -> Table:
+    """Make a table of our scores and the paper's in one domain, under both protocols.
+
+    It has a row per model, method and task (or pair of tasks).
+    """
     frame = _published_scores(outcomes)
     columns = [
         Column("score", "value", "Paper", decimals=2),
         Column("score", "paper_delta", "Δ paper", signed=True, decimals=2),
     ]
-    # an outer join keeps the paper's rows that we did not run, and ours that it lacks
+    # an outer join keeps the rows that only the paper has, and those that only we have
     for protocol in (PUBLISHED, CLEAN):
         ours = _our_scores(outcomes, domain, protocol)
         frame = frame.merge(ours, on=_PUBLISHED_KEY, how="outer", sort=False)
@@ -318,7 +342,10 @@ def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
 
 
 def _published_scores(outcomes: TextOutcomes) -> pd.DataFrame:
-    """Read the paper's scores as shares, with ``paper_delta``; ranks have a table of their own."""
+    """Read the paper's scores as shares, and add ``paper_delta``, the difference to the baseline.
+
+    The paper's ranks are left out, because they have a table of their own.
+    """
     published = common.read_published(outcomes.benchmark)
     scores = published[published["scope"] != RANK]
     shares = scores.assign(value=scores["value"] / 100)
@@ -343,13 +370,13 @@ def _our_columns(protocol: str) -> list[Column]:
 
 
 def _shown_rows(outcomes: TextOutcomes, frame: pd.DataFrame) -> pd.DataFrame:
-    """Keep the rows with a number of the paper's or ours, sort them, and add titles."""
+    """Keep the rows with a score of the paper or of ours, sort them, and add titles."""
     has_number = frame[["value", PUBLISHED, CLEAN]].notna().any(axis=1)
-    ranks = {name: rank for rank, name in enumerate(outcomes.methods)}
+    places = {name: place for place, name in enumerate(outcomes.methods)}
 
     def sort_key(column: pd.Series) -> pd.Series:
         # methods in the order of the definition, models and tasks by name
-        return column.map(ranks) if column.name == "method" else column
+        return column.map(places) if column.name == "method" else column
 
     known = frame[has_number].reset_index(drop=True)
     in_order = known.sort_values(_PUBLISHED_KEY, key=sort_key, kind="stable")
@@ -360,9 +387,10 @@ def _shown_rows(outcomes: TextOutcomes, frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _our_scores(outcomes: TextOutcomes, domain: str, protocol: str) -> pd.DataFrame:
-    """Return our scores by pair of tasks, in columns that are named after the protocol.
+    """Return our scores, differences and seed counts in one domain under one protocol.
 
-    In domain, averages are added of the methods that ran all tasks of the paper.
+    The columns are named after the protocol, such as ``clean`` for the score, and ``clean_delta``.
+    In domain, methods that ran all tasks of the paper also have a row with their average.
     """
     rows = outcomes.of(domain, protocol)
     numbers = ["mean", "delta", "low", "high", "n"]
@@ -375,7 +403,10 @@ def _our_scores(outcomes: TextOutcomes, domain: str, protocol: str) -> pd.DataFr
 
 
 def _averages(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
-    """Average the scores of the methods that ran all tasks of the paper, by model and method."""
+    """Average scores over all tasks of the paper, for each model and method that ran all of them.
+
+    The rows have the scope ``average``.
+    """
     tasks_of_paper = []
     # the paper trains on sets of the hub; the others are our additions
     for name, task in outcomes.benchmark.tasks.items():
@@ -389,11 +420,11 @@ def _averages(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 TABLES = {
-    "results": results,
-    "tasks": tasks,
-    "tests": tests,
-    "ood": ood,
-    "cost": cost,
+    "results": results_table,
+    "tasks": tasks_table,
+    "tests": tests_table,
+    "ood": ood_table,
+    "cost": cost_table,
     "choices": choices_table,
-    "paper": paper,
+    "paper": paper_table,
 }

@@ -18,19 +18,20 @@ _CALIBRATION_ROWS = 256
 
 
 class TokenisedRows(Dataset[dict[str, Any]]):
-    """The tokenised rows of a split.
+    """A data set of the tokenised rows of a split, as model inputs.
 
     Args:
         split: The rows.
         tokenizer: The model's tokenizer.
         max_length: The maximum number of tokens of a row.
-        by_length: True sorts by length, so that evaluation batches need little padding.
-        labelled: True includes the labels in the model's inputs, which then computes a loss.
-        prefix: The model's frozen first layers, whose outputs are added to the rows.
+        by_length: True sorts the rows by length, so that evaluation batches need little padding.
+        labelled: True adds the labels to the model inputs. Then the model computes a loss.
+        prefix: The frozen first layers of the model, whose outputs are added to the rows; None if
+            no layer is frozen.
 
     Attributes:
-        order: The index in the split of each row.
-        labels: The labels in the order of the rows.
+        order: For each row of this data set, its index in the split.
+        labels: The labels, in the order of this data set.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class TokenisedRows(Dataset[dict[str, Any]]):
         self.order = np.arange(len(split))
         if by_length:
             self.order = np.argsort(self._lengths, kind="stable")
-        # labels of the model's inputs, in the order of the split
+        # the labels for the model inputs, in the order of the split
         self._labels = split.labels if labelled else None
         self.labels = np.asarray(split.labels)[self.order]
         self._states: PrefixStates | None = None
@@ -56,11 +57,15 @@ class TokenisedRows(Dataset[dict[str, Any]]):
             self._states = self._prefix_states(prefix, DataCollatorWithPadding(tokenizer))
 
     def _prefix_states(self, prefix: Prefix, collate: DataCollatorWithPadding) -> PrefixStates:
-        """Return the outputs of the frozen layers, which are kept by the digest of all tokens."""
+        """Return the outputs of the frozen layers for all rows.
+
+        They are stored under a digest of the tokens, so that other runs can use them again.
+        """
+        # join the tokens of all rows, to compute the digest
         columns = {}
         for name in self._rows[0]:
             columns[name] = np.concatenate([row[name] for row in self._rows])
-        # the lengths tell where a row ends in the joined columns
+        # with the lengths, because joined columns do not show where a row ends
         digest = columns_digest({**columns, "lengths": self._lengths})
 
         def batch(numbers: Sequence[int]) -> dict[str, Any]:
@@ -70,7 +75,7 @@ class TokenisedRows(Dataset[dict[str, Any]]):
 
     @property
     def lengths(self) -> list[int]:
-        """Return the token count of each row."""
+        """Return the number of tokens of each row, in the order of this data set."""
         return [int(length) for length in self._lengths[self.order]]
 
     def __len__(self) -> int:
@@ -93,11 +98,10 @@ class TokenisedRows(Dataset[dict[str, Any]]):
 def calibration_batches(
     split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield batches of model inputs without labels, from a sample of the rows.
+    """Yield batches of model inputs without labels, from at most 256 rows of a split.
 
-    The sample is the same for every run.
+    A conversion measures activations with them. The rows are the same in every run.
     """
-    # the model computes no loss, so that labels are not needed
     rows = split.sample(_CALIBRATION_ROWS, "calibration")
     encoded = TokenisedRows(rows, tokenizer, max_length, by_length=True, labelled=False)
     return batches(encoded, DataCollatorWithPadding(tokenizer), batch_size)
@@ -106,7 +110,7 @@ def calibration_batches(
 def batches(
     rows: TokenisedRows, collate: DataCollatorWithPadding, size: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield all rows in order, as batches of ``size`` rows of model inputs."""
+    """Yield batches of ``size`` rows in order, as model inputs. The last batch may be smaller."""
     for start in range(0, len(rows), size):
         end = min(start + size, len(rows))
         batch = [rows[index] for index in range(start, end)]
@@ -116,13 +120,17 @@ def batches(
 def _tokenise(
     split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[dict[str, NDArray[np.int32]]]:
-    """Return the model inputs of each row as arrays, which take less memory than lists."""
+    """Tokenise a split. Return the model inputs of each row, without padding.
+
+    They are arrays, which take less memory than lists.
+    """
     rows: list[dict[str, NDArray[np.int32]]] = []
     for start in range(0, len(split), _ROWS_AT_ONCE):
         chunk = split.texts[start : start + _ROWS_AT_ONCE]
         # the tokenizer gets a list of first texts and, for pairs, a list of second texts
         fields = [list(texts) for texts in zip(*chunk, strict=True)]
         encoded = tokenizer(*fields, truncation=True, max_length=max_length)
+        # from columns of lists to one dictionary per row
         for number in range(len(chunk)):
             row = {}
             for name, column in encoded.items():

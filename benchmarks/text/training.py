@@ -46,14 +46,17 @@ from benchmarks.text.usage import RoutingRecorder
 
 _LOSS = "mean_loss"
 
-Epoch = dict[str, Any]  # its number, and the dev scores after it
+Epoch = dict[str, Any]  # the number of an epoch, and the dev scores after it
 
 
 def padding_collator(
     tokenizer: PreTrainedTokenizerBase, precision: str
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """Return a collator that pads to the longest row, for fp16 to a multiple of 8."""
-    multiple = 8 if precision == "fp16" else None  # as the authors do
+    """Return a collator that pads each batch to its longest row, for fp16 to a multiple of 8.
+
+    It also joins the outputs of frozen layers, if the rows have any.
+    """
+    multiple = 8 if precision == "fp16" else None  # as in the authors' code
     return collate_states(DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple))
 
 
@@ -64,23 +67,24 @@ def score_and_loss(
     evaluated: RunTask,
     metrics: Sequence[str],
 ) -> dict[str, float | None]:
-    """Compute the metrics of a set, and ``loss`` if it has as many classes as the training task.
+    """Compute the metrics of a data set, and ``loss`` if no classes have to be merged.
 
-    Equal numbers of classes correspond by their order. If they differ, :func:`merged_classes`
-    merges the predictions or the labels. For example, HANS has two classes: neutral and
-    contradiction of a three-way NLI model become "no entailment".
+    If the data set has as many classes as the training task, class i of one is class i of the
+    other. Otherwise predictions or labels are merged, see :func:`.definition.merged_classes`. For
+    example, HANS has two classes: neutral and contradiction of a three-way NLI model become "no
+    entailment".
 
     Args:
         logits: The logits or log-likelihoods ``[rows, classes of the training task]``.
-        labels: The class numbers (or scores) of the rows, as in the set.
+        labels: The class numbers (or scores) of the rows, as in the data set.
         trained: The training task.
-        evaluated: The task of the set.
+        evaluated: The task of the data set.
         metrics: The names of the metrics.
     """
     head_classes = len(trained.labels)
     set_classes = len(evaluated.labels)
     merged_head = None
-    # the side with more classes is merged: the labels of the set, or the predictions
+    # merge the side with more classes: the labels of the data set, or the predictions
     if head_classes < set_classes:
         merged_labels = np.asarray(merged_classes(evaluated, trained))
         labels = merged_labels[labels]
@@ -97,7 +101,15 @@ def score_and_loss(
 
 @dataclass
 class SplitEvaluator:
-    """Score splits with the classifier of a trainer; rows are cut to ``max_length`` tokens."""
+    """Scores splits with a trained classifier. Rows are cut to ``max_length`` tokens.
+
+    Attributes:
+        trainer: The trainer with the classifier.
+        prefix: The frozen first layers of the classifier, or None.
+        tokenizer: The tokenizer.
+        task: The training task.
+        max_length: The maximum number of tokens of a row.
+    """
 
     trainer: Trainer
     prefix: Prefix | None
@@ -110,12 +122,10 @@ class SplitEvaluator:
     ) -> dict[str, float | None]:
         """Score a split, and record routing if ``routing`` is given.
 
-        Batches have rows of similar length, which need little padding.
-
         Args:
             split: The rows.
-            task: The task of the rows; None for the training task.
-            routing: The recorder of routing.
+            task: The task of the rows, for an OOD set; None for the training task.
+            routing: The recorder of routing, or None.
 
         Returns:
             The scores by metric, with ``loss`` only if the task has as many classes as the head.
@@ -129,7 +139,7 @@ class SplitEvaluator:
             prefix=self.prefix,
         )
         evaluated = task or self.task
-        # classes in the order in which the model sees the rows
+        # the recorder gets the classes in the order in which the model sees the rows
         recording: AbstractContextManager[None] = nullcontext()
         if routing:
             recording = routing.record_set(evaluated.name, split.class_numbers[rows.order])
@@ -143,7 +153,11 @@ class SplitEvaluator:
 
 
 class TextEvaluator(SplitEvaluator):
-    """Evaluate a trained classifier in its training precision, ``batch_size`` rows at once."""
+    """Scores splits with a classifier that was trained before, in batches of ``batch_size`` rows.
+
+    On an accelerator it computes in ``precision``, on a CPU in float32. ``folder`` is the run's
+    folder.
+    """
 
     def __init__(
         self,
@@ -171,11 +185,11 @@ class TextEvaluator(SplitEvaluator):
 
     @property
     def cost(self) -> dict[str, Any]:
-        """Return the seconds of all evaluations and the precision, for ``metrics.json``."""
+        """Return ``cost`` of ``metrics.json``: seconds of all evaluations, and the precision."""
         return {"evaluation_seconds": self._stopwatch.evaluation, "precision": self._precision}
 
     def first_batch(self, split: TextSplit) -> dict[str, Any]:
-        """Return the first rows of a split as inputs of the model."""
+        """Return a few first rows of a split as one batch of model inputs."""
         rows = TokenisedRows(
             split, self.tokenizer, self.max_length, by_length=False, labelled=False
         )
@@ -185,17 +199,17 @@ class TextEvaluator(SplitEvaluator):
 def epoch_arguments(
     folder: Path, precision: str, training: Any, spec: RunSpec, best: str | None, **options: Any
 ) -> TrainingArguments:
-    """Return arguments of Trainer that evaluate and save a checkpoint after every epoch.
+    """Return arguments with which Trainer evaluates and saves a checkpoint after every epoch.
 
     Args:
         folder: The folder of the checkpoints.
         precision: The precision, such as ``bf16``.
-        training: The section ``training`` of the spec.
+        training: The training settings of the spec.
         spec: The spec of the run, with learning rate and seed.
         best: The metric that chooses the epoch; None keeps the last epoch.
         **options: Other arguments of Trainer.
     """
-    # the best epoch has the greatest score; Trainer wants None without a metric
+    # the best epoch has the greatest score; without a metric, Trainer must get None
     greater_is_better = None if best is None else True
     return trainer_arguments(
         folder,
@@ -223,7 +237,8 @@ def epoch_arguments(
 def kept_epoch(epochs: list[Epoch], best: str | None) -> Epoch:
     """Return the epoch whose weights are kept.
 
-    It is the first epoch with the best score in the metric ``best``, or the last if that is None.
+    That is the first epoch with the highest score in the metric ``best``. If ``best`` is None, it
+    is the last epoch.
     """
     if best is None:
         return epochs[-1]
@@ -231,10 +246,14 @@ def kept_epoch(epochs: list[Epoch], best: str | None) -> Epoch:
 
 
 class Patience(TrainerCallback):
-    """Stop after a number of epochs without a new best dev score above 0, as in the authors' code.
+    """Stops training after a number of epochs without a new best dev score above 0.
 
-    A resumed run stops at the same epoch, because the count uses the log of Trainer, which
-    checkpoints keep.
+    So do the authors. A resumed run stops at the same epoch, because epochs are counted in the log
+    of Trainer, which checkpoints contain.
+
+    Args:
+        metric: The metric of the dev score.
+        epochs: The number of epochs.
     """
 
     def __init__(self, metric: str, epochs: int) -> None:
@@ -244,9 +263,10 @@ class Patience(TrainerCallback):
     def is_over(self, log: list[dict[str, float]]) -> bool:
         """Return True if the last ``epochs`` evaluations in a log have no new best score."""
         evaluations = [entry[self._metric] for entry in log if self._metric in entry]
-        scores = [0.0, *evaluations]  # a best score must exceed 0
-        best = scores.index(max(scores))
-        epochs_since_best = len(evaluations) - best
+        # before the first epoch, the best score is 0
+        scores = [0.0, *evaluations]
+        best_epoch = scores.index(max(scores))
+        epochs_since_best = len(evaluations) - best_epoch
         return epochs_since_best >= self._epochs
 
     def on_evaluate(
@@ -258,10 +278,10 @@ class Patience(TrainerCallback):
 
 
 class TextTrainer(SplitEvaluator):
-    """Train and evaluate one text classifier according to a run's spec.
+    """Trains and evaluates one text classifier according to the spec of a run.
 
-    Each epoch saves a checkpoint below ``folder``. A killed run resumes from the last complete one,
-    with the same final numbers.
+    Each epoch saves a checkpoint below ``folder``. If a run was killed, training resumes from the
+    last complete checkpoint, and ends with the same numbers.
     """
 
     def __init__(
@@ -296,12 +316,12 @@ class TextTrainer(SplitEvaluator):
         rows = tokenise(train, by_length=False)
         self._dev = tokenise(dev, by_length=True)
         collate = padding_collator(tokenizer, self._precision)
-        # before training, on the same rows in every run
+        # the model before training, on the same rows in every run
         self.probe.observe(classifier.model, collate(fixed_rows(rows)))
 
         groups_lengths = training.sampling == "group_by_length"
         order = EpochOrder(rows.lengths, training.batch_size, spec.seed, by_length=groups_lengths)
-        # with adapters, other trained parameters have another learning rate
+        # with adapters, parameters besides adapters and head have a smaller learning rate
         base_lr_ratio = training.lora.base_lr_ratio if training.lora else 1.0
         callbacks: list[TrainerCallback] = [progress, self._stopwatch, self.routing_trace]
         if self._patience is not None:
@@ -324,7 +344,7 @@ class TextTrainer(SplitEvaluator):
 
     @property
     def cost(self) -> dict[str, Any]:
-        """Return the times of training and evaluation so far, for ``cost`` of ``metrics.json``."""
+        """Return ``cost`` of ``metrics.json``: times of training and evaluation, and precision."""
         return {
             **self._stopwatch.cost(self.trainer.state.global_step),
             "evaluation_seconds": self._stopwatch.evaluation,
@@ -332,26 +352,31 @@ class TextTrainer(SplitEvaluator):
         }
 
     def _scores(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Score the dev split in training, with its own labels.
+        """Return the score and the mean loss on the dev split, for Trainer.
 
-        Trainer rounds labels to float32. Its loss weights an incomplete last batch like a full one.
+        The labels are those of the split, because Trainer rounds labels to float32. The loss is
+        computed here, because Trainer weights an incomplete last batch like a full one.
         """
         logits = extract_logits(prediction.predictions)
         labels = self._dev.labels
         return {self._metric: score(self._metric, logits, labels), _LOSS: mean_loss(logits, labels)}
 
     def train(self) -> tuple[list[Epoch], Epoch]:
-        """Train from the last complete checkpoint, if any; return all epochs and the kept one."""
+        """Train, from the last complete checkpoint if there is one.
+
+        Returns:
+            All epochs with their dev scores, and the epoch whose weights are kept.
+        """
         checkpoint = resume(self.trainer, self._say)
         if self._patience and self._patience.is_over(self.trainer.state.log_history):
-            # training had stopped early before the run was killed
+            # training had already stopped early when the run was killed
             self.trainer._load_best_model()
         else:
             self.trainer.train(resume_from_checkpoint=checkpoint)
 
         epochs: list[Epoch] = []
         for entry in self.trainer.state.log_history:
-            # other entries log the training loss
+            # skip entries with the training loss
             if f"eval_{_LOSS}" not in entry:
                 continue
             epochs.append(

@@ -1,8 +1,8 @@
-"""Measure the routing of rows, and the mutual information of experts with task and class.
+"""Measure which experts the rows of each task use: mutual information, and experts above chance.
 
-``loads`` counts the choices of each expert by the tokens of each row, ``[rows, N]``. ``tasks`` are
-the task numbers of the rows, from 0. ``classes`` are their class numbers, negative if a task has no
-classes.
+In all functions, ``loads`` are ``[rows, N]``: how many tokens of a row chose each of N experts.
+``tasks`` are the task numbers of the rows, from 0. ``classes`` are the class numbers of the rows,
+negative if a task has no classes.
 """
 
 from __future__ import annotations
@@ -27,12 +27,20 @@ from benchmarks.harness.results.statistics import (
 )
 from benchmarks.harness.training.routing import loads_by_row, routing_summary
 
-Loads = NDArray[np.int64]
+Loads = NDArray[np.int64]  # whole numbers: loads, or the task and class numbers of rows
 
 
 def task_information(loads: Loads, tasks: Loads, seed: int) -> MutualInformation:
-    """Measure the mutual information of expert and task; for chance, shuffle rows over tasks."""
-    all_rows = np.zeros_like(tasks)  # one stratum
+    """Measure the mutual information of expert and task.
+
+    For chance, rows are shuffled over all tasks.
+
+    Args:
+        loads: The choices of experts, ``[rows, N]``.
+        tasks: The task numbers of the rows.
+        seed: The seed of the shuffles.
+    """
+    all_rows = np.zeros_like(tasks)  # all rows are in one stratum
     one_layer = loads[:, None]  # [rows, 1, N]
     return MutualInformation.mean(shuffled_information(one_layer, tasks, all_rows, seed))
 
@@ -40,18 +48,26 @@ def task_information(loads: Loads, tasks: Loads, seed: int) -> MutualInformation
 def class_information(
     loads: Loads, tasks: Loads, classes: Loads, seed: int
 ) -> MutualInformation | None:
-    """Measure the mutual information of expert and class within a task.
+    """Measure the mutual information of expert and class within each task.
 
-    For chance, shuffle rows within each task. Returns the mean over the tasks with several classes,
-    or None without such a task.
+    For chance, rows are shuffled within each task.
+
+    Args:
+        loads: The choices of experts, ``[rows, N]``.
+        tasks: The task numbers of the rows.
+        classes: The class numbers of the rows, negative without classes.
+        seed: The seed of the shuffles.
+
+    Returns:
+        The mean over the tasks with several classes; None if there is no such task.
     """
-    bits = []  # [1 + PERMUTATIONS, 1] by task
+    bits = []  # of each task, [1 + PERMUTATIONS, 1]
     for task in np.unique(tasks):
         rows = (tasks == task) & (classes >= 0)
         labels = classes[rows]
         if len(np.unique(labels)) < 2:
             continue
-        all_rows = np.zeros_like(labels)  # one stratum
+        all_rows = np.zeros_like(labels)  # all rows are in one stratum
         one_layer = loads[rows][:, None]  # [rows, 1, N]
         bits.append(shuffled_information(one_layer, labels, all_rows, seed))
     if not bits:
@@ -60,28 +76,40 @@ def class_information(
 
 
 def mark_experts(loads: Loads, tasks: Loads, seed: int) -> Loads:
-    """Mark each expert that a task uses more (1) or less (-1) than by chance; others are 0.
+    """Mark the experts that a task uses more or less than by chance.
 
-    Returns the marks ``[tasks, N]``. Rows are shuffled over the tasks. A z-score against the
-    shuffles is marked if it exceeds the 95 % quantile of the largest z-scores of the shuffles. So
-    about one in twenty matrices has a mark by chance.
+    Chance is estimated by shuffling rows over the tasks. An expert is marked if its z-score against
+    the shuffles is so large that only 5 % of the shuffles have any z-score as large. So without a
+    real difference, about one in twenty results has a mark.
+
+    Args:
+        loads: The choices of experts, ``[rows, N]``.
+        tasks: The task numbers of the rows.
+        seed: The seed of the shuffles.
+
+    Returns:
+        The marks ``[tasks, N]``: 1 for more than by chance, -1 for less, else 0.
     """
     random = np.random.default_rng(seed)
     shares = shares_by_group(loads, tasks)
-    draws = [shares_by_group(loads, random.permutation(tasks)) for _ in range(PERMUTATIONS)]
+    draws = []
+    for _ in range(PERMUTATIONS):
+        shuffled_tasks = random.permutation(tasks)
+        draws.append(shares_by_group(loads, shuffled_tasks))
     shuffled = np.stack(draws)  # [PERMUTATIONS, tasks, N]
     mean = shuffled.mean(0)
     deviation = shuffled.std(0)
 
     def z_scores(uses: NDArray[np.float64]) -> NDArray[np.float64]:
-        # 0 if all shuffles are equal
+        # 0 where all shuffles are equal, instead of a division by 0
         return np.divide(uses - mean, deviation, out=np.zeros_like(uses), where=deviation > 0)
 
     # one limit for the whole matrix corrects for its many entries
     largest = np.abs(z_scores(shuffled)).max((1, 2))  # [PERMUTATIONS]
     limit = np.quantile(largest, CONFIDENCE)
     scores = z_scores(shares)
-    marks = np.sign(scores) * (np.abs(scores) > limit)
+    is_marked = np.abs(scores) > limit
+    marks = np.sign(scores) * is_marked
     return marks.astype(np.int64)
 
 
@@ -91,21 +119,23 @@ def shares_by_group(loads: Loads, groups: Loads) -> NDArray[np.float64]:
     ``groups`` are the group numbers of the rows, from 0.
     """
     _, experts = loads.shape
-    counts = np.zeros((int(groups.max()) + 1, experts), dtype=np.int64)
+    num_groups = int(groups.max()) + 1
+    counts = np.zeros((num_groups, experts), dtype=np.int64)
+    # add the loads of each row to its group; += would count only one row of a group
     np.add.at(counts, groups, loads)
     totals = np.maximum(counts.sum(1, keepdims=True), 1)  # no division by 0
     return counts / totals
 
 
 def shared_and_specialised(shares: NDArray[np.float64], marked: Loads) -> tuple[Loads, Loads]:
-    """Return the numbers of the shared experts, and of the specialised ones.
+    """Return the numbers of the shared experts, and of the specialised experts.
 
-    A shared expert has a share above 1/N in all tasks, and no mark. A specialised one has a
-    positive mark.
+    A shared expert has a share above 1/N in every task, and no mark. A specialised expert has a
+    positive mark in some task.
 
     Args:
         shares: The shares of the experts, ``[tasks, N]``.
-        marked: Their marks from :func:`mark_experts`, ``[tasks, N]``.
+        marked: The marks of the experts from :func:`mark_experts`, ``[tasks, N]``.
     """
     _, experts = shares.shape
     is_popular = (shares > 1 / experts).all(0)
@@ -117,20 +147,22 @@ def shared_and_specialised(shares: NDArray[np.float64], marked: Loads) -> tuple[
 
 @dataclass(frozen=True)
 class SetLoads:
-    """The routing of the rows of one set."""
+    """The expert choices and the classes of the rows of one data set."""
 
-    loads: Loads  # [rows, N]
-    classes: Loads  # [rows]
+    loads: Loads  # [rows, N]: how many tokens of a row chose each expert
+    classes: Loads  # [rows]: class numbers; -1 for a regression
 
 
 def describe_usage(sets: Mapping[str, SetLoads]) -> tuple[dict[str, float], dict[str, Any]]:
-    """Measure how experts are used by sets and classes; needs at least two sets.
+    """Measure how data sets and their classes use experts. Needs at least two data sets.
 
     Returns:
-        The mutual information by metric name, and the use of experts. Its ``tasks`` are by set the
-        shares of experts, their marks (see :func:`mark_experts`) and their shares by class. It also
-        has the numbers of the ``shared`` and the ``specialised`` experts.
+        The mutual information by metric name, and the section ``usage`` of ``metrics.json``. In
+        that section, ``tasks`` has for each set the ``shares`` of experts, their ``marks`` (see
+        :func:`mark_experts`), and their shares by class (``classes``). ``shared`` and
+        ``specialised`` are the numbers of such experts, see :func:`shared_and_specialised`.
     """
+    # join the rows of all sets, and number the sets
     loads = np.concatenate([routing.loads for routing in sets.values()])  # [rows, N]
     classes = np.concatenate([routing.classes for routing in sets.values()])
     row_counts = [len(routing.loads) for routing in sets.values()]
@@ -157,10 +189,10 @@ def describe_usage(sets: Mapping[str, SetLoads]) -> tuple[dict[str, float], dict
 
 
 def _shares_by_class(routing: SetLoads) -> dict[str, list[float]]:
-    """Return the shares of experts by class, for classes with rows; empty for a regression."""
+    """Return the shares of experts for each class that has rows; empty for a regression."""
     if (routing.classes < 0).any():
         return {}
-    shares = shares_by_group(routing.loads, routing.classes)
+    shares = shares_by_group(routing.loads, routing.classes)  # [classes, N]
     return {str(label): shares[label].tolist() for label in np.unique(routing.classes)}
 
 
@@ -168,10 +200,10 @@ _ROWS = 200  # sampled rows of each set
 
 
 class RoutingRecorder:
-    """A recorder of routing: a summary of each set, and the expert choices of some of its rows.
+    """Records how a model routes the data sets that it is evaluated on.
 
-    The summary covers all converted layers, the choices only the last one. A dense model records
-    nothing.
+    For each data set, it keeps a summary over all converted layers, and the expert choices of up to
+    200 rows in the last converted layer. For a dense model, it records nothing.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -181,16 +213,18 @@ class RoutingRecorder:
 
     @contextmanager
     def record_set(self, name: str, classes: Loads) -> Iterator[None]:
-        """Record one evaluation of a set.
+        """Record an evaluation of the data set ``name``, which runs inside the ``with`` block.
 
-        The model must see each row once, in the order of ``classes``.
+        The model must see each row once, in the order of ``classes``, the class numbers of all
+        rows.
         """
         if not emoe.is_converted(self._model):
             yield
             return
         draw = np.random.default_rng(derive_seed("rows by their routing", name))
         chosen = np.sort(draw.permutation(len(classes))[:_ROWS])
-        # the label of a chosen row is its place among the chosen ones; other rows have -1
+        # the record counts choices by label: a chosen row's label is its place among the chosen
+        # rows, and the label of all other rows is -1, which is not counted
         labels = torch.full((len(classes),), -1)
         labels[torch.from_numpy(chosen)] = torch.arange(len(chosen))
         seen = 0  # rows of the batches so far
@@ -212,12 +246,13 @@ class RoutingRecorder:
         self._sets[name] = SetLoads(loads, classes[chosen])
         self._summaries[name] = routing_summary(record)
 
-    def set_routing(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the routing summary of a set, and the use of experts by all sets.
+    def routing_of_set(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the routing summary of the data set ``name``, and the expert use of all sets.
 
-        The summary is that of :func:`~benchmarks.harness.training.routing.routing_summary`. With
-        several sets, the mutual information of :func:`describe_usage` is added. With fewer, the use
-        of experts is empty.
+        These are ``routing`` and ``usage`` of ``metrics.json``. The summary is that of
+        :func:`~benchmarks.harness.training.routing.routing_summary`. If several sets were recorded,
+        it also has the mutual information of :func:`describe_usage`. Otherwise the expert use is
+        empty.
         """
         if len(self._sets) < 2:
             return self._summaries.get(name, {}), {}

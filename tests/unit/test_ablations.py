@@ -130,6 +130,24 @@ def adapted(finished: list[Record]) -> TextOutcomes:
     return TextOutcomes(LORA, finished)
 
 
+@pytest.mark.parametrize("benchmark", ["glue", "glue_lora", "glue_ood", "multitask"])
+def test_without_runs_the_tables_have_their_columns_and_no_row_of_ours(
+    here: Path, benchmark: str
+) -> None:
+    shown = present(load_benchmark(benchmark), [])
+    assert all(len(table.frame) == 0 for table in shown.tables[:2])
+    assert shown.verdicts == []
+    assert len(shown.outcomes.claim_numbers()) == 0
+
+
+def test_runs_of_ablations_alone_have_rows_in_no_main_table(finished: list[Record]) -> None:
+    methods = LORA.methods()
+    ablations = [record for record in finished if methods[record.run.method].role == ABLATION]
+    main = TextOutcomes(LORA, ablations)
+    assert len(main.rows) == 0
+    assert len(main.ablated.rows) > 0
+
+
 def test_every_setting_is_a_row_and_main_tables_have_none(
     finished: list[Record], adapted: TextOutcomes
 ) -> None:

@@ -18,9 +18,8 @@ from benchmarks.harness.results.records import Record, scores_of
 from benchmarks.harness.training.metrics import SCORES, score
 from benchmarks.text.outcomes import TextOutcomes, choices, reported_scores, select_runs
 from benchmarks.text.routing import published_traces, trace_numbers
-from benchmarks.text.tables import paper as paper_table
-from benchmarks.text.tables import results, tasks
-from benchmarks.text.tables import tests as paired_tests
+from benchmarks.text.tables import paper_table, results_table, tasks_table
+from benchmarks.text.tables import tests_table as paired_tests_table
 from tests import fake_runs
 
 
@@ -94,7 +93,7 @@ def test_selection_takes_the_best_mean_dev_score_of_each_cell() -> None:
 
 
 def test_results_table_says_what_was_put_in(glue: TextOutcomes) -> None:
-    frame = results(glue).frame.set_index(["task", "method"])
+    frame = results_table(glue).frame.set_index(["task", "method"])
     assert len(frame) == 7
     assert frame["n"].to_dict() == {row: "5" if row[0] == "tweets" else "8" for row in frame.index}
     assert frame.loc[("tweets", "emoe"), "id_delta"] == pytest.approx(0.05, abs=0.03)
@@ -105,14 +104,14 @@ def test_results_table_says_what_was_put_in(glue: TextOutcomes) -> None:
 def test_means_differ_by_the_difference_beside_them_and_tests_keep_all_seeds(
     glue: TextOutcomes,
 ) -> None:
-    frame = results(glue).frame.set_index(["task", "method"])
+    frame = results_table(glue).frame.set_index(["task", "method"])
     for prefix in ("id", "ood", "published"):
         by_row = frame.loc["tweets"].drop(
             index="vanilla"
         )  # vanilla and EMoE have eight seeds, the others five
         gaps = by_row[f"{prefix}_mean"] - frame.loc[("tweets", "vanilla"), f"{prefix}_mean"]
         assert by_row[f"{prefix}_delta"].tolist() == pytest.approx(gaps.tolist())
-    tested = paired_tests(glue).frame.set_index(["task", "method"])["n"]
+    tested = paired_tests_table(glue).frame.set_index(["task", "method"])["n"]
     assert set(tested.loc[("tweets", "emoe")]) == {8}
 
 
@@ -150,7 +149,7 @@ def evaluated(paper: list[Record]) -> TextOutcomes:
 
 
 def test_published_and_clean_runs_stand_side_by_side(adapted: TextOutcomes) -> None:
-    by_row = tasks(adapted).frame.set_index(["model", "protocol", "method"])
+    by_row = tasks_table(adapted).frame.set_index(["model", "protocol", "method"])
     assert len(by_row.loc["gpt2-xl"].loc["published"]) == 12  # all rows
     assert len(by_row.loc["gpt2-xl"].loc["clean"]) == 6  # the paper's five, and a random partition
     # the authors' selection: the learning rate with the best mean over seeds, and the population's deviation
@@ -173,7 +172,9 @@ def test_an_average_is_over_all_tasks_or_not_given(paper: list[Record]) -> None:
         for record in paper
         if (record.run.spec["method"]["name"], record.run.spec["task"]["name"]) != lost
     ]
-    by_row = tasks(outcomes_of(kept, "glue_lora")).frame.set_index(["model", "protocol", "method"])
+    by_row = tasks_table(outcomes_of(kept, "glue_lora")).frame.set_index(
+        ["model", "protocol", "method"]
+    )
     assert math.isnan(by_row.loc[("gpt2-xl", "clean", "lora_block"), "average"])
     assert not math.isnan(by_row.loc[("gpt2-xl", "clean", "lora"), "average"])
 

@@ -94,7 +94,7 @@ def test_loads_of_each_row_are_those_of_the_row_alone(batch_size: int) -> None:
         with routing.record_set(name, np.arange(rows) % 2):
             for start in range(0, rows, batch_size):
                 model(**{key: value[start : start + batch_size] for key, value in values.items()})
-    information, usage = routing.set_routing("one")
+    information, usage = routing.routing_of_set("one")
     expected = []
     for row in range(rows):
         with emoe.record_routing(model) as record:
