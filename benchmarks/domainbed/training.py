@@ -85,7 +85,7 @@ class DomainTrainer(RoutedTrainer):
         progress: The reporter of progress.
 
     Attributes:
-        probe: The probe of the first images, which compares machines.
+        probe: The recorder of numbers that are compared between machines.
     """
 
     def __init__(
