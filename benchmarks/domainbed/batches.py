@@ -79,7 +79,7 @@ def _to_rgb(digit: Tensor) -> Tensor:
 
 
 def load_pixels(environment: Environment, row: int, transform: Transform, seed: int) -> Tensor:
-    """Return the transformed pixels of a row. A random transform depends only on the seed."""
+    """Return the transformed pixels of a row. A random transform depends only on ``seed``."""
     picture = environment.open(row)
     # the transforms draw from torch's global generator; leave its state as it was
     with torch.random.fork_rng(devices=[]):
@@ -91,18 +91,24 @@ class Draw(NamedTuple):
     """One image of a training step."""
 
     number: int
-    """Its position among all images that the training sees."""
+    """The position of the image among all that the training sees."""
     env: int
-    """The number of its environment, among the training environments."""
+    """The number of the environment, among the training environments."""
     row: int
-    """Its index among the training rows of that environment."""
+    """The index of the image among the training rows of that environment."""
 
 
 class EnvironmentBatches(Sampler[Draw]):
     """Draw ``batch_size`` rows of every training environment per step, environment by environment.
 
-    As in DomainBed, rows are drawn with replacement. Draws depend only on the seed, so all methods
-    and resumed runs have the same. ``rows`` lists the number of rows of each environment.
+    As in DomainBed, rows are drawn with replacement. Draws depend only on these arguments, so all
+    methods and resumed runs have the same.
+
+    Args:
+        rows: The number of rows of each training environment.
+        batch_size: The number of rows of each environment per step.
+        steps: The number of training steps.
+        seed: The seed of the draws.
     """
 
     def __init__(self, rows: Sequence[int], batch_size: int, steps: int, seed: int) -> None:
@@ -149,13 +155,14 @@ class PrefixedEnvironment(Environment):
 def with_prefix(
     environment: Environment, prefix: Prefix, rows: Sequence[int], size: int
 ) -> PrefixedEnvironment:
-    """Compute the outputs of a model's frozen layers for distinct rows.
+    """Return the environment with the outputs of a model's frozen layers for distinct rows.
 
-    The images are resized to ``size`` × ``size`` pixels and not augmented.
+    The images are resized to ``size`` × ``size`` pixels and not augmented. If the outputs were
+    computed before, they are read from a file.
     """
     transform = evaluation_transform(size)
 
-    # the model inputs of rows, by their index in ``rows``
+    # the inputs of the model, for some indices in ``rows``
     def batch(indices: Sequence[int]) -> dict[str, Tensor]:
         # the transform is not random, so the seed has no effect
         pixels = [load_pixels(environment, rows[index], transform, 0) for index in indices]
@@ -173,7 +180,7 @@ def with_prefix(
 
 
 def _digest_images(environment: Environment, rows: Sequence[int], size: int) -> str:
-    """Return the sha256 of the size and of all pixels before they are transformed."""
+    """Return the sha256 of ``size`` and of all pixels before they are transformed."""
     digest = hashlib.sha256(f"{size}\n".encode())
     for row in rows:
         pixels = np.asarray(environment.open(row))
@@ -184,12 +191,12 @@ def _digest_images(environment: Environment, rows: Sequence[int], size: int) -> 
 def _example(
     environment: Environment, row: int, transform: Transform, *seed_parts: object
 ) -> dict[str, Any]:
-    """Return a row as model inputs: its label, and pixels or the output of the frozen layers.
+    """Return the model inputs for a row: ``labels`` and ``pixel_values``.
 
-    A random transform is seeded with a hash of ``seed_parts``.
+    With frozen layers, their output is included, and the pixels are a placeholder. A random
+    transform is seeded with a hash of ``seed_parts``.
     """
     label = environment.labels[row]
-    # with frozen layers, the model continues from their output
     if isinstance(environment, PrefixedEnvironment):
         state = environment.states[environment.indices[row]]
         return {"pixel_values": environment.blank, STATES: state, "labels": label}
@@ -205,7 +212,7 @@ class TrainingRows(Dataset[dict[str, Any]]):
 
     Attributes:
         environments: The training environments.
-        rows: The rows of each environment that may be drawn: its *in* split.
+        rows: The rows of each environment that may be drawn: the *in* split.
         transform: The transform of images.
         seed: The seed of the augmentation.
     """
@@ -216,7 +223,7 @@ class TrainingRows(Dataset[dict[str, Any]]):
     seed: int
 
     def __len__(self) -> int:
-        return sum(map(len, self.rows))
+        return sum(len(rows) for rows in self.rows)
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         environment = self.environments[draw.env]
@@ -234,7 +241,7 @@ class EvaluationRows(Dataset[dict[str, Any]]):
         environment: The environment.
         rows: The rows of the split.
         transform: The transform of images.
-        step: The training steps before the evaluation, which seed random transforms.
+        step: The number of training steps before the evaluation, which seeds random transforms.
     """
 
     environment: Environment

@@ -34,9 +34,9 @@ from benchmarks.harness.config.yaml import (
 
 
 class HParams(ExplicitNulls):
-    """All hyper-parameters of a run.
+    """All hyper-parameters of a run, as DomainBed lists them.
 
-    ResNet settings have no effect. They keep random hyper-parameters equal to DomainBed's.
+    Those of ResNets have no effect on the models of this suite.
     """
 
     lr: Positive
@@ -52,11 +52,11 @@ class HParams(ExplicitNulls):
     vit_dropout: Rate | None = None
     """Dropout before the head. The EMoE authors' fork lacks it."""
     resnet18: bool
-    """Setting of a ResNet."""
+    """Size of a ResNet. No effect."""
     resnet_dropout: Rate
-    """Setting of a ResNet."""
+    """Dropout of a ResNet. No effect."""
     nonlinear_classifier: bool
-    """Setting of a ResNet."""
+    """DomainBed's option of a nonlinear head. No effect."""
 
 
 class ImageTraining(Training):
@@ -71,7 +71,9 @@ class ImageTraining(Training):
     eval_batch_size: Count
     """Images per evaluation batch."""
     eval_rows: Count | None
-    """Number of evaluated images per split (the first of the shuffled split); null for all."""
+    """Number of evaluated images per split; null for all. Splits are shuffled, and the first images
+    are evaluated.
+    """
     evaluate: Literal["all", "needed"]
     """Evaluated splits: all, as in DomainBed, or only the splits that a selection or a table reads.
     The latter omits the *in* splits of training environments.
@@ -176,7 +178,7 @@ class ImageSource(ExplicitNulls):
 
 
 class ImageTask(Strict):
-    """The settings of an image set that determine a run's numbers."""
+    """The settings of an image set that determine the results of a run."""
 
     domainbed: str
     """DomainBed's name of the set, which determines seeds and random hyper-parameters. Any name if
@@ -212,7 +214,7 @@ class SetEntry(ImageTask, Entry):
     """Instructions to download the set."""
 
     def spec(self, name: str) -> dict[str, Any]:
-        """Return the name and the settings of the set that determine a run's numbers."""
+        """Return the content of :class:`RunImageSet`, for the spec of a run on this set."""
         settings = self.model_dump(include=set(ImageTask.model_fields))
         # pairs keep the order of the environments; a JSON object would lose it
         environments = [list(pair) for pair in self.environments.items()]
@@ -227,23 +229,25 @@ class SetFile(Strict):
 
 
 class ImageSpec(RunSpec):
-    """All settings that determine the numbers of a run on an image set."""
+    """All settings that determine the results of a run on an image set."""
 
     task: RunImageSet
     """The image set."""
     ood: list[RunImageSet]
     """Always empty. Held-out environments belong to the image set itself."""
     test_envs: list[Whole]
-    """Numbers of the held-out environments."""
+    """Numbers of the held-out environments, from 0 in the order of the image set."""
     hparams_seed: Whole
     """DomainBed's hparams_seed: 0 for the defaults, another number for random hyper-parameters."""
     hparams: HParams
     """All hyper-parameters."""
     sweep: str
-    """Digest of the settings that all runs of a method share."""
+    """Digest of the settings that all runs of a method share. It is part of the algorithm's name in
+    ``results.jsonl``.
+    """
     training: ImageTraining
     """The training settings."""
     data_seed: int
-    """DomainBed's general seed. It determines the order of digits and the random flips of MNIST's
+    """DomainBed's ``seed``. It determines the order of digits and the random flips of MNIST's
     variants.
     """

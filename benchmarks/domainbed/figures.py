@@ -27,18 +27,25 @@ _MOST_LABELS = 20  # most classes that are named
 def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     """Draw the mean accuracies of one image set under training-domain validation.
 
-    There is a panel for each model, and a line for each held-out environment.
+    There is a panel for each model, and a line for each held-out environment. The figure is a
+    placeholder if no run holds out one environment alone.
     """
     is_of_set = outcomes.cells["task"] == name
     is_selected = outcomes.cells["selection"] == _SELECTION
     cells = outcomes.cells[is_of_set & is_selected]
+    if cells.empty:
+        plots.placeholder_figure(path)
+        return
+    # a mark for each combination of these
     cell = ["model", "eval_task", "method"]
     means = our_means(cells.set_index(cell)["value"], cell)
     rows = outcomes.order(means, ["model", "method"])
     styles = distinct_styles((method, outcomes.style(method)) for method in rows["method"])
+    lines = [f"{outcomes.env_title(name, env)} held out" for env in rows["eval_task"]]
+    # draw_forest draws the column ``delta``
     drawn = rows.assign(
         panel=rows["model_title"],
-        line=[f"{outcomes.env_title(name, env)} held out" for env in rows["eval_task"]],
+        line=lines,
         series=rows["method_title"],
         style=rows["method"].map(styles),
         delta=rows["ours"],
@@ -57,30 +64,37 @@ class _Panel(NamedTuple):
 
 
 class _FirstRuns(NamedTuple):
-    """The runs whose routing is drawn."""
+    """The runs whose routing is drawn: one of each method."""
 
     model: str
-    """The name of their model."""
+    """The name of the model of all runs."""
     env: int
-    """The number of their held-out environment."""
+    """The number of the environment that all runs hold out."""
     by_method: dict[str, Run]
+    """The runs, by name of the method."""
 
 
 def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     """Draw the use of experts by class and by environment of one image set.
 
-    There is a panel for each method and converted layer, of the first trial with the first held-out
-    environment. A panel has two heatmaps, one above the other.
+    There is a panel for each method and converted layer, of the first trial of the first model with
+    the first held-out environment. A panel has two heatmaps, one above the other. The figure is a
+    placeholder if no such run has experts.
     """
     first = _first_runs(outcomes, name)
+    if first is None:
+        plots.placeholder_figure(path)
+        return
     panels, classes = _routing_panels(outcomes, first)
     if not panels:
         plots.placeholder_figure(path)
         return
     env_titles = [outcomes.env_title(name, env) for env in outcomes.environments(name)]
 
-    # the rows of the upper and of the lower heatmap
-    heights = [min(len(classes), _MOST_LABELS), len(env_titles)]
+    # in lines of text: many classes get less than a line each, and no names
+    height_of_classes = min(len(classes), _MOST_LABELS)
+    has_class_names = len(classes) <= _MOST_LABELS
+    heights = [height_of_classes, len(env_titles)]
     columns = min(_COLUMNS, len(panels))
     lines = math.ceil(len(panels) / columns)
     # in inches, with room for the titles and the colour bar
@@ -95,15 +109,15 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
             line, column = divmod(number, columns)
             by_class = axes[2 * line, column]
             by_environment = axes[2 * line + 1, column]
-            # only the left panels name classes (unless there are too many) and environments
-            class_labels: Sequence[str] = []
-            env_labels: Sequence[str] = []
-            if column == 0:
-                class_labels = _labels_that_fit(classes, heights[0])
-                env_labels = _labels_that_fit(env_titles, heights[0])
-            _draw_use(by_class, panel.loads.sum(0), class_labels)
-            _draw_use(by_environment, panel.loads.sum(1), env_labels)
+            # sums over environments, and over classes
+            _draw_use(by_class, panel.loads.sum(0))
+            _draw_use(by_environment, panel.loads.sum(1))
             _label_panel(by_class, by_environment, panel)
+            # only the left panels name classes and environments
+            if column == 0:
+                by_environment.set_yticks(range(len(env_titles)), env_titles)
+                if has_class_names:
+                    by_class.set_yticks(range(len(classes)), classes)
         figure.colorbar(
             plots.USE, ax=axes, shrink=0.6, label="use ÷ mean use of the expert", extend="max"
         )
@@ -114,17 +128,22 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
         figure.suptitle(plots.wrap_text(title, plots.WIDTH), fontsize=8)
 
 
-def _first_runs(outcomes: DomainOutcomes, name: str) -> _FirstRuns:
+def _first_runs(outcomes: DomainOutcomes, name: str) -> _FirstRuns | None:
     """Return the first run of each method on an image set.
 
-    They are of the first model, and hold out the first of the environments that are held out alone.
+    Only runs of the first model count. They all hold out the same environment: the one with the
+    lowest number among those that this model's runs hold out alone. None if no run holds out one
+    environment alone.
     """
+    # runs that hold out one environment, with its number
     alone: list[tuple[Run, int]] = []
     for run in outcomes.runs:
         test_envs = outcomes.specs[run.id].test_envs
         if run.task == name and len(test_envs) == 1:
             (env,) = test_envs
             alone.append((run, env))
+    if not alone:
+        return None
     # the first in the order of the grid
     first_run, _ = alone[0]
     model = first_run.model
@@ -139,11 +158,15 @@ def _first_runs(outcomes: DomainOutcomes, name: str) -> _FirstRuns:
 def _routing_panels(
     outcomes: DomainOutcomes, first: _FirstRuns
 ) -> tuple[list[_Panel], Sequence[str]]:
-    """Return the panels of runs, and the names of the classes. Dense models have no panel."""
+    """Return a panel for each method and converted layer, and the names of the classes.
+
+    Dense models have no panel.
+    """
     panels = []
     classes: Sequence[str] = []
     for method, run in first.by_method.items():
         metrics = outcomes.finished[run.id].metrics
+        # the same for all runs
         classes = metrics.classes or []
         if metrics.routing is None:
             continue
@@ -155,26 +178,23 @@ def _routing_panels(
     return panels, classes
 
 
-def _labels_that_fit(labels: Sequence[str], most: int) -> Sequence[str]:
-    """Return the labels, or none if there are more than ``most``."""
-    if len(labels) > most:
-        return []
-    return labels
+def _draw_use(axis: Any, counts: NDArray[np.int64]) -> None:
+    """Draw a heatmap of expert choices without labels.
 
-
-def _draw_use(axis: Any, counts: NDArray[np.int64], labels: Sequence[str]) -> None:
-    """Draw a heatmap of choices ``[classes or environments, experts]``, relative to the mean."""
+    ``counts`` is ``[classes or environments, experts]``. The colour is the share of an expert in
+    the choices of a row, divided by the mean of the expert's shares.
+    """
     # at least 1, so that a row without choices has shares of 0
     choices_of_row = np.maximum(counts.sum(1, keepdims=True), 1)
     shares = counts / choices_of_row
     mean_shares = shares.mean(0, keepdims=True)
     plots.show_use(axis, plots.divide_by_mean(shares, mean_shares))
-    axis.set_yticks(range(len(labels)), labels)
     axis.set_xticks([])
+    axis.set_yticks([])
 
 
 def _label_panel(by_class: Any, by_environment: Any, panel: _Panel) -> None:
-    """Write the title, the mutual information and the number of experts."""
+    """Write the title of a panel, the mutual information of both heatmaps, and the expert count."""
     loads = panel.loads
     _, _, num_experts = loads.shape
     title = plots.wrap_text(panel.title, 1.4, 7)
@@ -187,7 +207,13 @@ def _label_panel(by_class: Any, by_environment: Any, panel: _Panel) -> None:
 
 
 def _information(name: str, counts: NDArray[np.int64], chance: list[float]) -> str:
-    """Describe the mutual information in counts, and what it would be by chance."""
+    """Describe the mutual information of experts and a kind of label, and its value by chance.
+
+    Args:
+        name: ``class`` or ``environment``.
+        counts: The choices ``[classes or environments, experts]``.
+        chance: The mean and the 95 % quantile of the information by chance.
+    """
     mean, high = chance
     bits = mutual_information(counts)
     return f"{name} {bits:.3f} bit\nchance {mean:.3f}, 95 % {high:.3f}"

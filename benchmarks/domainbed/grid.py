@@ -1,6 +1,6 @@
 """Plan the runs of domain generalisation.
 
-There is one for each model, image set, method, choice of held-out environments, choice of
+There is one run for each model, image set, method, combination of held-out environments, draw of
 hyper-parameters, and seed (DomainBed's trial).
 """
 
@@ -46,7 +46,7 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.sets import ALL, SetPart, SetReader, missing_set
 from benchmarks.harness.config.yaml import Location, check_names, parse, read
 
-# the keys of a block besides model, set and method; runs have one value of each
+# the keys of a block besides model, set and method; a run has one value of each
 _AXES = (*VARIANT_KEYS, "test_envs", "hparams_seed", "seed")
 
 
@@ -85,19 +85,25 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
                 if name in exclude:
                     continue
                 names = {"model": model, "task": name, "method": method}
-                axes = self._axes(block, name, where)
-                for values in itertools.product(*axes.values()):
-                    settings = dict(zip(axes, values, strict=True))
+                for settings in self._combinations(block, name, where):
                     point = {**names, **settings}
                     yield self._spec(part, training[model], methods, point, where)
 
-    def _axes(self, block: ImageBlock, name: str, where: Location) -> dict[str, list[Any]]:
-        """Return the values of a block's keys :data:`_AXES` on one image set."""
-        values = block.model_dump()
+    def _combinations(
+        self, block: ImageBlock, name: str, where: Location
+    ) -> Iterator[dict[str, Any]]:
+        """Yield every combination of a block's values on one image set, by key (:data:`_AXES`).
+
+        The value of the last key changes first.
+        """
+        lists = block.model_dump()
+        # the numbers of held-out environments depend on the set
         environments = list(self.tasks[name].environments)
-        # their numbers depend on the set
-        values["test_envs"] = _test_env_tuples(block.test_envs, environments, where.at("test_envs"))
-        return {key: values[key] for key in _AXES if key in values}
+        lists["test_envs"] = _test_env_tuples(block.test_envs, environments, where.at("test_envs"))
+        keys = [key for key in _AXES if key in lists]
+        lists_of_keys = [lists[key] for key in keys]
+        for values in itertools.product(*lists_of_keys):
+            yield dict(zip(keys, values, strict=True))
 
     def _spec(
         self,
@@ -113,7 +119,8 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
             part: The benchmark's section of the suite.
             settings: The training settings of the model.
             methods: The methods of the benchmark, by name.
-            point: The names of model, set and method, and a value for each key of the block.
+            point: The names of model, set and method, and a value for each key of
+                :data:`_AXES` that the block has.
             where: The location of the block in the suite's file, for messages.
         """
         name = point["task"]
@@ -129,10 +136,10 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         # MNIST's digits are never augmented
         is_augmented = hparams["data_augmentation"] and not task.source.mnist
         if settings.frozen_layers and is_augmented:
-            where = part.where("training", "frozen_layers")
+            setting = part.where("training", "frozen_layers")
             raise DefinitionError(
-                f"{where} needs hparams.data_augmentation: false, because augmented images differ "
-                "at every step"
+                f"{setting} needs hparams.data_augmentation: false, because augmented images "
+                "differ at every step"
             )
         return self.spec(
             _variant(method["variant"], list(task.environments), test_envs, hparams_seed),
@@ -159,10 +166,14 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         hparams_seed: int,
         seed: int,
     ) -> dict[str, Any]:
-        """Return a run's hyper-parameters: DomainBed's, overridden by the settings."""
+        """Return a run's hyper-parameters: those of DomainBed or of the EMoE authors' fork.
+
+        ``settings.hparams`` overrides them.
+        """
         registry = settings.registry or "domainbed"
-        usual = hyper_parameters(registry, task.domainbed, hparams_seed, seed)
-        hparams = {**usual, **(settings.hparams or {})}
+        registered = hyper_parameters(registry, task.domainbed, hparams_seed, seed)
+        overrides = settings.hparams or {}
+        hparams = {**registered, **overrides}
         # refuses unknown names and wrong values
         parse(hparams, HParams, part.file, "benchmarks", self.name, "training", "hparams")
         return hparams
@@ -172,10 +183,10 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         return [SetReader(name, ALL, functools.partial(self._describe, name, spec["data_seed"]))]
 
     def _describe(self, name: str, data_seed: int, open_files: bool) -> Iterator[SetPart]:
-        """Count the images of each environment, then of the whole set.
+        """Yield the number of images of each environment, then of the whole set.
 
-        ``open_files`` opens every image. A set that is missing or damaged yields the instructions
-        to get it.
+        ``open_files`` opens every image. If the set is missing or damaged, yield only the
+        instructions to get it.
         """
         # imported here, because it imports PyTorch, and planning is fast without
         from benchmarks.domainbed.validation import count_images, load_set, validate_images
@@ -224,7 +235,11 @@ def _test_env_tuples(
 def _variant(
     method_variant: str, environments: list[str], test_envs: Sequence[int], hparams_seed: int
 ) -> str:
-    """Name the settings of a run besides model, set and method, such as ``N24-TA+C-h2``."""
+    """Name the settings of a run besides model, set, method and seed, such as ``N24-TA+C-h2``.
+
+    The example has the method's variant ``N24``, holds out the environments A and C, and has
+    ``hparams_seed`` 2.
+    """
     held_out = "+".join(environments[env] for env in test_envs)
     parts = [method_variant, f"T{held_out}"]
     # 0 stands for the default hyper-parameters, which need no name
@@ -234,7 +249,7 @@ def _variant(
 
 
 def _sweep(version: int, method: Method, training: ImageTraining) -> str:
-    """Hash the settings that are equal in all runs of a method."""
+    """Return a digest of the settings that all runs of a method share: six hexadecimal digits."""
     settings = [
         version,
         method.model_dump(exclude={"title", "role"}),

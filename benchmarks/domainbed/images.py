@@ -43,7 +43,11 @@ class Environment:
         return len(self.labels)
 
     def summary(self, classes: list[str], rows: Iterable[int] | None = None) -> dict[str, Any]:
-        """Count rows (None for all) and their classes, for ``metrics.json``."""
+        """Count the images of some rows (None for all), for ``metrics.json``.
+
+        Returns their number ``rows``, the number ``dropped``, which is always 0, and in ``labels``
+        their number by class name. ``classes`` are the names of the classes.
+        """
         labels = self.labels
         if rows is not None:
             labels = [self.labels[row] for row in rows]
@@ -105,7 +109,8 @@ def load_folders(task: RunImageSet, truncated: str) -> ImageSet:
     """Load a set from its folder below the data root (``EMOE_DATA_ROOT``), else from the hub.
 
     Raises:
-        DataError: A folder is missing or empty, or classes differ between environments.
+        DataError: The set is missing or cannot be downloaded, a folder is empty, or classes differ
+            between environments.
     """
     source = task.source.model_dump()
     folder = local_path(task.name, source)
@@ -147,14 +152,14 @@ def _from_disk(task: RunImageSet, root: Path, truncated: str) -> ImageSet:
 def _in_domainbeds_order(present: list[str], task: RunImageSet, where: str) -> list[str]:
     """Sort the names of environments, as they are on disk or on the hub, in DomainBed's order.
 
-    A name may differ from the one in ``sets.yaml`` as :func:`normalize_name` allows.
+    Case and punctuation may differ from the names in ``sets.yaml`` (:func:`normalize_name`).
 
     Raises:
         DataError: An environment is missing, or there is one too many.
     """
     present_by_key = {normalize_name(name): name for name in present}
     needed_keys = [normalize_name(str(disk_name)) for _, disk_name in task.environments]
-    # two names with the same key are one too many
+    # the keys alone would not show that two names have the same key
     has_needed_number = len(present) == len(needed_keys)
     if not has_needed_number or set(present_by_key) != set(needed_keys):
         needed = ", ".join(f"{disk_name} ({name})" for name, disk_name in task.environments)
@@ -166,14 +171,14 @@ def _in_domainbeds_order(present: list[str], task: RunImageSet, where: str) -> l
 
 
 def normalize_name(name: str) -> str:
-    """Keep the letters and digits of a name, in lower case."""
+    """Return the letters and digits of a name, in lower case."""
     return re.sub(r"[\W_]", "", name).casefold()
 
 
 def _is_image(path: str) -> bool:
-    """Check that a file is an image and that neither the file nor its folder is hidden.
+    """Check that a name is one of an image file, and neither the file nor its folder is hidden.
 
-    Hidden are for example ``.ipynb_checkpoints/…`` and macOS's ``._000.jpg``.
+    Examples of hidden ones are ``.ipynb_checkpoints/…`` and macOS's ``._000.jpg``.
     """
     file = Path(path)
     is_hidden = file.name.startswith(".") or file.parent.name.startswith(".")
@@ -190,6 +195,7 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _open_file(paths: list[str], truncated: str, row: int) -> Image.Image:
+    """Open the image of an environment's row; ``paths`` lists the file of every row."""
     return open_image(Path(paths[row]), paths[row], truncated)
 
 
@@ -246,7 +252,7 @@ def _load_hub_splits(task: RunImageSet) -> Any:
 
 
 def _column_names(rows: Any, column: str) -> list[str]:
-    """Return the values of a column as names. Some sets have class numbers instead."""
+    """Return the values of a column as texts. Class numbers are replaced by their names."""
     names = getattr(rows.features[column], "names", None)
     if names:
         return [str(names[number]) for number in rows[column]]
@@ -254,7 +260,10 @@ def _column_names(rows: Any, column: str) -> list[str]:
 
 
 def _open_row(rows: Any, indices: list[int], where: str, truncated: str, row: int) -> Image.Image:
-    """Open the image of an environment's row; ``indices`` are its rows in the hub's set."""
+    """Open the image of an environment's row.
+
+    ``rows`` is the whole set from the hub. ``indices`` lists which of its rows the environment has.
+    """
     index = indices[row]
     content = rows[index]["image"]
     # the hub stores the content of a file, or its path

@@ -34,7 +34,7 @@ class Digits(NamedTuple):
     labels: Tensor
     """``[n]``, 0 to 9."""
     source: str
-    """The name of their source."""
+    """The origin of the digits: a folder, or a package with its version."""
 
 
 def load_digits(digits: str) -> Digits:
@@ -78,7 +78,7 @@ def _load_packaged_digits() -> Digits:
 
 
 def load_mnist(task: RunImageSet, seed: int) -> ImageSet:
-    """Load the environments of an MNIST variant.
+    """Make an image set of rotated or coloured digits.
 
     The seed determines the order of digits and all random flips.
     """
@@ -129,13 +129,13 @@ def _rotate(image: Tensor, angle: float) -> Tensor:
 def colored_mnist(
     images: Tensor, labels: Tensor, flips: Sequence[float], seed: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """Make ColoredMNIST: colour digits by their label, with random flips of both.
+    """Make ColoredMNIST: digits whose colour predicts their class.
 
-    The label is 1 if the digit is below 5. A quarter of the labels is flipped. The colour is the
-    label, flipped with the probability of the environment.
+    The class is 1 if the digit is below 5, else 0. It is flipped with a probability of 25 %. The
+    colour is the resulting class, flipped with the probability of the environment in ``flips``.
 
     Returns:
-        The images ``[n, 2, 28, 28]`` in [0, 1], with a channel for each colour, and the labels
+        The images ``[n, 2, 28, 28]`` in [0, 1], with a channel for each colour, and the classes
         ``[n]`` of each environment.
     """
     random = torch.Generator().manual_seed(seed)
@@ -169,7 +169,7 @@ class _DealtDigits(NamedTuple):
 def _split_round_robin(
     images: Tensor, labels: Tensor, settings: Sequence[float], random: torch.Generator
 ) -> list[_DealtDigits]:
-    """Shuffle digits, and deal them to environments in turn."""
+    """Shuffle digits, and deal them in turn to environments with these angles or probabilities."""
     order = torch.randperm(len(images), generator=random)
     environments = []
     # with n environments, the first one gets the shuffled digits 0, n, 2n, …

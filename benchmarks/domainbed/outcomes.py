@@ -21,7 +21,7 @@ CELL = ["selection", "model", "task", "method"]
 
 
 class _Choice(NamedTuple):
-    """What a selection chooses besides the step: hyper-parameters and settings of the method."""
+    """The hyper-parameters and the method's settings of a run, among which a selection chooses."""
 
     hparams_seed: int
     variant: str
@@ -31,19 +31,19 @@ class DomainOutcomes(Outcomes):
     """The finished runs of a domain generalisation benchmark.
 
     Attributes:
-        cells: The chosen records, one row for each selection, model, image set and method
+        cells: What the selections choose, one row for each selection, model, image set and method
             (:data:`CELL`), held-out environment (``eval_task``) and trial (``seed``). The other
             columns are ``value`` (the reported accuracy), ``chosen_by`` (the accuracy that the
             selection maximises), ``step``, ``hparams_seed`` and ``variant``.
         finished: The finished runs with their metrics, by run id.
         specs: The specs of the runs, by run id.
         records: Every number of every run.
-        shared: The rows of ``cells`` in the trials that have all methods and environments of a
-            selection, model and image set.
-        differences: The differences to the baseline over the trials of ``shared``. They are paired
-            by trial, and averaged over environments.
-        tests: The differences over all trials and environments that a method shares with the
-            baseline, with verdicts. p is Holm-corrected over all rows.
+        shared: The rows of ``cells`` that make methods comparable. Each selection, model and image
+            set keeps only the trials that have every method and environment.
+        differences: The differences to the baseline in ``shared``, one row for each :data:`CELL`.
+            They are paired by trial, and averaged over environments.
+        tests: The same for ``cells``, over all trials and environments that a method shares with
+            the baseline, with verdicts. p is Holm-corrected over all rows.
     """
 
     pair = "trial"  # DomainBed's word for a seed
@@ -62,15 +62,15 @@ class DomainOutcomes(Outcomes):
         chosen = ["value", "chosen_by", "step", "hparams_seed", "variant"]
         columns = [*CELL, "eval_task", "seed", *chosen]
         self.cells = pd.DataFrame(self._chosen_rows(), columns=columns)
-        # all methods of a table are compared on the same trials
-        table = ["selection", "model", "task"]
-        row = ["method", "eval_task"]
-        self.shared = shared_pairs(self.cells, table, row, "seed")
+        # methods of the same selection, model and set are compared on the same trials
+        comparison = ["selection", "model", "task"]
+        compared = ["method", "eval_task"]
+        self.shared = shared_pairs(self.cells, comparison, compared, "seed")
         self.differences = self._differences(self.shared)
         self.tests = with_verdicts(self._differences(self.cells))
 
     def _differences(self, cells: pd.DataFrame) -> pd.DataFrame:
-        """Compute the differences to the baseline, paired by trial."""
+        """Compute the differences to the baseline, paired by trial, one row for each CELL."""
         scores = cells[[*CELL, "eval_task", "seed", "value"]]
         # the order of summation changes the last digit
         ordered = scores.sort_values(["eval_task", "seed"], kind="stable")
@@ -79,7 +79,10 @@ class DomainOutcomes(Outcomes):
 
     @cached_property
     def shared_origins(self) -> pd.DataFrame:
-        """Return the numbers of the runs in :attr:`shared`, so that tables list only these runs."""
+        """Return the rows of :attr:`records` whose trials are in :attr:`shared`.
+
+        Tables list only the runs of these rows.
+        """
         keys = ["model", "task", "method", "seed"]
         shared_trials = self.shared[keys].drop_duplicates()
         return self.records.merge(shared_trials, on=keys)
@@ -102,7 +105,7 @@ class DomainOutcomes(Outcomes):
         return f"{env}{self.benchmark.tasks[name].unit}"
 
     def _chosen_rows(self) -> Iterator[dict[str, Any]]:
-        """For every selection and held-out environment, yield the chosen record as a row."""
+        """Yield the rows of :attr:`cells`."""
         # a selection chooses among the runs of one model, set, method and trial
         groups: dict[tuple[str, str, str, int], list[Run]] = {}
         for run in self.runs:
@@ -112,25 +115,29 @@ class DomainOutcomes(Outcomes):
             yield from self._choose_among(runs)
 
     def _choose_among(self, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
-        """Yield the chosen records among the runs of one model, image set, method and trial."""
+        """Yield the rows of :attr:`cells` for the runs of one model, image set, method and trial.
+
+        There is one for every selection and held-out environment.
+        """
         choices = self._choices(runs)
-        records = []
+        candidates = []
         for run in runs:
-            metrics = self.finished[run.id].metrics
-            steps = [record.model_dump() for record in metrics.records or ()]
+            records = self.finished[run.id].metrics.records or ()
+            accuracies = [record.model_dump() for record in records]
             test_envs = tuple(self.specs[run.id].test_envs)
-            records.append(RunRecords(test_envs, choices.index(self._choice(run)), steps))
+            choice_number = choices.index(self._choice(run))
+            candidates.append(RunRecords(test_envs, choice_number, accuracies))
 
         names = runs[0]  # all runs have the same names
-        for selection, (_, choose) in SELECTIONS.items():
+        for name, selection in SELECTIONS.items():
             for env, env_name in enumerate(self.environments(names.task)):
-                chosen = choose(records, env)
+                chosen = selection.choose(candidates, env)
                 # the environment was not held out, or leave-one-domain-out lacks pairs
                 if chosen is None:
                     continue
                 choice = choices[chosen.choice]
                 yield {
-                    "selection": selection,
+                    "selection": name,
                     "model": names.model,
                     "task": names.task,
                     "method": names.method,
@@ -153,13 +160,14 @@ class DomainOutcomes(Outcomes):
         return sorted(choices, key=lambda choice: choice.hparams_seed)
 
     def _choice(self, run: Run) -> _Choice:
+        """Return the hyper-parameters and the method's settings of a run."""
         return _Choice(self.specs[run.id].hparams_seed, run.method_variant)
 
     def trials(self, *, complete: bool = False) -> pd.Series[float]:
-        """Average the values of :attr:`shared` over environments.
+        """Average the accuracies of :attr:`shared` over environments.
 
-        Returns one mean for each :data:`CELL` and trial. ``complete`` omits trials that lack an
-        environment of the image set.
+        Returns one mean for each :data:`CELL` and ``seed``, which are the index. ``complete`` omits
+        trials that lack an environment of the image set.
         """
         by_trial = self.shared.groupby([*CELL, "seed"], sort=False)["value"]
         means = by_trial.mean()
@@ -176,6 +184,6 @@ class DomainOutcomes(Outcomes):
         return join_claim_numbers(accuracies, parameter_counts(self.records))
 
     def held_out(self, name: str) -> int:
-        """Count the environments of a set that were held out."""
+        """Return the number of environments of an image set that were held out."""
         of_set = self.cells[self.cells["task"] == name]
         return int(of_set["eval_task"].nunique())

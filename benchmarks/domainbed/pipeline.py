@@ -46,7 +46,7 @@ def run(spec: ImageSpec, folder: Path, progress: Progress) -> dict[str, Any]:
         progress: The reporter of progress.
 
     Returns:
-        The content of ``metrics.json`` without the harness's part.
+        The content of ``metrics.json``, except for what the harness adds to every run.
     """
     data = _load_data(spec, progress)
     splits = data.splits
@@ -93,7 +93,7 @@ class _Data:
 
 
 def _load_data(spec: ImageSpec, progress: Progress) -> _Data:
-    """Load, check, describe and split the image set.
+    """Load, check and split the image set, and report its size.
 
     Raises:
         DataError: The set is missing or damaged, or an environment is too small to split.
@@ -119,7 +119,10 @@ def _load_data(spec: ImageSpec, progress: Progress) -> _Data:
 
 
 def _count_note(spec: ImageSpec, image_set: ImageSet) -> str | None:
-    """Describe a difference from the makers' number of images; None if there is none."""
+    """Describe a difference between the number of images and the number that the makers published.
+
+    None if the numbers are equal or no number is published.
+    """
     name = spec.task.name
     entry = load_benchmark(spec.benchmark).tasks.get(name)
     if entry is None:
@@ -128,7 +131,7 @@ def _count_note(spec: ImageSpec, image_set: ImageSet) -> str | None:
 
 
 def _trained_envs(spec: ImageSpec, environments: Sequence[Environment]) -> list[int]:
-    """Return the numbers of the training environments."""
+    """Return the numbers of the environments that are not held out."""
     return [env for env in range(len(environments)) if env not in spec.test_envs]
 
 
@@ -162,7 +165,7 @@ def _make_trainer(
 
 
 def _transform(spec: ImageSpec, *, augments: bool) -> Transform:
-    """Return the transform of images, with random augmentation or without."""
+    """Return the transform of images; ``augments`` adds random augmentation."""
     if augments:
         return training_transform(spec.training.image_size)
     return evaluation_transform(spec.training.image_size)
@@ -171,8 +174,8 @@ def _transform(spec: ImageSpec, *, augments: bool) -> Transform:
 def _add_epochs(
     records: Sequence[dict[str, Any]], spec: ImageSpec, splits: Sequence[Split]
 ) -> list[dict[str, Any]]:
-    """Add the ``epoch`` to each record."""
-    # DomainBed's epoch: the steps through the smallest environment, held out or not
+    """Add the ``epoch`` to each record of an evaluated step."""
+    # DomainBed's epoch is one pass through the smallest environment, held out or not
     smallest = min(len(split.within) for split in splits)
     steps_per_epoch = smallest / spec.hparams.batch_size
     return [{**record, "epoch": record["step"] / steps_per_epoch} for record in records]
@@ -181,7 +184,7 @@ def _add_epochs(
 def _out_rows(
     spec: ImageSpec, environments: Sequence[Environment], splits: Sequence[Split]
 ) -> list[EvaluationRows]:
-    """Return the evaluated rows of every *out* split, without augmentation."""
+    """Return the evaluated rows of the *out* split of every environment, without augmentation."""
     transform = _transform(spec, augments=False)
     evaluated = []
     for environment, split in zip(environments, splits, strict=True):
@@ -193,9 +196,16 @@ def _out_rows(
 def _scores(
     spec: ImageSpec, names: Sequence[str], records: Sequence[dict[str, Any]]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the scores of the record that training-domain validation selects, by part and set.
+    """Return the scores at the step that training-domain validation selects.
 
-    ``names`` are the names of the environments, in the order of their numbers.
+    Args:
+        spec: The settings of the run.
+        names: The names of the environments, in the order of their numbers.
+        records: The accuracies and the loss at every evaluated step.
+
+    Returns:
+        By image set, the loss in ``train`` and the validation accuracy in ``dev``. By held-out
+        environment, the accuracy in ``test``.
     """
     best = best_record(records, spec.test_envs)
     test = {names[env]: {ACCURACY: best.test_accuracy(env)} for env in spec.test_envs}
@@ -207,15 +217,15 @@ def _scores(
 
 
 def _summarise_data(data: _Data) -> dict[str, dict[str, Any]]:
-    """Count the rows of both splits of every environment, by name and split."""
+    """Count the images of both splits of every environment, by keys such as ``A in``."""
     classes = data.image_set.classes
-    source = {"source": data.image_set.source}
+    source = data.image_set.source
     summaries = {}
     for environment, split in zip(data.image_set.environments, data.splits, strict=True):
         within = environment.summary(classes, split.within)
         out = environment.summary(classes, split.out)
-        summaries[f"{environment.name} in"] = {**source, **within}
-        summaries[f"{environment.name} out"] = {**source, **out}
+        summaries[f"{environment.name} in"] = {"source": source, **within}
+        summaries[f"{environment.name} out"] = {"source": source, **out}
     return summaries
 
 
@@ -237,9 +247,9 @@ def _split(spec: ImageSpec, image_set: ImageSet) -> list[Split]:
 def _add_prefixes(
     prefix: Prefix, spec: ImageSpec, environments: Sequence[Environment], splits: Sequence[Split]
 ) -> list[Environment]:
-    """Return the environments with the outputs of the model's frozen layers.
+    """Return the environments with the outputs of the model's frozen layers (the prefix).
 
-    These are computed for all rows that training or evaluation reads.
+    The outputs are computed for all rows that training or evaluation reads.
     """
     training = spec.training
     prefixed = list(environments)
@@ -262,7 +272,10 @@ def _add_prefixes(
 def _evaluation_splits(
     spec: ImageSpec, environments: Sequence[Environment], splits: Sequence[Split]
 ) -> dict[str, EvaluationRows]:
-    """Return the evaluated splits by DomainBed's names: all *in* splits, then all *out* splits."""
+    """Return the evaluated splits by DomainBed's names: *in* splits first, then *out* splits.
+
+    ``training.evaluate`` decides which *in* splits are evaluated.
+    """
     within: dict[str, EvaluationRows] = {}
     out: dict[str, EvaluationRows] = {}
     training = spec.training
@@ -280,7 +293,7 @@ def _evaluation_splits(
 
 
 def _write_results(path: Path, spec: ImageSpec, records: list[dict[str, Any]]) -> None:
-    """Write the records with the run's arguments, in the format of DomainBed's scripts."""
+    """Write a JSON line per record with the run's arguments, as DomainBed's scripts read them."""
     arguments = {
         "dataset": spec.task.domainbed,
         "algorithm": _algorithm(spec),

@@ -57,16 +57,17 @@ _ERROR = (
 
 
 def results(outcomes: DomainOutcomes, name: str) -> Table:
-    """Make the table of one image set in DomainBed's layout.
+    """Make the table of accuracies on one image set in DomainBed's layout.
 
-    It has a column for each held-out environment, the average, and the difference to the baseline.
+    It has a row for each model, selection and method. It has a column for each held-out
+    environment, their average, and the difference to the baseline.
     """
     cells = outcomes.shared[outcomes.shared["task"] == name]
     by_environment = cells.groupby([*CELL, "eval_task"], sort=False)["value"]
     means = by_environment.agg(mean="mean", error=_domainbed_error).reset_index()
     numbers = means[["eval_task", *CELL, "mean", "error"]]
 
-    # a row for each cell, with its number of trials
+    # a row for each model, selection and method, with its number of trials
     trials = cells.groupby(CELL, sort=False).agg(n=("seed", "nunique")).reset_index()
     held_out = set(cells["eval_task"])
     envs = [env for env in outcomes.environments(name) if env in held_out]
@@ -107,10 +108,11 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
 def choices(outcomes: DomainOutcomes, name: str) -> Table:
     """Make the table of the steps and hyper-parameters that selections chose on one image set."""
     of_set = outcomes.cells[outcomes.cells["task"] == name]
-    frame = outcomes.order(of_set, _ORDER_OF_SET)
-    frame["eval_task_title"] = [outcomes.env_title(name, env) for env in frame["eval_task"]]
+    ordered = outcomes.order(of_set, _ORDER_OF_SET)
+    env_titles = [outcomes.env_title(name, env) for env in ordered["eval_task"]]
     # hparams_seed 0 stands for the default hyper-parameters
-    frame["draw"] = frame["hparams_seed"].map(lambda seed: str(seed) if seed else "defaults")
+    draws = ordered["hparams_seed"].astype(str).replace("0", "defaults")
+    frame = ordered.assign(eval_task_title=env_titles, draw=draws)
     keys = {
         **_KEYS,
         "eval_task_title": "Held out",
@@ -137,7 +139,7 @@ def choices(outcomes: DomainOutcomes, name: str) -> Table:
 
 
 def summary(outcomes: DomainOutcomes) -> Table:
-    """Make DomainBed's summary table: means over the environments of every image set."""
+    """Make DomainBed's summary table: a column for each image set, and their average."""
     keys = ["selection", "model", "method"]
     by_cell = outcomes.trials().groupby(CELL, sort=False)
     spread = by_cell.agg(mean="mean", error=_domainbed_error, n="count").reset_index()
@@ -147,6 +149,7 @@ def summary(outcomes: DomainOutcomes) -> Table:
     counts = common.format_counts(spread, keys)
     headings = {name: outcomes.title("task", name) for name in outcomes.sets}
     frame, columns = common.with_columns(counts, keys, numbers, headings, "accuracy", std="error")
+    # one set needs no average
     if len(columns) > 1:
         frame, columns = common.with_average(frame, columns, "accuracy")
     return Table(
@@ -168,8 +171,8 @@ def summary(outcomes: DomainOutcomes) -> Table:
     )
 
 
-def tests(outcomes: DomainOutcomes) -> Table:
-    """Make the table of tests against the baseline, paired by trial."""
+def tests_table(outcomes: DomainOutcomes) -> Table:
+    """Make the table of significance tests against the baseline, paired by trial."""
     return common.tests_table(
         outcomes.baseline_title,
         f"Differences to {outcomes.baseline_title} of the mean over held-out environments, paired "
@@ -202,13 +205,13 @@ def cost(outcomes: DomainOutcomes) -> Table:
     )
 
 
-def paper(outcomes: DomainOutcomes) -> Table:
-    """Make the table of our averages and the published ones."""
+def paper_table(outcomes: DomainOutcomes) -> Table:
+    """Make the table of our averages over environments and the published ones."""
     published = common.read_published(outcomes.benchmark)
     # published in points
     shares = published.assign(value=published["value"] / 100)
-    # without the image sets that the paper does not have
     means = common.our_means(outcomes.trials(complete=True), CELL)
+    # without the image sets that the paper does not have
     comparable = means[means["task"].isin(published["task"])]
     ours = pd.concat([comparable, _averages_of_four(outcomes)])
 
@@ -238,7 +241,10 @@ def paper(outcomes: DomainOutcomes) -> Table:
 
 
 def _averages_of_four(outcomes: DomainOutcomes) -> pd.DataFrame:
-    """Average the accuracies over the paper's four image sets, in the trials that have all four."""
+    """Average the accuracies over the paper's four image sets, in the trials that have all four.
+
+    Returns the columns of :func:`.common.our_means` for each selection, model and method.
+    """
     keys = ["selection", "model", "method"]
     trials = outcomes.trials(complete=True)
     is_of_four = trials.index.get_level_values("task").isin(FOUR)
@@ -251,7 +257,7 @@ def _averages_of_four(outcomes: DomainOutcomes) -> pd.DataFrame:
 
 
 def verdicts(outcomes: DomainOutcomes) -> Iterator[str]:
-    """Yield a sentence for each model, set and selection, with the differences to the baseline.
+    """Yield a sentence for each model, set and selection: each method's difference to the baseline.
 
     Controls are omitted.
     """
@@ -267,7 +273,7 @@ def verdicts(outcomes: DomainOutcomes) -> Iterator[str]:
         yield f"{model}, {image_set}, {selection}: {'; '.join(differences)}."
 
 
-TABLES = {"summary": summary, "tests": tests, "cost": cost, "paper": paper}
+TABLES = {"summary": summary, "tests": tests_table, "cost": cost, "paper": paper_table}
 SET_TABLES = {"results": results, "choices": choices}
 
 
@@ -277,14 +283,19 @@ def _runs_on(outcomes: DomainOutcomes, names: list[str]) -> list[Run]:
 
 
 def _sentences(*texts: str) -> str:
-    """Join texts with blanks. Empty texts are left out."""
+    """Join texts with spaces. Empty texts are left out."""
     return " ".join(text for text in texts if text)
 
 
 def _limit_note(outcomes: DomainOutcomes, name: str) -> str:
-    """Return the end of a clause on the number of evaluated images; empty if all are used."""
-    limits = {outcomes.specs[run.id].training.eval_rows for run in _runs_on(outcomes, [name])}
-    return "".join(f", of which {limit} are used" for limit in limits if limit)
+    """Return a clause on the number of evaluated images (``eval_rows``); empty if all are used."""
+    limits: set[int] = set()
+    for run in _runs_on(outcomes, [name]):
+        limit = outcomes.specs[run.id].training.eval_rows
+        if limit is not None:
+            limits.add(limit)
+    # sorted, because the order of a set is not defined
+    return "".join(f", of which {limit} are used" for limit in sorted(limits))
 
 
 def _selections_note(outcomes: DomainOutcomes, names: list[str]) -> str:
@@ -304,6 +315,7 @@ def _experts_note(outcomes: DomainOutcomes, names: list[str]) -> str:
 
     Empty if no method has experts.
     """
+    # such as "2 of 8 in 8, 10", by title of the method
     settings_by_title: dict[str, list[str]] = {}
     for run in _runs_on(outcomes, names):
         config = run.config
@@ -327,7 +339,7 @@ def _experts_note(outcomes: DomainOutcomes, names: list[str]) -> str:
 
 
 def _held_out_note(outcomes: DomainOutcomes, names: list[str]) -> str:
-    """Return a sentence for every image set with environments that were not held out."""
+    """Return the counts of held-out environments, for image sets that did not hold out all."""
     sentences = []
     for name in names:
         held_out = outcomes.held_out(name)
@@ -339,9 +351,9 @@ def _held_out_note(outcomes: DomainOutcomes, names: list[str]) -> str:
 
 
 def _domainbed_error(values: pd.Series[float]) -> float:
-    """Return DomainBed's ±: the population standard deviation, divided by the root of the trials.
+    """Return DomainBed's ± of one value per trial; nan for one trial.
 
-    nan for one trial.
+    It is the population standard deviation, divided by the root of the number of trials.
     """
     if len(values) < 2:
         return math.nan

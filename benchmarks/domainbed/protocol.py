@@ -42,7 +42,7 @@ _FORK_LR = 3e-5  # the fork's default for other data sets
 
 
 def seed_hash(*parts: object) -> int:
-    """Return DomainBed's seed for a tuple of values: the md5 of its text, modulo 2**31.
+    """Return DomainBed's seed for a tuple of values: the md5 of the tuple's text, modulo 2**31.
 
     >>> seed_hash(0, 3)
     1796103049
@@ -55,7 +55,7 @@ def seed_hash(*parts: object) -> int:
 def sweep_seed(
     dataset: str, algorithm: str, test_envs: Sequence[int], hparams_seed: int, trial_seed: int
 ) -> int:
-    """Return the general seed that DomainBed's sweep passes to a run."""
+    """Return the ``seed`` that DomainBed's sweep passes to a run."""
     return seed_hash(dataset, algorithm, list(test_envs), hparams_seed, trial_seed)
 
 
@@ -84,7 +84,7 @@ def split_environment(rows: int, env: int, trial_seed: int, *, is_test: bool) ->
     shuffled = _shuffle(range(rows), seed)
     out = shuffled[:num_out]
     within = shuffled[num_out:]
-    # DomainBed splits this part of a held-out environment once more, with the same seed
+    # DomainBed splits off no rows for domain adaptation here, but shuffles with the same seed
     if is_test:
         within = _shuffle(within, seed)
     return Split(within, out)
@@ -111,7 +111,7 @@ def held_out_combinations(count: int) -> Iterator[tuple[int, ...]]:
             yield (first, second)
 
 
-@functools.cache  # a sweep's methods and held-out environments share their draws
+@functools.cache  # runs that differ only in method or held-out environments have the same values
 def hyper_parameters(
     registry: Registry, dataset: str, hparams_seed: int, trial_seed: int
 ) -> Mapping[str, Any]:
@@ -125,8 +125,8 @@ def hyper_parameters(
         trial_seed: The seed of the trial. Random values differ between trials.
 
     Returns:
-        DomainBed's hyper-parameters by name. Those of a ResNet have no effect, but they keep random
-        values comparable with DomainBed's. The fork's older registry has no ``vit_dropout``.
+        The values of DomainBed's hyper-parameters, by name. Those of ResNets are included. The
+        fork's older registry has no ``vit_dropout``.
     """
     definitions = _definitions(registry, dataset)
     if hparams_seed == 0:
@@ -200,18 +200,20 @@ def _log2_uniform(low: float, high: float) -> _Draw:
     return lambda random: int(2 ** random.uniform(low, high))
 
 
+# the accuracies at one step: ``step``, ``env<i>_in_acc`` and ``env<i>_out_acc``
 Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class RunRecords:
-    """The records of one run.
+    """The accuracies of one run at all evaluated steps.
 
     Attributes:
         test_envs: The numbers of the held-out environments.
-        choice: The number of the run's hyper-parameters among all that a selection chooses from, in
-            DomainBed's order (``hparams_seed``).
-        records: Dictionaries with ``step``, ``env<i>_in_acc`` and ``env<i>_out_acc``.
+        choice: The index of the run's hyper-parameters in the list of all that a selection
+            compares, sorted by ``hparams_seed``.
+        records: One dictionary per evaluated step, with ``step``, ``env<i>_in_acc`` and
+            ``env<i>_out_acc``.
     """
 
     test_envs: tuple[int, ...]
@@ -221,12 +223,12 @@ class RunRecords:
 
 @dataclass(frozen=True)
 class SelectedRecord:
-    """The record that a selection chose.
+    """The step and the run that a selection chose.
 
     Attributes:
         value: The accuracy that the selection maximises.
-        record: The record.
-        choice: The number of its run's hyper-parameters, see :class:`RunRecords`.
+        record: The accuracies at the chosen step, as in :class:`RunRecords`.
+        choice: The index of the hyper-parameters of the chosen run, see :class:`RunRecords`.
     """
 
     value: float
@@ -241,9 +243,9 @@ class SelectedRecord:
 def best_record(
     records: Sequence[Record], test_envs: Sequence[int], choice: int = 0
 ) -> SelectedRecord:
-    """Choose the record of a run with the highest mean *out* accuracy of the training environments.
+    """Choose the step of a run with the highest mean *out* accuracy of the training environments.
 
-    The first record wins a tie.
+    The first step wins a tie. ``choice`` is copied to the result.
     """
     candidates = []
     for record in records:
@@ -259,6 +261,9 @@ def training_domain_validation(runs: Sequence[RunRecords], env: int) -> Selected
     Args:
         runs: The runs of one set, method and trial, for all held-out environments.
         env: The number of the held-out environment.
+
+    Returns:
+        The chosen step and run; None if no run holds out ``env`` alone.
     """
     candidates = []
     for run in _runs_holding_out(runs, env):
@@ -269,8 +274,12 @@ def training_domain_validation(runs: Sequence[RunRecords], env: int) -> Selected
 def leave_one_domain_out(runs: Sequence[RunRecords], env: int) -> SelectedRecord | None:
     """Choose the step and run with the highest cross-validated accuracy.
 
-    That is the mean accuracy over the environments other than ``env``. Each accuracy is from the
-    run that holds out ``env`` and that environment. None if such a run is missing.
+    That is the mean accuracy over the environments other than ``env``. The accuracy on another
+    environment is from the run that holds out both this environment and ``env``. The arguments are
+    those of :func:`training_domain_validation`.
+
+    Returns:
+        The chosen step and run; None if the needed runs are missing.
     """
     candidates = []
     for run in _runs_holding_out(runs, env):
@@ -281,26 +290,29 @@ def leave_one_domain_out(runs: Sequence[RunRecords], env: int) -> SelectedRecord
 
 
 def _cross_validate(run: RunRecords, runs: Sequence[RunRecords], env: int) -> SelectedRecord | None:
-    """Choose the step of a run with the highest mean accuracy on each other environment.
+    """Choose the step of ``run`` with the highest cross-validated accuracy.
 
-    None if no step was evaluated for all other environments.
+    ``run`` holds out ``env`` alone. The accuracies are from those of ``runs`` that hold out ``env``
+    and another environment, with the same hyper-parameters. None if no step has an accuracy for
+    every other environment.
     """
-    # [other environment][step]: the record of the run that also holds out the other environment
-    records_by_other: dict[int, dict[int, Record]] = {}
+    # by other environment and step
+    accuracies_of_pairs: dict[tuple[int, int], float] = {}
     for pair in runs:
         is_pair = len(pair.test_envs) == 2 and env in pair.test_envs
         if is_pair and pair.choice == run.choice:
             (other,) = [number for number in pair.test_envs if number != env]
-            records_by_other[other] = {record["step"]: record for record in pair.records}
+            for record in pair.records:
+                accuracies_of_pairs[other, record["step"]] = record[f"env{other}_in_acc"]
 
     candidates = []
     for record in run.records:
         others = [other for other in _environments(record) if other != env]
         accuracies = []
         for other in others:
-            pair_record = records_by_other.get(other, {}).get(record["step"])
-            if pair_record is not None:
-                accuracies.append(pair_record[f"env{other}_in_acc"])
+            key = (other, record["step"])
+            if key in accuracies_of_pairs:
+                accuracies.append(accuracies_of_pairs[key])
         # a step counts only if all other environments have an accuracy
         if len(accuracies) == len(others):
             value = float(np.sum(accuracies) / len(others))
@@ -313,7 +325,8 @@ def _cross_validate(run: RunRecords, runs: Sequence[RunRecords], env: int) -> Se
 def oracle_validation(runs: Sequence[RunRecords], env: int) -> SelectedRecord | None:
     """Choose the run with the highest *out* accuracy of the held-out environment at its last step.
 
-    This is an oracle, because it uses images of the test environment.
+    This is an oracle, because it uses images of the held-out environment. The arguments are those
+    of :func:`training_domain_validation`, as is the result.
     """
     candidates = []
     for run in _runs_holding_out(runs, env):
@@ -346,7 +359,10 @@ def _runs_holding_out(runs: Sequence[RunRecords], env: int) -> list[RunRecords]:
 
 
 def _best(candidates: Sequence[SelectedRecord]) -> SelectedRecord | None:
-    """Return the candidate with the highest value. The last choice wins a tie, as in DomainBed."""
+    """Return the candidate with the highest value; None without candidates.
+
+    The highest ``choice`` wins a tie, as in DomainBed.
+    """
     if not candidates:
         return None
     return max(candidates, key=lambda chosen: (chosen.value, chosen.choice))

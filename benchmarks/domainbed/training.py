@@ -79,10 +79,13 @@ class DomainTrainer(RoutedTrainer):
         classifier: The model.
         spec: The settings of the run.
         train: The training rows.
-        draws: The rows of every step.
+        draws: The sampler of the images of every step.
         splits: The evaluated splits, by name (``env0_in``, ``env0_out``, …).
         folder: The run's folder, for checkpoints.
         progress: The reporter of progress.
+
+    Attributes:
+        probe: The recorder of numbers that are compared between machines.
     """
 
     def __init__(
@@ -109,23 +112,8 @@ class DomainTrainer(RoutedTrainer):
         base_lr_ratio = 1.0
         if training.lora:
             base_lr_ratio = training.lora.base_lr_ratio
-        arguments = trainer_arguments(
-            folder / "checkpoints",
-            max_steps=training.steps,
-            per_device_train_batch_size=len(draws) // training.steps,  # of all environments
-            per_device_eval_batch_size=training.eval_batch_size,
-            learning_rate=hparams.lr,
-            lr_scheduler_type="constant",
-            weight_decay=hparams.weight_decay,
-            max_grad_norm=0.0,  # no clipping
-            precision=self._precision,
-            seed=derive_seed("dropout", spec.seed),
-            # EvaluationSteps decides
-            save_strategy="no",
-            logging_strategy="no",
-            logging_nan_inf_filter=False,  # show losses that are nan
-            dataloader_num_workers=reading_workers(),
-        )
+        images_per_step = len(draws) // training.steps
+        arguments = _arguments(spec, folder, images_per_step, self._precision)
         # the probe compares machines, so any fixed images will do
         first_split = next(iter(splits.values()))
         self.probe.observe(classifier.model, default_collate(fixed_rows(first_split)))
@@ -144,7 +132,10 @@ class DomainTrainer(RoutedTrainer):
 
     @property
     def cost(self) -> dict[str, Any]:
-        """Return the cost of training and of the evaluations during it, for ``metrics.json``."""
+        """Return the times of training and evaluation, the steps and the precision of the run.
+
+        They are ``cost`` in ``metrics.json``.
+        """
         return {
             **self._stopwatch.cost(self.args.max_steps),
             "evaluation_seconds": self._stopwatch.evaluation,
@@ -184,7 +175,7 @@ class DomainTrainer(RoutedTrainer):
                 key = f"eval_{name}_{ACCURACY}"
                 if key in entry:
                     record[f"{name}_acc"] = entry[key]
-        # Trainer's last log entry has no evaluation: at most a step and a loss
+        # Trainer's last log entry has no evaluation, so its record has at most a step and a loss
         return [record for record in records.values() if len(record) > 2]
 
     def predict_splits(
@@ -207,7 +198,8 @@ class DomainTrainer(RoutedTrainer):
     ) -> NDArray[np.int64]:
         """Count predictions, ``[environments, true classes, predicted classes]``.
 
-        The images are the labels of the routing record, numbered through all splits.
+        ``splits`` has one split per environment. A routing record gets the number of each image as
+        the label of its tokens, counted from 0 over all splits.
         """
         model = self._trained.eval()
         device = next(model.parameters()).device
@@ -234,9 +226,12 @@ class DomainTrainer(RoutedTrainer):
         """Summarise the recorded routing, and measure its information on class and environment.
 
         Returns:
-            The statistics of the record and the mutual information, as means over layers. By layer
-            also ``loads``, the expert choices ``[environments, classes, experts]``, and ``chance``,
-            the mean and the 95 % quantile of the information of shuffled labels, in bits.
+            - the statistics of the record, as means over layers.
+            - the mutual information of experts with ``class`` and ``environment`` in bits, as means
+              over layers, with their values by chance.
+            - ``loads``: by layer, the expert choices ``[environments, classes, experts]``.
+            - ``chance``: by layer, then for ``class`` and ``environment``, the mean and the 95 %
+              quantile of the information of shuffled labels, in bits.
         """
         # the environment and the class of each image, in the order of the recorded images
         images_of_split = [len(rows) for rows in splits]
@@ -249,8 +244,8 @@ class DomainTrainer(RoutedTrainer):
         counts = np.zeros((len(splits), num_classes, *loads.shape[1:]), dtype=np.int64)
         np.add.at(counts, (environments, classes), loads)
 
-        # labels are shuffled within strata of the other label, so chance includes the dependence of
-        # the two; [1 + shuffles, layers]
+        # classes are shuffled within each environment, and environments within each class, so that
+        # chance includes what one label tells about the other; [1 + shuffles, layers]
         class_bits = shuffled_information(loads, classes, environments, self._seed)
         environment_bits = shuffled_information(loads, environments, classes, self._seed)
 
@@ -272,8 +267,34 @@ class DomainTrainer(RoutedTrainer):
 
 
 def reading_workers() -> int:
-    """Return the number of data loader workers: the cores with a GPU, else 0."""
-    return torch.get_num_threads() if torch.cuda.is_available() else 0
+    """Return the number of data loader workers: torch's threads if there is a GPU, else 0."""
+    if torch.cuda.is_available():
+        return torch.get_num_threads()
+    return 0
+
+
+def _arguments(
+    spec: ImageSpec, folder: Path, images_per_step: int, precision: str
+) -> TrainingArguments:
+    """Return Trainer's arguments. A step has ``images_per_step`` images of all environments."""
+    training = spec.training
+    return trainer_arguments(
+        folder / "checkpoints",
+        max_steps=training.steps,
+        per_device_train_batch_size=images_per_step,
+        per_device_eval_batch_size=training.eval_batch_size,
+        learning_rate=spec.hparams.lr,
+        lr_scheduler_type="constant",
+        weight_decay=spec.hparams.weight_decay,
+        max_grad_norm=0.0,  # no clipping
+        precision=precision,
+        seed=derive_seed("dropout", spec.seed),
+        # EvaluationSteps decides
+        save_strategy="no",
+        logging_strategy="no",
+        logging_nan_inf_filter=False,  # show losses that are nan
+        dataloader_num_workers=reading_workers(),
+    )
 
 
 def _accuracy(prediction: EvalPrediction) -> dict[str, float]:

@@ -34,9 +34,9 @@ def load_set(task: RunImageSet, seed: int, *, truncated: str) -> ImageSet:
 
 
 def validate_once(image_set: ImageSet, task: RunImageSet, truncated: str) -> None:
-    """Open every image of a set, and write the counts of images to a file.
+    """Open every image of a set, and write the counts of images to a file in :data:`.IMAGES`.
 
-    If the file exists, nothing is opened. Concurrent runs wait for the first one.
+    If the file exists, no image is opened. Concurrent runs wait for the first one.
 
     Raises:
         DataError: Images are damaged.
@@ -56,7 +56,8 @@ def validate_images(image_set: ImageSet) -> dict[str, Any]:
     """Open every image of a set.
 
     Returns:
-        The set's ``source`` and ``classes``, and ``environments`` with their counts of images.
+        ``source`` and ``classes`` of the set, and in ``environments`` the counts of images by name
+        of the environment (:meth:`.Environment.summary`).
 
     Raises:
         DataError: Images are damaged. The message names the first ones.
@@ -87,14 +88,15 @@ class ImageCounts(NamedTuple):
     name: str
     """The environment's short name."""
     images: int
-    """Their number."""
+    """The number of images."""
     labels: str
-    """Their number by class, in words."""
+    """The number of classes, and the sizes of the smallest and the largest class, as text."""
 
 
 def count_images(image_set: ImageSet) -> Iterator[ImageCounts]:
-    """Count the images of every environment."""
+    """Yield the number of images of every environment."""
     for environment in image_set.environments:
-        counts = environment.summary(image_set.classes)["labels"].values()
+        summary = environment.summary(image_set.classes)
+        counts = summary["labels"].values()
         labels = f"{len(counts)} classes, {min(counts)} to {max(counts)} each"
         yield ImageCounts(environment.name, len(environment), labels)

@@ -17,7 +17,7 @@ EXPERTS = "experts"  # the key of the measured numbers in metrics.json
 
 
 class Reading(Strict):
-    """The settings of the rows that a model reads, and of the recorded activations."""
+    """The settings of the rows that the models read, and of the activations that are recorded."""
 
     rows: Count
     """Number of sampled rows of the reported split of every task. All runs read the same rows."""
@@ -64,11 +64,11 @@ class ModularityDefinition(MethodsDefinition):
 
 
 class ModularitySpec(RunSpec):
-    """All settings that determine the numbers of a run."""
+    """All settings that determine the results of a run."""
 
     task: RunTask
-    """The first task."""
+    """The first of the tasks whose rows are read."""
     ood: list[RunTask]
-    """The other tasks."""
+    """The other tasks whose rows are read."""
     reading: Reading
     """Settings of the rows and activations."""

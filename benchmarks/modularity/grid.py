@@ -1,6 +1,6 @@
 """Plan the runs that analyse pre-trained models.
 
-There is one for each model, method (which constructs the experts), varied setting and seed.
+There is one run for each model, method (which constructs the experts), varied setting and seed.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class ModularityBenchmark(TextSets[ModularityDefinition, ModularityPart]):
         task_file = read(file.parent / definition.tasks, TaskFile)
         benchmark = cls(name, definition, task_file.tasks, {})
         # nothing is trained, so the experts and their choice must follow from the weights
-        for row, method in benchmark.methods().items():
+        for key, method in benchmark.methods().items():
             settings = method.given()
             has_other_router = "router" in settings
             needs_rows = settings.get("partition") == "coactivation"
             if method.kind != "emoe" or has_other_router or needs_rows:
                 raise DefinitionError(
-                    f"{file}: 'methods.{row}' must be an EMoE with avg-k and experts from the "
+                    f"{file}: 'methods.{key}' must be an EMoE with avg-k and experts from the "
                     "weights"
                 )
         return benchmark

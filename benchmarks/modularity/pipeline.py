@@ -32,21 +32,22 @@ from emoe.layer import routed_layers
 from emoe.records import RoutingRecord
 
 Batches = Iterable[Mapping[str, Any]]
-# yields batches of the same rows at every call
+# a function that yields batches of the same rows at every call
 ReadBatches = Callable[[], Iterator[dict[str, Any]]]
 
 
 def run(spec: ModularitySpec, _folder: Path, progress: Progress) -> dict[str, Any]:
-    """Measure the pre-trained model of one spec.
+    """Measure the pre-trained model of one spec, first dense and then with experts.
 
     Args:
         spec: The settings of the run.
         _folder: The folder of the run; nothing is written there.
-        progress: The log.
+        progress: The reporter of progress.
 
     Returns:
-        The content of ``metrics.json`` without the harness's part: ``measured`` numbers, ``usage``
-        by task and class, and ``matrix``, the active neurons of some tokens, sorted by expert.
+        The content of ``metrics.json``, except for what the harness adds to every run. It has the
+        ``measured`` numbers, the ``usage`` of experts by task and class, and in ``matrix`` the
+        active neurons of some tokens, with the neurons sorted by expert.
     """
     splits = _load_splits(spec, progress)
     model = load_backbone(spec.model)
@@ -63,7 +64,8 @@ def run(spec: ModularitySpec, _folder: Path, progress: Progress) -> dict[str, An
 
     report = apply_method_(model, spec.method, spec.seed)
     assert report is not None  # noqa: S101 -- all methods are EMoEs
-    conversion = [dataclasses.asdict(converted) for converted in report.layers]
+    (converted,) = report.layers
+    conversion = dataclasses.asdict(converted)
     progress.say("reading them again with experts")
     routing = _read_with_experts(model, layer, splits, read_batches)
 
@@ -71,12 +73,15 @@ def run(spec: ModularitySpec, _folder: Path, progress: Progress) -> dict[str, An
     order = permutations(model)[layer]
     magnitudes = torch.cat([of_task[:, order] for of_task in dense.values()])
     active = active_mask(magnitudes, spec.reading.active_share)
+    use_of_top = measure_use(routing.used_top, magnitudes, active)
+    use_of_bottom = measure_use(routing.used_bottom, magnitudes, active)
     information, usage = describe_usage(routing.loads)
     measured = {
         **concentration(magnitudes, active, config["num_experts"]),
-        **_with_suffix(measure_use(routing.used_top, magnitudes, active), "_top"),
-        **_with_suffix(measure_use(routing.used_bottom, magnitudes, active), "_bottom"),
-        "inertia": 1 - conversion[0]["explained"],
+        **_with_suffix(use_of_top, "_top"),
+        **_with_suffix(use_of_bottom, "_bottom"),
+        # the share of the keys' variance that the clusters do not explain
+        "inertia": 1 - conversion["explained"],
         **information,
         "shared_experts": float(len(usage["shared"])),
         "specialised_experts": float(len(usage["specialised"])),
@@ -86,14 +91,14 @@ def run(spec: ModularitySpec, _folder: Path, progress: Progress) -> dict[str, An
         "measured": {EXPERTS: measured},
         "usage": usage,
         "matrix": sample_matrix(tokens, magnitudes, active, spec.reading.shown_tokens),
-        "model": {"source": source, "conversion": conversion},
+        "model": {"source": source, "conversion": [conversion]},
         "cost": {},
         "data": {f"test:{name}": split.summary() for name, split in splits.items()},
     }
 
 
 def _load_splits(spec: ModularitySpec, progress: Progress) -> dict[str, TextSplit]:
-    """Load the sampled rows of every task, by name."""
+    """Load the sampled rows of every task, by name of the task."""
     entries = load_benchmark(spec.benchmark).tasks
     splits = {}
     for task in (spec.task, *spec.ood):
@@ -102,7 +107,7 @@ def _load_splits(spec: ModularitySpec, progress: Progress) -> dict[str, TextSpli
 
 
 def _batch_readers(spec: ModularitySpec, splits: Mapping[str, TextSplit]) -> dict[str, ReadBatches]:
-    """Tokenise the rows of every task. Return functions that yield them in batches, by task."""
+    """Tokenise the rows of every task, and return for each task a function that yields batches."""
     tokenizer = load_tokenizer(spec.model)
     collate = DataCollatorWithPadding(tokenizer)
     readers: dict[str, ReadBatches] = {}
@@ -116,10 +121,10 @@ def _batch_readers(spec: ModularitySpec, splits: Mapping[str, TextSplit]) -> dic
 
 @dataclass(frozen=True)
 class _Routing:
-    """What a model with experts does with the rows of all tasks.
+    """The expert choices of a model for the rows of all tasks, and the neurons that it uses.
 
     Attributes:
-        loads: The expert loads and classes of the rows, by task.
+        loads: The counts of expert choices by row, and the classes of the rows, by task.
         used_top: The neurons of the top k experts, ``[tokens of all tasks, d]`` bool.
         used_bottom: The neurons of the bottom k experts, in the same form.
     """
@@ -135,7 +140,7 @@ def _read_with_experts(
     splits: Mapping[str, TextSplit],
     read_batches: Mapping[str, ReadBatches],
 ) -> _Routing:
-    """Record the loads of experts and the neurons in use."""
+    """Record the expert choices of every row, and the neurons of the top and bottom experts."""
     loads = {}
     used_top = []
     used_bottom = []
@@ -152,14 +157,17 @@ def _read_with_experts(
 
 
 def _with_suffix(numbers: Mapping[str, float], suffix: str) -> dict[str, float]:
-    """Append a suffix to the names of numbers."""
+    """Append a suffix to every key."""
     return {f"{name}{suffix}": value for name, value in numbers.items()}
 
 
 def _label_by_row(
     batches: Iterable[dict[str, Any]], record: RoutingRecord
 ) -> Iterator[dict[str, Any]]:
-    """Yield batches. Before each, set the numbers of its rows as labels of the record."""
+    """Yield the batches. Before each one, label the record's next tokens with their row number.
+
+    Rows are numbered from 0 through all batches.
+    """
     start = 0
     for batch in batches:
         end = start + len(batch["input_ids"])
@@ -169,9 +177,10 @@ def _label_by_row(
 
 
 def dense_magnitudes(model: nn.Module, layer: int, batches: Batches) -> Tensor:
-    """Record ``|activation|`` of a layer, ``[tokens, d]``.
+    """Return the magnitudes of the inputs of a layer's out-projection, ``[tokens, d]``.
 
-    The tokens are a sample with a fixed seed, without padding.
+    In a dense model these are ``|activation|``. The tokens are a sample without padding, which is
+    the same at every call.
     """
     ffn = find_ffns(model)[layer]
     activations = record_activations(model, [ffn], batches, seed=derive_seed("tokens"))
@@ -180,9 +189,11 @@ def dense_magnitudes(model: nn.Module, layer: int, batches: Batches) -> Tensor:
 
 
 def neurons_used(model: nn.Module, layer: int, batches: Batches, selection: Selection) -> Tensor:
-    """Return the neurons that a selection of experts uses, ``[tokens, d]`` bool.
+    """Return which neurons belong to the selected experts of each token, ``[tokens, d]`` bool.
 
-    The tokens are those of :func:`dense_magnitudes`. The model is restored.
+    ``selection`` chooses the experts by score, such as ``top`` or ``bottom``. The tokens are those
+    of :func:`dense_magnitudes`. Only the layer ``layer`` of the model may be converted. The model
+    is restored.
     """
     (routed,) = routed_layers(model)
     config = routed.config
@@ -209,9 +220,9 @@ class _Ones(nn.Module):
 
 
 def active_mask(magnitudes: Tensor, share: float) -> Tensor:
-    """Return a boolean mask of the largest entries, up to a share of all.
+    """Return a boolean mask of the largest entries: at most a ``share`` of all, at least one.
 
-    Entries that equal the largest one outside of the share are excluded.
+    Entries that equal the largest excluded one are excluded too, so there may be fewer.
     """
     flat = magnitudes.flatten()
     total = flat.numel()
@@ -252,9 +263,9 @@ def concentration(magnitudes: Tensor, active: Tensor, num_blocks: int) -> dict[s
 
 
 def _best_quarter(by_block: Tensor) -> float:
-    """Return the share of the best quarter of each row ``[tokens, blocks]``, as mean over tokens.
+    """Return the share of a token's sum that is in the quarter of blocks with its largest values.
 
-    Tokens whose row is zero do not count.
+    ``by_block`` is ``[tokens, blocks]``. The share is a mean over the tokens whose sum is not zero.
     """
     num_best = max(by_block.shape[1] // 4, 1)
     # sums by token
@@ -278,7 +289,7 @@ def gini(values: Tensor) -> float:
     total = float(ordered.sum())
     ranks = torch.arange(1, count + 1, dtype=torch.float64)
     weighted = (ranks * ordered).sum()
-    # tensors: values that are all zero give nan instead of an error
+    # a division of tensors: if all values are zero, it gives nan instead of an error
     share = 2 * weighted / (count * total)
     return float(share - (count + 1) / count)
 
@@ -287,8 +298,8 @@ def measure_use(used: Tensor, magnitudes: Tensor, active: Tensor) -> dict[str, f
     """Measure the neurons that a selection of experts uses.
 
     Args:
-        used: The neurons in use ``[tokens, d]``, bool.
-        magnitudes: The magnitudes ``[tokens, d]`` of the dense model.
+        used: The neurons of the selected experts ``[tokens, d]``, bool.
+        magnitudes: The magnitudes of activations ``[tokens, d]`` of the dense model.
         active: The active neurons ``[tokens, d]``, bool.
 
     Returns:
@@ -322,8 +333,10 @@ def sample_matrix(
         count: The number of tokens to sample.
 
     Returns:
-        ``tasks``, the task of each sampled token; ``neurons``, their number d; and for each active
-        neuron of a sampled token the number of the ``token``, its place and its value.
+        - ``tasks``: the task of each sampled token.
+        - ``neurons``: the number of neurons, d.
+        - ``tokens``, ``places`` and ``values``: for each active neuron of a sampled token, the
+          index of the token among the sampled ones, the index of the neuron, and the magnitude.
     """
     generator = torch.Generator().manual_seed(derive_seed("shown tokens"))
     sampled_tokens = []
@@ -331,12 +344,12 @@ def sample_matrix(
     start = 0
     for name, num_tokens in tokens.items():
         chosen = torch.randperm(num_tokens, generator=generator)[: count // len(tokens)]
-        # numbers among the tokens of all tasks
+        # their indices among the tokens of all tasks
         sampled_tokens.append(start + chosen.sort().values)
         tasks += [name] * len(chosen)
         start += num_tokens
     sampled = torch.cat(sampled_tokens)
-    # the places of the active neurons, in the order of the sampled tokens
+    # the indices of token and neuron, in the order of the sampled tokens
     token, neuron = active[sampled].nonzero(as_tuple=True)
     values = magnitudes[sampled][token, neuron]
     return {

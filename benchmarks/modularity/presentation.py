@@ -41,10 +41,11 @@ class ModularityOutcomes(Outcomes):
     """The finished runs of a benchmark that analyses pre-trained models.
 
     Attributes:
-        rows: A row for each run, in the order of models and methods. Columns are :data:`CELL`,
-            ``seed``, ``run_id``, each measured number, and ``usage`` and ``matrix`` of its metrics.
-            Names have titles.
-        means: The means over seeds, with ``<number>_std``, ``n`` and titles.
+        rows: A row for each run, sorted by :data:`CELL` and ``seed``. Other columns are ``run_id``,
+            every measured number, ``usage`` and ``matrix`` as in ``metrics.json``, and titles.
+        means: The means of the measured numbers over seeds, one row for each :data:`CELL`. Other
+            columns are the standard deviations ``<number>_std``, the number of seeds ``n``, and
+            titles.
     """
 
     def __init__(self, benchmark: AnyBenchmark, finished: Sequence[Record]) -> None:
@@ -69,7 +70,7 @@ class ModularityOutcomes(Outcomes):
 
 
 def _to_row(record: Record, measured: Mapping[str, float]) -> dict[str, Any]:
-    """Return the row of a run, see :attr:`ModularityOutcomes.rows`."""
+    """Return a run's row of :attr:`ModularityOutcomes.rows`, without titles."""
     run = record.run
     (layer,) = run.config["layers"]
     return {
@@ -86,12 +87,14 @@ def _to_row(record: Record, measured: Mapping[str, float]) -> dict[str, Any]:
 
 
 def concentration(outcomes: ModularityOutcomes) -> Table:
-    """Make the table of the concentration of activations, beside that of the paper's matrices."""
+    """Make the table of the concentration of active neurons, beside the paper's numbers."""
     cell = ["method", "num_experts"]
     published = read_published(outcomes.benchmark)
+    # a row for each method and N, and a column for each metric
     by_metric = published.pivot(index=cell, columns="metric", values="value").astype(float)
     frame = outcomes.means.join(by_metric.add_suffix("_paper"), on=cell)
     frame["best_quarter_paper"] /= 100  # published in percent
+    # a suite has the same share for all runs
     (share,) = {_active_share(outcomes.benchmark, run) for run in outcomes.runs}
     return Table(
         "Activations in blocks of neurons, nothing trained",
@@ -120,12 +123,12 @@ def _active_share(benchmark: AnyBenchmark, run: Run) -> float:
 
 
 def _columns(*metrics: str) -> list[Column]:
-    """Return the columns of metrics with their standard deviations."""
+    """Return a column for each metric, with its standard deviation."""
     return [Column(metric, metric, std=f"{metric}_std") for metric in metrics]
 
 
 def neurons_in_use(outcomes: ModularityOutcomes) -> Table:
-    """Make the table of the neurons that the top k and the bottom k experts use."""
+    """Make the table of the dead and active neurons in the top k and the bottom k experts."""
     return Table(
         "Neurons in use by the top and the bottom k experts, nothing trained",
         "Are the experts with the lowest scores dead, which would explain that using them does "
@@ -146,12 +149,13 @@ def neurons_in_use(outcomes: ModularityOutcomes) -> Table:
     )
 
 
-def usage(outcomes: ModularityOutcomes) -> Table:
+def usage_table(outcomes: ModularityOutcomes) -> Table:
     """Make the table of the mutual information of experts with task and class, beside chance."""
     metrics = [*information_numbers("task", "class"), "specialised_experts", "shared_experts"]
-    others = [column for column in CELL if column not in _KEYS]
-    # tasks without classes have no class information, so its columns may be missing
-    frame = outcomes.means.reindex(columns=[*_KEYS, *others, *metrics])
+    # without the columns that are among the keys already
+    cell = [column for column in CELL if column not in _KEYS]
+    # reindex adds missing columns: tasks without classes have no class information
+    frame = outcomes.means.reindex(columns=[*_KEYS, *cell, *metrics])
     return Table(
         "Information in the choice of an expert, nothing trained",
         "Mutual information of a token's expert with the task of its row, and with the row's class "
@@ -166,19 +170,20 @@ def usage(outcomes: ModularityOutcomes) -> Table:
     )
 
 
-TABLES = {"concentration": concentration, "selected": neurons_in_use, "usage": usage}
+TABLES = {"concentration": concentration, "selected": neurons_in_use, "usage": usage_table}
 
 
 def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
-    """Draw a dot for each active neuron of a token.
+    """Draw a dot for each active neuron of some tokens.
 
-    A row of panels is a model (its first layer), and a column a construction of the experts.
+    Each row of panels shows the first layer of a model. It has one panel for each construction of
+    the experts.
     """
     titles = []
     runs_by_model = []
     for title, rows in outcomes.panels():
         titles.append(title)
-        # a run for each construction
+        # one run for each construction of the experts
         runs_by_model.append(list(_first_runs(rows).itertuples()))
     columns = max(len(runs) for runs in runs_by_model)
     size = (plots.WIDTH, 2.3 * len(titles) + 0.4)  # inches
@@ -202,9 +207,11 @@ def _name_tasks(axis: Any, tasks: Sequence[str], outcomes: ModularityOutcomes) -
 
     ``tasks`` has the task of each token.
     """
-    tokens = pd.Series(range(len(tasks)))
-    middles = tokens.groupby(tasks, sort=False).mean()
-    axis.set_yticks(middles, [outcomes.title("task", str(name)) for name in middles.index])
+    token_numbers = pd.Series(range(len(tasks)))
+    # the mean number of the tokens of each task
+    middles = token_numbers.groupby(tasks, sort=False).mean()
+    titles = [outcomes.title("task", str(name)) for name in middles.index]
+    axis.set_yticks(middles, titles)
     axis.tick_params(axis="y", length=0)
 
 
@@ -230,12 +237,12 @@ def _draw_matrix(axis: Any, matrix: Matrix, experts: int) -> None:
 
 
 def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
-    """Draw the magnitudes of the first model and layer in 3D, as the paper does.
+    """Draw the magnitudes of activations in the first layer of the first model, as the paper does.
 
-    One panel shows them before clustering, the other one after.
+    One 3D panel shows the neurons before clustering, and the other one after.
     """
     title, rows = next(outcomes.panels())
-    # the checkpoint's order of neurons, and clusters
+    # neurons in the order of the checkpoint, and clustered
     is_shown = rows["method"].isin(["contiguous", outcomes.baseline])
     runs = list(_first_runs(rows[is_shown]).itertuples())
     with mpl.rc_context({**plots.STYLE, "font.size": 7}):
@@ -249,7 +256,7 @@ def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
 
 
 def _draw_matrix_3d(axis: Any, matrix: Matrix) -> None:
-    """Draw the active neurons of tokens; height and colour are the magnitude."""
+    """Draw the active neurons of tokens in 3D. Height and colour show the magnitude."""
     axis.scatter(
         matrix.places,
         matrix.tokens,
@@ -271,7 +278,7 @@ def _draw_matrix_3d(axis: Any, matrix: Matrix) -> None:
 
 
 def _first_runs(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the first run of each construction with the paper's N, else with the largest N."""
+    """Return the first row of each method among those with the paper's N, else the largest N."""
     size = rows["num_experts"].max()
     if (rows["num_experts"] == _PAPERS_N).any():
         size = _PAPERS_N
@@ -279,17 +286,18 @@ def _first_runs(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw_experts(outcomes: ModularityOutcomes, path: Path) -> None:
-    """Draw the use of experts by task and class.
+    """Draw the baseline's use of experts by task and class.
 
-    There is a panel for each model, with its first layer and its smallest N.
+    There is a panel for each model, with the first layer and the smallest N.
     """
     panels: list[UsagePanel] = []
     for title, rows in outcomes.panels():
         of_baseline = rows[rows["method"] == outcomes.baseline]
         ordered = of_baseline.sort_values("num_experts", kind="stable")
-        # the first run, if the baseline has one
-        for run in ordered.head(1).itertuples():
-            panels.append((f"{title}, N = {run.num_experts}", run.usage))
+        if ordered.empty:
+            continue
+        run = next(ordered.itertuples())
+        panels.append((f"{title}, N = {run.num_experts}", run.usage))
     draw_usage(panels, outcomes, path)
 
 
@@ -316,7 +324,10 @@ FIGURES = {
 
 
 def verdicts(outcomes: ModularityOutcomes) -> Iterator[str]:
-    """Yield a sentence for each model and layer, on its largest N."""
+    """Yield a sentence on the baseline's largest N for each model and layer.
+
+    It compares the best quarter with other methods, and the information with chance.
+    """
     for (_, layer), rows in outcomes.means.groupby(PLACE, sort=False):
         has_largest = rows["num_experts"] == rows["num_experts"].max()
         by_method = rows[has_largest].set_index("method")
@@ -334,7 +345,7 @@ def verdicts(outcomes: ModularityOutcomes) -> Iterator[str]:
 
 
 def _shares_text(methods: pd.DataFrame) -> str:
-    """List the shares of active neurons in the best quarter in brackets; empty without methods."""
+    """List the methods' shares of active neurons in the best quarter; empty without methods."""
     shares = []
     for row in methods.itertuples():
         shares.append(f"{row.method_title.lower()} {row.best_quarter * 100:.0f} %")
@@ -344,7 +355,7 @@ def _shares_text(methods: pd.DataFrame) -> str:
 
 
 def _information_text(row: pd.Series) -> str:
-    """Compare the information of experts on the task with its value by chance."""
+    """Describe whether the choice of an expert tells more about the task than by chance."""
     bits = row["task_information"]
     chance = row["task_information_chance"]
     amount = "more" if bits > row["task_information_chance_95"] else "no more"

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 
+from benchmarks.domainbed.figures import draw_accuracy, draw_routing
 from benchmarks.domainbed.outcomes import DomainOutcomes
-from benchmarks.domainbed.presentation import choices, paper, results, summary
+from benchmarks.domainbed.presentation import choices, paper_table, results, summary
 from benchmarks.domainbed.protocol import (
     RunRecords,
     Selection,
@@ -20,6 +22,7 @@ from benchmarks.domainbed.protocol import (
 )
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, run_from_spec
+from benchmarks.harness.report import plots
 from benchmarks.harness.report.presentation import with_runs
 from tests.fake_runs import records, write_runs
 from tests.image_sets import pacs_run
@@ -142,6 +145,37 @@ def test_each_trial_has_its_choices_with_the_runs_of_all_trials(runs: list[Run])
     assert [set(listed.split()) for listed in of_emoe["runs"]] == [folders] * 3
 
 
+def test_the_numbers_of_evaluated_images_are_in_ascending_order(runs: list[Run]) -> None:
+    limited = []
+    for run, limit in zip(runs, [8, 1] * len(runs), strict=False):
+        training = {**run.spec["training"], "eval_rows": limit}
+        limited.append(run_from_spec({**run.spec, "training": training}))
+    write_runs(limited)
+    caption = results(outcomes(limited), "rotated_mnist_5k").caption
+    assert "(80 % of its images, of which 1 are used, of which 8 are used)" in caption
+
+
+def test_environments_are_named_also_if_there_are_more_of_them_than_classes(
+    runs: list[Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    draw_routing(outcomes(runs), "rotated_mnist_5k", Path("routing"))
+    (figure,) = figures
+    labels = [[label.get_text() for label in axis.get_yticklabels()] for axis in figure.axes]
+    assert ["cat", "dog"] in labels
+    assert [f"{angle}°" for angle in (0, 15, 30, 45, 60, 75)] in labels
+    plt.close(figure)
+
+
+def test_figures_without_an_environment_held_out_alone_are_placeholders(runs: list[Run]) -> None:
+    pairs = [run_from_spec({**run.spec, "test_envs": [0, 1]}) for run in runs]
+    write_runs(pairs)
+    for draw in (draw_accuracy, draw_routing):
+        draw(outcomes(pairs), "rotated_mnist_5k", Path("figure"))
+        assert not plots.is_drawn(Path("figure"))
+
+
 def test_the_best_draw_is_reported_and_named(here: Path) -> None:
     cell = ("pacs", "erm", 0)
     planned = plan(["domainbed"], "domainbed_sweep")
@@ -170,8 +204,8 @@ def test_both_gmoes_have_their_published_numbers(here: Path) -> None:
         for env in range(4)
     ]
     write_runs(runs)
-    frame = paper(outcomes(runs)).frame.set_index(["task", "method_title", "selection", "model"])[
-        "value"
-    ]
+    frame = paper_table(outcomes(runs)).frame.set_index(
+        ["task", "method_title", "selection", "model"]
+    )["value"]
     assert frame["pacs", "GMoE (GMoE's code)", "training", "deit-small"] == pytest.approx(0.881)
     assert frame["average of four", "GMoE (EMoE's README)", "training", "deit-small"] == 0.7134
