@@ -23,6 +23,7 @@ from emoe.layer import routed_layers
 # forms of an export
 DENSE = "dense"
 EXPERTS = "emoe"
+_WEIGHTS = "model"  # where a run keeps its trained weights, below its folder
 
 
 def export(path: Path, output: Path, form: str) -> str:
@@ -46,10 +47,11 @@ def export(path: Path, output: Path, form: str) -> str:
         CheckpointError: The folder exists.
     """
     path = path.resolve()
+    folder = path.parent
     run = read_run(path)
-    spec = _read_spec(run, path.parent)
+    spec = _read_spec(run, folder)
     check_new(output)
-    model = _load_trained(run, spec, path.parent)
+    model = _load_trained(run, spec, folder)
     routed = routed_layers(model)
     if form == EXPERTS and not routed:
         raise DataError(f"{run.id} has no experts; export it as {DENSE}")
@@ -83,18 +85,13 @@ def _read_spec(run: Run, folder: Path) -> InstructionSpec:
         DataError: The run has no such weights.
     """
     spec = load_benchmark(run.benchmark).read_spec(run)
-    has_weights = _weights_folder(folder).is_dir()
+    has_weights = (folder / _WEIGHTS).is_dir()
     if not isinstance(spec, InstructionSpec) or not has_weights:
         raise DataError(
             f"{folder} has no weights of a language model: the run tunes no instructions, "
             "is not finished, trains nothing, or has training.keep_weights: false"
         )
     return spec
-
-
-def _weights_folder(folder: Path) -> Path:
-    """Return the folder below a run's folder in which the run saves its weights."""
-    return folder / "model"
 
 
 def _load_trained(run: Run, spec: InstructionSpec, folder: Path) -> PreTrainedModel:
@@ -110,9 +107,8 @@ def _load_trained(run: Run, spec: InstructionSpec, folder: Path) -> PreTrainedMo
     # adapters cannot be merged into quantised weights
     unquantised_model = spec.model.model_copy(update={"quantize": None})
     unquantised_spec = spec.model_copy(update={"model": unquantised_model})
-    trained = reopen(
-        build_language_model, unquantised_spec, recorded_digest, _weights_folder(folder)
-    )
+    weights = folder / _WEIGHTS
+    trained = reopen(build_language_model, unquantised_spec, recorded_digest, weights)
     # an exported model needs no peft
     if trained.adapters is not None:
         trained.adapters.merge_and_unload(safe_merge=True)
