@@ -15,8 +15,7 @@ from benchmarks.harness.report.claims import Comparison
 from benchmarks.harness.report.evidence import find_evidence
 from benchmarks.harness.results.records import read_record
 from benchmarks.llama.outcomes import InstructionOutcomes
-from benchmarks.llama.presentation import paper, results, verdicts
-from benchmarks.llama.presentation import tests as paired_tests
+from benchmarks.llama.presentation import paper_table, results, tests_table, verdicts
 from emoe.config import resolve_layers
 from tests.fake_runs import edit, records, write_runs
 from tests.planned import edited_part, paper_runs, plan, specs
@@ -92,7 +91,7 @@ def test_results_separate_the_cost_of_conversion_and_the_gain_of_tuning(runs: li
 @pytest.mark.parametrize(("metric", "task"), [("accuracy", TASK), ("nats_per_byte", ANSWERS)])
 def test_tests_pair_questions_and_average_seeds(runs: list[Run], metric: str, task: str) -> None:
     outcomes = outcomes_of(runs)
-    frame = paired_tests(outcomes, metric).frame
+    frame = tests_table(outcomes, metric).frame
     frame = frame[(frame["against"] == "dense") & (frame["eval_task"] == task)].set_index("tuning")
     assert frame["questions"].tolist() == [100] * 3
     assert frame["seeds"].to_dict() == {"base": 1, "lora": 2, "full": 1}
@@ -109,7 +108,7 @@ def test_tests_pair_questions_and_average_seeds(runs: list[Run], metric: str, ta
 
 def test_claims_pair_questions_and_average_seeds_as_the_table_does(runs: list[Run]) -> None:
     outcomes = outcomes_of(runs)
-    table = paired_tests(outcomes, "accuracy").frame
+    table = tests_table(outcomes, "accuracy").frame
     (row,) = table[
         (table["against"] == "dense") & (table["eval_task"] == TASK) & (table["tuning"] == "lora")
     ].itertuples()
@@ -133,14 +132,14 @@ def test_claims_pair_questions_and_average_seeds_as_the_table_does(runs: list[Ru
 
 
 def test_the_papers_numbers_are_beside_ours(runs: list[Run]) -> None:
-    frame = paper(outcomes_of(runs)).frame
+    frame = paper_table(outcomes_of(runs)).frame
     assert frame["value"].dropna().tolist() == pytest.approx(
         [0.5618, 0.5711, 0.4696, 0.4758, 0.4650, 0.4808]
     )
     assert frame["difference"].isna().all()  # MMLU-dev is not MMLU
     published = [run for run in paper_runs("llama") if run.spec["seed"] == 0]
     write_runs(published)
-    frame = paper(outcomes_of(published)).frame
+    frame = paper_table(outcomes_of(published)).frame
     row = frame[
         (frame["model"] == "llama2-7b") & (frame["tuning"] == "full") & (frame["method"] == "dense")
     ]
