@@ -36,7 +36,7 @@ _FORMS = {"default": "", "continuation": "_continuation"}
 
 
 def is_mmlu_dev(task: str) -> bool:
-    """Return True if a name of a task is that of MMLU-dev, or of a category or subject of it."""
+    """Return True if ``task`` names MMLU-dev, or one of its categories or subjects."""
     return task == MMLU_DEV or task.startswith(f"{MMLU_DEV}_")
 
 

@@ -104,7 +104,7 @@ def _variant(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
     """Name the settings that differ from their defaults, such as ``tokens=64-threads=2``."""
     changed = []
     for key, value in settings.items():
-        # candidates are no setting of a run's name: each run measures several
+        # candidates do not name a run, because each run measures several of them
         if key != "candidates" and value != defaults[key]:
             changed.append(f"{key}={value}")
     return "-".join(changed)

@@ -15,7 +15,8 @@ from benchmarks.harness.report.claims import Comparison
 from benchmarks.harness.report.evidence import find_evidence
 from benchmarks.harness.results.records import read_record
 from benchmarks.llama.outcomes import InstructionOutcomes
-from benchmarks.llama.presentation import paper_table, results, tests_table, verdicts
+from benchmarks.llama.presentation import paper_table, results, verdicts
+from benchmarks.llama.presentation import tests_table as paired_tests
 from emoe.config import resolve_layers
 from tests.fake_runs import edit, records, write_runs
 from tests.planned import edited_part, paper_runs, plan, specs
@@ -91,7 +92,7 @@ def test_results_separate_the_cost_of_conversion_and_the_gain_of_tuning(runs: li
 @pytest.mark.parametrize(("metric", "task"), [("accuracy", TASK), ("nats_per_byte", ANSWERS)])
 def test_tests_pair_questions_and_average_seeds(runs: list[Run], metric: str, task: str) -> None:
     outcomes = outcomes_of(runs)
-    frame = tests_table(outcomes, metric).frame
+    frame = paired_tests(outcomes, metric).frame
     frame = frame[(frame["against"] == "dense") & (frame["eval_task"] == task)].set_index("tuning")
     assert frame["questions"].tolist() == [100] * 3
     assert frame["seeds"].to_dict() == {"base": 1, "lora": 2, "full": 1}
@@ -108,7 +109,7 @@ def test_tests_pair_questions_and_average_seeds(runs: list[Run], metric: str, ta
 
 def test_claims_pair_questions_and_average_seeds_as_the_table_does(runs: list[Run]) -> None:
     outcomes = outcomes_of(runs)
-    table = tests_table(outcomes, "accuracy").frame
+    table = paired_tests(outcomes, "accuracy").frame
     (row,) = table[
         (table["against"] == "dense") & (table["eval_task"] == TASK) & (table["tuning"] == "lora")
     ].itertuples()
