@@ -52,8 +52,8 @@ class Finetuning(Entry):
     """Trained parameters: all; adapters; nothing (evaluation only); or a registered tuning, such as
     `blocks` (the transformer blocks of `layers`)."""
     layers: Layers | None = None
-    """The trained blocks, in the form of `layers`. With `quantize`, the layers with unquantised
-    FFNs."""
+    """Numbers of layers, written like a method's `layers`. With `train: blocks` these blocks are
+    trained; with `quantize` the FFNs of these layers stay unquantised."""
     lora: LoRA | None = None
     """The adapters."""
     weights: Literal["fp32", "bf16"] = "fp32"
@@ -76,9 +76,10 @@ class Finetuning(Entry):
             )
 
     def tune_spec(self) -> dict[str, Any] | None:
-        """Return the parameters trained in addition to adapters and routers.
+        """Return the section ``tune`` of a run's method.
 
-        None stands for full fine-tuning.
+        It names what is trained in addition to adapters and routers. None stands for full
+        fine-tuning.
         """
         if self.train == "all":
             return None
@@ -94,6 +95,7 @@ class Finetuning(Entry):
             spec["weights"] = self.weights
         if self.quantize:
             spec["quantize"] = self.quantize
+            # layers whose FFNs keep whole weights
             spec["whole"] = self.layers
         return spec
 
@@ -197,7 +199,7 @@ class ParallelResources(Resources):
 class InstructionBlock(VariantAxes):
     """One block of a grid: every combination of its lists is a run.
 
-    Varied method settings name the variant.
+    Method settings that a block varies are part of a run's name, such as ``N16``.
     """
 
     model: Names
@@ -215,7 +217,7 @@ class InstructionBlock(VariantAxes):
 
 
 class InstructionPart(TrainingPart):
-    """The benchmark's part of a suite."""
+    """What a suite sets for this benchmark: the grid of its runs, and the settings that differ."""
 
     data: Annotated[dict[str, Any], Changes(Data)] = Field({})
     """Settings of the data that differ in this suite."""
@@ -232,7 +234,7 @@ class InstructionPart(TrainingPart):
 
 
 class InstructionDefinition(MethodsDefinition):
-    """A benchmark that tunes language models on instructions and evaluates them with lm-eval."""
+    """The benchmark.yaml of a benchmark that tunes language models and evaluates with lm-eval."""
 
     sets: str
     """File with the sets of instructions, in the benchmark's folder."""
@@ -247,7 +249,7 @@ class InstructionDefinition(MethodsDefinition):
 
 
 class PromptTemplate(Strict):
-    """A prompt template."""
+    """The texts of a prompt, with placeholders for the instruction and its input."""
 
     with_input: str
     """Prompt of rows with an input, with the placeholders {instruction} and {input}."""
@@ -256,7 +258,7 @@ class PromptTemplate(Strict):
 
 
 class TemplateFile(Strict):
-    """Prompt templates."""
+    """The content of templates.yaml."""
 
     templates: Annotated[dict[Key, PromptTemplate], Field(min_length=1)]
     """The templates, by name."""
@@ -274,7 +276,7 @@ class InstructionSource(ExplicitNulls):
 
 
 class InstructionSet(Entry):
-    """One set of instructions in Alpaca's form."""
+    """One data set in Alpaca's form: rows with an instruction, an optional input and an output."""
 
     source: InstructionSource
     """Source of the rows if there is no file `<name>.json` or `<name>.jsonl` below data_root."""
@@ -284,19 +286,19 @@ class InstructionSet(Entry):
     """Instructions to download the set."""
 
     def spec(self, name: str) -> dict[str, Any]:
-        """Return the settings of the set that determine a run's numbers."""
+        """Return what a run's spec records about the set: its ``name`` and its ``source``."""
         return {"name": name, **self.model_dump(include={"source"})}
 
 
 class SetFile(Strict):
-    """The sets of instructions in Alpaca's form."""
+    """The content of the file that lists the sets of instructions."""
 
     sets: Annotated[dict[Key, InstructionSet], Field(min_length=1)]
     """The sets, by name."""
 
 
 class RunInstructions(Strict):
-    """The set of a run."""
+    """The set of instructions that a run reads."""
 
     name: str
     """Name among the benchmark's sets."""
@@ -305,14 +307,14 @@ class RunInstructions(Strict):
 
 
 class RunInstructionTraining(InstructionTraining):
-    """Settings of a run's training."""
+    """The ``training`` section of a run's spec, with its adapters."""
 
     lora: LoRA | None
     """The adapters; null for none."""
 
 
 class Untrained(Strict):
-    """Settings of a run that trains nothing."""
+    """The ``training`` section of the spec of a run that trains nothing."""
 
     lora: None
     precision: Literal["fp32", "bf16"]
@@ -343,8 +345,8 @@ def accumulation(training: InstructionTraining, processes: int) -> int:
     """Return the number of micro-batches per step and process.
 
     Raises:
-        DefinitionError: The batch size is not a multiple of the rows in one micro-batch of all
-            processes.
+        DefinitionError: ``batch_size`` is not a multiple of the number of processes times the rows
+            of a micro-batch.
     """
     rows_at_once = training.per_device_train_batch_size * processes
     if training.batch_size % rows_at_once:
@@ -357,7 +359,7 @@ def accumulation(training: InstructionTraining, processes: int) -> int:
 
 
 def _check_text(text: str) -> str:
-    """Return the text; refuse a blank one."""
+    """Return the text unchanged, or raise an error if it is blank."""
     if not text.strip():
         raise ValueError("the text is empty")
     return text
@@ -372,7 +374,7 @@ Text = Annotated[str, AfterValidator(_check_text)]
 
 
 class Instruction(BaseModel):
-    """One row of a set.
+    """One row of a set of instructions.
 
     Attributes:
         instruction: The instruction.

@@ -47,13 +47,19 @@ class EncodedRow:
 class EncodedRows(Dataset[dict[str, Any]]):
     """Instructions as tokens, with labels for training.
 
+    Args:
+        instructions: The instructions.
+        template: The template of prompts and responses, with the tokenizer.
+        max_length: The maximum number of tokens of a row; longer responses are cut.
+
     Attributes:
         rows: The usable rows.
-        broken: Messages on rows whose prompt fills the maximum length.
+        broken: A message for each row that is left out, because no response token fits into
+            ``max_length``.
 
     Raises:
         NotImplementedError: The tokenizer has no offsets, which separate prompt and response.
-        DefinitionError: The chat template changes the prompt.
+        DefinitionError: The chat template changes the prompt if there is an answer.
     """
 
     def __init__(
@@ -69,6 +75,7 @@ class EncodedRows(Dataset[dict[str, Any]]):
             encoded = template.tokenizer(prompt + response, **options)
             tokens = encoded["input_ids"]
             begin = _response_start(prompt, encoded["offset_mapping"])
+            # without a response token, nothing could be learned
             if begin >= max_length:
                 self.broken.append(
                     f"{row.position} has a prompt of {begin} tokens, "
@@ -79,13 +86,16 @@ class EncodedRows(Dataset[dict[str, Any]]):
             self.rows.append(EncodedRow(row, tokens[:max_length], begin, cut))
 
     def select(self, numbers: Sequence[int]) -> EncodedRows:
-        """Return the usable rows with these indices."""
+        """Return a copy that has only the rows with these indices."""
         selected = copy.copy(self)
         selected.rows = [self.rows[number] for number in numbers]
         return selected
 
     def with_prefix(self, prefix: Prefix, tokenizer: PreTrainedTokenizerBase) -> EncodedRows:
-        """Return a copy whose rows include the output of the frozen layers."""
+        """Return a copy whose rows include the output of the frozen layers ``prefix``.
+
+        A model that gets this output does not compute its frozen layers.
+        """
         collate = collator(tokenizer)
         lengths = [len(row.tokens) for row in self.rows]
 
@@ -94,13 +104,14 @@ class EncodedRows(Dataset[dict[str, Any]]):
             rows = [self[number] for number in numbers]
             return model_inputs(collate(rows))
 
-        # the digest identifies the rows among the kept outputs of frozen layers
+        # outputs are kept on disk for other runs; this digest of the rows is part of the file name
         columns = {
             "tokens": np.concatenate([row.tokens for row in self.rows]),
             "lengths": np.asarray(lengths),
         }
+        digest = columns_digest(columns)
         extended = copy.copy(self)
-        extended._states = PrefixStates(prefix, columns_digest(columns), lengths, batch)
+        extended._states = PrefixStates(prefix, digest, lengths, batch)
         return extended
 
     def __len__(self) -> int:
@@ -121,7 +132,7 @@ class EncodedRows(Dataset[dict[str, Any]]):
         return inputs
 
     def summary(self) -> dict[str, Any]:
-        """Return the counts of rows and tokens for ``metrics.json``."""
+        """Count rows and tokens, for ``metrics.json``: used, learned (of responses) and cut."""
         lengths = [len(row.tokens) for row in self.rows]
         prompt_lengths = [row.begin for row in self.rows]
         cuts = [row.cut for row in self.rows]
@@ -137,7 +148,7 @@ class EncodedRows(Dataset[dict[str, Any]]):
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the inputs of a batch, without labels."""
+    """Return the model inputs of a batch: everything except its labels."""
     return {name: values for name, values in batch.items() if name != "labels"}
 
 
@@ -162,8 +173,8 @@ def _response_start(prompt: str, offsets: Sequence[tuple[int, int]]) -> int:
 def collator(tokenizer: PreTrainedTokenizerBase, *, packing: bool = False) -> Collate:
     """Return a collator that pads rows on the right, or with ``packing`` concatenates them.
 
-    Padding is masked in attention, loss and routing records. The position ids of packed rows
-    restart, so that no row attends to another.
+    Padding is masked in attention, loss and routing records. With packing, each row's position ids
+    start at 0, so that no row attends to another.
     """
     if packing:
         return collate_states(DataCollatorWithFlattening(separator_id=IGNORED))
@@ -174,12 +185,13 @@ def without_prompt_logits(collate: Collate, model: nn.Module) -> Collate:
     """Return a collator whose batches request no logits of prompts, if the model can omit them.
 
     Prompts have no loss, and the projection to the vocabulary is a fifth of the cost of a token in
-    SmolLM2-135M. A batch keeps the last positions, from its first response token on.
+    SmolLM2-135M. Logits and labels begin at the token before the batch's first response token.
     """
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return collate
 
     def collated(rows: list[dict[str, Any]]) -> Mapping[str, Any]:
+        """Collate rows, cut the labels, and add the number of kept logits."""
         batch = dict(collate(rows))
         labels = batch["labels"]  # [rows, tokens]
         # the positions at which any row has a response token

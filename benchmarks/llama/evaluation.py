@@ -41,13 +41,15 @@ _SEED = 1234
 
 
 def load_task(entry: EvaluationTask) -> dict[str, Any]:
-    """Load a task of lm-eval, and check that it can be evaluated.
+    """Load a task or group of lm-eval, and check that it can be evaluated.
 
-    The result can be evaluated only once.
+    Returns:
+        What lm-eval's task manager returns. Its ``tasks`` are the task, or those of the group, by
+        name. It can be evaluated only once.
 
     Raises:
         DefinitionError: The task does not exist, executes code, needs images, or has too few
-            few-shot examples.
+            few-shot examples. Or the tasks of the group share no metric.
         DataError: The data of the task cannot be loaded.
     """
     name = entry.task
@@ -62,11 +64,11 @@ def load_task(entry: EvaluationTask) -> dict[str, Any]:
         loaded: dict[str, Any] = manager.load([name])
     except Exception as error:  # the hub, parsers and the task's own code raise many types
         raise DataError(f"lm-eval cannot load '{name}': {first_line(error)}") from error
-    tasks = loaded["tasks"]
-    for subject, task in tasks.items():
+    metrics_of_tasks = []
+    for subject, task in loaded["tasks"].items():
         _check_subject(entry, subject, task, where)
-    metrics = [list(task.aggregation()) for task in tasks.values()]
-    if _shared_metric(metrics) is None:
+        metrics_of_tasks.append(list(task.aggregation()))
+    if _shared_metric(metrics_of_tasks) is None:
         raise DefinitionError(
             f"{where}, whose tasks are scored by different metrics; name them one by one"
         )
@@ -74,13 +76,17 @@ def load_task(entry: EvaluationTask) -> dict[str, Any]:
 
 
 def _check_subject(entry: EvaluationTask, subject: str, task: Any, where: str) -> None:
-    """Check that a task of a group can be evaluated with the few-shot examples of the entry.
+    """Check that one task of a group can be evaluated.
 
     Args:
-        entry: The task or group of the run.
-        subject: The name of the task in lm-eval.
+        entry: The task or group in the run's settings.
+        subject: The name of the task in lm-eval, such as a subject of MMLU.
         task: The task of lm-eval.
-        where: The beginning of a message.
+        where: The beginning of an error message, which names the setting.
+
+    Raises:
+        DefinitionError: The task executes code, needs images, or has fewer few-shot examples than
+            ``entry`` requests.
     """
     if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
         raise DefinitionError(f"{where}, but '{subject}' executes generated code or needs images")
@@ -101,7 +107,8 @@ def _check_subject(entry: EvaluationTask, subject: str, task: Any, where: str) -
 def _source(name: str, task: Any) -> str:
     """Return the source of a task's questions, with its revision or commit.
 
-    lm-eval pins few of its sources.
+    The commit is recorded because lm-eval pins few of its sources. ``name`` is the task or group in
+    the run's settings.
     """
     if is_mmlu_dev(name):
         return f"package lm-eval {version('lm-eval')}"
@@ -110,18 +117,24 @@ def _source(name: str, task: Any) -> str:
     return hub_name(task.DATASET_PATH, revision, commit_of(task.dataset))
 
 
-def _shared_metric(metrics: Sequence[Sequence[str]]) -> str | None:
-    """Return the metric that all tasks share, preferably accuracy; None if they share none."""
+def _shared_metric(metrics_of_tasks: Sequence[Sequence[str]]) -> str | None:
+    """Return the metric that all tasks share, preferably accuracy; None if they share none.
+
+    Each task has a list of the names of its metrics.
+    """
     # a shared metric is one of the first task's
-    for metric in (_ACCURACY, *metrics[0]):
-        if all(metric in names for names in metrics):
+    for metric in (_ACCURACY, *metrics_of_tasks[0]):
+        if all(metric in metrics for metrics in metrics_of_tasks):
             return metric
     return None
 
 
 @functools.cache
 def _manager(folder: Path | None) -> Any:
-    """Return lm-eval's manager of the tasks in a folder; None for the tasks that lm-eval ships."""
+    """Return lm-eval's task manager for the tasks in a folder.
+
+    If ``folder`` is None, it manages the tasks that lm-eval ships.
+    """
     if folder is None:
         return TaskManager()
     # reading lm-eval's own list takes seconds
@@ -141,12 +154,17 @@ def run_task(
 
     It does what ``lm_eval.simple_evaluate`` does, but does not load the task again.
 
+    Args:
+        model: The language model.
+        tokenizer: The model's tokenizer.
+        entry: The task or group in the run's settings.
+        loaded: The result of :func:`load_task`.
+        batch_size: The rows per batch.
+        precision: The precision of the forward pass.
+        prefix: The frozen layers of the model, if any.
+
     Returns:
-        ``scores``, ``metric``, the number of ``questions``, all metrics of the ``subjects`` and the
-        main metric of the ``categories`` (subgroups), ``correct`` (a digit per question) and
-        ``nats_per_byte`` by subject, and ``source``. The scores are ``accuracy`` over all
-        questions, ``accuracy_macro`` over subjects if there are several, and ``accuracy_norm`` and
-        ``nats_per_byte`` if the task has them. A task without accuracy has only ``task_score``.
+        The result of :func:`summarise`, and ``source``: the sources of the questions.
     """
     wrapped = SharedPromptLM(
         prefix=prefix,
@@ -170,7 +188,7 @@ def run_task(
         task_dict=loaded,
         limit=entry.limit,
         log_samples=True,
-        bootstrap_iters=0,  # no standard errors, which summarise would omit
+        bootstrap_iters=0,  # no standard errors, because `summarise` omits them
         fewshot_as_multiturn=True,
     )
     sources = {_source(entry.task, task) for task in tasks}
@@ -179,11 +197,11 @@ def run_task(
 
 @dataclass(frozen=True)
 class _Subjects:
-    """The tasks of an lm-eval result that ask questions; groups of tasks are left out.
+    """The tasks (subjects) of an lm-eval result, without the groups of tasks.
 
     Attributes:
-        counts: The number of questions, by task.
-        metrics: The metrics by name, by task.
+        counts: The number of questions of each task.
+        metrics: The metrics of each task, by name.
     """
 
     counts: Mapping[str, int]
@@ -194,13 +212,32 @@ class _Subjects:
         return sum(self.counts[name] for name in names)
 
     def mean(self, metric: str, names: Sequence[str]) -> float:
-        """Average a metric over the questions of some tasks."""
-        weighted = [self.metrics[name][metric] * self.counts[name] for name in names]
-        return sum(weighted) / self.count(names)
+        """Average a metric over all questions of some tasks."""
+        # a task's metric is the mean over its questions
+        sums = [self.metrics[name][metric] * self.counts[name] for name in names]
+        return sum(sums) / self.count(names)
 
 
 def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Summarise lm-eval's result by subject and category; see :func:`run_task`."""
+    """Summarise lm-eval's result of a task or group.
+
+    A subject is a task of the group. A category is a group that has only some of the subjects.
+
+    Returns:
+        A dictionary with the keys
+
+        - ``questions``: the number of questions.
+        - ``metric``: the main metric, which all subjects have; ``acc`` if possible.
+        - ``categories``: for each category, the main metric and the number of ``questions``.
+        - ``subjects``: for each subject, all metrics and the number of ``questions``.
+        - ``scores``: ``accuracy`` over all questions; ``accuracy_macro``, the mean of several
+          subjects; ``accuracy_norm`` and ``nats_per_byte`` if all subjects have them. Without
+          accuracy, only ``task_score``: the main metric over all questions.
+        - ``correct``: for each subject, a digit per question, which is 1 if the answer is right.
+          Empty without accuracy, or if some accuracy is neither 0 nor 1.
+        - ``nats_per_byte``: for each subject, the result of :func:`nats_per_byte`. Missing if a
+          subject has none.
+    """
     # groups have no count of questions
     counts = {name: int(count["effective"]) for name, count in result["n-samples"].items()}
     metrics = {name: _metric_values(result["results"][name]) for name in counts}
@@ -208,34 +245,38 @@ def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
     metric = _shared_metric([list(values) for values in metrics.values()])
     assert metric is not None  # noqa: S101  load_task checked it
 
+    titled_subjects = {}
+    for name, values in metrics.items():
+        titled_subjects[_alias(result, name)] = {**values, "questions": counts[name]}
     summary = {
         "questions": subjects.count(counts),
         "metric": metric,
         "categories": _summarise_categories(result, subjects, metric),
-        "subjects": {
-            _alias(result, name): {**values, "questions": counts[name]}
-            for name, values in metrics.items()
-        },
+        "subjects": titled_subjects,
     }
     if metric != _ACCURACY:
         # only tasks with an accuracy record single questions
-        scores: dict[str, float | None] = {"task_score": subjects.mean(metric, list(counts))}
-        return {**summary, "scores": scores, "correct": {}}
+        task_score = subjects.mean(metric, list(counts))
+        return {**summary, "scores": {"task_score": task_score}, "correct": {}}
 
-    scores = _accuracies(subjects)
+    accuracies = _accuracies(subjects)
     samples = {_alias(result, name): result["samples"][name] for name in counts}
     correct = _correct_by_subject(samples)
     nats = _nats_by_subject(samples)
     if nats is None:
-        return {**summary, "scores": scores, "correct": correct}
-    scores[NATS] = _mean_nats(nats)
+        return {**summary, "scores": accuracies, "correct": correct}
+    scores: dict[str, float | None] = {**accuracies, NATS: _mean_nats(nats)}
     return {**summary, "scores": scores, "correct": correct, NATS: nats}
 
 
 def _summarise_categories(
     result: Mapping[str, Any], subjects: _Subjects, metric: str
 ) -> dict[str, dict[str, float]]:
-    """Return a metric and the number of questions of each group that has only some of the tasks."""
+    """Average a metric over the questions of each category, and count these questions.
+
+    A category is a group that has some of the subjects, but not all. Returns by title of the
+    category the ``metric`` and the number of ``questions``.
+    """
     categories = {}
     members_of_group = result.get("group_subtasks", {})
     for group in members_of_group:
@@ -249,10 +290,13 @@ def _summarise_categories(
     return categories
 
 
-def _accuracies(subjects: _Subjects) -> dict[str, float | None]:
-    """Average the accuracies over questions, and over subjects if there are several."""
+def _accuracies(subjects: _Subjects) -> dict[str, float]:
+    """Return ``accuracy`` and, if they exist, ``accuracy_macro`` and ``accuracy_norm``.
+
+    The first and the last are means over questions. The second is the mean over several subjects.
+    """
     names = list(subjects.counts)
-    accuracies: dict[str, float | None] = {"accuracy": subjects.mean(_ACCURACY, names)}
+    accuracies = {"accuracy": subjects.mean(_ACCURACY, names)}
     if len(names) > 1:
         by_subject = [values[_ACCURACY] for values in subjects.metrics.values()]
         accuracies["accuracy_macro"] = sum(by_subject) / len(by_subject)
@@ -262,7 +306,7 @@ def _accuracies(subjects: _Subjects) -> dict[str, float | None]:
 
 
 def _correct_by_subject(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
-    """Return :func:`_correct_digits` by subject; empty if a subject has none."""
+    """Return the text of :func:`_correct_digits` for each subject; empty if a subject has none."""
     correct = {}
     for subject, rows in samples.items():
         digits = _correct_digits(rows)
@@ -273,9 +317,9 @@ def _correct_by_subject(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> d
 
 
 def _correct_digits(samples: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return a text with ``1`` or ``0`` per question.
+    """Return a text with a digit per question: ``1`` for a right answer, ``0`` for a wrong one.
 
-    None if accuracies are not binary, as those of truthfulqa_mc2.
+    None if an accuracy is another number, as in truthfulqa_mc2.
     """
     accuracies = [float(sample[_ACCURACY]) for sample in _in_order(samples)]
     if not set(accuracies) <= {0.0, 1.0}:
@@ -286,7 +330,7 @@ def _correct_digits(samples: Sequence[Mapping[str, Any]]) -> str | None:
 def _nats_by_subject(
     samples: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> dict[str, list[float | None]] | None:
-    """Return :func:`nats_per_byte` by subject; None if a subject has none."""
+    """Return the list of :func:`nats_per_byte` for each subject; None if a subject has none."""
     nats = {}
     for subject, rows in samples.items():
         values = nats_per_byte(rows)
@@ -306,17 +350,18 @@ def _mean_nats(nats: Mapping[str, Sequence[float | None]]) -> float | None:
 
 
 def nats_per_byte(samples: Sequence[Mapping[str, Any]]) -> list[float | None] | None:
-    """Return the negative log-likelihood of each right answer, divided by its bytes.
+    """Return the negative log-likelihood of each right answer, divided by the answer's bytes.
 
-    It differs between models even if their accuracy is at chance.
+    It differs between models even if their accuracy is at chance. As in lm-eval's ``acc_bytes``,
+    blanks around an answer are not counted.
 
     Args:
         samples: The samples of one task of lm-eval.
 
     Returns:
-        A number per question in order, None if it is not finite. Instead of the list, None if
-        questions do not have several answers to one prompt, or if all answers are letters. As in
-        ``acc_bytes``, surrounding blanks do not count.
+        A number for each question, in the order of the questions. A number is None if it is not
+        finite. The whole result is None if a question has no choice of answers, or if all answers
+        are single letters.
     """
     in_order = _in_order(samples)
     if not all(_is_choice(sample) for sample in in_order):
@@ -340,7 +385,7 @@ def _in_order(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _is_choice(sample: Mapping[str, Any]) -> bool:
-    """Return True if a sample has one prompt and several answers, one of them right."""
+    """Return True if a sample has one prompt and several answers, and its target is one of them."""
     requests = sample.get("arguments", ())
     right = sample.get("target")
     if type(right) is not int or len(requests) < 2:
@@ -355,7 +400,7 @@ def _is_choice(sample: Mapping[str, Any]) -> bool:
 
 
 def _answers_are_letters(sample: Mapping[str, Any]) -> bool:
-    """Return True if each answer of a sample is a single letter, such as ``A``."""
+    """Return True if each answer of a sample is one ASCII character, such as ``A``."""
     return all(_bytes(answer) == 1 for _, answer in sample["arguments"])
 
 
@@ -383,7 +428,7 @@ def _alias(result: Mapping[str, Any], name: str) -> str:
 def _metric_values(values: Mapping[str, Any]) -> dict[str, float]:
     """Return the metrics of a task by name, without standard errors.
 
-    lm-eval's key is the metric and a filter, such as ``acc,none``; the filter ``none`` is removed.
+    lm-eval's keys name a metric and a filter, such as ``acc,none``. The filter ``none`` is removed.
     """
     metrics = {}
     for key, value in values.items():
@@ -406,11 +451,11 @@ def held_out_loss(
     collate = without_prompt_logits(collator(tokenizer), model)
     # batches of rows with similar lengths have little padding
     lengths = [len(row.tokens) for row in rows.rows]
-    order = sorted(range(len(rows)), key=lambda number: lengths[number])
+    shortest_first = sorted(range(len(rows)), key=lambda number: lengths[number])
     total_loss = 0.0
     total_tokens = 0
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
+    for start in range(0, len(rows), batch_size):
+        numbers = shortest_first[start : start + batch_size]
         batch = collate([rows[number] for number in numbers])
         inputs = send_to_device(dict(batch), model.device)
         # the logits of a token predict the next one
@@ -438,7 +483,7 @@ def generate_answers(
     """Generate greedy answers, one instruction at a time.
 
     Returns:
-        The ``instruction``, ``input``, ``reference`` and ``answer`` of each.
+        For each instruction, the texts ``instruction``, ``input``, ``reference`` and ``answer``.
     """
     model.eval()
     tokenizer = template.tokenizer

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 import emoe
 from benchmarks.harness.base import DataError
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.runs import read_run
+from benchmarks.harness.config.runs import Run, read_run
 from benchmarks.harness.models.build import build_language_model, reopen
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.results.records import read_record
@@ -23,47 +23,35 @@ from emoe.layer import routed_layers
 # forms of an export
 DENSE = "dense"
 EXPERTS = "emoe"
+_WEIGHTS = "model"  # where a run keeps its trained weights, below its folder
 
 
 def export(path: Path, output: Path, form: str) -> str:
-    """Export the model of a finished run to a folder.
+    """Export the model of a finished run to a folder, with merged adapters.
 
-    The prompt template of the run becomes the chat template of the tokenizer, and its ``run.json``
-    is copied.
+    The prompt template of the run becomes the chat template of the tokenizer. The run's
+    ``run.json`` is copied.
 
     Args:
-        path: The ``run.json``.
+        path: The path of the ``run.json``.
         output: The new folder.
         form: The format: ``dense`` for stock transformers, with neurons in their original order, or
             ``emoe`` with experts.
 
     Returns:
-        A description of the written model.
+        A description of the written model: its class, and the layers with experts.
 
     Raises:
-        DataError: The run has no saved language model, or no experts.
+        DataError: The run has no saved language model, or ``form`` is ``emoe`` and it has no
+            experts.
         CheckpointError: The folder exists.
     """
     path = path.resolve()
+    folder = path.parent
     run = read_run(path)
-    spec = load_benchmark(run.benchmark).read_spec(run)
-    weights = path.parent / "model"
-    if not isinstance(spec, InstructionSpec) or not weights.is_dir():
-        raise DataError(
-            f"{path.parent} has no weights of a language model: the run tunes no instructions, "
-            "is not finished, trains nothing, or has training.keep_weights: false"
-        )
+    spec = _read_spec(run, folder)
     check_new(output)
-    runs_folder = path.parents[2]  # the parents are the run, its benchmark, and all runs
-    recorded = read_record(run, runs_folder).metrics.weights
-    # adapters cannot be merged into quantised weights
-    unquantised = spec.model.model_copy(update={"quantize": None})
-    spec = spec.model_copy(update={"model": unquantised})
-    trained = reopen(build_language_model, spec, recorded, weights)
-    # an exported model needs no peft
-    if trained.adapters is not None:
-        trained.adapters.merge_and_unload(safe_merge=True)
-    model = cast(PreTrainedModel, trained.model)
+    model = _load_trained(run, spec, folder)
     routed = routed_layers(model)
     if form == EXPERTS and not routed:
         raise DataError(f"{run.id} has no experts; export it as {DENSE}")
@@ -82,8 +70,46 @@ def export(path: Path, output: Path, form: str) -> str:
     tokenizer.chat_template = template.as_chat_template()
     tokenizer.save_pretrained(output)
     shutil.copyfile(path, output / "run.json")
+
     name = type(model).__name__
     if form == EXPERTS:
         layers = ", ".join(str(layer.ffn.index) for layer in routed)
         return f"{name}, experts in layers {layers}"
     return f"{name}, dense"
+
+
+def _read_spec(run: Run, folder: Path) -> InstructionSpec:
+    """Return the spec of a run whose folder has the weights of a tuned language model.
+
+    Raises:
+        DataError: The run has no such weights.
+    """
+    spec = load_benchmark(run.benchmark).read_spec(run)
+    has_weights = (folder / _WEIGHTS).is_dir()
+    if not isinstance(spec, InstructionSpec) or not has_weights:
+        raise DataError(
+            f"{folder} has no weights of a language model: the run tunes no instructions, "
+            "is not finished, trains nothing, or has training.keep_weights: false"
+        )
+    return spec
+
+
+def _load_trained(run: Run, spec: InstructionSpec, folder: Path) -> PreTrainedModel:
+    """Load the trained model of a run, unquantised and with merged adapters.
+
+    Args:
+        run: The run.
+        spec: The spec of the run.
+        folder: The folder of the run.
+    """
+    runs_folder = folder.parents[1]  # above the folders of the run and of its benchmark
+    recorded_digest = read_record(run, runs_folder).metrics.weights
+    # adapters cannot be merged into quantised weights
+    unquantised_model = spec.model.model_copy(update={"quantize": None})
+    unquantised_spec = spec.model_copy(update={"model": unquantised_model})
+    weights = folder / _WEIGHTS
+    trained = reopen(build_language_model, unquantised_spec, recorded_digest, weights)
+    # an exported model needs no peft
+    if trained.adapters is not None:
+        trained.adapters.merge_and_unload(safe_merge=True)
+    return cast(PreTrainedModel, trained.model)

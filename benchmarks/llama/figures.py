@@ -23,8 +23,8 @@ _LABELS_WIDTH = 0.6
 def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
     """Draw the loss by step, averaged over seeds.
 
-    Each column of panels has a model, set and tuning; each row has the training loss or the
-    held-out loss; each line is a method.
+    There is a column of panels for each model, set and tuning. It has a panel with the training
+    loss and, if runs computed it, one with the held-out loss. Each line is a method.
     """
     points = outcomes.collect_rows(["panel", "step", "loss"], _loss_points)
     titled = outcomes.with_titles(points.astype({"loss": float}))
@@ -40,6 +40,7 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
     # inches
     width = min(_PANEL_WIDTH * len(groups) + _LABELS_WIDTH, plots.WIDTH)
     height = 2.3 * len(labels) + 0.3
+    title_width = (width - _LABELS_WIDTH) / len(groups)
     panels = plots.panel_figure(
         path,
         len(labels),
@@ -53,7 +54,6 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
         for column, (names, group) in enumerate(groups):
             _draw_column(axes[:, column], labels, group, styles)
             title = _column_title(outcomes, *names)
-            title_width = (width - _LABELS_WIDTH) / len(groups)
             axes[0, column].set_title(plots.wrap_text(title, title_width), fontsize=8)
         for axis, label in zip(axes[:, 0], labels, strict=True):
             axis.set_ylabel(label)
@@ -66,7 +66,14 @@ def _draw_column(
     group: pd.DataFrame,
     styles: Mapping[str, MethodStyle],
 ) -> None:
-    """Draw the curves of a model and tuning: a panel for each loss, a line for each method."""
+    """Draw one column of panels: a panel for each loss, with a line for each method.
+
+    Args:
+        axes: The axes of the panels.
+        labels: The labels of the panels, which select the points of ``group``.
+        group: The points of a model, set and tuning.
+        styles: The style of each method, by title.
+    """
     for axis, label in zip(axes, labels, strict=True):
         panel = group[group["panel"] == label]
         for title, points in panel.groupby("method_title", sort=False):
@@ -79,7 +86,10 @@ def _draw_column(
 
 
 def _column_title(outcomes: InstructionOutcomes, model: str, task: str, tuning: str) -> str:
-    """Return the title of a column: the model, and below it the tuning, with the set if needed."""
+    """Return the title of a column: the model, and below it the tuning.
+
+    The set is before the tuning if runs train on several sets.
+    """
     below = outcomes.title("tuning", tuning)
     if outcomes.several_sets:
         below = f"{outcomes.title('task', task)}, {below}"
@@ -87,7 +97,10 @@ def _column_title(outcomes: InstructionOutcomes, model: str, task: str, tuning: 
 
 
 def _loss_points(metrics: Metrics) -> Iterator[Row]:
-    """Yield panel, step and loss; a loss is None if the model diverged."""
+    """Yield the label of the panel, the step and the loss of each recorded loss.
+
+    A loss is None if the model diverged.
+    """
     for step, loss in enumerate(metrics.curve, start=1):
         yield "training loss", step, loss
     for point in metrics.held_out_curve:
@@ -95,7 +108,10 @@ def _loss_points(metrics: Metrics) -> Iterator[Row]:
 
 
 def _draw_curve(axis: Any, losses: pd.Series[float], title: str, style: MethodStyle) -> None:
-    """Draw losses by step. Dashes and markers keep overlapping lines visible."""
+    """Draw the line of one method: its losses by step.
+
+    Dashes and markers, and a wide line for the dense model, keep overlapping lines visible.
+    """
     line = {"lw": 1.2}
     if style.colour == DENSE.colour:
         # wide, to be visible below other lines

@@ -41,8 +41,6 @@ from benchmarks.llama.definition import (
 )
 from benchmarks.llama.instructions import load_instructions
 
-_AXES = (*VARIANT_KEYS, "learning_rate", "seed")
-
 
 class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, InstructionPart]):
     """A benchmark of language models that are tuned on instructions and evaluated with lm-eval."""
@@ -71,7 +69,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
         self, part: Part[InstructionPart], exclude: Collection[str], others: Sequence[Run]
     ) -> Iterator[dict[str, Any]]:
         methods = self.methods(part)
-        tunings = _tunings(self, part)
+        tunings = _finetuning_methods(self, part)
         data = self.settings("data", part)
         evaluation = self.settings("evaluation", part)
         templates = _templates(data.template, part.where("data", "template"))
@@ -84,16 +82,15 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
             "finetuning": tunings,
             "method": methods,
         }
-        for where, point in part.grid_points(names, (*names, *_AXES)):
+        axes = (*names, *VARIANT_KEYS, "learning_rate", "seed")
+        for where, point in part.grid_points(names, axes):
             if point["task"] in exclude:
                 continue
             tuning = tunings[point["finetuning"]]
             model = load_models()[point["model"]].spec(point["model"])
+            method = method_spec(methods, point, point["seed"], None, where)
             # the fine-tuning decides what is trained, not the method
-            method = {
-                **method_spec(methods, point, point["seed"], None, where),
-                "tune": tuning.tune_spec(),
-            }
+            method["tune"] = tuning.tune_spec()
             variant = point["finetuning"]
             if method["variant"]:
                 variant = f"{variant}-{method['variant']}"
@@ -122,7 +119,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
     def _describe(
         self, name: str, source: Mapping[str, Any], _open_files: bool
     ) -> Iterator[SetPart]:
-        """Yield a description of a set, or of the reason why it is missing."""
+        """Read a set and yield its description. A missing set's description has the reason."""
         entry = self.tasks[name]
         try:
             instructions = load_instructions(name, InstructionSource.model_validate(source))
@@ -145,11 +142,14 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
 
 
 def _templates(name: str, where: Location) -> dict[str, dict[str, str]]:
-    """Return the texts of the templates that ``data.template`` selects, by name.
+    """Return the texts of the prompt templates that ``data.template`` selects, by name.
 
     Args:
         name: A name in ``templates.yaml``, ``random`` for all of them, or ``chat`` for none.
-        where: The location of the name in the suite, for messages.
+        where: The location of ``data.template`` in the suite, for messages.
+
+    Raises:
+        DefinitionError: There is no such template.
     """
     templates = read(BENCHMARKS / "llama" / "templates.yaml", TemplateFile).templates
     check_names(where, [name], [*templates, CHAT, RANDOM])
@@ -160,7 +160,11 @@ def _templates(name: str, where: Location) -> dict[str, dict[str, str]]:
 
 
 def _learning_rate(tuning: Finetuning, point: Mapping[str, Any], where: Location) -> float:
-    """Return the learning rate of a point of the grid; 0 if nothing is trained."""
+    """Return the learning rate of a point of the grid; 0 if nothing is trained.
+
+    Raises:
+        DefinitionError: The point lacks a learning rate.
+    """
     if tuning.train == "nothing":
         return 0.0
     if not point.get("learning_rate"):
@@ -173,9 +177,18 @@ def _learning_rate(tuning: Finetuning, point: Mapping[str, Any], where: Location
 def _training(
     settings: InstructionTraining, tuning: Finetuning, method: Mapping[str, Any], where: Location
 ) -> dict[str, Any]:
-    """Make the ``training`` section of a spec.
+    """Make the ``training`` section of a run's spec.
 
-    An untrained model has only the settings that affect its numbers.
+    If nothing is trained, it has only the settings that affect the numbers.
+
+    Args:
+        settings: The training settings.
+        tuning: The fine-tuning method.
+        method: The ``method`` section of the spec.
+        where: The location of the grid's block, for messages.
+
+    Raises:
+        DefinitionError: The method converts or trains a frozen layer.
     """
     if tuning.train == "nothing":
         return {"lora": None, "precision": settings.precision, "keep_weights": False}
@@ -184,14 +197,16 @@ def _training(
     return training
 
 
-def _tunings(benchmark: InstructionBenchmark, part: Part[InstructionPart]) -> dict[str, Finetuning]:
-    """Return the fine-tuning methods by name, with a suite's changes."""
+def _finetuning_methods(
+    benchmark: InstructionBenchmark, part: Part[InstructionPart]
+) -> dict[str, Finetuning]:
+    """Return the benchmark's fine-tuning methods by name, with the changes of a suite."""
     changes = part.settings.finetuning
     check_names(part.where("finetuning"), changes, benchmark.definition.finetuning)
     tunings = {}
     for name, tuning in benchmark.definition.finetuning.items():
         # a change may replace a single key of a fine-tuning method
         settings = merge(tuning.model_dump(exclude_unset=True), changes.get(name, {}))
-        keys = ("benchmarks", benchmark.name, "finetuning", name)
-        tunings[name] = parse(settings, Finetuning, part.file, *keys)
+        key_path = ("benchmarks", benchmark.name, "finetuning", name)
+        tunings[name] = parse(settings, Finetuning, part.file, *key_path)
     return tunings

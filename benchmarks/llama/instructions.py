@@ -24,11 +24,11 @@ _SHOWN = 5  # broken rows that an error message names
 
 @dataclass(frozen=True)
 class Instructions:
-    """The rows of a set.
+    """The rows of a set of instructions.
 
     Attributes:
         rows: The usable rows.
-        broken: A message on each broken row.
+        broken: A message for each unusable row, with its place and the reason.
         source: The file, package or repository on the hub that the rows come from.
     """
 
@@ -45,13 +45,13 @@ class Instructions:
         """
         with_input = [row for row in self.rows if row.input]
         return SetPart(
-            name,
-            ALL,
-            len(self.rows),
-            len(self.broken),
-            expected,
-            f"{len(with_input):,} with an input",
-            self.source,
+            name=name,
+            part=ALL,
+            rows=len(self.rows),
+            dropped=len(self.broken),
+            expected=expected,
+            labels=f"{len(with_input):,} with an input",
+            source=self.source,
         )
 
 
@@ -66,7 +66,7 @@ def load_instructions(name: str, source: InstructionSource) -> Instructions:
     """
     file = user_file(name)
     if file:
-        return parse(file.read_bytes(), str(file), lines=file.suffix == ".jsonl")
+        return parse_instructions(file.read_bytes(), str(file), lines=file.suffix == ".jsonl")
     if source.package:
         return _read_package(source.package)
     if source.hub:
@@ -77,12 +77,16 @@ def load_instructions(name: str, source: InstructionSource) -> Instructions:
 
 
 def _read_package(member: str) -> Instructions:
-    """Read a file inside the package that ships instructions."""
+    """Read a file of instructions inside the package ``llamafactory``, which ships some.
+
+    Args:
+        member: The path of the file in the package's archive.
+    """
     package = find_package("llamafactory")
     with tarfile.open(package.check()) as archive:
         file = cast(IO[bytes], archive.extractfile(member))
         content = file.read()
-    return parse(content, f"package {package.package} {package.version}", lines=False)
+    return parse_instructions(content, f"package {package.package} {package.version}", lines=False)
 
 
 def _read_hub(hub: str, revision: str | None) -> Instructions:
@@ -100,16 +104,17 @@ def _read_hub(hub: str, revision: str | None) -> Instructions:
     return _split_usable("row", loaded, source)
 
 
-def parse(content: bytes, where: str, *, lines: bool) -> Instructions:
-    """Read rows from the content of a file.
+def parse_instructions(content: bytes, where: str, *, lines: bool) -> Instructions:
+    """Parse the content of a file of instructions.
 
     Args:
-        content: The bytes. A line that is not UTF-8 counts as broken.
+        content: The bytes of the file. In JSON lines, a line that is not UTF-8 is a broken row.
         where: The name of the file, for messages.
         lines: True for JSON lines, False for one JSON list.
 
     Raises:
-        DataError: The content is not a list in UTF-8, or is empty.
+        DataError: A JSON list is expected, but the content is something else, is not UTF-8, or is
+            an empty list.
     """
     if lines:
         # bytes, because a line that is not UTF-8 must not break the others
@@ -131,12 +136,12 @@ def parse(content: bytes, where: str, *, lines: bool) -> Instructions:
 
 
 def _split_usable(noun: str, rows: Iterable[Any], source: str) -> Instructions:
-    """Separate usable from broken rows; skip empty lines.
+    """Validate rows, and separate usable from broken ones. Empty lines are skipped.
 
     Args:
-        noun: What a row is called in messages: ``row`` or ``line``.
+        noun: The word for a row in messages: ``row`` or ``line``.
         rows: The rows, as values or as encoded lines of JSON.
-        source: Where the rows come from.
+        source: The file, package or repository of the rows.
     """
     usable = []
     broken = []
@@ -155,14 +160,18 @@ def _split_usable(noun: str, rows: Iterable[Any], source: str) -> Instructions:
 
 
 def _check_row(row: Any) -> Instruction:
-    """Validate a row, which is a value or an encoded line of JSON."""
+    """Validate a row, which is a value or an encoded line of JSON.
+
+    Raises:
+        ValidationError: The row is broken.
+    """
     if isinstance(row, bytes):
         return Instruction.model_validate_json(row)
     return Instruction.model_validate(row)
 
 
 def refuse_broken(broken: list[str], source: str) -> None:
-    """Raise :class:`DataError` if there are broken rows."""
+    """Raise :class:`DataError` if there are broken rows; ``broken`` has a message for each."""
     if broken:
         first = "; ".join(broken[:_SHOWN])
         raise DataError(

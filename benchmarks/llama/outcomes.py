@@ -39,8 +39,8 @@ _TITLES = {
 class InstructionOutcomes(Outcomes):
     """The results of finished instruction-tuning runs.
 
-    A cell is a row of a table: model, set, tuning, method and variant. It has the runs of its best
-    learning rate, which has the lowest mean held-out loss.
+    A cell is a row of a table: a combination of model, set, tuning, method and variant. Only the
+    runs with its best learning rate count, which has the lowest mean held-out loss.
 
     Attributes:
         chosen: The records of the runs with the best learning rates.
@@ -48,13 +48,15 @@ class InstructionOutcomes(Outcomes):
         rates_chosen: True if a cell had several learning rates.
         records: All numbers of these runs, with the columns of :data:`CELL`.
         several_sets: True if runs train on several sets. The column ``task`` has the set.
-        shared: The numbers of the seeds that all methods of a model, set and tuning share.
+        shared: The rows of ``records`` for the seeds that all methods of a model, set and tuning
+            share.
         eval_tasks: The evaluated tasks in order, each with the result of its first run.
-        questions: The ``value`` of each question by ``eval_task`` and ``metric``: ``accuracy`` (1
-            if correct), or the nats per byte of the right answer.
-        tests: Paired tests by metric. Each method is compared with the baseline of the same tuning,
-            and with itself before tuning. The tests pair questions, average seeds, and are
-            Holm-corrected over the rows of a metric.
+        questions: One row per run, ``question`` and ``metric``, with the ``value`` and the
+            ``eval_task``. The metric is ``accuracy`` (1 if correct, else 0) or
+            ``nats_per_byte`` (of the right answer).
+        tests: A frame of paired tests for each metric of questions. Each method is compared with
+            the baseline of the same tuning, and with itself before tuning. The tests pair questions
+            (averaged over seeds). p is Holm-corrected over the frame.
     """
 
     def __init__(self, benchmark: AnyBenchmark, finished: Sequence[Record]) -> None:
@@ -72,7 +74,7 @@ class InstructionOutcomes(Outcomes):
         self.questions = self.collect_rows(
             ["eval_task", "metric", "question", "value"], _question_values
         )
-        # the values of a cell's columns that turn it into its reference
+        # what a cell is compared with: the cell that differs only in these columns
         self._references = {
             BASELINE: {"method": self.baseline, "variant": ""},
             UNTUNED: {"tuning": _untuned_name(runs)},
@@ -85,25 +87,27 @@ class InstructionOutcomes(Outcomes):
         """Collect rows from the metrics of all runs.
 
         Args:
-            columns: The columns of the rows that ``read`` yields.
-            read: A function that yields rows of a run's metrics.
+            columns: The names of the values in a row.
+            read: A function that yields rows from the metrics of a run.
 
         Returns:
-            The rows, with the run id, the cell and the seed in the first columns.
+            The rows of all runs. The first columns are ``run_id``, those of :data:`CELL`, and
+            ``seed``; then come ``columns``.
         """
         rows = []
         for record in self.chosen:
             run = record.run
+            run_values = (run.id, *cell_of(run).values(), run.seed)
             for row in read(record.metrics):
-                rows.append((run.id, *cell_of(run).values(), run.seed, *row))
+                rows.append((*run_values, *row))
         # pandas sums objects in order but floats pairwise, with another last digit
         return pd.DataFrame(rows, columns=["run_id", *CELL, "seed", *columns], dtype=object)
 
     def numbers(self, part: str, metric: str, name: str | None = None) -> pd.Series[float]:
-        """Return a metric of the shared seeds, indexed by cell and seed.
+        """Return the values of a metric for the shared seeds, indexed by cell and seed.
 
         Args:
-            part: The part of the scores, such as ``dev``.
+            part: The part of the scores: ``dev`` (held-out loss) or ``test`` (tasks of lm-eval).
             metric: The name of the metric.
             name: The evaluated task; None if the part has only one.
         """
@@ -115,7 +119,10 @@ class InstructionOutcomes(Outcomes):
         return numbers.set_index([*CELL, "seed"])["value"]
 
     def cells(self) -> pd.DataFrame:
-        """Return a row per cell, with its number ``n`` of shared seeds."""
+        """Return a row per cell, with the columns of :data:`CELL` and the count ``n`` of seeds.
+
+        ``n`` counts the seeds that all methods of a model, set and tuning share.
+        """
         cells = self.records[CELL].drop_duplicates()
         seeds = self.shared.groupby(CELL)["seed"].nunique().rename("n")
         return (
@@ -126,7 +133,7 @@ class InstructionOutcomes(Outcomes):
         )
 
     def _tests(self, metric: str) -> pd.DataFrame:
-        """Test a metric of questions against each reference, in the order of the tasks."""
+        """Compute the frame of :attr:`tests` for one metric, in the order of the tasks."""
         is_metric = self.questions["metric"] == metric
         values = self.questions[is_metric].drop(columns=["run_id", "metric"])
         differences = []
@@ -136,9 +143,10 @@ class InstructionOutcomes(Outcomes):
         tests = pd.concat(differences, ignore_index=True).rename(columns={"n": "questions"})
         # every seed has every question
         tests["seeds"] = tests["values"] // tests["questions"]
-        task_numbers = {task: number for number, task in enumerate(self.eval_tasks)}
+        # sort by the place of the task, not by its name
+        places = {task: place for place, task in enumerate(self.eval_tasks)}
         in_order = tests.sort_values(
-            "eval_task", key=lambda tasks: tasks.map(task_numbers), kind="stable"
+            "eval_task", key=lambda tasks: tasks.map(places), kind="stable"
         )
         columns = [*CELL, "against", "eval_task", "questions", "seeds", *Difference.COLUMNS]
         return with_verdicts(in_order[columns], lower_is_better=metric == NATS)
@@ -146,19 +154,34 @@ class InstructionOutcomes(Outcomes):
     def _differences(
         self, scores: pd.DataFrame, cell: list[str], against: str, pair: str
     ) -> pd.DataFrame:
-        """Compare the ``value`` of each cell with its reference, paired by the column ``pair``."""
+        """Compare the ``value`` of each cell with its reference.
+
+        Args:
+            scores: The values, with the columns ``cell``, ``pair`` and ``seed``.
+            cell: The columns that identify a cell.
+            against: The reference: ``baseline`` (of the same tuning) or ``untuned`` (the same
+                method before tuning).
+            pair: The column that identifies a pair: ``seed`` or ``question``.
+
+        Returns:
+            The frame of :func:`.statistics.paired_differences`.
+        """
         # untuned models do not depend on the seed
         averaged = ["seed"] if against == UNTUNED else []
         return paired_differences(scores, cell, self._references[against], pair, averaged)
 
     def loss_differences(self, against: str) -> pd.DataFrame:
-        """Compare the held-out loss of each cell with its reference, paired by shared seed."""
+        """Compare the held-out loss of each cell with its reference, paired by shared seed.
+
+        ``against`` is ``baseline`` or ``untuned``. Returns the columns of :data:`CELL` and of
+        :class:`.Difference`.
+        """
         losses = self.numbers("dev", "loss").reset_index()
         differences = self._differences(losses, CELL, against, "seed")
         return differences.drop(columns=["n", "values"])
 
     def claim_numbers(self) -> pd.DataFrame:
-        """Return the numbers that claims may compare.
+        """Return the numbers that claims may compare, with the columns of ``common.COMPARED``.
 
         These are losses by seed, accuracy and nats per byte by question, and parameter counts. The
         column ``setting`` is the variant, so that claims can select layers.
@@ -174,7 +197,7 @@ class InstructionOutcomes(Outcomes):
         return join_claim_numbers(losses, questions, parameter_counts(records))
 
     def with_titles(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Add titles. Method titles include the variant."""
+        """Add title columns as the parent class does. Method titles include the variant."""
         titled = super().with_titles(frame)
         method_titles = [self.method_title(row) for row in frame.to_dict("records")]
         return titled.assign(method_title=method_titles)
@@ -188,7 +211,7 @@ class InstructionOutcomes(Outcomes):
 
 
 def cell_of(run: Run) -> dict[str, str]:
-    """Return the cell of a run: its names in the columns :data:`CELL`."""
+    """Return the cell of a run: a value for each column of :data:`CELL`, in that order."""
     return {
         "model": run.model,
         "task": run.task,
@@ -199,26 +222,33 @@ def cell_of(run: Run) -> dict[str, str]:
 
 
 def format_task(task: str) -> str:
-    """Return the title of an evaluated task, such as ``MMLU (5-shot)`` of ``mmlu (5-shot)``."""
+    """Return the title of an evaluated task: ``mmlu (5-shot)`` becomes ``MMLU (5-shot)``."""
     name, _, settings = task.partition(" ")
     title = _TITLES.get(name, name)
     return f"{title} {settings}".strip()
 
 
 def _best_rate_runs(finished: Sequence[Record]) -> list[Record]:
-    """Keep the runs of the best learning rate of each cell, with the lowest mean held-out loss."""
-    rates = []  # the cell and the learning rate of each run
+    """Keep the runs that have the best learning rate of their cell.
+
+    The best rate has the lowest held-out loss, averaged over its seeds.
+    """
+    cells_and_rates = []  # of each run
     losses = []
     for record in finished:
         run = record.run
-        rates.append((*cell_of(run).values(), run.learning_rate))
+        cells_and_rates.append((*cell_of(run).values(), run.learning_rate))
         losses.append(_held_out_loss(record))
-    frame = pd.DataFrame(rates, columns=[*CELL, "rate"])
+    frame = pd.DataFrame(cells_and_rates, columns=[*CELL, "rate"])
     frame["loss"] = losses
-    # averaged over the seeds of a rate
     mean_losses = frame.groupby([*CELL, "rate"], sort=False)["loss"].mean()
-    best_rates = set(mean_losses.groupby(CELL, sort=False).idxmin())
-    return [record for record, rate in zip(finished, rates, strict=True) if rate in best_rates]
+    # for each cell, the index of the lowest mean: a tuple of the cell's names and the rate
+    best = set(mean_losses.groupby(CELL, sort=False).idxmin())
+    return [
+        record
+        for record, cell_and_rate in zip(finished, cells_and_rates, strict=True)
+        if cell_and_rate in best
+    ]
 
 
 def _held_out_loss(record: Record) -> float:
@@ -229,10 +259,10 @@ def _held_out_loss(record: Record) -> float:
 
 
 def _tabulate_by_cell(records: Sequence[Record]) -> pd.DataFrame:
-    """Tabulate all numbers of runs, with their cell in the columns :data:`CELL`."""
+    """Tabulate all numbers of runs by :func:`tabulate_numbers`, with the columns :data:`CELL`."""
     rows = [{"run_id": record.run.id, **cell_of(record.run)} for record in records]
     cells = pd.DataFrame(rows, columns=["run_id", *CELL])
-    # the variant of a cell is the method's, without the fine-tuning
+    # the run's variant names the fine-tuning too; the cell's variant, which is joined, does not
     numbers = tabulate_numbers(records).drop(columns=["task", "model", "method", "variant"])
     return numbers.merge(cells, on="run_id", sort=False)
 
@@ -248,7 +278,7 @@ def _first_results(records: Sequence[Record]) -> dict[str, QuestionResult]:
 
 
 def _converted_layers(records: Sequence[Record]) -> dict[tuple[str, str], list[str]]:
-    """Map each model and variant with experts to the numbers of its converted layers."""
+    """Map each model and variant to the numbers of the converted layers. Dense runs have none."""
     layers = {}
     for record in records:
         routing = record.metrics.routing
@@ -258,7 +288,7 @@ def _converted_layers(records: Sequence[Record]) -> dict[tuple[str, str], list[s
 
 
 def _untuned_name(runs: Iterable[Run]) -> str:
-    """Return the name of the fine-tuning that trains nothing; empty if no run has it."""
+    """Return the name of the fine-tuning that trains nothing; empty if every run trains."""
     for run in runs:
         if not run.is_trained:
             return cell_of(run)["tuning"]
@@ -266,16 +296,22 @@ def _untuned_name(runs: Iterable[Run]) -> str:
 
 
 def _question_values(metrics: Metrics) -> Iterator[Row]:
-    """Yield evaluated task, metric, question and value of each question."""
+    """Yield the evaluated task, the metric, the question and the value for every question.
+
+    The metrics are accuracy and nats per byte, if they are recorded.
+    """
     results = metrics.tasks or {}
     for task, result in results.items():
         # a digit is 1 if the answer is right, else 0
-        for subject, digits in result.correct.items():
-            for number, digit in enumerate(digits):
-                question = f"{subject} {number}"
-                yield task, ACCURACY, question, float(digit)
-        for subject, values in result.nats_per_byte.items():
-            for number, value in enumerate(values):
-                question = f"{subject} {number}"
-                if value is not None:  # None if the model diverged
-                    yield task, NATS, question, float(value)
+        for question, digit in _numbered_questions(result.correct):
+            yield task, ACCURACY, question, float(digit)
+        for question, value in _numbered_questions(result.nats_per_byte):
+            if value is not None:  # None if the model diverged
+                yield task, NATS, question, float(value)
+
+
+def _numbered_questions(by_subject: Mapping[str, Sequence[Any]]) -> Iterator[tuple[str, Any]]:
+    """Yield each question, such as ``anatomy 0``, with its value in the sequence of a subject."""
+    for subject, values in by_subject.items():
+        for number, value in enumerate(values):
+            yield f"{subject} {number}", value

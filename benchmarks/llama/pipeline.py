@@ -18,6 +18,7 @@ from benchmarks.harness.base import DataError, derive_seed
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.models.build import build_language_model, permutations, save_trained
 from benchmarks.harness.models.loading import load_tokenizer
+from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.models.trainable import Trainable, load_trained_state_, trained_state
 from benchmarks.harness.training.callbacks import Probe, Stopwatch
 from benchmarks.harness.training.processes import (
@@ -50,7 +51,8 @@ def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, An
         progress: The progress line.
 
     Returns:
-        The content of ``metrics.json`` without the harness's part; empty on all other processes.
+        The content of ``metrics.json`` without the harness's part. Only the main process returns
+        it; the others return an empty dictionary.
 
     Raises:
         DefinitionError: A template or task does not exist, or settings do not fit the model.
@@ -65,27 +67,16 @@ def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, An
         tasks = {entry: load_task(entry) for entry in spec.evaluation.tasks}
         if data.note:
             progress.say(f"warning: {data.note}")
-    counts = data.summary["train"]
-    progress.say(
-        f"{len(data.train)} rows to learn, {len(data.held_out)} held out, "
-        f"{counts['broken_rows']} broken left out, "
-        f"{counts['truncated_responses']} responses cut at {spec.data.max_length} tokens"
-    )
+    _report_rows(data, spec.data.max_length, progress)
 
     trainable = _build(spec, data)
     if trainable.prefix:
-        data = replace(
-            data,
-            train=data.train.with_prefix(trainable.prefix, tokenizer),
-            held_out=data.held_out.with_prefix(trainable.prefix, tokenizer),
-        )
-    routed = routed_layers(trainable.model)
-    if routed:
-        layers = ", ".join(str(layer.ffn.index) for layer in routed)
-        progress.say(f"experts in layers {layers}")
+        data = data.with_prefix(trainable.prefix)
+    _report_experts(trainable, progress)
     probe = Probe()
     probe.observe(trainable.model, collator(tokenizer)([data.train[0]]))
 
+    # what a run records that trains nothing
     trained: dict[str, Any] = {"curve": [], "cost": Stopwatch().cost(0)}
     if isinstance(training, RunInstructionTraining):
         trained = train(
@@ -136,12 +127,40 @@ class Data:
     summary: dict[str, dict[str, Any]]
     note: str | None
 
+    def with_prefix(self, prefix: Prefix) -> Data:
+        """Return a copy whose rows include the output of the frozen layers ``prefix``."""
+        tokenizer = self.template.tokenizer
+        return replace(
+            self,
+            train=self.train.with_prefix(prefix, tokenizer),
+            held_out=self.held_out.with_prefix(prefix, tokenizer),
+        )
+
+
+def _report_rows(data: Data, max_length: int, progress: Progress) -> None:
+    """Print how many rows are learned, held out, broken and cut."""
+    counts = data.summary["train"]
+    progress.say(
+        f"{len(data.train)} rows to learn, {len(data.held_out)} held out, "
+        f"{counts['broken_rows']} broken left out, "
+        f"{counts['truncated_responses']} responses cut at {max_length} tokens"
+    )
+
+
+def _report_experts(trainable: Trainable, progress: Progress) -> None:
+    """Print which layers have experts, if any."""
+    routed = routed_layers(trainable.model)
+    if routed:
+        layers = ", ".join(str(layer.ffn.index) for layer in routed)
+        progress.say(f"experts in layers {layers}")
+
 
 def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Read, check, split and encode the rows of a run.
 
     Raises:
-        DataError: Rows are broken or too few.
+        DefinitionError: The template does not fit the tokenizer.
+        DataError: The set is missing, or its rows are broken or too few.
     """
     settings = spec.data
     name = spec.task.name
@@ -152,17 +171,10 @@ def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data
     if settings.broken_rows == "refuse":
         refuse_broken(broken, instructions.source)
 
-    # the seed of the shuffle is the name of the set, so that all runs on it hold out the same rows
-    order = list(range(len(encoded)))
-    random.Random(derive_seed("held out", name)).shuffle(order)
-    held_out = order[: settings.held_out_rows]
-    available = order[settings.held_out_rows :][: settings.train_rows]
-    # the rows of an incomplete step are omitted
     batch_size = 1
     if isinstance(spec.training, RunInstructionTraining):
         batch_size = spec.training.batch_size
-    steps = len(available) // batch_size
-    learned = available[: steps * batch_size]
+    learned, held_out = _split_rows(len(encoded), spec, batch_size)
     if not learned:
         raise DataError(
             f"{instructions.source} has {len(encoded)} usable rows: {len(held_out)} are held out, "
@@ -170,8 +182,10 @@ def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data
         )
 
     # the file of sets may lack the set of an older run
+    note = None
     entry = load_benchmark(spec.benchmark).tasks.get(name)
-    note = instructions.describe(name, entry.rows).note if entry else None
+    if entry:
+        note = instructions.describe(name, entry.rows).note
     train_rows = encoded.select(learned)
     held_out_rows = encoded.select(held_out)
     shared = {"source": instructions.source, "template": template.name, "broken_rows": len(broken)}
@@ -182,10 +196,27 @@ def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data
     return Data(template, train_rows, held_out_rows, summary, note)
 
 
+def _split_rows(
+    num_rows: int, spec: InstructionSpec, batch_size: int
+) -> tuple[list[int], list[int]]:
+    """Split shuffled row indices into learned and held-out ones.
+
+    All runs on a set hold out the same rows. The learned rows fill whole steps of ``batch_size``.
+    """
+    order = list(range(num_rows))
+    # the seed is the name of the set, not the run's seed
+    random.Random(derive_seed("held out", spec.task.name)).shuffle(order)
+    held_out = order[: spec.data.held_out_rows]
+    remaining = order[spec.data.held_out_rows :]
+    available = remaining[: spec.data.train_rows]  # None takes all
+    steps = len(available) // batch_size
+    return available[: steps * batch_size], held_out
+
+
 def _build(spec: InstructionSpec, data: Data) -> Trainable:
     """Build the model of a run.
 
-    If it is sharded, the main process loads the weights and distributes them.
+    If the model is sharded, the main process loads the weights and distributes them.
     """
     if not is_sharded():
         return build_language_model(spec, _calibration_batches(data))
@@ -195,13 +226,14 @@ def _build(spec: InstructionSpec, data: Data) -> Trainable:
         broadcast(permutations(built.model))
     else:
         partition = broadcast(None)
+        # a dense model has no partition
         built = build_language_model(spec, partition=partition or None, empty=True)
     shard_(cast(PreTrainedModel, built.model), available_precision(spec.training.precision))
     return built
 
 
 def _calibration_batches(data: Data) -> Iterator[dict[str, Tensor]]:
-    """Yield the model inputs of the first training rows, one row a batch."""
+    """Yield the model inputs of the first training rows, one row a batch, to calibrate with."""
     collate = collator(data.template.tokenizer)
     count = min(len(data.train), _CALIBRATION_ROWS)
     for number in range(count):
@@ -209,7 +241,10 @@ def _calibration_batches(data: Data) -> Iterator[dict[str, Tensor]]:
 
 
 def _gather_model(spec: InstructionSpec, trainable: Trainable) -> Trainable:
-    """Gather the trained model on the main process; return it unchanged if it is not sharded."""
+    """Return the trained model as a whole on the main process.
+
+    A model that is not sharded is returned unchanged. The other processes return their shards.
+    """
     if not is_sharded():
         return trainable
     # all processes take part in the gathering, but only the main one gets whole tensors
@@ -231,19 +266,21 @@ def _evaluate(
 ) -> dict[str, Any]:
     """Compute the held-out loss, the scores of lm-eval's tasks, and some answers.
 
+    Args:
+        spec: The settings of the run.
+        trainable: The model.
+        data: The rows of the run.
+        tasks: The tasks of lm-eval, each with the result of :func:`load_task`.
+        progress: The progress line.
+
     Returns:
-        The parts ``scores``, ``tasks``, ``answers`` and ``routing`` of ``metrics.json``.
+        The sections ``scores``, ``tasks``, ``answers`` and ``routing`` of ``metrics.json``.
     """
     evaluation = spec.evaluation
     precision = available_precision(spec.training.precision)
     model = cast(PreTrainedModel, trainable.model)
     tokenizer = data.template.tokenizer
-    if torch.cuda.is_available():
-        # free the memory of the training
-        gc.collect()
-        torch.cuda.empty_cache()
-        # a gathered or untrained model is still on the CPU
-        cast(Any, model).to("cuda")
+    _move_to_accelerator(model)
     model.eval()
     model.config.use_cache = True
     progress.say("evaluating on held-out instructions")
@@ -258,6 +295,7 @@ def _evaluate(
             model, tokenizer, entry, loaded, evaluation.batch_size, precision, trainable.prefix
         )
         results[entry.title] = result
+
     instructions = [row.source for row in data.held_out.rows[: evaluation.generations]]
     progress.say(f"answering {len(instructions)} instructions")
     answers = generate_answers(model, data.template, instructions, evaluation.new_tokens, precision)
@@ -270,3 +308,12 @@ def _evaluate(
         "answers": answers,
         "routing": routing,
     }
+
+
+def _move_to_accelerator(model: PreTrainedModel) -> None:
+    """Move a model to the GPU, if there is one, and free the memory that the training used."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+        # a gathered or untrained model is still on the CPU
+        cast(Any, model).to("cuda")

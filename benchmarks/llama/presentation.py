@@ -89,10 +89,10 @@ def results(outcomes: InstructionOutcomes) -> Table:
 def _with_losses(
     cells: pd.DataFrame, outcomes: InstructionOutcomes
 ) -> tuple[pd.DataFrame, list[Column]]:
-    """Add the held-out loss of each cell, and its differences to the references.
+    """Add the held-out loss of each cell, and the differences to the baseline and to not tuned.
 
     Returns:
-        The extended frame, and the columns of the table.
+        The frame with the added numbers, and the columns of the table that show them.
     """
     frame = cells.join(_means(outcomes.numbers("dev", "loss"), "loss"), on=CELL)
     columns = [Column("loss", "loss", "Held-out loss", std="loss std", best=True)]
@@ -113,10 +113,10 @@ def _with_losses(
 def _with_scores(
     cells: pd.DataFrame, outcomes: InstructionOutcomes
 ) -> tuple[pd.DataFrame, list[Column]]:
-    """Add the scores of each cell on the evaluated tasks.
+    """Add the scores of each cell on the evaluated tasks. A score that a task lacks is nan.
 
     Returns:
-        The extended frame, and the columns of the table. A score that a task lacks is nan.
+        The frame with the added scores, and the columns of the table that show them.
     """
     frame = cells
     columns = []
@@ -142,20 +142,23 @@ def _means(values: pd.Series[float], name: str) -> pd.DataFrame:
     """Summarize the values of each cell over seeds.
 
     Returns:
-        The columns ``<name>``, which has the mean, and ``<name> std``, the standard deviation.
+        A row per cell, with the mean in the column ``<name>`` and the standard deviation in the
+        column ``<name> std``.
     """
     return values.groupby(CELL, sort=False).agg(**{name: "mean", f"{name} std": "std"})
 
 
-def tests(outcomes: InstructionOutcomes, metric: str) -> Table:
-    """Make a table of tests paired by question.
+def tests_table(outcomes: InstructionOutcomes, metric: str) -> Table:
+    """Make a table of tests paired by question, for ``accuracy`` or ``nats_per_byte``.
 
     Each method is compared with the baseline of the same tuning, and with itself before tuning.
     """
-    frame = outcomes.order(outcomes.tests[metric], CELL)
+    tests = outcomes.order(outcomes.tests[metric], CELL)
     # titles instead of names
-    frame["against"] = frame["against"].map(_reference_titles(outcomes))
-    frame["eval_task_title"] = frame["eval_task"].map(format_task)
+    titled_tests = tests.assign(
+        against=tests["against"].map(_reference_titles(outcomes)),
+        eval_task_title=tests["eval_task"].map(format_task),
+    )
     texts = _TESTED[metric]
     keys = {
         **_key_headings(outcomes),
@@ -172,7 +175,7 @@ def tests(outcomes: InstructionOutcomes, metric: str) -> Table:
         "seeds.",
         keys,
         metric,
-        frame,
+        titled_tests,
     )
 
 
@@ -193,14 +196,17 @@ def answers(outcomes: InstructionOutcomes) -> Table:
 
 
 def _short_answers(metrics: Metrics) -> Iterator[Row]:
-    """Yield number, instruction and answer of each answered instruction of a run, shortened."""
+    """Yield a number from 1, the instruction and the answer, shortened, of each generated answer.
+
+    The instruction includes its input.
+    """
     for number, answer in enumerate(metrics.answers or (), start=1):
         instruction = f"{answer.instruction}\n{answer.input}"
         yield number, _shorten(instruction), _shorten(answer.answer)
 
 
 def _shorten(text: str) -> str:
-    """Write a text in one line, and cut it to the longest text of a table."""
+    """Write a text in one line, cut to the greatest length of a text in a table."""
     line = " ".join(text.split())
     if len(line) <= _LONGEST:
         return line
@@ -219,8 +225,8 @@ _COUNT_HEADINGS = {
 }
 
 
-def data(outcomes: InstructionOutcomes) -> Table:
-    """Make a table of row and token counts: learned, held out, cut and broken."""
+def data_table(outcomes: InstructionOutcomes) -> Table:
+    """Make a table of the rows and tokens of each set: learned, held out, cut and broken."""
     rows = []
     for record in outcomes.chosen:
         run = record.run
@@ -229,16 +235,12 @@ def data(outcomes: InstructionOutcomes) -> Table:
             if part == "train" and not run.is_trained:
                 continue  # these rows were read, but not learned
             counts = summary.model_dump(exclude_unset=True)
-            row = {
-                "model": run.model,
-                "task": run.task,
-                "part": part.replace("_", " "),
-                **{name: counts[name] for name in sorted(counts)},
-            }
-            rows.append(row)
+            sorted_counts = {name: counts[name] for name in sorted(counts)}
+            part_title = part.replace("_", " ")
+            rows.append({"model": run.model, "task": run.task, "part": part_title, **sorted_counts})
     # all runs on a set with the same tokenizer have the same counts
-    frame = pd.DataFrame(rows).drop_duplicates().reset_index(drop=True)
-    frame["task_title"] = [outcomes.title("task", name) for name in frame["task"]]
+    distinct = pd.DataFrame(rows).drop_duplicates().reset_index(drop=True)
+    task_titles = [outcomes.title("task", name) for name in distinct["task"]]
     return Table(
         "Instructions",
         "Only the tokens of responses are learned. Responses are cut at the maximum length. A row "
@@ -246,7 +248,7 @@ def data(outcomes: InstructionOutcomes) -> Table:
         "UTF-8.",
         {"task_title": "Set", "model": "Tokens of", "part": "Part", "template": "Template"},
         [Column("count", name, heading) for name, heading in _COUNT_HEADINGS.items()],
-        frame,
+        distinct.assign(task_title=task_titles),
         notes={"source": "Source"},
     )
 
@@ -263,13 +265,15 @@ def cost(outcomes: InstructionOutcomes) -> Table:
     )
 
 
-def paper(outcomes: InstructionOutcomes) -> Table:
-    """Make a table of our MMLU accuracies and the paper's."""
-    points = common.read_published(outcomes.benchmark)
-    published = points.assign(value=points["value"] / 100, eval_task_paper="MMLU (shots unknown)")
+def paper_table(outcomes: InstructionOutcomes) -> Table:
+    """Make a table of the paper's MMLU accuracies beside our accuracies on all evaluated tasks."""
+    in_points = common.read_published(outcomes.benchmark)
+    published = in_points.assign(
+        value=in_points["value"] / 100, eval_task_paper="MMLU (shots unknown)"
+    )
     ours = _accuracy_means(outcomes)
     merged = published.merge(ours, on=["model", "tuning", "method"], how="outer", sort=False)
-    # rows that only the paper has
+    # rows that only the paper has lack our task and our variant
     named = merged.fillna({"eval_task_title": merged["eval_task_paper"], "variant": ""})
     # other tasks, such as MMLU-dev, have other questions
     is_mmlu = named["eval_task_title"].str.startswith("MMLU (")
@@ -290,7 +294,11 @@ def paper(outcomes: InstructionOutcomes) -> Table:
 
 
 def _accuracy_means(outcomes: InstructionOutcomes) -> pd.DataFrame:
-    """Compute :func:`.common.our_means` of the accuracy of each cell and evaluated task."""
+    """Average the accuracy of each cell on each evaluated task over the shared seeds.
+
+    Returns:
+        The columns of :func:`.common.our_means`, and ``eval_task_title``.
+    """
     means = []
     for task in outcomes.eval_tasks:
         task_means = common.our_means(outcomes.numbers("test", ACCURACY, task), CELL)
@@ -303,18 +311,18 @@ def _accuracy_means(outcomes: InstructionOutcomes) -> pd.DataFrame:
 TABLES: dict[str, Callable[..., Table]] = {
     "results": results,
     "answers": answers,
-    "data": data,
+    "data": data_table,
     "cost": cost,
-    "paper": paper,
-    "tests": partial(tests, metric=ACCURACY),
-    "nats_tests": partial(tests, metric=NATS),
+    "paper": paper_table,
+    "tests": partial(tests_table, metric=ACCURACY),
+    "nats_tests": partial(tests_table, metric=NATS),
 }
 
 
 def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
-    """Yield a sentence for each cell of a method, on its differences to baseline and untuned model.
+    """Yield a sentence for each cell that can be compared with the baseline of the same tuning.
 
-    Controls have no sentence.
+    It has the differences to the baseline, and what tuning changed. Controls have no sentence.
     """
     gains = outcomes.loss_differences(UNTUNED).set_index(CELL)["delta"]
     losses = outcomes.order(outcomes.loss_differences(BASELINE), CELL)
@@ -326,34 +334,34 @@ def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
             *_gain_texts(outcomes, row, gains),
             *_test_texts(outcomes, row),
         ]
-        # the method is the last key
-        *names, method = [row[key] for key in _key_headings(outcomes)]
-        yield (
-            f"{', '.join(names)}, against {outcomes.baseline_title}: {method}: "
-            f"{'; '.join(findings)}."
-        )
+        titles = {key: row[key] for key in _key_headings(outcomes)}
+        method = titles.pop("method_title")
+        # model, set (if there are several) and tuning
+        group = ", ".join(titles.values())
+        yield f"{group}, against {outcomes.baseline_title}: {method}: {'; '.join(findings)}."
 
 
 def _gain_texts(
     outcomes: InstructionOutcomes, row: Mapping[Hashable, Any], gains: pd.Series[float]
 ) -> list[str]:
-    """Describe what tuning changed in the loss of a method and of its baseline.
+    """Describe how much tuning changed the loss of a method, and that of the baseline.
 
     Args:
         outcomes: The results.
-        row: The cell of the method, with its title.
-        gains: The difference to the untuned model of each cell that has one.
+        row: The cell of the method, with the title of the method.
+        gains: The tuned minus the untuned loss, for each cell that has both.
 
     Returns:
-        One text; none if neither cell has a difference.
+        A list with one text; empty if neither the method nor the baseline has such a difference.
     """
+    method_cell = tuple(row[key] for key in CELL)
     group = [row[key] for key in GROUP]
-    # the cells of the method and of the baseline, by title
-    cells = {
-        row["method_title"]: tuple(row[key] for key in CELL),
-        outcomes.baseline_title: (*group, outcomes.baseline, ""),
-    }
-    texts = [f"{title} {gains[cell]:+z.3f}" for title, cell in cells.items() if cell in gains.index]
+    baseline_cell = (*group, outcomes.baseline, "")
+    titles = {method_cell: row["method_title"], baseline_cell: outcomes.baseline_title}
+    texts = []
+    for cell, title in titles.items():
+        if cell in gains.index:
+            texts.append(f"{title} {gains[cell]:+z.3f}")
     if not texts:
         return []
     return [f"by tuning: {', '.join(texts)}"]
@@ -361,11 +369,12 @@ def _gain_texts(
 
 def _test_texts(outcomes: InstructionOutcomes, row: Mapping[Hashable, Any]) -> list[str]:
     """Describe the tests of a cell against the baseline: one text for each task and metric."""
-    cell = [row[key] for key in CELL]
+    cell_against_baseline = [*(row[key] for key in CELL), BASELINE]
     texts = []
     for metric, all_tests in outcomes.tests.items():
-        is_of_cell = (all_tests[[*CELL, "against"]] == [*cell, BASELINE]).all(axis=1)
-        for test in all_tests[is_of_cell].itertuples():
+        # the tests that have these values in all of these columns
+        is_equal = all_tests[[*CELL, "against"]] == cell_against_baseline
+        for test in all_tests[is_equal.all(axis=1)].itertuples():
             texts.append(f"{format_task(test.eval_task)} {_difference_text(test, metric)}")
     return texts
 
@@ -381,7 +390,10 @@ def _difference_text(test: Any, metric: str) -> str:
 
 
 def _key_headings(outcomes: InstructionOutcomes) -> dict[str, str]:
-    """Return the headings of the key columns, with the set if there are several."""
+    """Return the headings of the columns that identify a row of a table.
+
+    The set is one of them only if runs train on several sets. The method is the last.
+    """
     headings = {"model_title": "Model"}
     if outcomes.several_sets:
         headings["task_title"] = "Set"
@@ -391,12 +403,15 @@ def _key_headings(outcomes: InstructionOutcomes) -> dict[str, str]:
 
 
 def _questions_note(outcomes: InstructionOutcomes) -> str:
-    """Return sentences on the number of questions of each task and the error of its accuracy."""
+    """Return caption sentences on each task's number of questions and error of the accuracy.
+
+    They end with a blank. The text is empty if no task has an accuracy.
+    """
     notes = []
     for task, result in outcomes.eval_tasks.items():
         if result.metric != "acc":
             continue
-        # in points: 100 times the root of 0.3 (1 - 0.3) / n
+        # in points: 100 times the square root of 0.3 (1 - 0.3) / n, where n counts questions
         standard_error = 45.8 / math.sqrt(result.questions)
         note = (
             f"{format_task(task)} has {result.questions:,} questions; the standard error of one "
@@ -417,7 +432,7 @@ def _questions_note(outcomes: InstructionOutcomes) -> str:
 
 
 def _reference_titles(outcomes: InstructionOutcomes) -> dict[str, str]:
-    """Return the titles of the references of comparisons, by key."""
+    """Return the titles of what methods are compared with: the baseline, and not tuned."""
     return {BASELINE: outcomes.baseline_title, UNTUNED: "not tuned"}
 
 

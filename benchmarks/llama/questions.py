@@ -36,19 +36,19 @@ _FORMS = {"default": "", "continuation": "_continuation"}
 
 
 def is_mmlu_dev(task: str) -> bool:
-    """Return True if a task of lm-eval is MMLU-dev or one of its categories or subjects."""
+    """Return True if ``task`` names MMLU-dev, or one of its categories or subjects."""
     return task == MMLU_DEV or task.startswith(f"{MMLU_DEV}_")
 
 
 def ensure_mmlu_dev() -> Path:
     """Write MMLU-dev's questions and tasks if they are missing, and return their folder.
 
-    The questions are JSON lines. The tasks are YAML files for ``lm_eval --include_path``.
-    Concurrent runs wait. The YAML names the files of questions relative to the working directory,
-    so that a copy of a checkout reads its own questions.
+    The questions are JSON lines. The tasks are YAML files for ``lm_eval --include_path``. Only one
+    run writes them, while concurrent runs wait. The YAML has paths relative to the working
+    directory, so that a copy of a checkout reads its own questions.
 
     Raises:
-        DataError: lm-eval's questions are not those of lm-eval 0.4.13.
+        DataError: The installed lm-eval has other questions than lm-eval 0.4.13.
     """
     folder = QUESTIONS / MMLU_DEV
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -59,11 +59,11 @@ def ensure_mmlu_dev() -> Path:
 
 
 def _are_written(folder: Path) -> bool:
-    """Return True if a folder has all files, and its tasks read the questions beside them."""
-    last_files = [folder / f"{MMLU_DEV}{ending}.yaml" for ending in _FORMS.values()]
+    """Return True if a folder has all files, and its tasks read the questions in it."""
+    # if the files that are written last exist, the others do too
     last_task = folder / f"{MMLU_DEV}_{_LAST_SUBJECT}_continuation.yaml"
-    last_files.append(last_task)
-    if not all(file.exists() for file in last_files):
+    last_groups = [folder / f"{MMLU_DEV}{ending}.yaml" for ending in _FORMS.values()]
+    if not all(file.exists() for file in [last_task, *last_groups]):
         return False
     # version 0.1 wrote absolute paths: the copy of a checkout then asked the first one's questions
     questions = folder / f"{_LAST_SUBJECT}.jsonl"
@@ -71,7 +71,11 @@ def _are_written(folder: Path) -> bool:
 
 
 def _write_tasks(folder: Path) -> None:
-    """Write the questions and tasks of all subjects, then the groups of tasks."""
+    """Write the questions and tasks of all subjects, then the groups of tasks.
+
+    Raises:
+        DataError: The installed lm-eval has other questions than lm-eval 0.4.13.
+    """
     import lm_eval
 
     mmlu = Path(lm_eval.__file__).parent / "tasks" / "mmlu"
@@ -92,14 +96,14 @@ def _write_tasks(folder: Path) -> None:
 def _write_subject(
     folder: Path, mmlu: Path, task_file: str, samples: Sequence[Mapping[str, str]]
 ) -> None:
-    """Write the questions of a subject, and its task in each form.
+    """Write the questions of a subject, and a task for each form of answers.
 
     Args:
         folder: The folder of MMLU-dev.
         mmlu: The folder of lm-eval's MMLU tasks.
         task_file: The name of the subject's file in each form's folder, such as
             ``mmlu_anatomy.yaml``.
-        samples: The subject's few-shot examples.
+        samples: lm-eval's few-shot examples of the subject, which become the questions.
     """
     subject = task_file.removeprefix("mmlu_").removesuffix(".yaml")
     questions = folder / f"{subject}.jsonl"
@@ -124,18 +128,21 @@ def _write_subject(
 
 
 def _write_groups(folder: Path, form_folder: Path) -> None:
-    """Write the groups of tasks of one form: MMLU's categories, then all subjects."""
+    """Write the groups of tasks of one form: MMLU's categories, then the group of all subjects.
+
+    ``form_folder`` is lm-eval's folder of the form.
+    """
     groups = [_read(file) for file in form_folder.glob("_mmlu*.yaml")]
-    # all subjects (the shortest name) are last, because their file marks the folder as complete
+    # the group of all subjects, whose name is the shortest, is last: its file marks completeness
     groups.sort(key=lambda group: len(group["group"]), reverse=True)
     for group in groups:
         _write_yaml(folder / f"{group['group']}.yaml", group)
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Read one of lm-eval's YAML files.
+    """Read one of lm-eval's YAML files, and rename its groups, tasks and tags.
 
-    Groups, tasks and tags are renamed from ``mmlu…`` to ``mmlu_dev…``.
+    ``mmlu`` at the beginning of a name becomes ``mmlu_dev``.
     """
     text = file.read_text(encoding="utf-8")
     renamed = re.sub(r"(?m)\bmmlu(?=_|$)", MMLU_DEV, text)
@@ -144,7 +151,11 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _question(sample: Mapping[str, str]) -> dict[str, Any]:
-    """Convert a few-shot example to MMLU's form: question, choices and number of the answer."""
+    """Convert a few-shot example to a row of MMLU.
+
+    Returns:
+        The ``question``, the four ``choices``, and the index of the right choice, ``answer``.
+    """
     # the digest of all questions guarantees that both patterns match
     match = cast(re.Match[str], _QUESTION.fullmatch(sample["question"].strip()))
     answer = cast(re.Match[str], _ANSWER.search(sample["target"].strip()))
@@ -154,4 +165,5 @@ def _question(sample: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _write_yaml(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a YAML file with the keys in the given order."""
     write_text(path, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))

@@ -21,12 +21,12 @@ Answer = tuple[float, bool]
 
 
 class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
-    """A model for lm-eval that computes each prompt once for all its choices.
+    """A model for lm-eval that computes the prompt of a question once for all choices.
 
     A row of the model's input has the prompt and all choices. A choice attends to the prompt and to
     itself. Only positions that predict a token of a choice get logits. Likelihoods equal lm-eval's
-    up to rounding. On accelerators, and for models that do not support such masks, lm-eval's own
-    code runs.
+    up to rounding. On accelerators, for models that do not support such masks, and for questions
+    that are too long, lm-eval's own code runs.
 
     Args:
         prefix: The frozen layers of the model, whose output is kept for all runs; None if no layer
@@ -41,10 +41,13 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
-        """Return the answer to each request. lm-eval calls this method."""
+        """Return the answer to each request, in the order of the requests.
+
+        lm-eval calls this method, whose arguments it defines.
+        """
         questions = _group_by_prompt(requests)
         shared = [question for question in questions if self._can_share_prompt(question)]
-        answers: dict[int, Answer] = {}  # by number of the request
+        answers: dict[int, Answer] = {}  # by index of the request
         states = self._states(shared)
         for row, question in enumerate(shared):
             frozen_output = {}
@@ -77,10 +80,13 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         return supports_mask and len(question.prompt) + longest_choice <= limit
 
     def _states(self, questions: Sequence[_Question]) -> PrefixStates | None:
-        """Return the frozen layers' output for the questions; None if no layer is frozen."""
+        """Return the output of the frozen layers for each question.
+
+        None if no layer is frozen, or there are no questions.
+        """
         if self._prefix is None or not questions:
             return None
-        # tokens and sizes of segments identify the questions among the kept outputs
+        # outputs are kept on disk for other runs, under a digest of the tokens and segment sizes
         tokens = [question.tokens for question in questions]
         sizes: list[int] = []
         for question in questions:
@@ -100,7 +106,8 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
         Args:
             question: The question.
-            frozen_output: The input that replaces the frozen layers; empty if no layer is frozen.
+            frozen_output: The model input that replaces the frozen layers, by name; empty if no
+                layer is frozen.
         """
         # the last token of the prompt, and the tokens of the choices, predict tokens of choices
         keep = len(question.tokens) - len(question.prompt) + 1
@@ -113,10 +120,12 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
         # the last token of the prompt predicts the first token of every choice
         first = log_probabilities[:1]
-        rests = log_probabilities[1:].split([len(choice) - 1 for choice in question.choices])
+        # all tokens of a choice but the last predict the next one
+        later = log_probabilities[1:].split([len(choice) - 1 for choice in question.choices])
         answers = []
-        for choice, rest in zip(question.choices, rests, strict=True):
-            predictions = torch.cat([first, rest])  # [tokens of the choice, vocabulary]
+        for choice, later_of_choice in zip(question.choices, later, strict=True):
+            # [tokens of the choice, vocabulary]
+            predictions = torch.cat([first, later_of_choice])
             tokens = torch.tensor(choice)
             log_likelihood = predictions.gather(1, tokens[:, None]).sum()
             is_greedy = (predictions.argmax(dim=-1) == tokens).all()
@@ -131,7 +140,7 @@ class _Question:
     Attributes:
         prompt: The tokens of the prompt.
         choices: The tokens of each choice.
-        numbers: The numbers of the choices' requests.
+        numbers: For each choice, the index of the request that asks for it.
     """
 
     prompt: tuple[int, ...]
@@ -154,21 +163,23 @@ class _Question:
         return list(itertools.chain.from_iterable(self.segments))
 
     def mask(self) -> Tensor:
-        """Return the causal mask ``[tokens, tokens]``.
+        """Return the causal mask ``[tokens, tokens]``: True where the row attends to the column.
 
-        A token attends to the prompt and to its own choice.
+        A token attends to the prompt and to its own choice, up to itself.
         """
         sizes = torch.tensor(self.sizes)
         # [tokens]: the segment of each token; 0 is the prompt
         segment = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-        # rows attend to columns
         is_same_segment = segment[:, None] == segment[None, :]
         is_prompt = segment[None, :] == 0
         return (is_same_segment | is_prompt).tril()
 
 
 def _group_by_prompt(requests: Sequence[Request]) -> list[_Question]:
-    """Collect the requests with the same prompt into one question, in the order of the prompts."""
+    """Collect the requests with the same prompt into one question.
+
+    Questions are in the order of their first requests.
+    """
     questions: dict[tuple[int, ...], _Question] = {}
     for number, (_, prompt_tokens, choice) in enumerate(requests):
         prompt = tuple(prompt_tokens)
@@ -180,7 +191,10 @@ def _group_by_prompt(requests: Sequence[Request]) -> list[_Question]:
 
 
 def _inputs(questions: Sequence[_Question]) -> dict[str, Tensor]:
-    """Return the model's inputs, padded on the right with tokens that attend only to themselves."""
+    """Return the model inputs of some questions, one row each.
+
+    Rows are padded on the right. Padding attends only to itself.
+    """
     token_lists = [question.tokens for question in questions]
     rows = len(questions)
     longest = max(len(tokens) for tokens in token_lists)

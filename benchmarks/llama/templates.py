@@ -19,7 +19,7 @@ class Template:
 
     Attributes:
         name: The name of the template.
-        text: The prompts; None to use the tokenizer's chat template.
+        text: The texts with placeholders; None to use the tokenizer's chat template.
         tokenizer: The model's tokenizer, with an end token.
     """
 
@@ -36,17 +36,19 @@ class Template:
         return self.text is not None
 
     def prompt(self, row: Instruction) -> str:
-        """Return the prompt of a row."""
+        """Return the prompt of a row: what the model reads before it responds."""
         if self.text is None:
             return self._render([_question(row)], add_generation_prompt=True)
         form = self.text.with_input if row.input else self.text.without_input
-        # str.format would interpret braces in the texts
+        # not str.format, which would interpret braces in the texts
         before, _, after = form.partition("{instruction}")
         after_with_input = after.replace("{input}", row.input)
         return before + row.instruction + after_with_input
 
     def response(self, row: Instruction) -> str:
-        """Return the response with its end token.
+        """Return the response that the model learns for a row, with the end of the response.
+
+        The end is the tokenizer's end token, or what a chat template writes after an answer.
 
         Raises:
             DefinitionError: The chat template changes the prompt if there is an answer.
@@ -66,10 +68,10 @@ class Template:
 
     @property
     def end_tokens(self) -> list[int]:
-        """Return the ids of the end tokens.
+        """Return the ids of the tokens that end a response.
 
-        The first is the tokenizer's. Others follow if the chat template ends a response with other
-        special tokens.
+        The first is the tokenizer's end token. Others follow if the chat template writes other
+        special tokens into a response.
         """
         end_tokens = [int(self.tokenizer.eos_token_id)]
         # a short response shows which special tokens the template adds to it
@@ -82,9 +84,10 @@ class Template:
         return end_tokens
 
     def as_chat_template(self) -> str:
-        """Return a Jinja chat template for which a user's message is an instruction.
+        """Return a Jinja chat template with the same prompts, for an exported tokenizer.
 
-        It renders messages as :meth:`prompt` and :meth:`response` render rows without an input.
+        It renders a user's message like :meth:`prompt` renders an instruction without an input, and
+        an answer like :meth:`response`.
         """
         if self.text is None:
             return str(self.tokenizer.chat_template)
@@ -112,7 +115,7 @@ class Template:
 
 
 def _question(row: Instruction) -> dict[str, str]:
-    """Return the user's message of a chat: the instruction, and below it the input, if any."""
+    """Return a row as the user's message of a chat: the instruction, then the input, if any."""
     content = row.instruction
     if row.input:
         content = f"{content}\n\n{row.input}"
@@ -125,7 +128,7 @@ def find_template(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
 ) -> Template:
-    """Return the template of a run.
+    """Return the prompt template of a run, with the tokenizer.
 
     Args:
         name: A name in ``templates``, ``chat`` for the model's own, or ``random`` for one drawn per

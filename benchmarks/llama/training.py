@@ -42,34 +42,40 @@ def train(
     progress: Progress,
     probe: Probe,
 ) -> dict[str, Any]:
-    """Train from the last complete checkpoint, if any.
+    """Train a language model, from the last complete checkpoint if there is one.
 
     The rows and the loss of a step depend neither on the number of processes nor on the size of
     micro-batches.
 
+    Args:
+        trainable: The model, which is trained in place.
+        tokenizer: The model's tokenizer.
+        spec: The settings of the run.
+        training: The training settings of the run.
+        rows: The training rows.
+        held_out: The rows of the held-out loss.
+        folder: The run's folder, for checkpoints.
+        progress: The progress line.
+        probe: The recorder of the first losses.
+
     Returns:
-        ``curve``, the loss of every step (the mean over its response tokens), and ``cost``, the
-        number of steps and their times. With ``eval_every`` also ``held_out_curve``: the ``step``
-        and ``loss`` of evaluations on ``held_out``.
+        Sections of ``metrics.json``: ``curve`` has the loss of every step (the mean over its
+        response tokens), and ``cost`` the number of steps and their times. With ``eval_every``,
+        ``held_out_curve`` has the ``step`` and ``loss`` of evaluations on ``held_out``.
     """
     stopwatch = Stopwatch()
     precision = available_precision(training.precision)
+    lengths = [len(row.tokens) for row in rows.rows]
+    collate = collator(tokenizer, packing=training.packing)
     trainer = RoutedTrainer(
         args=_trainer_arguments(spec, training, folder, precision),
-        order=EpochOrder(
-            [len(row.tokens) for row in rows.rows],
-            training.per_device_train_batch_size,
-            spec.seed,
-            by_length=False,
-        ),
+        order=EpochOrder(lengths, training.per_device_train_batch_size, spec.seed, by_length=False),
         trainable=trainable,
         base_lr_ratio=training.lora.base_lr_ratio if training.lora else 1.0,
         probe=probe,
         by_token=True,
         train_dataset=rows,
-        data_collator=without_prompt_logits(
-            collator(tokenizer, packing=training.packing), trainable.model
-        ),
+        data_collator=without_prompt_logits(collate, trainable.model),
         callbacks=[progress, stopwatch],
     )
     if training.eval_every:
@@ -80,21 +86,22 @@ def train(
             batch_size=spec.evaluation.batch_size,
             precision=precision,
         )
-        # after the stopwatch, so that it is not timed
+        # added after the stopwatch, so that the stopwatch does not time it
         trainer.add_callback(HeldOutCurve(loss_of, training.eval_every))
     trainer.train(resume_from_checkpoint=resume(trainer, progress.say))
 
-    # entries of steps and of held-out losses, also of those before a resume
+    # Trainer's log has an entry for each step and each held-out loss, also from before a resume
     log = trainer.state.log_history
     trained: dict[str, Any] = {
         "curve": [finite_or_none(entry["loss"]) for entry in log if "loss" in entry],
         "cost": stopwatch.cost(trainer.state.global_step),
     }
     if training.eval_every:
-        points = [entry for entry in log if _HELD_OUT_LOSS in entry]
-        trained["held_out_curve"] = [
-            {"step": point["step"], "loss": point[_HELD_OUT_LOSS]} for point in points
-        ]
+        points = []
+        for entry in log:
+            if _HELD_OUT_LOSS in entry:
+                points.append({"step": entry["step"], "loss": entry[_HELD_OUT_LOSS]})
+        trained["held_out_curve"] = points
     return trained
 
 
@@ -127,14 +134,14 @@ def _trainer_arguments(
 
 
 class HeldOutCurve(TrainerCallback):
-    """Compute the held-out loss before training and every few steps, without changing the training.
+    """A callback that computes the held-out loss before training and every few steps.
 
-    The last step is omitted, because the final evaluation follows. Losses are stored in Trainer's
-    log, which checkpoints keep.
+    It does not change the training. The last step is omitted, because the final evaluation follows.
+    Losses are stored in Trainer's log, which checkpoints keep.
 
     Args:
         loss: A function that computes the held-out loss of a model.
-        every: The number of steps between losses.
+        every: The number of steps between two losses.
     """
 
     def __init__(self, loss: Callable[[Any], float | None], every: int) -> None:
@@ -156,7 +163,7 @@ class HeldOutCurve(TrainerCallback):
             self._add_point(state, kwargs["model"])
 
     def _add_point(self, state: TrainerState, model: nn.Module) -> None:
-        """Compute the loss, and add it to Trainer's log."""
+        """Compute the held-out loss, and add it to Trainer's log."""
         with restore_rng_and_modes(model):
             loss = cast(Any, self._loss(model))
         state.log_history.append({_HELD_OUT_LOSS: loss, "step": state.global_step})

@@ -34,7 +34,7 @@ class MultitaskTraining(EpochTraining):
 class MultitaskBlock(VariantAxes):
     """One block of a grid: every combination of its lists is a run.
 
-    Varied method settings name the variant.
+    Method settings that a block varies are part of a run's name, such as ``N16``.
     """
 
     mixture: Names
@@ -46,7 +46,7 @@ class MultitaskBlock(VariantAxes):
 
 
 class MultitaskPart(TrainingPart):
-    """The benchmark's part of a suite."""
+    """What a suite sets for this benchmark: the grid of its runs, and the settings that differ."""
 
     training: Annotated[dict[str, Any], Changes(MultitaskTraining)] = Field({})
     """Settings that differ in this suite."""
@@ -55,7 +55,7 @@ class MultitaskPart(TrainingPart):
 
 
 class MultitaskDefinition(MethodsDefinition):
-    """A benchmark that trains encoder-decoder models on several tasks at once, as text to text."""
+    """The benchmark.yaml of a benchmark that trains encoder-decoders on several tasks at once."""
 
     tasks: str
     """File with the task definitions, in the benchmark's folder."""
@@ -68,21 +68,21 @@ class MultitaskDefinition(MethodsDefinition):
 
 
 class LearnedTask(RunTask):
-    """A task that is learned."""
+    """A task that a run learns, with the prefix that marks the rows of the task."""
 
     prefix: str
-    """The prefix of its rows."""
+    """Beginning of the text of each row."""
 
 
 class OtherTask(RunTask):
-    """An OOD evaluation set."""
+    """An out-of-domain (OOD) evaluation set, which a run does not learn."""
 
     read_as: str
     """The learned task whose prefix, field names and answers the set uses."""
 
 
 class RunMixture(Strict):
-    """The tasks of a run."""
+    """The tasks that a run learns at once, or a single task."""
 
     name: str
     """Name of the mixture, or of the single task."""
@@ -91,7 +91,7 @@ class RunMixture(Strict):
 
 
 class MultitaskSpec(RunSpec):
-    """The settings that determine the numbers of a run."""
+    """The settings that determine the numbers of a run on several tasks."""
 
     protocol: Literal["clean"]
     """The selection of epoch and hyper-parameters, by rows that are not reported."""

@@ -24,7 +24,7 @@ _DOMAINS = {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}
 class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
     """A benchmark of encoder-decoder models that learn several tasks at once.
 
-    They are evaluated on these tasks and on their OOD sets.
+    They are evaluated on these tasks and on the tasks' OOD sets.
     """
 
     package = "benchmarks.multitask"
@@ -47,7 +47,7 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
             )
         for row, method in benchmark.methods().items():
             trains_only_a_part = method.tune or method.also_train
-            # a run of this benchmark has no calibration rows for it
+            # a run of this benchmark has no calibration rows for such groups
             groups_by_coactivation = method.given().get("partition") == "coactivation"
             if trains_only_a_part or groups_by_coactivation:
                 raise DefinitionError(
@@ -56,7 +56,7 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
         return benchmark
 
     def trainable(self) -> list[str]:
-        """Return the tasks with classes and with splits for training and selection."""
+        """Return the tasks that a run can learn: with classes, and with train and dev splits."""
         return [
             name
             for name, task in self.tasks.items()
@@ -94,7 +94,7 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
             )
 
     def _learned_tasks(self, tasks: Iterable[str]) -> list[dict[str, Any]]:
-        """Make the specs of learned tasks, with the prefixes of their rows."""
+        """Make the specs of learned tasks, each with the ``prefix`` of its rows."""
         specs = []
         for name in tasks:
             prefix = self.definition.prefixes.get(name, name)
@@ -102,9 +102,13 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
         return specs
 
     def _ood_sets(self, tasks: Collection[str], exclude: Collection[str]) -> list[dict[str, Any]]:
-        """Make the specs of the OOD sets of learned tasks.
+        """Make the specs of the OOD sets of learned tasks, without excluded and learned sets.
 
-        A set is read as the first task that lists it.
+        A set is read as the first task that lists it: with the prefix, field names and answers of
+        this task.
+
+        Raises:
+            DefinitionError: A set has another number of fields than the task.
         """
         read_as: dict[str, str] = {}
         for name in tasks:

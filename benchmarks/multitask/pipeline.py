@@ -58,6 +58,9 @@ def run(spec: MultitaskSpec, folder: Path, progress: Progress) -> dict[str, Any]
 
     Returns:
         The content of ``metrics.json`` without the harness's part.
+
+    Raises:
+        DataError: Data or the model are missing, or two classes of a task have the same tokens.
     """
     load = partial(load_part, entries=load_benchmark(spec.benchmark).tasks, say=progress.say)
     splits = {task.name: _splits(task, spec.training, load) for task in spec.task.tasks}
@@ -71,7 +74,7 @@ def run(spec: MultitaskSpec, folder: Path, progress: Progress) -> dict[str, Any]
     test_scores, routing = evaluate_with_routing(
         trainable.model, partial(trainer.score_tasks, "test")
     )
-    # evaluations are part of the cost, so all come before it
+    # before `trainer.cost`, which includes all evaluations
     scores = {
         "dev": trainer.score_tasks("dev"),
         "test": test_scores,
@@ -92,9 +95,10 @@ def run(spec: MultitaskSpec, folder: Path, progress: Progress) -> dict[str, Any]
 def _splits(
     task: LearnedTask, training: MultitaskTraining, load: Callable[..., TextSplit]
 ) -> dict[str, TextSplit]:
-    """Load the splits of a task: train, dev (for selection) and test (reported).
+    """Load the splits of a task: ``train``, ``dev`` (for selection) and ``test`` (reported).
 
     A task without a test split reports the dev split, and selects with held-out training rows.
+    ``load`` loads a split, given the task, the name and the maximum number of rows.
     """
     train = load(task, "train", None)
     test = load(task, "test", training.eval_rows)
@@ -110,7 +114,7 @@ def _splits(
 def _summarise_data(
     splits: Mapping[str, Mapping[str, TextSplit]], ood: Mapping[str, TextSplit]
 ) -> dict[str, Any]:
-    """Summarise the splits of all tasks, and the OOD sets, for ``metrics.json``."""
+    """Summarise all data for ``metrics.json``, by names such as ``train:mnli`` and ``ood:hans``."""
     summaries = {}
     for name, parts in splits.items():
         for part, split in parts.items():
@@ -121,7 +125,10 @@ def _summarise_data(
 
 
 def as_text(split: TextSplit, task: LearnedTask) -> TextSplit:
-    """Format rows of a task, or of its OOD set, for T5: ``mnli premise: He ran. hypothesis: …``"""
+    """Format the rows of a task, or of an OOD set of the task, as texts for T5.
+
+    A text has the task's prefix and the named fields: ``mnli premise: He ran. hypothesis: …``
+    """
     formatted: list[tuple[str, ...]] = []
     for row in split.texts:
         fields = [f"{field}: {text}" for field, text in zip(task.fields, row, strict=True)]
@@ -173,8 +180,8 @@ class MixedOrder(EpochOrder):
     """The order of the concatenated rows of several tasks, which depends only on seed and epoch.
 
     An epoch has at most ``most`` rows of a task, so tasks are mixed in proportion to their size up
-    to a limit. A larger task uses all its rows, shuffled, before it repeats one. The rows of an
-    epoch are shuffled together.
+    to a limit. A larger task uses all its rows, in random order, before it repeats one. The rows of
+    all tasks in an epoch are shuffled together.
 
     Args:
         tasks: The number of tokens of each row, by task.
@@ -204,8 +211,8 @@ class MixedOrder(EpochOrder):
         return sum(self._rows_per_epoch.values())
 
     def __iter__(self) -> Iterator[int]:
-        rows: list[int] = []  # indices of the concatenated tasks
-        self._lengths = []  # of these rows, which the parent orders
+        rows: list[int] = []  # this epoch's rows, by index in the concatenated tasks
+        self._lengths = []  # of these rows; the parent class orders as many rows
         start = 0  # the index of the task's first row
         for name, lengths in self._tasks.items():
             for row in self._rows_of_epoch(name):
@@ -237,7 +244,9 @@ class MixedOrder(EpochOrder):
 def log_likelihoods(
     model: PreTrainedModel, batch: Mapping[str, Tensor], answers: Answers
 ) -> Tensor:
-    """Compute the log-likelihood of each answer, given the row. Rows are encoded once.
+    """Compute the log-likelihood of every answer for every row.
+
+    The encoder reads each row only once.
 
     Args:
         model: The encoder-decoder.
@@ -272,7 +281,7 @@ def log_likelihoods(
 
 
 class MultitaskTrainer(RoutedTrainer):
-    """A trainer of one model on several tasks, which also scores it.
+    """A trainer of one model on several tasks, which also scores the model.
 
     Each epoch saves a checkpoint. A killed run resumes from the last complete one, with the same
     final numbers.
@@ -284,6 +293,9 @@ class MultitaskTrainer(RoutedTrainer):
         splits: The train, dev and test splits of each task.
         folder: The folder of the run, for checkpoints.
         progress: The progress line.
+
+    Attributes:
+        probe: The recorder of the first losses.
     """
 
     def __init__(
@@ -310,26 +322,22 @@ class MultitaskTrainer(RoutedTrainer):
         self.probe = Probe()
         self._say = progress.say
         self._precision = available_precision(training.precision)
+        # the metric that chooses the epoch; None keeps the last epoch
         self._best = _MEAN if training.checkpoint_selection == "best" else None
-        learned = {
-            name: LearnedRows(
-                as_text(splits[name]["train"], task),
-                tokenizer,
-                self._max_length,
-                self._answers[name],
-            )
-            for name, task in self._tasks.items()
-        }
+
+        learned = self._learned_rows()
+        lengths = {name: task_rows.lengths for name, task_rows in learned.items()}
         # MixedOrder indexes the tasks in this order
         rows: ConcatDataset[dict[str, Any]] = ConcatDataset(learned.values())
         collate = DataCollatorForSeq2Seq(tokenizer, model=self._network)
+        # before training, on the same rows in every run
         self.probe.observe(self._network, collate(fixed_rows(rows)))
         super().__init__(
             args=epoch_arguments(
                 folder / "checkpoints", self._precision, training, spec, self._best
             ),
             order=MixedOrder(
-                {name: task_rows.lengths for name, task_rows in learned.items()},
+                lengths,
                 training.rows_per_epoch,
                 training.batch_size,
                 spec.seed,
@@ -343,6 +351,16 @@ class MultitaskTrainer(RoutedTrainer):
             callbacks=[progress, self._stopwatch],
         )
 
+    def _learned_rows(self) -> dict[str, LearnedRows]:
+        """Format and tokenise the training rows of each task."""
+        learned = {}
+        for name, task in self._tasks.items():
+            texts = as_text(self._splits[name]["train"], task)
+            learned[name] = LearnedRows(
+                texts, self._tokenizer, self._max_length, self._answers[name]
+            )
+        return learned
+
     @property
     def cost(self) -> dict[str, Any]:
         """Return the cost of training and all evaluations so far, for ``metrics.json``."""
@@ -353,10 +371,11 @@ class MultitaskTrainer(RoutedTrainer):
         }
 
     def fit(self) -> tuple[list[Epoch], Epoch]:
-        """Train from the last complete checkpoint, if any.
+        """Train, from the last complete checkpoint if there is one.
 
         Returns:
-            All epochs, and the one whose weights are kept.
+            All epochs (the number, the dev score of each task, and ``mean_score``), and the epoch
+            whose weights are kept.
         """
         self.train(resume_from_checkpoint=resume(self, self._say))
         # Trainer's log has an entry for each evaluation, and entries of other kinds
@@ -373,9 +392,9 @@ class MultitaskTrainer(RoutedTrainer):
         Trainer calls this after each epoch.
         """
         all_scores = self.score_tasks("dev")
-        scores = {
-            name: cast(float, all_scores[name][task.metric]) for name, task in self._tasks.items()
-        }
+        scores = {}
+        for name, task in self._tasks.items():
+            scores[name] = cast(float, all_scores[name][task.metric])
         mean = sum(scores.values()) / len(scores)
         metrics = {f"eval_{name}": value for name, value in scores.items()}
         metrics[f"eval_{_MEAN}"] = mean
@@ -393,9 +412,12 @@ class MultitaskTrainer(RoutedTrainer):
         }
 
     def score(self, split: TextSplit, task: LearnedTask | OtherTask) -> dict[str, float | None]:
-        """Score a split of a task or an OOD set by its most likely answers.
+        """Score a split of a task, or an OOD set, by the most likely answer to each row.
 
         Training is not disturbed: RNG state and train/eval mode are restored.
+
+        Returns:
+            The scores by metric, and ``loss`` if the set has as many classes as the task.
         """
         start = time.perf_counter()
         if isinstance(task, OtherTask):
@@ -417,7 +439,7 @@ class MultitaskTrainer(RoutedTrainer):
         return scores
 
     def _answer_likelihoods(self, rows: TokenisedRows, answers: Answers) -> NDArray[np.float32]:
-        """Compute :func:`log_likelihoods` of all rows, ``[rows, answers]``."""
+        """Compute :func:`log_likelihoods` for all rows, in batches: ``[rows, answers]``."""
         collate = DataCollatorWithPadding(self._tokenizer)
         likelihoods = []
         with restore_rng_and_modes(self._network), self.compute_loss_context_manager():

@@ -15,19 +15,19 @@ from benchmarks.text.definition import CLEAN, ID, OOD
 from benchmarks.text.outcomes import CELL, DOMAINS, KEYS, TextOutcomes
 from benchmarks.text.tables import cost_table, ood_table, tests_table, verdicts
 
-# domains besides those of TextOutcomes
+# groups of scores (domains) besides those of TextOutcomes
 ID_MEAN = "id_mean"
 TRANSFER = "transfer"
-# domains of means, with the domain of the averaged sets
+# the domains of means, each with the domain of the averaged sets
 _MEANS = {ID_MEAN: ID, OOD_MEAN: OOD}
 
 
 class MultitaskOutcomes(TextOutcomes):
     """The results of finished multi-task runs.
 
-    The training task is the mixture, or the task that is learned alone. Two domains are added.
-    ``id_mean`` is the mean over the tasks of a mixture. ``transfer`` is the score of a task in the
-    mixture minus its score if it is learned alone.
+    The column ``task`` has the mixture, or the task that is learned alone. Two groups of scores
+    (domains) are added. ``id_mean`` is the mean over the tasks of a mixture. ``transfer`` is the
+    score of a task in the mixture minus the score of the same task if it is learned alone.
     """
 
     def select_mixtures(self, frame: pd.DataFrame) -> pd.DataFrame:
@@ -39,8 +39,10 @@ class MultitaskOutcomes(TextOutcomes):
         seeds = super()._seeds()
         learned = seeds[seeds["domain"] == ID]
         together = self.select_mixtures(learned)
+        # a task that is learned alone is its own training task
         alone = learned[learned["task"] == learned["eval_task"]]
 
+        # one mean for each run
         runs = together.groupby(["protocol", *CELL, "seed"], sort=False)
         means = runs["value"].mean().reset_index().assign(domain=ID_MEAN, eval_task="")
 
@@ -62,28 +64,10 @@ class MultitaskOutcomes(TextOutcomes):
 
 
 def gains(outcomes: MultitaskOutcomes) -> Table:
-    """Make a table of the mean over sets, the best set, and the best gains of the paper."""
-    row = [*CELL, "domain"]  # the columns that identify a row of the table
-    interval = ["delta", "low", "high"]
-    rows = outcomes.select_mixtures(outcomes.rows)
-    is_mean = rows["domain"].isin(_MEANS)
-    means = rows.loc[is_mean, [*row, "mean", "std", "n", *interval]].replace({"domain": _MEANS})
-    sets = rows[rows["domain"].isin(DOMAINS)]
-    set_counts = sets.groupby(row, sort=False).size().rename("sets").reset_index()
-    # the set with the largest gain
-    compared = sets[sets["delta"].notna()]
-    best_index = compared.groupby(row, sort=False)["delta"].idxmax()
-    best_sets = compared.loc[best_index, [*row, *interval, "eval_task_title"]]
-    published = common.read_published(outcomes.benchmark)[["domain", "method", "value"]]
+    """Make a table of the mean over sets, the set with the largest gain, and the paper's gains.
 
-    with_counts = common.with_numbers(means, row, set_counts)
-    with_best_sets = common.with_numbers(with_counts, row, best_sets, "best_")
-    with_paper = common.with_numbers(with_best_sets, ["domain", "method"], published, "paper_")
-    frame = with_paper.assign(
-        where=with_paper["domain"].map(DOMAINS),
-        paper=with_paper["paper_value"].astype(float) / 100,
-        best_set=with_paper["best_eval_task_title"].fillna(MISSING),
-    )
+    It has a row for each mixture and method, in domain and out of domain.
+    """
     return Table(
         "Means over tasks and over other sets, and the paper's best gains",
         "Means over the tasks of a mixture (in domain) and over the sets that no task is trained "
@@ -108,16 +92,42 @@ def gains(outcomes: MultitaskOutcomes) -> Table:
             ),
             Column("score", "paper", "Paper, best gain", signed=True, decimals=2),
         ],
-        outcomes.order(frame, ["model", "task", "domain", "method"]),
+        outcomes.order(_gain_rows(outcomes), ["model", "task", "domain", "method"]),
         group=("model", "task", "where"),
         notes={"best_set": "Best set"},
         origins=outcomes.shared_origins,
     )
 
 
+def _gain_rows(outcomes: MultitaskOutcomes) -> pd.DataFrame:
+    """Compute the rows of :func:`gains`, not yet in order."""
+    row = [*CELL, "domain"]  # the columns that identify a row
+    interval = ["delta", "low", "high"]
+    rows = outcomes.select_mixtures(outcomes.rows)
+    is_mean = rows["domain"].isin(_MEANS)
+    # named like the domain of the averaged sets
+    means = rows.loc[is_mean, [*row, "mean", "std", "n", *interval]].replace({"domain": _MEANS})
+    sets = rows[rows["domain"].isin(DOMAINS)]
+    set_counts = sets.groupby(row, sort=False).size().rename("sets").reset_index()
+    # the set with the largest gain
+    compared = sets[sets["delta"].notna()]
+    best_index = compared.groupby(row, sort=False)["delta"].idxmax()
+    best_sets = compared.loc[best_index, [*row, *interval, "eval_task_title"]]
+    published = common.read_published(outcomes.benchmark)[["domain", "method", "value"]]
+
+    with_counts = common.with_numbers(means, row, set_counts)
+    with_best_sets = common.with_numbers(with_counts, row, best_sets, "best_")
+    with_paper = common.with_numbers(with_best_sets, ["domain", "method"], published, "paper_")
+    return with_paper.assign(
+        where=with_paper["domain"].map(DOMAINS),
+        paper=with_paper["paper_value"].astype(float) / 100,
+        best_set=with_paper["best_eval_task_title"].fillna(MISSING),
+    )
+
+
 def transfer(outcomes: MultitaskOutcomes) -> Table:
     """Make a table of the difference between learning a task with others and learning it alone."""
-    frame = outcomes.of(TRANSFER, CLEAN).drop(columns="scope")
+    differences = outcomes.of(TRANSFER, CLEAN).drop(columns="scope")
     return Table(
         "Learned together against learned alone",
         "Score of a task that is learned with the others minus its score if it is learned alone, "
@@ -137,15 +147,19 @@ def transfer(outcomes: MultitaskOutcomes) -> Table:
                 signed=True,
             ),
         ],
-        frame.assign(**{RUNS: _compared_runs(outcomes, frame)}),
+        differences.assign(**{RUNS: _compared_runs(outcomes, differences)}),
     )
 
 
 def _compared_runs(outcomes: MultitaskOutcomes, frame: pd.DataFrame) -> pd.Series[str]:
-    """Return the folders of the runs behind each row: those of the mixture, then those alone."""
+    """Return for each row the folders of the compared runs, separated by blanks.
+
+    The runs of the mixture come first, then the runs that learn the row's task alone.
+    """
     run_ids = outcomes.origins.groupby(["model", "method", "task"])["run_id"].unique()
 
     def folders_text(ids: Iterable[str]) -> str:
+        """Write the folders of some runs, separated by blanks."""
         return " ".join(f"{outcomes.name}/{run_id}" for run_id in ids)
 
     folders = run_ids.map(folders_text)

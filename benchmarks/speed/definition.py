@@ -15,9 +15,9 @@ MEASURES = ("layer", "step", "forward", "generate", "partition")
 
 
 class Settings(Strict):
-    """All settings, in their order in a run's name.
+    """All settings of measurements, in their order in a run's name.
 
-    Each measure uses those in its `measures` entry.
+    A measure uses only the settings that its entry below `measures` has.
     """
 
     layers: Layers = "all"
@@ -39,7 +39,7 @@ class Settings(Strict):
 
 
 class Measure(Entry):
-    """A measurement, such as the time of one FFN."""
+    """A kind of measurement, such as the time of one FFN, with its default settings."""
 
     caption: str
     """Description of the measurement for the table."""
@@ -48,7 +48,7 @@ class Measure(Entry):
 
 
 class MeasurementResources(Resources):
-    """Reservations of the scheduler for one run."""
+    """Resources that the scheduler reserves for one run."""
 
     threads: Whole = 0
     """CPU threads; 0 for all threads of the machine, so that no other run disturbs this one."""
@@ -66,16 +66,19 @@ class MeasurementBlock(Strict):
 
 
 class MeasurementPart(SuitePart):
-    """The benchmark's part of a suite."""
+    """What a suite sets for this benchmark: the grid of its runs, and their resources."""
 
     resources: MeasurementResources = MeasurementResources()
-    """Reservations of the scheduler for one run."""
+    """Resources that the scheduler reserves for one run."""
     grid: Annotated[list[MeasurementBlock], Field(min_length=1)]
-    """Blocks of runs; each is the product of its lists."""
+    """Blocks of runs. Every combination of a block's lists is a run."""
 
 
 class MeasurementDefinition(Definition):
-    """A benchmark that trains nothing. Each run measures all candidates under one setting."""
+    """The benchmark.yaml of a benchmark that measures speed and trains nothing.
+
+    Each run measures the compared implementations (candidates) under one setting.
+    """
 
     models: dict[str, dict[str, Any] | None]
     """Models by name: a configuration (random weights), or null for a model of models.yaml."""
@@ -86,9 +89,10 @@ class MeasurementDefinition(Definition):
 
 
 class MeasureName(Strict):
-    """The measure of a run."""
+    """The measure of a run, such as ``layer``."""
 
     name: str
+    """A name in `measures`."""
 
 
 class MeasurementSpec(RunSpec):

@@ -1,4 +1,4 @@
-"""Plan measurements: a run per model and setting, which measures all candidates."""
+"""Plan measurements: a run per model and setting, which measures all compared implementations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from benchmarks.speed.definition import (
 
 
 class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, MeasurementPart]):
-    """A benchmark whose runs measure all candidates under one setting, without training."""
+    """A benchmark whose runs measure speed, without training.
+
+    A run measures all compared implementations (candidates) under one setting.
+    """
 
     package = "benchmarks.speed"
     spec_model = MeasurementSpec
@@ -49,7 +52,10 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
 
         Args:
             part: The benchmark's part of the suite.
-            number: The number of the block in its grid.
+            number: The index of the block in the grid.
+
+        Raises:
+            DefinitionError: The block has an unknown name, or an invalid setting.
         """
         definition = self.definition
         block = part.settings.grid[number]
@@ -58,11 +64,12 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
         check_names(where.at("model"), block.model, self._known_models())
         defaults = definition.measures[block.measure].settings.given()
         check_names(where.at("settings"), block.settings, defaults)
-        keys = ("benchmarks", self.name, "grid", number, "settings")
+        key_path = ("benchmarks", self.name, "grid", number, "settings")
         for model in block.model:
+            # every combination of the lists of settings
             for values in itertools.product(*block.settings.values()):
                 varied = dict(zip(block.settings, values, strict=True))
-                settings = parse({**defaults, **varied}, Settings, part.file, *keys).given()
+                settings = parse({**defaults, **varied}, Settings, part.file, *key_path).given()
                 candidates = settings["candidates"]
                 check_names(where.at("settings", "candidates"), candidates, definition.candidates)
                 variant = _variant(settings, defaults)
@@ -78,7 +85,7 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
                 )
 
     def _known_models(self) -> list[str]:
-        """Return the names of the definition's models that a configuration or models.yaml has."""
+        """Return the models that can be built: with a configuration, or known in models.yaml."""
         names = []
         for name, config in self.definition.models.items():
             if config or name in load_models():
@@ -86,7 +93,7 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
         return names
 
     def _model_spec(self, name: str) -> dict[str, Any]:
-        """Return the settings of a model for a run's spec."""
+        """Return the ``model`` section of a run's spec."""
         config = self.definition.models[name]
         if config:
             return {"name": name, "config": config}
@@ -97,7 +104,7 @@ def _variant(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
     """Name the settings that differ from their defaults, such as ``tokens=64-threads=2``."""
     changed = []
     for key, value in settings.items():
-        # each run measures all candidates
+        # candidates do not name a run, because each run measures several of them
         if key != "candidates" and value != defaults[key]:
             changed.append(f"{key}={value}")
     return "-".join(changed)

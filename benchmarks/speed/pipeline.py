@@ -1,4 +1,4 @@
-"""Measure candidates under one setting with torch.utils.benchmark, in turn in one process."""
+"""Measure implementations (candidates) in turn in one process, with torch.utils.benchmark."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from emoe.clustering import balanced_kmeans, explained_variance_ratio
 
 _ROUNDS = 5
 _MIN_SECONDS = 0.1  # time of a candidate per round
-# the timed statement of each measure; `variables` sets its names
+# the timed statement of each measure; `variables` returns the values of the names in it
 _STATEMENTS = {
     "layer": "net.zero_grad(); net.layers[0].mlp(x.detach().requires_grad_()).backward(x)",
     "step": (
@@ -42,12 +42,16 @@ _STATEMENTS = {
 
 
 def run(spec: MeasurementSpec, _folder: Path, progress: Progress) -> dict[str, Any]:
-    """Measure the candidates of a run. Return their numbers for ``metrics.json``.
+    """Measure the compared implementations (candidates) of a run.
 
     Args:
         spec: The run's spec.
         _folder: The run's folder, in which nothing is written.
-        progress: The printer of progress lines.
+        progress: The progress line.
+
+    Returns:
+        The content of ``metrics.json`` without the harness's part: ``measured`` has the numbers of
+        each candidate, and ``cost`` is empty.
     """
     measure = spec.task.name
     settings = spec.settings
@@ -59,6 +63,7 @@ def run(spec: MeasurementSpec, _folder: Path, progress: Progress) -> dict[str, A
     if measure == "partition":
         measured = measure_partition(dense, settings)
     else:
+        # these measures include a backward pass
         is_trained = measure in ("layer", "step")
         dense.train(is_trained)
         timers = make_timers(dense, measure, settings, spec.seed)
@@ -67,13 +72,13 @@ def run(spec: MeasurementSpec, _folder: Path, progress: Progress) -> dict[str, A
 
 
 def make_timers(dense: Any, measure: str, settings: Settings, seed: int) -> dict[str, Timer]:
-    """Make a timer for the dense model and for each candidate, by name."""
+    """Make a timer of the measure's statement for the dense model and each candidate, by name."""
     timers = {}
     for name in ("dense", *settings.candidates):
         net = dense
         if name != "dense":
             net = make_candidate(name, dense, settings)
-        # the same inputs for all
+        # the same random inputs for all
         torch.manual_seed(derive_seed("speed", seed))
         timers[name] = Timer(
             _STATEMENTS[measure], globals=variables(net, settings), num_threads=settings.threads
@@ -82,11 +87,12 @@ def make_timers(dense: Any, measure: str, settings: Settings, seed: int) -> dict
 
 
 def make_candidate(name: str, dense: Any, settings: Settings) -> Any:
-    """Make the model that a candidate of a measurement times.
+    """Make the model of a candidate, whose time is compared with that of the dense model.
 
     Args:
-        name: A backend or ``inference``, for a converted copy of the dense model. Or ``mixtral_``
-            and an implementation of experts, for transformers' expert layer with the sizes of the
+        name: The name of the candidate. A backend, such as ``sparse``, or ``inference`` stands for
+            a converted copy of the dense model. ``mixtral_`` with an implementation of experts,
+            such as ``mixtral_eager``, stands for transformers' expert layer with the sizes of the
             dense model's FFN.
         dense: The dense model.
         settings: The settings of the run.
@@ -124,10 +130,10 @@ def _make_mixtral(implementation: str, dense: Any, num_experts: int, top_k: int)
 
 
 def variables(net: Any, settings: Settings) -> dict[str, Any]:
-    """Return the variables of the timed statements.
+    """Return the variables of the timed statements, by name.
 
-    They are the model (``net``), its ``inputs``, the input ``x`` of an FFN ``[1, tokens, width]``,
-    and an ``optimizer``.
+    They are the model ``net``, the ``inputs`` of the model, the input ``x`` of an FFN
+    ``[1, tokens, width]``, and an ``optimizer``. The inputs are random.
     """
     config = net.config
     num_rows = settings.batch_size
@@ -143,15 +149,20 @@ def variables(net: Any, settings: Settings) -> dict[str, Any]:
 
 
 def time_in_turn(timers: Mapping[str, Timer]) -> dict[Any, Any]:
-    """Time all candidates, including ``dense``, in each round, so that disturbances affect all.
+    """Time all candidates in each round, so that disturbances of the machine affect all of them.
 
-    Each round begins with a warm-up. The ``ratio`` is to the dense time in the same round (median,
-    lowest, highest).
+    Args:
+        timers: The timers of the candidates, by name. One of them is ``dense``.
+
+    Returns:
+        For each candidate, the median ``seconds``, and the time as a ratio to the dense time in the
+        same round: the median ``ratio``, and the extremes ``ratio_low`` and ``ratio_high``.
     """
     rounds = []
     for _ in range(_ROUNDS):
         seconds_of_round = {}
         for name, timer in timers.items():
+            # begins with a warm-up
             measurement = timer.blocked_autorange(min_run_time=_MIN_SECONDS)
             seconds_of_round[name] = measurement.median
         rounds.append(seconds_of_round)
@@ -169,7 +180,10 @@ def time_in_turn(timers: Mapping[str, Timer]) -> dict[Any, Any]:
 
 
 def measure_partition(net: Any, settings: Settings) -> dict[str, dict[str, float]]:
-    """Measure balanced clustering of the last layer's keys.
+    """Measure the balanced clustering of the neurons in the last FFN, by their keys.
+
+    A key is the in-projection's weight vector of a neuron. The candidates are EMoE's clustering
+    (``emoe``) and that of the authors (``kmeans_constrained``).
 
     Returns:
         For each candidate, ``seconds`` and ``inertia``: the share of the variance that the clusters
@@ -193,10 +207,15 @@ def measure_partition(net: Any, settings: Settings) -> dict[str, dict[str, float
 
 
 def _kmeans_constrained(keys: Tensor, num_clusters: int) -> Tensor:
-    """Cluster as the authors do: normalised keys, equal sizes, ten starts, random state 0."""
+    """Cluster as the authors do: normalised keys, equal sizes, ten starts, random state 0.
+
+    Returns:
+        The cluster of each neuron, ``[neurons]``.
+    """
     from k_means_constrained import KMeansConstrained
 
     size = len(keys) // num_clusters
+    # ten starts are the default
     clusterer = KMeansConstrained(
         n_clusters=num_clusters, size_min=size, size_max=size, random_state=0
     )

@@ -22,10 +22,10 @@ class Measurements:
     """The finished runs of a benchmark, and all their numbers.
 
     Attributes:
-        definition: The benchmark's definition.
+        definition: The content of benchmark.yaml.
         runs: The finished runs.
-        origins: A row for each number of a run. ``task`` is the measure and ``eval_task`` the
-            candidate.
+        origins: A row for each number of a run, from :func:`tabulate_numbers`. ``task`` is the
+            measure, and ``eval_task`` is the measured implementation (candidate).
     """
 
     definition: MeasurementDefinition
@@ -33,21 +33,22 @@ class Measurements:
     origins: pd.DataFrame
 
     def claim_numbers(self) -> pd.DataFrame:
-        """Return the ratios of every setting, for claims."""
+        """Return the ratios of every setting to the dense time, for claims."""
         is_ratio = self.origins["metric"].str.startswith("ratio")
         ratios = self.origins[is_ratio].drop(columns="method")
-        # claims compare methods in a domain
+        # claims compare methods in a domain; here these are the candidates of a measure
         named = ratios.rename(columns={"task": "domain", "eval_task": "method"})
         return join_claim_numbers(named)
 
 
 def measure_table(name: str, measured: Measurements) -> Table:
-    """Make the table of one measure.
+    """Make the table of the measure ``name``.
 
-    It has a row per run, in the order of the grid, with the numbers of each candidate.
+    It has a row per run, in the order of the grid. The columns are the settings of the run and the
+    numbers of each measured implementation (candidate).
     """
     measure = measured.definition.measures[name]
-    # candidates are columns, so they are no heading of a row
+    # candidates have columns of their own, so a row is not identified by them
     settings = [key for key in measure.settings.given() if key != "candidates"]
     keys = ["model", *settings]
     rows = []
@@ -62,19 +63,21 @@ def measure_table(name: str, measured: Measurements) -> Table:
     values = named.pivot(index="run_id", columns="column", values="value")
     frame = runs.merge(values, on="run_id")
 
-    columns = []
+    shown = []
     for candidate, title in measured.definition.candidates.items():
-        columns += _candidate_columns(candidate, title)
-    # the ratio of the dense model to itself is 1
-    shown = [
-        column for column in columns if column.value in frame and column.value != "dense_ratio"
-    ]
+        for column in _candidate_columns(candidate, title):
+            # the ratio of the dense model to itself is 1
+            if column.value in frame and column.value != "dense_ratio":
+                shown.append(column)
     headings = {key: key.replace("_", " ").capitalize() for key in keys}
     return Table(measure.title, measure.caption, headings, shown, frame)
 
 
 def _candidate_columns(candidate: str, title: str) -> list[Column]:
-    """Return the columns of a candidate that a measure may have."""
+    """Return all columns that a candidate can have in a table: time, ratio, inertia.
+
+    A measure has only some of them.
+    """
     interval = (f"{candidate}_ratio_low", f"{candidate}_ratio_high")
     return [
         Column("milliseconds", f"{candidate}_seconds", title),
@@ -87,7 +90,7 @@ TABLES = {name: partial(measure_table, name) for name in MEASURES}
 
 
 def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
-    """Present finished runs."""
+    """Present the finished runs of the benchmark."""
     runs = [record.run for record in records]
     measured = Measurements(benchmark.definition, runs, tabulate_numbers(records))
     return Presentation(benchmark, TABLES, {}, measured)

@@ -27,7 +27,7 @@ from benchmarks.llama.encoding import (
     without_prompt_logits,
 )
 from benchmarks.llama.evaluation import held_out_loss
-from benchmarks.llama.instructions import load_instructions, parse, refuse_broken
+from benchmarks.llama.instructions import load_instructions, parse_instructions, refuse_broken
 from benchmarks.llama.templates import Template, find_template
 from tests.conftest import fetched
 
@@ -77,7 +77,7 @@ def test_broken_rows_are_named_and_the_others_are_read(
         json.dumps({**GOOD, "input": None}).encode(),
     ]
     content = b"\r\n".join([*rows, b""]) if noun == "line" else b"[" + b",".join(rows) + b"]"
-    result = parse(codecs.BOM_UTF8 + content, "x", lines=noun == "line")
+    result = parse_instructions(codecs.BOM_UTF8 + content, "x", lines=noun == "line")
     assert [(row.position, row.input) for row in result.rows] == [
         (f"{noun} 1", "1 and 2"),
         (f"{noun} {len(rows)}", ""),
@@ -106,7 +106,7 @@ def test_broken_rows_are_named_and_the_others_are_read(
 )
 def test_a_damaged_list_is_refused(content: bytes, message: str) -> None:
     with pytest.raises(DataError, match=rf"x\.json {message}"):
-        parse(content, "x.json", lines=False)
+        parse_instructions(content, "x.json", lines=False)
 
 
 def test_a_set_is_read_from_the_users_file_else_the_package(

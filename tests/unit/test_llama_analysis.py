@@ -15,8 +15,8 @@ from benchmarks.harness.report.claims import Comparison
 from benchmarks.harness.report.evidence import find_evidence
 from benchmarks.harness.results.records import read_record
 from benchmarks.llama.outcomes import InstructionOutcomes
-from benchmarks.llama.presentation import paper, results, verdicts
-from benchmarks.llama.presentation import tests as paired_tests
+from benchmarks.llama.presentation import paper_table, results, verdicts
+from benchmarks.llama.presentation import tests_table as paired_tests
 from emoe.config import resolve_layers
 from tests.fake_runs import edit, records, write_runs
 from tests.planned import edited_part, paper_runs, plan, specs
@@ -133,14 +133,14 @@ def test_claims_pair_questions_and_average_seeds_as_the_table_does(runs: list[Ru
 
 
 def test_the_papers_numbers_are_beside_ours(runs: list[Run]) -> None:
-    frame = paper(outcomes_of(runs)).frame
+    frame = paper_table(outcomes_of(runs)).frame
     assert frame["value"].dropna().tolist() == pytest.approx(
         [0.5618, 0.5711, 0.4696, 0.4758, 0.4650, 0.4808]
     )
     assert frame["difference"].isna().all()  # MMLU-dev is not MMLU
     published = [run for run in paper_runs("llama") if run.spec["seed"] == 0]
     write_runs(published)
-    frame = paper(outcomes_of(published)).frame
+    frame = paper_table(outcomes_of(published)).frame
     row = frame[
         (frame["model"] == "llama2-7b") & (frame["tuning"] == "full") & (frame["method"] == "dense")
     ]
