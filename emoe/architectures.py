@@ -187,9 +187,8 @@ class FFN:
         index: number of the FFN in the model.
         name: qualified name of the FFN's layer.
         spec: location of the FFN's modules in its layer.
-        parents: the module that has each path's last name as an attribute, by path. The layer
-            itself is not stored, so that copying an FFN does not copy the attention, unless it is
-            such a parent.
+        parents: by path, the module that has the path's last name as an attribute. The layer is
+            among them only if it is such a parent, so that a copy of an FFN has no attention.
         rows_first: true if the layer takes ``[rows, tokens, h]``, false for PyTorch's own layers
             with ``batch_first=False``.
     """
