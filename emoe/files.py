@@ -576,7 +576,7 @@ def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None
 
 def _save_timm_config(model: nn.Module, folder: Path) -> None:
     """Write the ``config.json`` of a timm model."""
-    # timm's public function uploads the model, too
+    # private, because timm's public functions also write the weights
     from timm.models._hub import save_config_for_hf
 
     path: Any = folder / STOCK_CONFIG_FILE  # declared as a string, but older releases need a path
