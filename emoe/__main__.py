@@ -139,7 +139,6 @@ def convert(
     for text in others:
         name, value = _parse_field(text)
         fields[name] = value
-
     config = _build_config(kind, as_published, fields)
     if kind == "emoe" and config.partition == "coactivation":
         raise ConfigError(
@@ -148,11 +147,7 @@ def convert(
 
     # check both folders before the model is loaded, which takes long
     files.check_new(output)
-    source = files.model_folder(model)
-    if checkpoint.read_experts(source) is not None:
-        raise CheckpointError(
-            f"{source} holds experts already; fold them back first (python -m emoe to-dense)"
-        )
+    source = _dense_folder(model)
 
     loader = files.loader_for(source)
     network = files.load_stock(loader, source).eval()
@@ -167,12 +162,26 @@ def convert(
 def _build_config(kind: str, as_published: str | None, fields: dict[str, Any]) -> Any:
     """Build an ``emoe`` or ``gmoe`` configuration from its fields.
 
-    ``as_published`` names the authors' code whose settings replace the defaults, if it is not None.
+    If ``as_published`` is not None, it names the authors' code whose settings replace the defaults.
     """
     cls: Any = emoe.EMoEConfig if kind == "emoe" else emoe.GMoEConfig
     if as_published is None:
         return cls(**fields)
     return cls.as_published(as_published, **fields)
+
+
+def _dense_folder(model: str) -> Path:
+    """Return the folder of a dense model, downloaded if ``model`` is a hub id.
+
+    Raises:
+        CheckpointError: the folder holds experts.
+    """
+    source = files.model_folder(model)
+    if checkpoint.read_experts(source) is not None:
+        raise CheckpointError(
+            f"{source} holds experts already; fold them back first (python -m emoe to-dense)"
+        )
+    return source
 
 
 @cli.command(short_help="Show the content of a converted folder.")

@@ -143,7 +143,9 @@ REGISTRY: dict[str, tuple[FFNSpec, ...]] = {
 
 
 def register_ffn(key: str, *specs: FFNSpec) -> None:
-    """Add an architecture to the registry, or replace it: where its models have their FFNs.
+    """Register where the models of an architecture have their FFNs.
+
+    An earlier entry of the same key is replaced.
 
     >>> class Net(torch.nn.Module):
     ...     def __init__(self):
@@ -185,9 +187,8 @@ class FFN:
         index: number of the FFN in the model.
         name: qualified name of the FFN's layer.
         spec: location of the FFN's modules in its layer.
-        parents: the module that has each path's last name as an attribute, by path. The layer
-            itself is not stored, so that copying an FFN does not copy the attention, unless it is
-            such a parent.
+        parents: by path, the module that has the path's last name as an attribute. The layer is
+            among them only if it is such a parent, so that a copy of an FFN has no attention.
         rows_first: true if the layer takes ``[rows, tokens, h]``, false for PyTorch's own layers
             with ``batch_first=False``.
     """
@@ -273,7 +274,7 @@ class FFN:
 
     def keys_of(self, weight: Tensor) -> Tensor:
         """View an in-projection weight as key vectors ``[d, h]``."""
-        return self.activated_rows(self._as_out_in(weight))
+        return self.activated_rows(self._in_linear_layout(weight))
 
     def key_bias(self) -> Tensor | None:
         """Return the bias of the pre-activations ``[d]`` as a view, or None."""
@@ -292,7 +293,7 @@ class FFN:
         first, last = tensor.chunk(2)
         return first if self.spec.fused == "first" else last
 
-    def _up_half(self, tensor: Tensor, dim: int = 0) -> Tensor:
+    def _up_projection_half(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """Return the up-projection's half of a tensor whose dimension ``dim`` runs over neurons.
 
         If the in-projection is not fused, return the whole tensor.
@@ -300,14 +301,15 @@ class FFN:
         if self.spec.fused is None:
             return tensor
         first, last = tensor.chunk(2, dim)
+        # the other half than the activated one
         return last if self.spec.fused == "first" else first
 
     def values(self) -> Tensor:
         """View the out-projection's weight as value vectors ``[h, d]``, one column per neuron."""
-        return self._as_out_in(weight_of(self.proj_out))
+        return self._in_linear_layout(weight_of(self.proj_out))
 
-    def _as_out_in(self, weight: Tensor) -> Tensor:
-        """View a weight as ``[out, in]``, transposed if the spec stores ``[in, out]``."""
+    def _in_linear_layout(self, weight: Tensor) -> Tensor:
+        """View a projection's weight as ``[out, in]``, the layout of ``nn.Linear``."""
         return weight.t() if self.spec.transposed else weight
 
     def blocks(self, num_experts: int) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor]:
@@ -316,32 +318,43 @@ class FFN:
         ``N`` is the number of experts, ``s`` the number of neurons of an expert.
 
         Returns:
-            The in-projections: weight ``[N, s, h]`` and bias ``[N, s]`` (or None) of the activated
-            one, then those of the up-projection if the FFN is gated. And the values ``[N, s, h]``.
+            A list of the in-projections, and the out-projection's values ``[N, s, h]``. The list
+            has the weight ``[N, s, h]`` and the bias ``[N, s]`` (or None) of each in-projection:
+            first the activated one, then the up-projection if the FFN is gated.
         """
         in_projections = [_by_expert(self.keys(), self.key_bias(), num_experts)]
         if self.gated:
-            # a fused in-projection is also the up-projection
-            projection = self._up_module()
-            weight = self._up_half(self._as_out_in(weight_of(projection)))
-            bias = bias_of(projection)
-            if bias is not None:
-                bias = self._up_half(bias)
-            in_projections.append(_by_expert(weight, bias, num_experts))
-        values, _ = _by_expert(self.values().t(), None, num_experts)
+            in_projections.append(_by_expert(self._up_weight(), self._up_bias(), num_experts))
+        value_rows = self.values().t()  # [d, h], one row per neuron
+        values, _no_bias = _by_expert(value_rows, None, num_experts)
         return in_projections, values
 
     def _up_module(self) -> nn.Module:
-        """Return the module that computes the up-projection: the in-projection if it is fused."""
+        """Return the module that computes the up-projection of a gated FFN.
+
+        It is the in-projection if that module holds both.
+        """
         if self.proj_up is None:
             return self.proj_in
         return self.proj_up
+
+    def _up_weight(self) -> Tensor:
+        """View the up-projection's weight as ``[d, h]``, one row per neuron."""
+        weight = weight_of(self._up_module())
+        return self._up_projection_half(self._in_linear_layout(weight))
+
+    def _up_bias(self) -> Tensor | None:
+        """Return the up-projection's bias ``[d]`` as a view, or None."""
+        bias = bias_of(self._up_module())
+        if bias is None:
+            return None
+        return self._up_projection_half(bias)
 
     def up(self, x: Tensor) -> Tensor:
         """Compute the up-projection ``[..., d]`` of inputs ``[..., h]`` of a gated FFN."""
         module = self._up_module()
         projection = getattr(module, "projection", module)  # unwrap the sparse backend
-        return self._up_half(projection(x), -1)
+        return self._up_projection_half(projection(x), dim=-1)
 
     def neuron_dims(self) -> dict[str, int]:
         """Map each projection tensor's path to the dimension that runs over neurons.
@@ -362,18 +375,19 @@ class FFN:
 
         Args:
             path: path of the tensor, a key of :meth:`neuron_dims`.
-            tensor: the tensor, or another one of its shape.
+            tensor: the FFN's tensor at this path.
             neurons: numbers ``[n]`` of the neurons, in their new order. A number may occur several
                 times.
         """
         dim = self.neuron_dims()[path]
         indices = neurons.to(tensor.device)
-        is_out = path == f"{self.spec.proj_out}.weight"
-        if is_out or self.spec.fused is None:
-            return tensor.index_select(dim, indices)
-        # both halves have the same neurons
-        halves = [half.index_select(dim, indices) for half in tensor.chunk(2, dim)]
-        return torch.cat(halves, dim)
+        is_in_projection = path != f"{self.spec.proj_out}.weight"
+        if is_in_projection and self.spec.fused is not None:
+            # each neuron is in both halves: one is activated, the other is the up-projection
+            first, last = tensor.chunk(2, dim)
+            halves = [first.index_select(dim, indices), last.index_select(dim, indices)]
+            return torch.cat(halves, dim)
+        return tensor.index_select(dim, indices)
 
     @torch.no_grad()
     def permute_(self, permutation: Tensor) -> None:
@@ -429,8 +443,8 @@ def find_specs(model: nn.Module) -> tuple[FFNSpec, ...]:
 def find_ffns(model: nn.Module) -> list[FFN]:
     """Find all FFNs of a model.
 
-    They are numbered from 0 in the order of the layers, and by spec if the architecture has
-    several: T5's encoder comes before its decoder.
+    They are numbered from 0 in the order of the layers. If the architecture has several specs, the
+    FFNs of the first spec come first: T5's encoder before its decoder.
 
     Raises:
         ConversionError: the architecture is not in the registry, or the model lacks a list of
@@ -454,7 +468,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
         # if several specs match the same FFN, the first one is used
         in_projection = (id(layer), spec.proj_in)
         if in_projection not in ffns:
-            ffns[in_projection] = _locate_ffn(len(ffns), name, layer, spec)
+            ffns[in_projection] = _locate_ffn(index=len(ffns), name=name, layer=layer, spec=spec)
 
     # with several specs, one may be for FFNs that this model does not have
     may_miss = len(specs) > 1 and len(ffns) > 0
@@ -466,11 +480,17 @@ def find_ffns(model: nn.Module) -> list[FFN]:
 def _find_layers(model: nn.Module, spec: FFNSpec) -> list[tuple[str, nn.Module]]:
     """Return a model's layers and their qualified names.
 
-    The layers are the elements of the module lists whose names end in ``spec.layers``.
+    The layers are the elements of the module lists whose names end in ``spec.layers``, in which
+    ``*`` stands for any one name.
+
+    Raises:
+        ConversionError: several lists match, although ``spec.layers`` has no ``*``.
     """
-    # "stages.*.blocks" matches stages.0.blocks and model.stages.1.blocks
-    suffix = re.escape(spec.layers).replace(r"\*", r"[^.]+")
-    pattern = re.compile(r"(.*\.)?" + suffix)
+    # for example, "stages.*.blocks" matches stages.0.blocks and model.stages.1.blocks
+    any_prefix = r"(.*\.)?"
+    any_name = r"[^.]+"
+    parts_around_stars = [re.escape(part) for part in spec.layers.split("*")]
+    pattern = re.compile(any_prefix + any_name.join(parts_around_stars))
     lists = {}
     for name, module in model.named_modules():
         if pattern.fullmatch(name) and isinstance(module, nn.ModuleList | nn.Sequential):
@@ -494,10 +514,10 @@ def _locate_ffn(index: int, name: str, layer: nn.Module, spec: FFNSpec) -> FFN:
     for path in spec.paths():
         parent_path, _, _ = path.rpartition(".")
         parents[path] = layer.get_submodule(parent_path)
-    # PyTorch's own layers may take [tokens, rows, h], which their attention stores
+    # PyTorch's own layers take [tokens, rows, h] if their attention has batch_first=False
     attention = getattr(layer, "self_attn", None)
     rows_first = bool(getattr(attention, "batch_first", True))
-    return FFN(index, name, spec, parents, rows_first)
+    return FFN(index=index, name=name, spec=spec, parents=parents, rows_first=rows_first)
 
 
 def weight_of(module: nn.Module) -> Tensor:

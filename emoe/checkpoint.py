@@ -26,7 +26,8 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from emoe import files
-from emoe.architectures import FFN, find_ffns, has_plain_weight
+from emoe.architectures import FFN, find_ffns, has_plain_weight, weight_of
 from emoe.checks import check_divisible
 from emoe.config import EMoEConfig, GMoEConfig
 from emoe.convert import converted_layers, finish_conversion_, widen
@@ -56,7 +57,10 @@ from emoe.routers import is_offloaded, unsharded, weights_in_place
 CONFIG_FILE = "emoe_config.json"
 PARTITION_FILE = "emoe_partition.safetensors"
 EXTRA_FILE = "emoe_extra.safetensors"
-_WITHOUT_FILE = "without this file the model loads, and its neurons' original order is unknown"
+# the end of messages about the partition file
+_LOADS_WITHOUT_FILE = (
+    "without this file the model loads, and its neurons' original order is unknown"
+)
 _NORM_TOLERANCE = 0.02  # for key norms after a cast to bfloat16
 
 
@@ -207,20 +211,32 @@ def read_experts(folder: Path) -> Experts | None:
     it with the weights. A damaged file raises :class:`CheckpointError`.
     """
     settings = files.read_settings(folder)
-    path = folder / files.STOCK_CONFIG_FILE  # the file that an error names
-    try:
-        quantization_config: Any = settings.get(QUANTIZATION_CONFIG)
-        if is_ours(quantization_config):
+    path = folder / files.STOCK_CONFIG_FILE
+    quantization_config: Any = settings.get(QUANTIZATION_CONFIG)
+    if is_ours(quantization_config):
+        with _damage_reported(path):
             return Experts.from_quantization_config(quantization_config)
-        content = settings.get(SEPARATE_KEY)
-        if not content:
-            path = folder / CONFIG_FILE
-            if not path.exists():
-                return None
-            content = files.read_object(path)
-        return Experts.from_dict(content["config"], content["layers"])
-    except CheckpointError:  # names the file already
-        raise
+
+    # a quantised model, or a folder of emoe 0.1
+    content = settings.get(SEPARATE_KEY)
+    if content:
+        with _damage_reported(path):
+            return Experts.from_dict(content["config"], content["layers"])
+
+    # a timm or plain model
+    small_path = folder / CONFIG_FILE
+    if small_path.exists():
+        content = files.read_object(small_path)
+        with _damage_reported(small_path):
+            return Experts.from_dict(content["config"], content["layers"])
+    return None
+
+
+@contextmanager
+def _damage_reported(path: Path) -> Iterator[None]:
+    """Turn an error that a file's wrong content causes into a :class:`CheckpointError`."""
+    try:
+        yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {files.one_line(error)}") from error
 
@@ -268,13 +284,19 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
     # transformers calls emoe.loader, which builds the experts before the weights load
     if is_ours(stored):
         return files.load_stock(loader, folder, **options)
+    return _load_emoe_0_1(loader, folder, experts, options)
 
-    # emoe 0.1 described the experts elsewhere, so transformers gets a configuration that names
-    # emoe.loader
-    config, others = _read_config(folder, options)
+
+def _load_emoe_0_1(loader: Any, folder: Path, experts: Experts, options: Mapping[str, Any]) -> Any:
+    """Load a transformers model from a folder of emoe 0.1.
+
+    Its ``config.json`` does not name :mod:`emoe.loader`. Transformers gets a configuration that
+    does.
+    """
+    config, loader_options = _read_config(folder, options)
     setattr(config, QUANTIZATION_CONFIG, experts.quantization_config())
     restored = routing_names if (folder / EXTRA_FILE).exists() else None
-    return files.load_stock(loader, folder, restored=restored, config=config, **others)
+    return files.load_stock(loader, folder, restored=restored, config=config, **loader_options)
 
 
 def _read_config(folder: Path, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -283,8 +305,6 @@ def _read_config(folder: Path, options: Mapping[str, Any]) -> tuple[Any, dict[st
     Options that are fields of the configuration change it, as in transformers' own
     ``from_pretrained``, and are not among the loader's options.
     """
-    from transformers import AutoConfig
-
     config_options = {"trust_remote_code": False, **options}
     # options for the loader that AutoConfig would write into the configuration, or drop
     kept = {}
@@ -292,23 +312,15 @@ def _read_config(folder: Path, options: Mapping[str, Any]) -> tuple[Any, dict[st
         if name in config_options:
             kept[name] = config_options.pop(name)
 
-    config = config_options.pop("config", None)
-    if config is not None:
-        unused = config_options
+    given_config = config_options.pop("config", None)
+    if given_config is not None:
+        config, unused = given_config, config_options
     else:
-        try:
-            config, unused = AutoConfig.from_pretrained(
-                str(folder),
-                return_unused_kwargs=True,
-                trust_remote_code=kept["trust_remote_code"],
-                **config_options,
-            )
-        except Exception as error:  # a damaged configuration raises anything
-            raise CheckpointError(
-                f"{folder / files.STOCK_CONFIG_FILE} is damaged: {files.one_line(error)}"
-            ) from error
+        config, unused = _read_auto_config(
+            folder, config_options, trust_remote_code=kept["trust_remote_code"]
+        )
 
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(config)  # the caller's object stays as it is
     if is_ours(getattr(config, QUANTIZATION_CONFIG, None)):
         delattr(config, QUANTIZATION_CONFIG)
     if hasattr(config, SEPARATE_KEY):
@@ -316,6 +328,30 @@ def _read_config(folder: Path, options: Mapping[str, Any]) -> tuple[Any, dict[st
     # None replaces the configuration's value, which makes transformers refuse the folder
     loader_options = {**unused, **kept, IMPLEMENTATION_KEY: None}
     return config, loader_options
+
+
+def _read_auto_config(
+    folder: Path, options: Mapping[str, Any], *, trust_remote_code: bool
+) -> tuple[Any, dict[str, Any]]:
+    """Read a folder's transformers configuration with ``AutoConfig``.
+
+    Returns:
+        The configuration, changed by those options that are its fields, and the other options.
+
+    Raises:
+        CheckpointError: ``AutoConfig`` cannot read the folder.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config, unused = AutoConfig.from_pretrained(
+            str(folder), return_unused_kwargs=True, trust_remote_code=trust_remote_code, **options
+        )
+    except Exception as error:  # a damaged configuration raises anything
+        raise CheckpointError(
+            f"{folder / files.STOCK_CONFIG_FILE} is damaged: {files.one_line(error)}"
+        ) from error
+    return config, unused
 
 
 def _load_quantised(loader: Any, folder: Path, experts: Experts, options: Mapping[str, Any]) -> Any:
@@ -366,7 +402,7 @@ def _load_plain(
 def _names_not_dense(model: nn.Module, layers: Sequence[RoutedActivation]) -> set[str]:
     """Return the names in a converted model's state dict whose tensors :func:`load_extra_` loads.
 
-    The folder's weights are the dense model's, which lacks these tensors or has others.
+    The dense model, whose weights the folder holds, has no such tensors, or has other values.
     """
     module_names = {module: name for name, module in model.named_modules()}
     not_dense = routing_names(model)
@@ -381,7 +417,7 @@ def _names_not_dense(model: nn.Module, layers: Sequence[RoutedActivation]) -> se
         if name.startswith(tuple(copied_prefixes)):
             not_dense.add(name)
 
-    # the stored bias is the mean of the experts' biases
+    # the folder's weights have one bias, folded from the experts' biases
     for layer in layers:
         if layer.output_bias is not None:
             not_dense.add(f"{module_names[layer.ffn.proj_out]}.bias")
@@ -470,7 +506,7 @@ def read_order_(layers: Sequence[RoutedActivation], folder: Path) -> None:
     if stored != expected or _stored_num_experts(tensors) != first.config.num_experts:
         raise CheckpointError(
             f"{path} describes other layers or numbers of experts than the configuration; "
-            f"{_WITHOUT_FILE}"
+            f"{_LOADS_WITHOUT_FILE}"
         )
 
     for layer in layers:
@@ -497,17 +533,23 @@ def _check_key_norms(ffn: FFN, saved: Tensor, path: Path) -> None:
     """
     if not has_plain_weight(ffn.proj_in):
         return
+    # an offloaded weight leaves the meta device only inside this context
     with torch.no_grad(), weights_in_place(ffn.proj_in):
-        if cast(Tensor, ffn.proj_in.weight).is_meta:  # device_map="meta" loads no weights
+        is_never_loaded = weight_of(ffn.proj_in).is_meta  # device_map="meta"
+        if is_never_loaded:
             return
         norms = _key_norms(ffn)
-    has_same_shape = norms.shape == saved.shape
-    if not has_same_shape or not torch.allclose(norms, saved, rtol=_NORM_TOLERANCE, atol=1e-6):
-        raise CheckpointError(f"{path} does not match the weights of {ffn.name}; {_WITHOUT_FILE}")
+    matches = norms.shape == saved.shape and torch.allclose(
+        norms, saved, rtol=_NORM_TOLERANCE, atol=1e-6
+    )
+    if not matches:
+        raise CheckpointError(
+            f"{path} does not match the weights of {ffn.name}; {_LOADS_WITHOUT_FILE}"
+        )
 
 
 def load_extra_(layers: Sequence[RoutedActivation], folder: Path) -> None:
-    """Load the state that the dense model lacks from the extra file.
+    """Load from the extra file what the dense model lacks, for example the routers.
 
     Raises:
         CheckpointError: the file is damaged, or lacks a tensor.
@@ -517,7 +559,8 @@ def load_extra_(layers: Sequence[RoutedActivation], folder: Path) -> None:
     if path.exists():
         tensors = files.read_tensors(path)
     for layer in layers:
-        # the weights have one bias for all experts, which their own biases, loaded below, replace
+        # The dense model's weights have one bias for all experts. It must not be added to the
+        # experts' own biases, which are loaded below.
         if layer.output_bias is not None:
             cast(Tensor, layer.ffn.proj_out.bias).zero_()
         for module_key, module in _modules_with_state(layer):
@@ -535,7 +578,8 @@ def _load_routing_(
     """
     matches = stored_routing(layers, weights.files)
     for layer in layers:
-        # a name without a match is its own key, which the error names
+        # A name without a match stays as it is. Its tensor is then missing below, and the error
+        # names it.
         keys = {name: matches.get((layer, name), name) for name in layer.state_dict()}
         tensors = {key: weights[key] for key in keys.values() if key in weights.files}
         _load_named_(layer, keys, tensors, folder)
@@ -548,7 +592,7 @@ def _load_named_(
 
     Args:
         module: module to load.
-        keys: the key in ``tensors`` of each name in the module's state.
+        keys: key of each tensor in ``tensors``, by the tensor's name in the module's state.
         tensors: stored tensors.
         folder: checkpoint, for error messages.
 
@@ -586,7 +630,7 @@ def stored_routing(
         Each tensor's name in the checkpoint, by layer and name in the layer's state. Tensors that
         are not stored are left out.
     """
-    # the layers that have a tensor of some name, by the activation's path and this name
+    # layers with a tensor of the same name and at the same path, by this path and name
     layers_of_ending: dict[tuple[str, str], list[RoutedActivation]] = defaultdict(list)
     for layer in layers:
         for name in layer.state_dict():

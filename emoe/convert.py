@@ -25,7 +25,7 @@ from emoe.tokens import remove_argument_hooks, watch_padding
 _HEADERS = ("layer", "FFN", "neurons", "experts", "size", "top_k", "explained", "seconds")
 _FORMATS = ("", "", "", "", "", "", ".3f", ".2f")
 # mean cosine of keys; the same model in training is above it, another model far below
-_SIMILAR = 0.5
+_SAME_MODEL_COSINE = 0.5
 
 
 @dataclass(frozen=True)
@@ -127,22 +127,22 @@ def convert_(
     check_weights(model, chosen)
     check_config_fits(chosen, config)
 
-    if isinstance(config, EMoEConfig):
+    if isinstance(config, GMoEConfig):
+        if partition is not None or calibration is not None:
+            raise ConversionError("GMoE copies whole FFNs; it takes no partition")
+        partition = {}
+    else:
         if partition is None:
             partition = build_partition(model, config, calibration=calibration, progress=progress)
         _check_permutations(partition, chosen)
-    elif partition is not None or calibration is not None:
-        raise ConversionError("GMoE copies whole FFNs; it takes no partition")
-    else:
-        partition = {}
 
-    # count before the conversion changes the model
+    # before the conversion, which changes these numbers
     dense_parameters = count_parameters(model)
     dense_neurons = sum(ffn.d for ffn in ffns)
     reports = [convert_ffn(ffn, config, partition) for ffn in chosen]
     finish_conversion_(model)
     added = count_parameters(model) - dense_parameters
-    return conversion_report(reports, config, len(ffns), dense_neurons, added)
+    return conversion_report(reports, config, ffns=len(ffns), neurons=dense_neurons, added=added)
 
 
 def _check_permutations(partition: Mapping[int, Tensor], ffns: Iterable[FFN]) -> None:
@@ -235,12 +235,18 @@ def conversion_report(
     """
     # the dense FFN has the neurons of one copy of GMoE, or of all experts of EMoE
     experts_per_dense_ffn = 1 if isinstance(config, GMoEConfig) else config.num_experts
+    # all neurons of the dense model, with those of each converted FFN replaced
     active_neurons = neurons
     for report in reports:
         neurons_of_dense_ffn = report.expert_size * experts_per_dense_ffn
         neurons_of_active_experts = report.expert_size * config.num_active_experts
         active_neurons += neurons_of_active_experts - neurons_of_dense_ffn
-    return ConversionReport(tuple(reports), ffns, active_neurons / neurons, added)
+    return ConversionReport(
+        layers=tuple(reports),
+        total_layers=ffns,
+        active_neurons=active_neurons / neurons,
+        added_parameters=added,
+    )
 
 
 @torch.no_grad()
@@ -253,6 +259,7 @@ def widen(ffn: FFN, copies: int) -> None:
     neurons = torch.arange(ffn.d).repeat(copies)
     neuron_dims = ffn.neuron_dims()
     for path, module in ffn.projections():
+        # a list, because the loop replaces parameters of the module
         for name, parameter in list(module.named_parameters(recurse=False)):
             parameter_path = f"{path}.{name}"
             if parameter_path in neuron_dims:
@@ -350,6 +357,7 @@ def _parts_with_experts(model: nn.Module) -> list[nn.Module]:
     paths = set()
     for name, module in model.named_modules():
         if isinstance(module, RoutedActivation):
+            # all modules that contain it, except the model itself, whose path is empty
             parent, _, _ = name.rpartition(".")
             while parent:
                 paths.add(parent)
@@ -360,11 +368,9 @@ def _parts_with_experts(model: nn.Module) -> list[nn.Module]:
 def _check_state_of_part(
     part: nn.Module, state: Mapping[str, Any], prefix: str, *_: object
 ) -> None:
-    """Check the state that is loaded into a module inside a converted model.
-
-    A hook that PyTorch also calls when the whole model, or a larger module, is loaded.
-    """
-    # with a prefix, a larger module is loaded, whose own hook has checked the state already
+    """Check the state that is loaded into a module inside a converted model. A hook of PyTorch."""
+    # PyTorch also calls this hook when a larger module is loaded, then with a prefix. The larger
+    # module's own hook has checked the state already.
     if prefix == "":
         _check_state(part, state, prefix)
 
@@ -377,6 +383,8 @@ def _check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: ob
     names = {id(module): f"{prefix}{name}" for name, module in model.named_modules()}
     for layer in routed_layers(model):
         name = names.get(id(layer.ffn.proj_in))
+        if name is None:  # the model is a part that has the activation, but not the projection
+            continue
         weight = state.get(f"{name}.weight")
         if weight is None:  # an adapter wraps the projection
             weight = state.get(f"{name}.base_layer.weight")
@@ -407,12 +415,12 @@ def _check_order_(layer: RoutedActivation, weight: Tensor) -> None:
 
     # if the permutation is 0, 1, 2, …, the two similarities differ only by rounding
     orders_differ = bool((permutation.diff() != 1).any())
-    if orders_differ and similarity_permuted > max(similarity, _SIMILAR):
+    if orders_differ and similarity_permuted > max(similarity, _SAME_MODEL_COSINE):
         raise CheckpointError(
             f"{layer.ffn.name}: the state dict has a dense model's order of neurons; "
             "load it before emoe.convert_, or after emoe.to_dense_(model, restore_order=True)"
         )
-    if similarity < _SIMILAR:
+    if similarity < _SAME_MODEL_COSINE:
         layer.permutation = None
 
 

@@ -145,19 +145,23 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} holds no {' or '.join(WEIGHT_FILES)}; other formats are not read"
         )
 
-    # the index maps each tensor to its file
-    shards = read_object(index).get("weight_map")
-    names = [""]  # the check below rejects it
-    if isinstance(shards, dict):
-        names = sorted({str(name) for name in shards.values()})
+    file_of_tensor = read_object(index).get("weight_map")
+    if not isinstance(file_of_tensor, dict):
+        raise _unsafe_name(index, "")
+    names = sorted({str(name) for name in file_of_tensor.values()})
     for name in names:
         # a path could lead out of the folder
         is_path = Path(name).name != name
         if is_path or not name.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{index} names '{name:.80}', which must be a .safetensors file of this folder"
-            )
+            raise _unsafe_name(index, name)
     return [folder / name for name in names]
+
+
+def _unsafe_name(index: Path, name: str) -> CheckpointError:
+    """Return the error that an index of shards names something else than a file of its folder."""
+    return CheckpointError(
+        f"{index} names '{name:.80}', which must be a .safetensors file of this folder"
+    )
 
 
 def tensor_files(paths: Iterable[Path]) -> dict[str, Path]:
@@ -276,14 +280,15 @@ def check_loadable(folder: Path) -> None:
             "load their model with emoe.from_pretrained first"
         )
 
-    # A name with a slash is a repository with code. The whole text is searched, because nested
-    # models have settings too. A value may be an object with one name per part of the model.
+    # An attention whose name has a slash is a repository with code. The whole text is searched,
+    # because nested models have settings too. The value is a name, or an object with one name for
+    # each part of the model.
     settings = json.dumps(read_settings(folder))
     if re.search(r'attn_implementation\w*": (\{[^}]*": )?"[^"]*/', settings):
         raise CheckpointError(
             f"{folder}: 'attn_implementation' names code from a hub; remove the key"
         )
-    Weights(folder)  # its error names the damaged file
+    Weights(folder)  # reads all headers, and its error names a damaged file
 
 
 def check_companions(folder: Path) -> None:
@@ -379,43 +384,40 @@ def check_head(folder: Path, options: Mapping[str, Any]) -> None:
     timm would then create a new head without a message. With a ``num_classes`` in ``options``,
     which asks for a new head, nothing is checked.
     """
+    if "num_classes" in options:
+        return
     settings = read_settings(folder)
-    classes = settings.get("num_classes")
-    # name of the head's module
-    head = None
+    num_classes = settings.get("num_classes")
     pretrained = settings.get("pretrained_cfg")
-    if isinstance(pretrained, dict):
-        head = pretrained.get("classifier")
-    if "num_classes" in options or classes is None or not isinstance(head, str):
+    head_name = pretrained.get("classifier") if isinstance(pretrained, dict) else None
+    # without these entries, or with several heads, there is nothing to compare
+    if num_classes is None or not isinstance(head_name, str):
         return
 
-    stored = _rows_of_weight(Weights(folder), head)
-    if classes != stored:
+    stored = _rows_of_weight(Weights(folder), head_name)
+    if num_classes != stored:
         path = folder / STOCK_CONFIG_FILE
         raise CheckpointError(
-            f"{path}: num_classes is {classes!r:.80}, but the weights have a head of {stored}"
+            f"{path}: num_classes is {num_classes!r:.80}, but the weights have a head of {stored}"
         )
 
 
 def _rows_of_weight(weights: Weights, module: str) -> int:
-    """Return the first dimension of a module's weight in a folder, 0 if it has none."""
+    """Return the first dimension of a module's weight, 0 if there is no weight or dimension."""
     name = f"{module}.weight"
     if name not in weights.files:
         return 0
     shape = weights.shape(name)
-    if not shape:
-        return 0
-    rows, *_ = shape
-    return rows
+    return shape[0] if shape else 0
 
 
 def _load_with_transformers(
     loader: Any, folder: Path, restored: Restored | None, new_head: bool, options: dict[str, Any]
 ) -> Any:
-    """Load a checkpoint with transformers, and check that no other tensor is missing or resized.
+    """Load a checkpoint with transformers, and check that its weights are complete.
 
-    Tensors that ``restored`` names may be missing, and a head that the caller accepts as new. See
-    :func:`load_stock` for the arguments and the result.
+    Only tensors that ``restored`` names, and a head that the caller accepts as new, may be missing
+    or have another shape. See :func:`load_stock` for the arguments and the result.
     """
     loader_options = {
         "trust_remote_code": False,
@@ -430,22 +432,24 @@ def _load_with_transformers(
     with silence:
         model, info = loader.from_pretrained(str(folder), **loader_options)
 
-    names_restored = restored(model) if restored else set()
-    missing = set(info["missing_keys"]) - names_restored
-    mismatched = {name for name, *_ in info["mismatched_keys"]} - names_restored
+    restored_names = restored(model) if restored else set()
+    missing = set(info["missing_keys"]) - restored_names
+    # transformers lists each name with the two shapes
+    mismatched = {name for name, *_shapes in info["mismatched_keys"]} - restored_names
     head_names = _head_names(model, missing | mismatched)
 
     # a checkpoint that another class wrote may lack the head, which transformers then initialises
-    accepted: set[str] = set()
+    new_names: set[str] = set()
     if new_head and writer_of(folder) != type(model).__name__:
-        accepted = missing & head_names
-    if restored and accepted:  # else transformers has reported it
+        new_names = missing & head_names
+    if restored and new_names:  # else transformers has reported it
         logging.getLogger("emoe").warning(
-            "%s has no %s: train this new head", folder, ", ".join(sorted(accepted))
+            "%s has no %s: train this new head", folder, ", ".join(sorted(new_names))
         )
+    resized_names: set[str] = set()
     if options.get("ignore_mismatched_sizes"):
-        accepted |= mismatched & head_names
-    _check_complete((missing | mismatched) - accepted, folder)
+        resized_names = mismatched & head_names
+    _check_complete((missing | mismatched) - new_names - resized_names, folder)
     _check_layers(model, info["unexpected_keys"], folder)
 
     if options.get("output_loading_info"):
@@ -454,14 +458,14 @@ def _load_with_transformers(
 
 
 def _head_names(model: Any, names: Iterable[str]) -> set[str]:
-    """Return those of some tensors' names that belong to a transformers model's head or pooler."""
+    """Return the names, among ``names``, of tensors in a transformers model's head or pooler."""
     # Outside its head, a model's names begin with the base model's. The base model has no head.
     base_prefix = f"{model.base_model_prefix}."
     if model.base_model is model:
         base_prefix = ""
     heads = set()
     for name in names:
-        is_pooler = ".pooler." in f".{name}"
+        is_pooler = ".pooler." in f".{name}"  # the pooler may come first in the name
         if is_pooler or not name.startswith(base_prefix):
             heads.add(name)
     return heads
@@ -472,13 +476,13 @@ def _check_layers(model: nn.Module, unexpected: Iterable[str], folder: Path) -> 
 
     ``unexpected`` are the names of stored tensors that the model does not have.
     """
-    # without the prefix, because the weights may be the base model's
+    # names are compared without the prefix, because the weights may be the base model's
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     known = set()
     for name in model.state_dict():
         known.add(_without_numbers(name).removeprefix(prefix))
     for name in sorted(unexpected):
-        # a name of the model with another layer number
+        # an unexpected name that the model has with another layer number
         is_in_layer = re.search(r"\.\d+\.", name) is not None
         if is_in_layer and _without_numbers(name).removeprefix(prefix) in known:
             path = folder / STOCK_CONFIG_FILE
@@ -495,14 +499,14 @@ def load_state_(
 ) -> None:
     """Load stored tensors into a plain or timm model.
 
-    Raise :class:`CheckpointError` if a tensor of the model is not stored, or in another shape. The
-    names in ``restored`` are excepted, because the caller loads them later.
+    Raise :class:`CheckpointError` if a tensor of the model is not stored, or in another shape.
+    Tensors whose names are in ``restored`` may be missing, because the caller loads them later.
     """
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    state = {name: tensor for name, tensor in stored.items() if tensor.shape == shapes.get(name)}
-    not_loaded = shapes.keys() - state.keys()
-    _check_complete(not_loaded - set(restored), folder)
-    model.load_state_dict(state, strict=False)
+    fitting = {name: tensor for name, tensor in stored.items() if tensor.shape == shapes.get(name)}
+    missing = shapes.keys() - fitting.keys()
+    _check_complete(missing - set(restored), folder)
+    model.load_state_dict(fitting, strict=False)
 
 
 def _check_complete(missing: Collection[str], folder: Path) -> None:
@@ -519,7 +523,7 @@ def _check_complete(missing: Collection[str], folder: Path) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the warnings and progress bars of transformers within a ``with`` block."""
+    """Silence transformers' warnings and progress bars within a ``with`` block."""
     from transformers.utils import logging as reports
 
     level = reports.get_verbosity()
@@ -535,7 +539,9 @@ def quiet() -> Iterator[None]:
 
 
 def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-    """Save a model with its own library, or a plain module's tensors.
+    """Save a model with its own library. Of a plain module, save the tensors.
+
+    A timm model's folder also gets a ``config.json``, with which timm builds the model.
 
     Args:
         model: model to save.
@@ -548,26 +554,43 @@ def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None
     """
     if state is None:
         state = model.state_dict()
-    if any(tensor.is_meta for tensor in state.values()) and not hasattr(model, "hf_device_map"):
+    is_offloaded = any(tensor.is_meta for tensor in state.values())
+    # transformers itself gathers the weights that device_map has offloaded
+    if is_offloaded and not hasattr(model, "hf_device_map"):
         raise ConversionError(
             "these weights are offloaded; call accelerate.hooks.remove_hook_from_submodules first"
         )
+
     folder.mkdir(parents=True, exist_ok=True)
-    if hasattr(model, "save_pretrained"):
+    is_transformers = hasattr(model, "save_pretrained")
+    if is_transformers:
         with _writable(folder):
             cast(Any, model).save_pretrained(folder, state_dict=state)
         return
-    if hasattr(model, "pretrained_cfg"):
-        from timm.models._hub import save_config_for_hf
 
-        # declared as a string, but older releases need a path
-        save_config_for_hf(model, cast(Any, folder / STOCK_CONFIG_FILE))
+    is_timm = hasattr(model, "pretrained_cfg")
+    if is_timm:
+        _save_timm_config(model, folder)
+    _save_plain_tensors(state, folder)
+
+
+def _save_timm_config(model: nn.Module, folder: Path) -> None:
+    """Write the ``config.json`` of a timm model."""
+    # private, because timm's public functions also write the weights
+    from timm.models._hub import save_config_for_hf
+
+    path: Any = folder / STOCK_CONFIG_FILE  # declared as a string, but older releases need a path
+    save_config_for_hf(model, path)
+
+
+def _save_plain_tensors(state: Mapping[str, Tensor], folder: Path) -> None:
+    """Write tensors to the folder's ``model.safetensors``."""
     # clones, so that tied tensors are written under each of their names
-    plain = {
+    clones = {
         name: tensor.detach().clone(memory_format=torch.contiguous_format)
         for name, tensor in state.items()
     }
-    write_tensors(plain, folder / WEIGHT_FILES[0])
+    write_tensors(clones, folder / WEIGHT_FILES[0])
 
 
 def check_new(folder: Path) -> None:
@@ -580,7 +603,7 @@ def check_new(folder: Path) -> None:
 def new_folder(folder: Path, source: Path) -> Iterator[Path]:
     """Yield a temporary folder to write a model to, and rename it to ``folder`` at the end.
 
-    It begins with copies of the settings, tokenizer and templates in ``source``. An error leaves
+    It already holds copies of the settings, tokenizer and templates in ``source``. An error leaves
     ``folder`` as it was. Raises :class:`CheckpointError` if ``folder`` is neither new nor empty.
     """
     check_new(folder)
@@ -600,8 +623,8 @@ def new_folder(folder: Path, source: Path) -> Iterator[Path]:
 def _find_companions(source: Path) -> list[Path]:
     """Return the settings, tokenizers and templates in a folder and its subfolders.
 
-    Leave out emoe's own files and the index of the weights, which saving writes anew. Leave out
-    links that lead out of the folder.
+    The list has neither emoe's own files nor the index of the weights, which saving writes anew,
+    and no links that lead out of the folder.
     """
     root = source.resolve()
     # the hub's cache has files as links from `snapshots/REVISION` to `blobs`

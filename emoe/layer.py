@@ -164,7 +164,7 @@ class RoutedActivation(nn.Module):
             proj_out = _without_adapter(self.ffn.proj_out)
             is_trained = self.output_bias.requires_grad
             bias = nn.Parameter(self.mean_output_bias(), requires_grad=is_trained)
-            # a buffer has the name of the parameter, see _split_output_bias
+            # remove the buffer of zeros that _split_output_bias registered under this name
             del proj_out.bias
             proj_out.register_parameter("bias", bias)
 
@@ -181,14 +181,17 @@ class RoutedActivation(nn.Module):
         # an integer, which no cast rounds
         self.output_bias_parts = torch.tensor(parts, device=bias.device)
 
-        # computed first, because resizing changes `bias`
+        # before the next step, which changes `bias` itself
         zeros = torch.zeros_like(bias)
         expert_bias = bias.detach() / parts
         expert_biases = expert_bias.repeat(self.config.num_experts, 1)  # [N, h]
-        # resized in place and then moved here, so that an optimizer still has the parameter
-        resize_parameter_(proj_out, "bias", expert_biases)
+
+        # An optimizer may hold the parameter. So the same object is kept: it is resized in the
+        # projection, then moved to this module.
+        resize_parameter_(proj_out, name="bias", values=expert_biases)
         self.output_bias = cast(nn.Parameter, proj_out.bias)
         del proj_out.bias
+
         # a buffer of zeros, because not every projection works without a bias (GPT-2's Conv1D)
         proj_out.register_buffer("bias", zeros)
         self._handles.append(proj_out.register_forward_hook(self._add_output_bias))
@@ -226,8 +229,9 @@ class RoutedActivation(nn.Module):
         call = self._call_state
         weights = call.weights
         call.weights = None
+        weights = require_input(self.ffn, weights)
         with weights_in_place(self):
-            return self.add_output_bias(y, require_input(self.ffn, weights))
+            return self.add_output_bias(y, weights)
 
     def add_output_bias(self, y: Tensor, weights: Tensor) -> Tensor:
         """Add the experts' biases, weighted by ``[T, N]``, to an output ``[..., h]``."""
@@ -248,8 +252,8 @@ class RoutedActivation(nn.Module):
         """Compute the activated neurons ``[..., d]``, times the weights of their experts.
 
         Args:
-            z: pre-activations ``[..., d]``, which the in-projection has just computed. The experts
-                are chosen from the input that it got.
+            z: pre-activations ``[..., d]``, which the in-projection has just computed. Its hook has
+                kept its input, from which the experts are chosen.
         """
         if z.is_nested:
             raise RuntimeError(
@@ -262,28 +266,41 @@ class RoutedActivation(nn.Module):
                 return self._weighted(self.activation(z), mask)
 
         config = self.config
-        dropout = config.expert_dropout if self.training else 0.0
-        drops_before = dropout > 0 and config.dropout_position == "before"
-        drops_after = dropout > 0 and not drops_before
-        rows = z.reshape(-1, z.shape[-1])  # [T, d]
-        # score first, because the activation may overwrite its input
-        scores = None
-        if not config.score.startswith("inter"):
-            scores = self._scores(x, rows)
-        if drops_before:
-            z = F.dropout(z, dropout)
-        hidden = self.activation(z)
-        if scores is None:
-            # "inter" scores are computed from the activated neurons
-            scores = self._scores(x, rows, hidden.reshape(rows.shape))
-
+        drops = self.training and config.expert_dropout > 0
+        drops_before = drops and config.dropout_position == "before"
+        drops_after = drops and not drops_before
+        scores, hidden = self._score_and_activate(x, z, drops=drops_before)
         _, weights = self.route(scores)
         if self.output_bias is not None:
+            # the out-projection's hook adds the biases with these weights
             self._check_hooked()
             self._call_state.weights = weights
         if drops_after:
-            hidden = F.dropout(hidden, dropout)
+            hidden = F.dropout(hidden, config.expert_dropout)
         return self._weighted(hidden, weights)
+
+    def _score_and_activate(
+        self, x: Tensor | None, z: Tensor, *, drops: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the experts' scores ``[T, N]``, and the activated neurons ``[..., d]``.
+
+        Args:
+            x: FFN inputs ``[T, h]``, None if unknown.
+            z: pre-activations ``[..., d]``.
+            drops: apply ``expert_dropout`` to the pre-activations before they are activated.
+        """
+        rows = z.reshape(-1, z.shape[-1])  # [T, d]
+        needs_hidden = self.config.score.startswith("inter")
+        scores = None
+        if not needs_hidden:
+            # score first, because the activation may overwrite its input
+            scores = self._scores(x, rows)
+        if drops:
+            z = F.dropout(z, self.config.expert_dropout)
+        hidden = self.activation(z)
+        if scores is None:
+            scores = self._scores(x, rows, hidden.reshape(rows.shape))
+        return scores, hidden
 
     def choose_quickly(self, x: Tensor) -> Tensor | None:
         """Choose the experts of inputs ``[T, h]`` with one call of the compiled kernels.
@@ -291,12 +308,15 @@ class RoutedActivation(nn.Module):
         For a few tokens, the many small steps of :meth:`route` take longer than the FFN's products.
 
         Returns:
-            The mask ``[T, N]`` that :meth:`route` would choose. None if there are no kernels, if a
-            gradient or the routing is recorded, or if the configuration needs more than a mask of
-            the highest or lowest scores.
+            The mask ``[T, N]`` that :meth:`route` would choose. None if :meth:`route` must choose:
+            there are no kernels, a gradient or the routing is recorded, or the configuration needs
+            more than a mask of the highest or lowest scores.
         """
         keys = self.router.kept_keys()
-        if keys is None or self.record is not None or self.output_bias is not None:
+        if keys is None:  # in training, or the scores are not plain products with keys
+            return None
+        # both need the results of route()
+        if self.record is not None or self.output_bias is not None:
             return None
         if torch.is_autocast_enabled(x.device.type):  # the kernel's product would be rounded
             return None
@@ -312,7 +332,8 @@ class RoutedActivation(nn.Module):
         kernels = kernels_for(x)
         if kernels is None:
             return None
-        return kernels.route(x, keys, config.top_k, config.selection == "top")
+        chooses_highest = config.selection == "top"
+        return kernels.route(x, keys, config.top_k, chooses_highest)
 
     def _weighted(self, hidden: Tensor, weights: Tensor) -> Tensor:
         """Multiply the neurons ``[..., d]`` by the weights ``[T, N]`` of their experts."""

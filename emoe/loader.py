@@ -66,7 +66,7 @@ class ExpertsLoader(HfQuantizer):
     ) -> nn.Module:
         """Build the experts, and find out if the weights or the extra file hold their state.
 
-        Transformers calls this method. It raises :class:`CheckpointError` if neither does.
+        Transformers calls this method. If neither holds it, raise :class:`CheckpointError`.
         """
         experts = self.quantization_config.experts
         self._folder: Path | None = None
@@ -81,7 +81,8 @@ class ExpertsLoader(HfQuantizer):
         self._folder = folder
         self._layers = build_experts_(model, experts, folder)
         stored = files.tensor_files(paths)
-        # Folders of emoe 0.1 have routers in a file of their own, unless a Trainer wrote them.
+        # Folders of emoe 0.1 have the routers in the extra file, unless a Trainer wrote them: then
+        # the routers are among the weights.
         has_extra_file = (folder / EXTRA_FILE).exists()
         self._uses_extra_file = has_extra_file and not stored_routing(self._layers, stored)
         if not self._uses_extra_file:

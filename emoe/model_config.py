@@ -67,8 +67,8 @@ class Experts:
         """
         if not isinstance(config, Mapping):
             raise ValueError(f"the experts' configuration is {config!r:.80}, not an object")
-        is_list = isinstance(layers, list) and len(layers) > 0
-        if not is_list or not all(_is_layer_number(layer) for layer in layers):
+        has_layers = isinstance(layers, list) and len(layers) > 0
+        if not has_layers or not all(_is_layer_number(layer) for layer in layers):
             raise ValueError(f"layers is {layers!r:.80}, not a list of layer numbers")
         numbers = sorted(set(layers))
         return cls(config_from_dict(config), tuple(numbers))
@@ -205,14 +205,14 @@ def _write(config: Any, experts: Experts) -> None:
     """
     quantization_config = getattr(config, QUANTIZATION_CONFIG, None)
     is_quantised = quantization_config is not None and not is_ours(quantization_config)
-    if not is_quantised:
-        _remove(config)  # an older description
-        setattr(config, QUANTIZATION_CONFIG, experts.quantization_config())
-        setattr(config, IMPLEMENTATION_KEY, NEEDS_EMOE)
-    else:
+    if is_quantised:
         content = {"config": experts.config.to_dict(), "layers": list(experts.layers)}
         setattr(config, SEPARATE_KEY, content)
         setattr(config, IMPLEMENTATION_KEY, NEEDS_FROM_PRETRAINED)
+    else:
+        _remove(config)  # an older description
+        setattr(config, QUANTIZATION_CONFIG, experts.quantization_config())
+        setattr(config, IMPLEMENTATION_KEY, NEEDS_EMOE)
 
 
 def _remove(config: Any) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from emoe.architectures import FFN
 
-_TEXT = "input_ids"
+# names of arguments of a model's forward method
+_TEXT_INPUT = "input_ids"
 _OTHER_INPUTS = ("inputs_embeds", "pixel_values", "input_features", "input_values")
-_MASK = "attention_mask"
-_KEY_PADDING = ("src_key_padding_mask", "tgt_key_padding_mask")
+_TRANSFORMERS_MASK = "attention_mask"
+_TORCH_MASKS = ("src_key_padding_mask", "tgt_key_padding_mask")
 
 
 def is_recomputed() -> bool:
@@ -104,14 +105,15 @@ class _ArgumentHook:
     def _current_call(self) -> _Call:
         """Return this thread's current call, or its last one if none is running.
 
-        Compiled code gets the latest call of all threads. So does a forward pass that activation
-        checkpointing repeats in a thread without an argument of its own.
+        In compiled code, and in a forward pass that activation checkpointing repeats in another
+        thread, the argument is that of the latest call of all threads.
         """
         # compiled code cannot read thread-local attributes
         if torch.compiler.is_compiling() or self._is_compiled:
             return self._latest
         call: _Call = getattr(self._thread, "call", _Call(None, is_running=False))
         if call.value is None and is_recomputed():
+            # checkpointing repeats the forward pass in a thread that has not called the model
             return _Call(self._latest.value, call.is_running)
         return call
 
@@ -182,7 +184,7 @@ class PaddingMaskHook(_ArgumentHook):
 
     def _true_for_tokens(self, mask: Tensor) -> Tensor:
         """Return a mask that is true for tokens. In torch's own masks, True or -inf is padding."""
-        if self._argument == _MASK:
+        if self._argument == _TRANSFORMERS_MASK:
             return mask
         if mask.dtype == torch.bool:
             return mask.logical_not()
@@ -247,15 +249,16 @@ def _module_with_mask(
     Such inputs are token ids, pixels or torch's padding masks. Without such a module, return
     ``""``, the name of the whole model.
     """
-    # Start above the layer, because torch's own layers also take a padding mask. The activation's
-    # path has one name more than dots. All but the last name lead from the layer to the parent.
+    # from the activation's parent up to the layer
     path = ffn.spec.activation
+    *modules_below_layer, _attribute = path.split(".")
     name = names[ffn.parents[path]]
-    steps_to_layer = path.count(".")
-    for _ in range(steps_to_layer + 1):
+    for _ in modules_below_layer:
         name = _parent_name(name)
 
-    inputs = {_TEXT, *_OTHER_INPUTS, *_KEY_PADDING}
+    # the search begins above the layer, because torch's own layers also take a padding mask
+    name = _parent_name(name)
+    inputs = {_TEXT_INPUT, *_OTHER_INPUTS, *_TORCH_MASKS}
     while name and inputs.isdisjoint(_argument_names(modules[name])):
         name = _parent_name(name)
     return name
@@ -273,17 +276,17 @@ def _hook_padding_mask(module: nn.Module, *, rows_first: bool) -> PaddingMaskHoo
     Return None if the module takes no mask, or a mask of pixels or sound.
     """
     arguments = _argument_names(module)
-    masks = [name for name in (*_KEY_PADDING, _MASK) if name in arguments]
+    masks = [name for name in (*_TORCH_MASKS, _TRANSFORMERS_MASK) if name in arguments]
     if not masks:
         return None
-    name = masks[0]
-    takes_text = _TEXT in arguments
+    mask_name = masks[0]  # torch's own mask, if there is one
+    takes_text = _TEXT_INPUT in arguments
     takes_other_input = not set(_OTHER_INPUTS).isdisjoint(arguments)
-    if name == _MASK and takes_other_input and not takes_text:
-        return None
+    if mask_name == _TRANSFORMERS_MASK and takes_other_input and not takes_text:
+        return None  # the mask of pixels or sound does not fit the layers' tokens
     # the mask of a text model also covers the tokens in a key-value cache
-    cached = name == _MASK and takes_text
-    return PaddingMaskHook(module, name, cached=cached, rows_first=rows_first)
+    cached = mask_name == _TRANSFORMERS_MASK and takes_text
+    return PaddingMaskHook(module, mask_name, cached=cached, rows_first=rows_first)
 
 
 def _argument_names(module: nn.Module) -> list[str]:
