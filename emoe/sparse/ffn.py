@@ -228,7 +228,7 @@ def _needed_gradients(ctx: Any) -> _NeededGradients:
 def _saved_tensors(ctx: Any) -> _SavedTensors:
     """Read the tensors that ``_SparseFFN.forward`` saved."""
     per_pair, x, values, *others = ctx.saved_tensors
-    # for each in-projection a weight, a bias and a pre-activation, the latter at the end
+    # weight and bias of each in-projection come first, then the pre-activations of all
     num_in_projections = len(others) // 3
     in_projections = others[: 2 * num_in_projections]  # weight, bias, weight, bias
     pre_activations = others[2 * num_in_projections :]

@@ -90,7 +90,7 @@ def _number_of_chunks(num_tokens: int) -> int:
 
 def _divide_up(number: int, divisor: int) -> int:
     """Divide, and round up."""
-    # `//` rounds down, so the quotient of the negative number is the negative result
+    # `//` rounds down; with the sign changed before and after, it rounds up
     return -(-number // divisor)
 
 

@@ -103,7 +103,7 @@ class SparseFFN(_Replacement):
         self.serves = False
         self.always = False
         self.last_path = NOT_CALLED
-        # each table of hooks of the FFN's modules, and its length at the first forward pass
+        # each dictionary of hooks of the FFN's modules, and its length at the first forward pass
         self._hook_counts: list[tuple[dict[int, Any], int]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ class SparseFFN(_Replacement):
             chosen experts have weight 1.
         """
         layer = self._layer[0]
-        # the quick way computes no weights; it is None if the layer cannot use it
+        # None if the layer cannot choose quickly; the quick choice gives no weights
         weights: Tensor | None = None
         mask = layer.choose_quickly(rows)
         if mask is None:
