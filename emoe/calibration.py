@@ -27,8 +27,8 @@ def record_activations(
 ) -> dict[int, Tensor]:
     """Run the model, and record the neurons' absolute activations for a random sample of tokens.
 
-    These are the inputs of each out-projection. Padding is skipped if the model gets a padding
-    mask. The model runs in evaluation mode; the mode of each module is restored.
+    Activations are the inputs of the out-projections. Padding is skipped if the model gets a
+    padding mask. The model runs in evaluation mode; the mode of each module is restored.
 
     Args:
         model: the model to run.
@@ -50,6 +50,7 @@ def record_activations(
         hooks.append(ffn.proj_out.register_forward_pre_hook(sample.add))
     modes = {module: module.training for module in model.modules()}
     model.eval()
+    # each call of the model adds rows to the samples through the hooks
     try:
         for batch in batches:
             _call(model, batch)
@@ -58,7 +59,7 @@ def record_activations(
             module.training = mode
         for hook in hooks:
             hook.remove()
-    # one row per neuron, for the clustering
+    # from a row per token to a row per neuron, which the clustering takes
     activations = {index: sample.rows.t().contiguous() for index, sample in samples.items()}
     if any(rows.numel() == 0 for rows in activations.values()):
         raise ConversionError("partition='coactivation': the calibration batches have no token")
@@ -99,7 +100,7 @@ class _Sample:
         return self._lowest.rows
 
     def add(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Offer the absolute inputs of an out-projection to the sample. A forward pre-hook."""
+        """Offer the absolute inputs of an out-projection to the sample, as a forward pre-hook."""
         neurons = args[0]  # [..., d]
         magnitudes = neurons.flatten(0, -2).abs()
         rows = self._without_padding(magnitudes).float().cpu()

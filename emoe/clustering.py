@@ -157,8 +157,10 @@ def _initial_centres(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
     distance = _squared_distances(rows, squares, first)
     for _ in range(num_clusters - 1):
         weights = distance.double().cpu().clamp(min=0)
+        # no row is drawn twice
         weights[chosen] = 0
-        # if only duplicates of chosen rows are left, the distances are rounding errors
+        # If only duplicates of chosen rows are left, the distances are rounding errors. Then all
+        # rows that are left have the same probability.
         if float(weights.sum()) < 1e-3:
             weights.fill_(1)
             weights[chosen] = 0
@@ -181,29 +183,53 @@ def _squared_distances(rows: Tensor, squares: Tensor, index: int) -> Tensor:
 
 
 def _balanced_lloyd(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
-    """Run Lloyd iterations with clusters of equal size. Return the cluster of each row ``[n]``."""
+    """Run Lloyd iterations with clusters of equal size, until the inertia hardly falls.
+
+    Returns:
+        Cluster of each row ``[n]``.
+    """
     size = rows.shape[0] // num_clusters
     centres = _initial_centres(rows, num_clusters, seed)
-    best_score = -float("inf")
-    for _ in range(_LLOYD_ITERATIONS):
-        # product minus half the centre's square [n, clusters]: largest for the nearest centre
-        half_squares = centres.square().sum(1) / 2
-        affinity = rows @ centres.t() - half_squares
-        labels = _assign(affinity, size).to(rows.device)
-        sums = _sums(rows, labels, num_clusters)
-        score = _sum_of_squares(sums)
-        if score <= best_score * (1 + _LLOYD_TOLERANCE):
-            break
-        best_labels = labels
-        best_score = score
+    labels = _assign(_affinity(rows, centres), size).to(rows.device)
+    sums = _sums(rows, labels, num_clusters)
+    # the higher the score, the lower the inertia
+    score = _sum_of_squares(sums)
+    for _ in range(_LLOYD_ITERATIONS - 1):
         centres = sums / size
-    return best_labels
+        new_labels = _assign(_affinity(rows, centres), size).to(rows.device)
+        new_sums = _sums(rows, new_labels, num_clusters)
+        new_score = _sum_of_squares(new_sums)
+        # the assignment is greedy, so the new score may even be lower
+        if new_score <= score * (1 + _LLOYD_TOLERANCE):
+            break
+        labels = new_labels
+        sums = new_sums
+        score = new_score
+    return labels
+
+
+def _affinity(rows: Tensor, centres: Tensor) -> Tensor:
+    """Compute a number for each row and centre that is the higher, the nearer they are.
+
+    A squared distance is ``|row|^2 - 2 * (row @ centre - |centre|^2 / 2)``. The affinity is the
+    number in brackets, because ``|row|^2`` is the same for all centres.
+
+    Args:
+        rows: rows ``[n, h]``.
+        centres: centres ``[clusters, h]``.
+
+    Returns:
+        Affinities ``[n, clusters]``.
+    """
+    half_squares = centres.square().sum(1) / 2
+    return rows @ centres.t() - half_squares
 
 
 def _assign(affinity: Tensor, size: int) -> Tensor:
-    """Give each row its best cluster that has room.
+    """Give each row the cluster with the highest affinity among those that have room.
 
-    Rows with the largest gap between best and second-best affinity choose first.
+    Rows choose one after another. The first is the row with the largest gap between its best and
+    its second-best affinity.
 
     Args:
         affinity: affinity of each row to each cluster ``[n, clusters]``.
@@ -232,15 +258,15 @@ def _swap(rows: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
     """Exchange pairs of rows between clusters while this lowers the inertia.
 
     The sum of the rows of cluster c is S_c. The inertia is a constant minus sum |S_c|^2 / size, so
-    exchanges must raise sum |S_c|^2. If row x_i of cluster a and row x_j of cluster b change
-    places, it rises by 2 (g_i + g_j) + 2 |x_i - x_j|^2. The gains are g_i = (S_b - S_a) x_i and
-    g_j = (S_a - S_b) x_j.
+    exchanges must raise the score, sum |S_c|^2. If row x_i of cluster a and row x_j of cluster b
+    change places, the score rises by 2 (g_i + g_j) + 2 |x_i - x_j|^2. The gains are
+    g_i = (S_b - S_a) x_i and g_j = (S_a - S_b) x_j.
 
     The search has three stages. At first, a round makes many exchanges at once. Those of the same
-    cluster influence each other, so their gains are estimates. When a round raises the sum little
+    cluster influence each other, so their gains are estimates. When a round raises the score little
     or not at all, the next rounds make one exchange per cluster, whose gain is exact. When no
-    exchange is found, the last stage searches all pairs of clusters. A negligible gain ends the
-    search.
+    exchange is found, the last stage searches all pairs of clusters. A negligible rise of the score
+    ends the search.
 
     Args:
         rows: rows ``[n, h]``.
@@ -263,7 +289,7 @@ def _swap(rows: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
             stage = _ALL_PAIRS
             continue
 
-        # both rows of an exchange get the other's cluster
+        # each of the two rows of an exchange gets the other one's cluster
         changed_labels = labels.clone()
         changed_labels[exchanges] = labels[exchanges.flip(0)]
         changed_sums = _sums(rows, changed_labels, num_clusters)
@@ -278,12 +304,12 @@ def _swap(rows: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
         # only the sums of the exchanged rows' clusters have changed
         changed_clusters = labels[exchanges].unique()
         products[:, changed_clusters] = rows @ changed_sums[changed_clusters].t()
-        gain = (changed_score - score) / score
+        relative_gain = (changed_score - score) / score
         labels = changed_labels
         score = changed_score
-        if gain < _NEGLIGIBLE_GAIN:
+        if relative_gain < _NEGLIGIBLE_GAIN:
             break
-        if gain < _SMALL_GAIN and stage == _MANY_EXCHANGES:
+        if relative_gain < _SMALL_GAIN and stage == _MANY_EXCHANGES:
             stage = _ONE_EXCHANGE
     return labels
 
@@ -356,9 +382,10 @@ def _find_candidates(labels: Tensor, products: Tensor) -> _Candidates:
     # gain[a, b, i]: gain of moving the i-th member of a to b
     gain = gain_of_row[members].transpose(1, 2).contiguous()
     largest_gains, positions = _largest_(gain, min(_SWAP_CANDIDATES, size))
-    # positions among the members of a to row numbers
-    candidate_rows = members.gather(1, positions.view(num_clusters, -1)).view_as(positions)
-    return _Candidates(candidate_rows, largest_gains)
+    # convert positions among the members of a into row numbers
+    positions_in_cluster = positions.view(num_clusters, -1)
+    candidate_rows = members.gather(1, positions_in_cluster).view_as(positions)
+    return _Candidates(rows=candidate_rows, gains=largest_gains)
 
 
 def _pairs_to_search(gains: Tensor, *, all_pairs: bool) -> tuple[Tensor, Tensor]:
@@ -372,10 +399,11 @@ def _pairs_to_search(gains: Tensor, *, all_pairs: bool) -> tuple[Tensor, Tensor]
         The first and the second cluster of each pair, both ``[pairs]``.
     """
     num_clusters = gains.shape[0]
-    first, second = torch.triu_indices(num_clusters, num_clusters, 1, device=gains.device)
+    # the clusters numbered (0, 1), (0, 2), ..., (1, 2), ...
+    first, second = torch.triu_indices(num_clusters, num_clusters, offset=1, device=gains.device)
     if all_pairs:
         return first, second
-    # the sum of the best gains in both directions: an estimate without the distance of the rows
+    # the gain of the best exchange, estimated without the distance of its two rows
     promise = gains[first, second, 0] + gains[second, first, 0]
     count = min(_PAIRS_PER_CLUSTER * num_clusters, promise.numel())
     most_promising = promise.topk(count).indices
@@ -406,12 +434,18 @@ def _best_of_each_pair(
     sums_of_gains = left_gains.unsqueeze(2) + right_gains.unsqueeze(1)
     total = sums_of_gains + squared_distances
     best_gain, best = total.flatten(1).max(1)
-    # the flat position of the best combination, as a position on each side
-    count = left.shape[1]
+    # convert the position of the best combination among all of a pair into one on each side
+    num_candidates = left.shape[1]
+    best_left = best // num_candidates
+    best_right = best % num_candidates
     pair = torch.arange(len(best), device=best.device)
-    first_row = left[pair, best // count]
-    second_row = right[pair, best % count]
-    return _Exchanges(best_gain, first, second, first_row, second_row)
+    return _Exchanges(
+        gain=best_gain,
+        first_cluster=first,
+        second_cluster=second,
+        first_row=left[pair, best_left],
+        second_row=right[pair, best_right],
+    )
 
 
 def _select_exchanges(exchanges: _Exchanges, num_clusters: int, per_cluster: int) -> Tensor:
@@ -422,7 +456,7 @@ def _select_exchanges(exchanges: _Exchanges, num_clusters: int, per_cluster: int
     """
     order = torch.sort(exchanges.gain, descending=True, stable=True).indices
     profitable = order[exchanges.gain[order] > _SMALLEST_EXCHANGE_GAIN]
-    # clusters and rows of each exchange, as Python numbers
+    # a line of Python numbers for each exchange: its two clusters and its two rows
     columns = [
         exchanges.first_cluster[profitable],
         exchanges.second_cluster[profitable],
@@ -472,8 +506,8 @@ def _products_of_pairs(rows: Tensor, left: Tensor, right: Tensor, chunk: int = 1
 
     Args:
         rows: rows ``[n, h]``.
-        left: row numbers ``[pairs, candidates]``.
-        right: row numbers ``[pairs, candidates]``.
+        left: row numbers of the first cluster's candidates ``[pairs, candidates]``.
+        right: row numbers of the second cluster's candidates ``[pairs, candidates]``.
         chunk: number of pairs that are computed together, which limits the memory.
 
     Returns:

@@ -210,6 +210,7 @@ class RoutingConfig:
             if getattr(self, name) is None:
                 raise ConfigError(f"{type(self).__name__} needs the field '{name}'")
 
+        # the type of a field determines its check; a field of another type is checked by its name
         for field in dataclasses.fields(self):
             if field.type is bool:
                 self._check_switch(field.name)
@@ -246,20 +247,17 @@ class RoutingConfig:
         if value is None and allows_none:
             return
 
-        if field.type is int:
-            wanted = f"a whole number {bounds.describe()}"
-            is_number = isinstance(value, int)
-        else:
-            wanted = f"a number {bounds.describe()}"
-            is_number = isinstance(value, int | float)
-        if isinstance(value, bool):  # Python's booleans are whole numbers
-            is_number = False
-        if allows_none:
-            wanted = f"{wanted}, or null"
-
         if isinstance(value, int) and value > _LARGEST_INTEGER:
             raise self._error(field.name, f"at most {_LARGEST_INTEGER}")
+
+        number_types = (int,) if field.type is int else (int, float)
+        # Python's booleans are whole numbers too
+        is_number = isinstance(value, number_types) and not isinstance(value, bool)
         if not is_number or not bounds.contain(value):
+            number = "a whole number" if field.type is int else "a number"
+            wanted = f"{number} {bounds.describe()}"
+            if allows_none:
+                wanted = f"{wanted}, or null"
             raise self._error(field.name, wanted)
 
     def _check_layers(self) -> None:
@@ -290,9 +288,10 @@ class RoutingConfig:
 
     @property
     def has_routing_state(self) -> bool:
-        """Check if routed layers have state that the dense model has not.
+        """Check if routed layers have state that the dense model does not have.
 
-        This is a router's, a running gate, copies of the FFN, or output biases of the experts.
+        Such state are a router's parameters or buffers, copies of the FFN, and output biases of the
+        experts.
         """
         return self.kind == "gmoe" or self.output_bias != "shared"
 
@@ -325,6 +324,7 @@ class RoutingConfig:
             # "backend" and "decode_cache" are from older releases
             if name in ("kind", "backend", "decode_cache"):
                 continue
+            # `is` instead of `==`, which takes 0 for False
             if name in _REMOVED_FIELDS and value is _REMOVED_FIELDS[name]:
                 continue
             fields[name] = value
@@ -409,7 +409,7 @@ class EMoEConfig(RoutingConfig):
         if self.router != "avg_k" and self.score != "keys":
             raise self._error("score", f"'keys' {with_router}, which has its own scores")
 
-        # both change the mean keys, which only this router and this score use
+        # both change how the mean keys score, which only this router and this score use
         uses_mean_keys = self.router == "avg_k" and self.score == "keys"
         for name in ("score_bias", "gate_momentum"):
             if getattr(self, name) and not uses_mean_keys:
@@ -419,8 +419,8 @@ class EMoEConfig(RoutingConfig):
         if has_parameters and self.weighting == "binary":
             wanted = f"'softmax' or 'softmax_times_k' {with_router}, else no gradient"
             raise self._error("weighting", wanted)
-        has_one_of_many = self.top_k == 1 and self.num_experts > 1
-        if has_parameters and self.weighting == "softmax_times_k" and has_one_of_many:
+        uses_one_of_many = self.top_k == 1 and self.num_experts > 1
+        if has_parameters and self.weighting == "softmax_times_k" and uses_one_of_many:
             wanted = "at least 2 with weighting='softmax_times_k', else the weight is always 1"
             raise self._error("top_k", wanted)
 
@@ -526,7 +526,7 @@ def _numbered_layers(layers: Sequence[int], count: int) -> list[int]:
 
 
 def _requested_layers(request: str, count: int) -> list[int]:
-    """Return the numbers of the layers, maybe none, that a request such as ``"last:2"`` means.
+    """Return the numbers of the layers that a request such as ``"last:2"`` means; maybe none.
 
     Raises:
         ConfigError: the request is invalid, or wants more last layers than there are.
@@ -544,21 +544,24 @@ def _requested_layers(request: str, count: int) -> list[int]:
         return every_layer[count - number :]
 
     # every n-th layer of the last half or quarter
-    last_share = re.fullmatch(r"last-(half|quarter):(\d{1,9})", request)
+    last_share = re.fullmatch(r"last-(?P<share>half|quarter):(?P<step>\d{1,9})", request)
     if last_share:
-        parts = _SHARES[last_share[1]]
-        first = count * (parts - 1) // parts
-        step = int(last_share[2])
+        num_parts = _SHARES[last_share["share"]]
+        start_of_last_part = count * (num_parts - 1) // num_parts
+        step = int(last_share["step"])
+        # no layer, which the caller reports
         if step == 0:
             return []
-        return every_layer[first::step]
+        return every_layer[start_of_last_part::step]
 
     # a slice as in Python, without negative steps
-    bounds = re.fullmatch(r"(-?\d{1,9})?:(-?\d{1,9})?(?::(\d{1,9})?)?", request)
+    slice_pattern = r"(?P<start>-?\d{1,9})?:(?P<stop>-?\d{1,9})?(?::(?P<step>\d{1,9})?)?"
+    bounds = re.fullmatch(slice_pattern, request)
     if bounds:
-        start = int(bounds[1]) if bounds[1] else None
-        stop = int(bounds[2]) if bounds[2] else None
-        step = int(bounds[3]) if bounds[3] else 1
+        start = int(bounds["start"]) if bounds["start"] else None
+        stop = int(bounds["stop"]) if bounds["stop"] else None
+        step = int(bounds["step"]) if bounds["step"] else 1
+        # no layer, which the caller reports
         if step == 0:
             return []
         return every_layer[start:stop:step]

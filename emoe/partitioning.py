@@ -96,7 +96,8 @@ def partition(
     check_weights(model, chosen)
     check_divisible(chosen, config.num_experts)
     needs_calibration = config.partition == "coactivation"
-    if needs_calibration != (calibration is not None):
+    has_calibration = calibration is not None
+    if needs_calibration != has_calibration:
         raise ConversionError(
             "partition='coactivation' needs calibration=[...], and no other partition takes it"
         )
@@ -139,13 +140,16 @@ def group_neurons(
     # neurons of the same expert become adjacent and keep their order
     permutation = torch.sort(labels, stable=True).indices
     seconds = time.perf_counter() - start
-    return Partition({layer: permutation}, {layer: explained}, {layer: seconds})
+    return Partition(
+        permutations={layer: permutation}, explained={layer: explained}, seconds={layer: seconds}
+    )
 
 
 def _group(keys: Tensor, config: EMoEConfig, layer: int, activations: Tensor | None) -> Tensor:
-    """Choose the expert of each neuron: ``[d]`` int64. See :func:`group_neurons`."""
+    """Choose the expert of each neuron: ``[d]`` int64. Arguments as in :func:`group_neurons`."""
     num_experts = config.num_experts
-    # each row of the features is a neuron; other partitions use none
+    # Each row of the features is a neuron. There are no activations, and so no features, for the
+    # partitions "random" and "contiguous".
     features = keys if config.partition == "kmeans" else activations
     if features is not None:
         return balanced_kmeans(features, num_experts, seed=config.partition_seed)

@@ -19,7 +19,7 @@ from emoe.tokens import LabelHook, PaddingMaskHook, is_recomputed, watch_padding
 
 
 class LayerRecord:
-    """How often each expert of one layer was chosen, and statistics of this.
+    """Counts of how often each expert of one layer was chosen, and statistics of these counts.
 
     The load of an expert is the number of tokens that chose it, before the capacity drops any.
     Padding is not counted.
@@ -66,18 +66,20 @@ class LayerRecord:
             chosen: chosen experts ``[T, N]`` bool.
             kept: chosen experts within the capacity ``[T, N]`` bool.
         """
+        # activation checkpointing repeats a forward pass that was counted before
         if is_recomputed():
             return
         with self._lock:
             mask = self._token_mask(len(chosen))
             if mask is None:
                 self._tokens += len(chosen)
+                counted = chosen
             else:
                 self._tokens += mask.sum()
-                chosen = chosen & mask.to(chosen.device).unsqueeze(1)
-            self._dropped += (chosen & ~kept).sum()
-            self._loads += chosen.sum(0)
-            self._add_by_label(chosen)
+                counted = chosen & mask.to(chosen.device).unsqueeze(1)
+            self._dropped += (counted & ~kept).sum()
+            self._loads += counted.sum(0)
+            self._add_by_label(counted)
             self._passes += 1
             # the window is complete
             if self._window and self._passes % self._window == 0:
@@ -116,8 +118,10 @@ class LayerRecord:
             return
         # loads of each row [rows, N]
         if self._rows_first:
+            # the tokens of a row are adjacent: [rows, tokens of a row, N]
             by_row = chosen.unflatten(0, (num_rows, -1)).sum(1)
         else:
+            # the first tokens of all rows come first: [tokens of a row, rows, N]
             by_row = chosen.unflatten(0, (-1, num_rows)).sum(0)
         self._make_room_for(labels)
         labels = labels.to(by_row.device)
@@ -129,7 +133,7 @@ class LayerRecord:
         """Append zeros to the loads by label, so that the largest of ``labels`` has a row."""
         needed = int(labels.max()) + 1
         missing = max(needed - len(self._loads_by_label), 0)
-        # no column before or after, and the missing rows at the end
+        # append no columns, and the missing rows at the end
         self._loads_by_label = F.pad(self._loads_by_label, (0, 0, 0, missing))
 
     @property
@@ -292,6 +296,7 @@ def record_routing(model: nn.Module, *, window: int | None = None) -> Iterator[R
             records[index] = record
         yield RoutingRecord(records, labels)
     finally:
+        # also after an error, so that the model can be recorded again
         for hook in (labels, *padding.values()):
             hook.remove()
         for layer in layers:

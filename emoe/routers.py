@@ -109,8 +109,8 @@ class Router(nn.Module):
     def kept_keys(self) -> Tensor | None:
         """Return vectors ``[N, h]`` in float32 whose products with the input are the scores.
 
-        A forward pass in evaluation mode and without gradients may keep them for later ones. None
-        if no pass kept those of the current weights, or the scores are computed in another way.
+        They are those that an earlier forward pass, in evaluation mode and without gradients, kept.
+        None if no pass kept those of the current weights, or if scores are computed differently.
         """
         return None
 
@@ -172,9 +172,9 @@ class CosineRouter(Router):
 class Stamp:
     """The state of a projection's weight at one time, to detect later changes.
 
-    A change shows in the weight's identity, version, address, or some of its elements. PyTorch does
-    not count changes through ``weight.data``, which PEFT uses to merge adapters. They change the
-    whole matrix, and so the compared elements.
+    A change shows in the weight's identity, version, address, or some of its elements. The elements
+    are compared because PyTorch counts no versions for changes through ``weight.data``, which PEFT
+    uses to merge adapters. Such a merge changes the whole matrix, and so the compared elements.
 
     Args:
         projection: module with a plain weight in the CPU's memory.
@@ -233,8 +233,8 @@ class AvgKRouter(Router):
     """The paper's avg-k (Eq. 4): an expert's score is the mean score of its neurons.
 
     The router has no parameters. ``keys`` scores are products of the FFN's input and the mean keys.
-    If the weights are adapted or quantised, they are computed from the pre-activations instead,
-    with the same result up to rounding. :class:`emoe.EMoEConfig` describes the other scores.
+    If the weights are adapted or quantised, these scores are computed from the pre-activations
+    instead, with the same result up to rounding. :class:`emoe.EMoEConfig` describes the others.
 
     In evaluation mode the mean keys are kept until the weights change.
 
@@ -254,6 +254,7 @@ class AvgKRouter(Router):
 
     def forward(self, x: Tensor) -> Tensor:
         """See :meth:`Router.forward`. Only for scores that are linear in the input."""
+        # the running mean, else the mean that an earlier call kept, else the current mean
         mean_weight = self.gate
         if mean_weight is None:
             mean_weight = self._kept_mean_weight()
@@ -289,11 +290,15 @@ class AvgKRouter(Router):
         self._kept = None
 
     def _may_keep(self) -> bool:
-        """Check if this forward pass may keep and reuse mean weights.
+        """Check if this forward pass may keep mean weights, or use kept ones.
 
         It must be in evaluation mode, and record neither a gradient nor a graph.
         """
-        return not (self.training or torch.is_grad_enabled() or is_recorded())
+        # training changes the weights in every step
+        if self.training:
+            return False
+        # kept mean weights have no gradient, and a graph would contain them as constants
+        return not (torch.is_grad_enabled() or is_recorded())
 
     def _kept_mean_weight(self) -> Tensor | None:
         """Return the mean weights ``[N, h]`` that an earlier call kept.
@@ -309,40 +314,52 @@ class AvgKRouter(Router):
         return kept.mean_weight
 
     def _keep(self, mean_weight: Tensor) -> None:
-        """Keep mean weights for later calls in evaluation mode, if changes can be detected."""
+        """Keep mean weights for later calls, if this pass may keep them (:meth:`_may_keep`).
+
+        They are only kept for a contiguous weight in the CPU's memory.
+        """
         if not self._may_keep():
             return
         projection = self._projection()
         weight = weight_of(projection)
-        # not on a GPU: each call would have to wait until it has compared the elements
-        if is_in_memory(weight) and weight.is_contiguous():
-            self._kept = _KeptMean(Stamp(projection), mean_weight)
+        # Later calls compare elements of the weight with the stamp. On a GPU, the CPU would have to
+        # wait for each comparison.
+        if not is_in_memory(weight):
+            return
+        # the stamp needs a view of the weight as one long vector
+        if not weight.is_contiguous():
+            return
+        self._kept = _KeptMean(stamp=Stamp(projection), mean_weight=mean_weight)
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy has its own weights
         return {**self.__dict__, "_kept": None}
 
     def _mean_weight(self) -> Tensor:
-        """Compute the mean weights ``[N, h]`` of the score's projection."""
+        """Average the weights of each expert's neurons: ``[N, h]`` in float32.
+
+        They are the weights of the projection whose outputs the score averages.
+        """
         if self.config.score == "keys":
             return self.mean_keys()
         # the mean of a projection's outputs is the output of its mean weights
-        weight, _ = self._linear_blocks()
+        weight, _bias = self._weight_and_bias_by_expert()
         return neuron_means(weight)
 
     def _score_bias(self) -> Tensor | None:
         """Return the mean biases ``[N]`` that are part of the score, None if there are none."""
         if self.config.score == "keys":
             return self._mean_bias() if self.config.score_bias else None
-        _, bias = self._linear_blocks()
+        _weight, bias = self._weight_and_bias_by_expert()
         if bias is None:
             return None
         return neuron_means(bias)
 
-    def _linear_blocks(self) -> tuple[Tensor, Tensor | None]:
-        """Return the weight ``[N, s, h]`` and bias of the projection that the score averages.
+    def _weight_and_bias_by_expert(self) -> tuple[Tensor, Tensor | None]:
+        """Return the weight and the bias of the projection whose outputs the score averages.
 
-        The bias is ``[N, s]``, or None if the projection has none.
+        Returns:
+            The weight ``[N, s, h]``, and the bias ``[N, s]``, None if the projection has none.
         """
         in_projections, _values = self.ffn.blocks(self.config.num_experts)
         # the activated projection comes first, then the up-projection
@@ -361,7 +378,10 @@ class AvgKRouter(Router):
         return block_means(neurons, self.config.num_experts)
 
     def _scored_neurons(self, x: Tensor | None, z: Tensor, hidden: Tensor | None) -> Tensor:
-        """Return the values ``[T, d]`` that the score averages. See :meth:`Router.scores`."""
+        """Return the values ``[T, d]`` that the score averages, before absolute values are taken.
+
+        See :meth:`Router.scores` for the arguments.
+        """
         ffn = self.ffn
         score = self.config.score
         if score.startswith("inter"):
@@ -372,6 +392,7 @@ class AvgKRouter(Router):
             return neurons
         if score.startswith("up"):
             return ffn.up(require_input(ffn, x))
+        # the score "gate"
         return z
 
     def _scores_from_keys(self, x: Tensor | None, z: Tensor) -> Tensor:
@@ -380,10 +401,13 @@ class AvgKRouter(Router):
         The mean keys need the FFN's input, and an in-projection with a plain weight.
         """
         proj_in = self.ffn.proj_in
+        # offloaded weights have values only in this context
         with weights_in_place(proj_in):
+            # an adapter adds to the outputs, so the weight alone does not give the score
             is_adapted = hasattr(proj_in, "base_layer")
             if x is None or is_adapted:
                 return self._scores_from_neurons(z)
+            # a quantised weight, or one without values even in this context
             if not has_plain_weight(proj_in) or proj_in.weight.is_meta:
                 return self._scores_from_neurons(z)
             return self(x)
@@ -486,7 +510,8 @@ def weights_in_place(*modules: nn.Module) -> AbstractContextManager[Any]:
     """Return a context in which the weights of offloaded modules are loaded."""
     offloaded = [module for module in modules if is_offloaded(module)]
     if not offloaded:
-        return nullcontext()  # torch.compile cannot trace hooks
+        # torch.compile can trace this context, but not the hooks of the other one
+        return nullcontext()
     from accelerate.utils import align_module_device
 
     stack = ExitStack()
@@ -503,10 +528,10 @@ def unsharded(weight: Tensor) -> Tensor:
 
 
 def require_input(ffn: FFN, passed: Tensor | None) -> Tensor:
-    """Return the tensor that an FFN's in-projection passed on, if there is one.
+    """Return ``passed``, the input that an FFN's in-projection passed on, after a check for None.
 
     Raises:
-        RuntimeError: the tensor is None, because the in-projection did not run.
+        RuntimeError: it is None, because the in-projection did not run.
     """
     if passed is None:
         raise RuntimeError(

@@ -66,9 +66,9 @@ def capacity_mask(
 ) -> Tensor:
     """Return the mask ``[T, k]`` bool of the choices that fit into the experts' capacity.
 
-    Routing is batch-prioritised: all first choices come before all second choices, and so on. Among
-    the first choices, and so on, tokens are ordered by their highest softmax probability. The mask
-    is always true for padding tokens.
+    Routing is batch-prioritised: the first choices of all tokens come before all second choices,
+    and so on. Within each of these groups, tokens are ordered by their highest softmax probability.
+    The mask is always true for padding tokens.
 
     Args:
         scores: scores ``[T, N]`` that chose the experts.
@@ -91,17 +91,19 @@ def capacity_mask(
     # tokens with the most confident choice come first
     confidence = scores.softmax(-1).amax(-1)
     order = _stable_order(confidence, descending=True)
-    # The expert of each choice in order of priority [k * T]. The number N stands for padding, which
-    # takes no capacity from the experts.
+    # Padding tokens choose an additional expert with the number N, so they take no capacity.
     experts = torch.where(is_real, expert_indices, num_experts)
+    # The expert of each choice [k * T] in order of priority: the first choices of all tokens, then
+    # the second ones, and so on.
     queue = experts[order].t().flatten()
 
-    # number of choices of the same expert that come first
-    rank = _rank_in_group(queue, num_experts + 1)
-    # back to the order of the tokens
-    fits_in_queue = (rank < capacity).view(expert_indices.shape[1], -1)
+    # a choice fits if fewer choices than the capacity are before it in its expert's queue
+    num_before = _rank_in_group(queue, num_experts + 1)
+    fits_in_queue = num_before < capacity
+    # from the queue back to one line per token, in the order of the tokens
+    num_choices = expert_indices.shape[1]
     fits = torch.empty_like(is_real)
-    fits[order] = fits_in_queue.t()
+    fits[order] = fits_in_queue.view(num_choices, -1).t()
     return fits | ~is_real
 
 
@@ -113,6 +115,7 @@ def _rank_in_group(groups: Tensor, num_groups: int) -> Tensor:
     starts = sizes.cumsum(0) - sizes
     positions = torch.arange(groups.numel(), device=groups.device)
     start_of_element = starts[groups[by_group]]
+    # an element's rank is its distance from the start of its group
     rank = torch.empty_like(groups)
     rank[by_group] = positions - start_of_element
     return rank
@@ -167,8 +170,8 @@ def balance_loss(
     losses of importance and load.
 
     Importance is the softmax probability of an expert, summed over tokens. Load is the expected
-    number of tokens of an expert under the router's noise. A token counts with the probability that
-    its clean score exceeds its lowest chosen noisy score.
+    number of tokens of an expert under the router's noise: each token adds the probability that the
+    expert's clean score exceeds the lowest noisy score among the token's chosen experts.
 
     Args:
         clean: scores ``[T, N]`` before the noise.

@@ -79,6 +79,7 @@ def _make_sparse_(layers: list[RoutedActivation]) -> None:
         ConversionError: a layer cannot use the sparse backend, or its output would change. All
             layers are masked again.
     """
+    # all checks and masked outputs come before the first change of a layer
     for layer in layers:
         check_supported(layer)
     masked_outputs = [probe_output(layer) for layer in layers]
@@ -87,7 +88,7 @@ def _make_sparse_(layers: list[RoutedActivation]) -> None:
     if any(_is_on_cpu(layer) for layer in layers):
         prepare_kernels()
     for layer, masked_output in zip(layers, masked_outputs, strict=True):
-        # without an output, because the layer's code cannot be run alone, nothing can be compared
+        # None means that the layer's code cannot be run alone, so outputs cannot be compared
         if masked_output is None or _matches_masked_output(layer, masked_output):
             continue
         for changed in layers:
@@ -114,6 +115,7 @@ def _matches_masked_output(layer: RoutedActivation, expected: Tensor) -> bool:
     # for the few rows of the probe, the sparse products would not pay off
     sparse.always = True
     output = probe_output(layer)
+    # undo what the probe changed
     sparse.always = False
     sparse.last_path = NOT_CALLED
     if output is None:
@@ -131,10 +133,10 @@ def for_inference_(model: nn.Module) -> nn.Module:
     Sets the sparse backend and evaluation mode. On a CPU, a forward pass of few tokens then reads
     only the weights of their experts.
 
-    For this, the weights of each neuron must lie together in memory. The first such pass without
-    gradient copies the projection for which this is not so: the out-projection, or GPT-2's
-    in-projection. The copies need as much memory as these projections. They are made again after
-    the weights change. ``model.train()`` ends serving.
+    For this, the weights of each neuron must lie together in memory. In one projection they do not:
+    the out-projection, or in GPT-2 the in-projection. The first such pass without gradient makes a
+    copy of it in which they do. The copy needs as much memory as the projection, and is made again
+    after the weights change. ``model.train()`` ends serving.
 
     Parameters are not frozen, because PyTorch multiplies frozen bfloat16 weights more slowly on
     some processors.
@@ -178,6 +180,7 @@ def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> nn.Module:
             The model is unchanged.
     """
     layers = converted_layers(model, "fix_experts_")
+    # check all counts before the first layer changes
     counts = [_read_usage(layer, usage) for layer in layers]
     for layer, count in zip(layers, counts, strict=True):
         router = FixedRouter(layer.ffn, layer.config)
@@ -200,6 +203,7 @@ def _read_usage(layer: RoutedActivation, usage: Mapping[int, Tensor]) -> Tensor:
             f"{name} has the router '{config.router}': convert it with router='avg_k'"
         )
     number = layer.ffn.index
+    # missing counts become an empty tensor, which has a wrong shape
     counts = torch.as_tensor(usage.get(number, ()))
     has_right_shape = counts.shape == (config.num_experts,)
     if not has_right_shape or counts.is_floating_point() or not counts.any():

@@ -71,7 +71,9 @@ class TrainerCallback(transformers.TrainerCallback):
         if hasattr(model, "peft_config"):
             return
         folder = _checkpoint(args, state)
+        # one process writes, if Trainer has made a folder for the checkpoint
         is_written_here = args.should_save and folder.is_dir()
+        # every process must make this call, because it gathers sharded weights from all of them
         save_order(model, folder, write=is_written_here)
 
 
@@ -79,7 +81,7 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     """Return the folder of the checkpoint that is being saved. It may not exist."""
     output = Path(str(args.output_dir))
     name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-    # a search of hyper-parameters has a folder for each trial; the newest is in use
+    # a search of hyper-parameters has a folder for each trial; the newest one is in use
     nested = output.glob(f"*/{name}")
     existing = [path for path in (output / name, *nested) if path.is_dir()]
     if not existing:
@@ -93,7 +95,10 @@ def _modification_time(path: Path) -> float:
 
 
 def _check_checkpointing(args: TrainingArguments) -> None:
-    """Raise :class:`ConfigError` for reentrant checkpointing: the balance loss has no gradient."""
+    """Raise :class:`ConfigError` for reentrant activation checkpointing.
+
+    With it, the balance loss would have no gradient.
+    """
     options: Any = args.activation_checkpointing_kwargs
     if not args.activation_checkpointing or not options:
         return
@@ -193,9 +198,9 @@ def _depends_on(loss: Tensor, count: Tensor) -> bool:
 
 
 def _counted_labels(model: Any, kwargs: dict[str, Any]) -> Tensor:
-    """Return the labels of a forward pass that Trainer counts in ``num_items_in_batch``.
+    """Return the labels of a forward pass from which Trainer computes ``num_items_in_batch``.
 
-    Ignored labels are among them.
+    They include ignored labels, which Trainer does not count.
     """
     if "shift_labels" in kwargs:
         return kwargs["shift_labels"]

@@ -66,13 +66,12 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
         check_names(where.at("settings"), block.settings, defaults)
         key_path = ("benchmarks", self.name, "grid", number, "settings")
         for model in block.model:
-            # every combination of the lists of settings
-            for values in itertools.product(*block.settings.values()):
-                varied = dict(zip(block.settings, values, strict=True))
+            for varied in _combinations(block.settings):
                 settings = parse({**defaults, **varied}, Settings, part.file, *key_path).given()
                 candidates = settings["candidates"]
                 check_names(where.at("settings", "candidates"), candidates, definition.candidates)
                 variant = _variant(settings, defaults)
+                # nothing is trained: there is no method, learning rate or out-of-domain data
                 yield self.spec(
                     variant,
                     model=self._model_spec(model),
@@ -98,6 +97,16 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
         if config:
             return {"name": name, "config": config}
         return load_models()[name].spec(name)
+
+
+def _combinations(values_by_setting: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    """Yield every combination of values, with one value for each setting.
+
+    >>> list(_combinations({"threads": [1, 2], "tokens": [64]}))
+    [{'threads': 1, 'tokens': 64}, {'threads': 2, 'tokens': 64}]
+    """
+    for values in itertools.product(*values_by_setting.values()):
+        yield dict(zip(values_by_setting, values, strict=True))
 
 
 def _variant(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:

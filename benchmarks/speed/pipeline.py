@@ -73,16 +73,16 @@ def run(spec: MeasurementSpec, _folder: Path, progress: Progress) -> dict[str, A
 
 def make_timers(dense: Any, measure: str, settings: Settings, seed: int) -> dict[str, Timer]:
     """Make a timer of the measure's statement for the dense model and each candidate, by name."""
+    statement = _STATEMENTS[measure]
     timers = {}
     for name in ("dense", *settings.candidates):
         net = dense
         if name != "dense":
             net = make_candidate(name, dense, settings)
-        # the same random inputs for all
+        # seeded just before `variables` draws the inputs, so that all models get the same ones
         torch.manual_seed(derive_seed("speed", seed))
-        timers[name] = Timer(
-            _STATEMENTS[measure], globals=variables(net, settings), num_threads=settings.threads
-        )
+        names = variables(net, settings)
+        timers[name] = Timer(statement, globals=names, num_threads=settings.threads)
     return timers
 
 
@@ -90,10 +90,10 @@ def make_candidate(name: str, dense: Any, settings: Settings) -> Any:
     """Make the model of a candidate, whose time is compared with that of the dense model.
 
     Args:
-        name: The name of the candidate. A backend, such as ``sparse``, or ``inference`` stands for
-            a converted copy of the dense model. ``mixtral_`` with an implementation of experts,
-            such as ``mixtral_eager``, stands for transformers' expert layer with the sizes of the
-            dense model's FFN.
+        name: The name of the candidate. ``inference``, or the name of a backend such as ``sparse``,
+            stands for a converted copy of the dense model. A name such as ``mixtral_eager`` stands
+            for transformers' expert layer, in the implementation ``eager`` and with the sizes of
+            the dense model's FFN.
         dense: The dense model.
         settings: The settings of the run.
     """
@@ -166,8 +166,10 @@ def time_in_turn(timers: Mapping[str, Timer]) -> dict[Any, Any]:
             measurement = timer.blocked_autorange(min_run_time=_MIN_SECONDS)
             seconds_of_round[name] = measurement.median
         rounds.append(seconds_of_round)
+    # a row for each round, a column for each candidate
     seconds = pd.DataFrame(rounds)
     ratios = seconds.div(seconds["dense"], axis=0)
+    # a row for each candidate
     numbers = pd.DataFrame(
         {
             "ratio": ratios.median(),

@@ -51,17 +51,9 @@ def measure_table(name: str, measured: Measurements) -> Table:
     # candidates have columns of their own, so a row is not identified by them
     settings = [key for key in measure.settings.given() if key != "candidates"]
     keys = ["model", *settings]
-    rows = []
-    for run in measured.runs:
-        if run.task == name:
-            rows.append({"run_id": run.id, "model": run.model, **run.spec["settings"]})
-    runs = pd.DataFrame(rows, columns=["run_id", *keys])
-
-    # a column for each number of a candidate, such as `sparse_ratio`
-    numbers = measured.origins[measured.origins["task"] == name]
-    named = numbers.assign(column=numbers["eval_task"] + "_" + numbers["metric"])
-    values = named.pivot(index="run_id", columns="column", values="value")
-    frame = runs.merge(values, on="run_id")
+    runs = _settings_of_runs(measured.runs, name, keys)
+    numbers = _numbers_of_runs(measured.origins, name)
+    frame = runs.merge(numbers, on="run_id")
 
     shown = []
     for candidate, title in measured.definition.candidates.items():
@@ -71,6 +63,32 @@ def measure_table(name: str, measured: Measurements) -> Table:
                 shown.append(column)
     headings = {key: key.replace("_", " ").capitalize() for key in keys}
     return Table(measure.title, measure.caption, headings, shown, frame)
+
+
+def _settings_of_runs(runs: Sequence[Run], measure: str, keys: Sequence[str]) -> pd.DataFrame:
+    """Return a row for each run of a measure, with the columns ``run_id`` and ``keys``.
+
+    The keys are ``model`` and names of settings.
+    """
+    rows = []
+    for run in runs:
+        if run.task == measure:
+            rows.append({"run_id": run.id, "model": run.model, **run.spec["settings"]})
+    return pd.DataFrame(rows, columns=["run_id", *keys])
+
+
+def _numbers_of_runs(origins: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """Return the numbers of a measure, with a row for each run, by ``run_id``.
+
+    It has a column for each number of a candidate, such as ``sparse_ratio``.
+
+    Args:
+        origins: A row for each number of a run. See :class:`Measurements`.
+        measure: The name of the measure.
+    """
+    numbers = origins[origins["task"] == measure]
+    named = numbers.assign(column=numbers["eval_task"] + "_" + numbers["metric"])
+    return named.pivot(index="run_id", columns="column", values="value")
 
 
 def _candidate_columns(candidate: str, title: str) -> list[Column]:

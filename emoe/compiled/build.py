@@ -149,7 +149,7 @@ def is_in_memory(tensor: Tensor) -> bool:
         return False
     try:
         tensor.data_ptr()
-    except RuntimeError:  # the tensors of torch.func's transforms
+    except RuntimeError:  # the tensors of torch.func's transforms have no address
         return False
     return True
 

@@ -116,6 +116,7 @@ class _SparseFFN(torch.autograd.Function):
         values: Tensor,
         *in_projections: Any,
     ) -> Tensor:
+        # weight, bias, and for a gated FFN the up-projection's weight and bias
         weights = in_projections[::2]
         biases = in_projections[1::2]
         pre_activations = []
@@ -141,39 +142,61 @@ class _SparseFFN(torch.autograd.Function):
 
         # compute the input of the out-projection again, now with a graph
         with torch.enable_grad():
-            leaves = [z.detach().requires_grad_() for z in saved.pre_activations]
-            scale = None
+            pre_activations = [z.detach().requires_grad_() for z in saved.pre_activations]
+            per_pair = None
             if saved.per_pair is not None:
-                scale = saved.per_pair.detach().requires_grad_()
-            hidden = _hidden(ctx.activation, leaves, scale)
+                per_pair = saved.per_pair.detach().requires_grad_()
+            hidden = _hidden(ctx.activation, pre_activations, per_pair)
 
         d_values = None
         if needed.values:
             d_values = outer_mm(hidden.detach(), d_y, pairs, saved.values)
 
         # back through the activation to the pre-activations and the expert weights
-        inputs = leaves if scale is None else [*leaves, scale]
-        gradients = torch.autograd.grad(hidden, inputs, gather_mm(d_y, saved.values, None, pairs))
-        d_pre_activations = gradients[: len(leaves)]
-        d_scale = None if scale is None else gradients[-1]
+        d_hidden = gather_mm(d_y, saved.values, None, pairs)
+        inputs = pre_activations if per_pair is None else [*pre_activations, per_pair]
+        gradients = torch.autograd.grad(hidden, inputs, d_hidden)
+        d_pre_activations = gradients[: len(pre_activations)]
+        d_per_pair = None if per_pair is None else gradients[-1]
 
-        # back through each in-projection
-        d_in_projections: list[Tensor | None] = []
-        for index, d_z in enumerate(d_pre_activations):
-            weight = saved.weights[index]
-            d_weight = None
-            if needed.weights[index]:
-                # the input was saved if a weight needs a gradient
-                d_weight = outer_mm(d_z, cast(Tensor, saved.x), pairs, weight)
-            d_bias = None
-            if needed.biases[index] and saved.biases[index] is not None:
-                d_bias = expert_sums(d_z, pairs, num_experts=weight.shape[0])
-            d_in_projections += [d_weight, d_bias]
+        d_in_projections = _in_projection_gradients(d_pre_activations, saved, needed, pairs)
         d_x = None
         if needed.x:
             d_x = _input_gradient(d_pre_activations, saved.weights, pairs)
-        # the activation and the pairs have no gradient
-        return None, None, d_scale, d_x, d_values, *d_in_projections
+        # One gradient for each argument of `forward`. The activation and the pairs have none.
+        return None, None, d_per_pair, d_x, d_values, *d_in_projections
+
+
+def _in_projection_gradients(
+    d_pre_activations: Sequence[Tensor],
+    saved: _SavedTensors,
+    needed: _NeededGradients,
+    pairs: Pairs,
+) -> list[Tensor | None]:
+    """Compute the gradients of the in-projections' weights and biases.
+
+    Args:
+        d_pre_activations: gradient of the outputs ``[P, s]`` of each in-projection.
+        saved: tensors of the forward pass.
+        needed: which gradients are needed.
+        pairs: chosen pairs.
+
+    Returns:
+        For each in-projection, the gradient of its weight ``[N, s, h]`` and of its bias ``[N, s]``,
+        one after another. None for a gradient that is not needed.
+    """
+    gradients: list[Tensor | None] = []
+    for index, d_z in enumerate(d_pre_activations):
+        weight = saved.weights[index]
+        d_weight = None
+        if needed.weights[index]:
+            # the input was saved if a weight needs a gradient
+            d_weight = outer_mm(d_z, cast(Tensor, saved.x), pairs, weight)
+        d_bias = None
+        if needed.biases[index] and saved.biases[index] is not None:
+            d_bias = expert_sums(d_z, pairs, num_experts=weight.shape[0])
+        gradients += [d_weight, d_bias]
+    return gradients
 
 
 def _input_gradient(
@@ -196,18 +219,26 @@ def _input_gradient(
 def _needed_gradients(ctx: Any) -> _NeededGradients:
     """Read which arguments of ``_SparseFFN.forward`` need a gradient."""
     _activation, _pairs, _per_pair, x, values, *in_projections = ctx.needs_input_grad
-    return _NeededGradients(x, values, in_projections[::2], in_projections[1::2])
+    # weight, bias, weight, bias
+    return _NeededGradients(
+        x=x, values=values, weights=in_projections[::2], biases=in_projections[1::2]
+    )
 
 
 def _saved_tensors(ctx: Any) -> _SavedTensors:
     """Read the tensors that ``_SparseFFN.forward`` saved."""
     per_pair, x, values, *others = ctx.saved_tensors
-    # a weight, a bias and a pre-activation for each in-projection
-    count = len(others) // 3
-    in_projections = others[: 2 * count]
-    pre_activations = others[2 * count :]
+    # weight and bias of each in-projection come first, then the pre-activations of all
+    num_in_projections = len(others) // 3
+    in_projections = others[: 2 * num_in_projections]  # weight, bias, weight, bias
+    pre_activations = others[2 * num_in_projections :]
     return _SavedTensors(
-        per_pair, x, values, in_projections[::2], in_projections[1::2], pre_activations
+        per_pair=per_pair,
+        x=x,
+        values=values,
+        weights=in_projections[::2],
+        biases=in_projections[1::2],
+        pre_activations=pre_activations,
     )
 
 

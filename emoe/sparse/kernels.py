@@ -67,12 +67,14 @@ def pairs_of(mask: Tensor, x: Tensor) -> Pairs:
     if _compiled_for(x) is not None:
         num_chunks = _number_of_chunks(num_tokens)
     chunk_size = _divide_up(num_tokens, num_chunks)
-    # chunks of the same size; the padding chooses no expert
-    padding = chunk_size * num_chunks - num_tokens
-    padded = F.pad(mask, (0, 0, 0, padding))
+    # append tokens that choose no expert, so that all chunks have the same size
+    num_missing = chunk_size * num_chunks - num_tokens
+    padded = F.pad(mask, (0, 0, 0, num_missing))
     # [chunks, N, tokens of the chunk]
     by_expert = padded.view(num_chunks, chunk_size, num_experts).transpose(1, 2)
+    # nonzero lists the pairs by chunk, then expert, then token
     chunk, expert, token_in_chunk = by_expert.nonzero(as_tuple=True)
+    # pairs start where those of the chunks and experts before them end
     counts = by_expert.sum(2).flatten()
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     token = chunk * chunk_size + token_in_chunk
@@ -88,6 +90,7 @@ def _number_of_chunks(num_tokens: int) -> int:
 
 def _divide_up(number: int, divisor: int) -> int:
     """Divide, and round up."""
+    # `//` rounds down; with the sign changed before and after, it rounds up
     return -(-number // divisor)
 
 
@@ -113,7 +116,7 @@ def gather_mm(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs) -> T
     for block in _blocks(pairs, out):
         inputs = x.index_select(0, block.tokens)
         weight_of_expert = weight[block.expert].t()
-        # written into `out`, which the block is a view of
+        # the rows of a block are a view of `out`, so the products are written into it
         if bias is None:
             torch.mm(inputs, weight_of_expert, out=block.per_pair)
         else:
@@ -185,7 +188,7 @@ def outer_mm(a: Tensor, x: Tensor, pairs: Pairs, weight: Tensor) -> Tensor:
         padded_sums = F.grouped_mm(pad_rows(a).t(), x[pairs.token], offs=pairs.ends)
         expert_size = a.shape[1]
         return out.copy_(padded_sums[:, :expert_size])
-    # experts without pairs have no block
+    # the loop does not reach experts without pairs
     out[pairs.starts.diff() == 0] = 0
     for block in _blocks(pairs, a):
         inputs = x.index_select(0, block.tokens)
@@ -222,6 +225,7 @@ def can_group(x: Tensor) -> bool:
 def pad_rows(x: Tensor) -> Tensor:
     """Pad dimension 1 with zeros until it has a multiple of 16 bytes. The result is contiguous."""
     elements_per_unit = _ALIGNMENT // x.element_size()
+    # the distance to the next multiple
     missing = -x.shape[1] % elements_per_unit
     if missing == 0:
         return x.contiguous()

@@ -54,14 +54,15 @@ class _Replacement(nn.Module):
 
 
 class PassThrough(_Replacement):
-    """A replacement of an in- or up-projection that multiplies nothing.
+    """A replacement of an in- or up-projection that has its parameters, but does not use them.
 
-    The out-projection thus gets the FFN's input.
+    It lets the FFN's input through to the out-projection.
 
     Args:
         projection: projection to replace.
-        output: what it returns: its ``input``, or ``one``, the number 1. For a fused projection,
-            the half of the output that is the input (``first`` or ``last``); the other half is 1.
+        output: what the replacement returns: ``input`` for its input, or ``one`` for the number 1.
+            A fused projection's output has two halves: with ``first`` or ``last``, this half is the
+            input, and the other half is 1.
     """
 
     def __init__(self, projection: nn.Module, output: str) -> None:
@@ -102,7 +103,7 @@ class SparseFFN(_Replacement):
         self.serves = False
         self.always = False
         self.last_path = NOT_CALLED
-        # each table of hooks of the FFN's modules, and its length at the first forward pass
+        # each dictionary of hooks of the FFN's modules, and its length at the first forward pass
         self._hook_counts: list[tuple[dict[int, Any], int]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,8 +111,8 @@ class SparseFFN(_Replacement):
         layer = self._layer[0]
         if self._has_new_hooks():
             reject_hooks(layer)
-        # The kernels for few tokens compute no gradients. If none is needed, because the user froze
-        # the parameters, they can be used all the same.
+        # The kernels for few tokens are not used while gradients are enabled. If the user froze the
+        # parameters, no gradient is needed, so gradients can be disabled here.
         if self.serves and torch.is_grad_enabled() and not self._needs_gradient(x):
             with torch.no_grad():
                 return self.forward(x)
@@ -129,13 +130,23 @@ class SparseFFN(_Replacement):
             self.last_path = "sparse"
             y, weights = self._compute_sparse(rows)
 
-        # the masked path adds the biases in the projection and its hook
+        y = self._add_biases(y, weights)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _add_biases(self, y: Tensor, weights: Tensor | None) -> Tensor:
+        """Add the output biases to sparse outputs. The masked path has added them already.
+
+        Args:
+            y: outputs ``[T, h]``.
+            weights: expert weights ``[T, N]``, which only biases of the experts need.
+        """
         bias = bias_of(self)
         if bias is not None:
             y = y + bias.to(y.dtype)
+        layer = self._layer[0]
         if layer.output_bias is not None:
             y = layer.add_output_bias(y, cast(Tensor, weights))
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     def _has_new_hooks(self) -> bool:
         """Check if the number of hooks of the FFN's modules has changed since the first pass.
@@ -172,7 +183,11 @@ class SparseFFN(_Replacement):
         kernels = kernels_for(rows)
         if kernels is None or not are_few(rows):
             return None
-        if torch.is_autocast_enabled("cpu") or self._rounds_scores(rows.dtype):
+        # the kernels compute in the dtype of the weights, and autocast wants another
+        if torch.is_autocast_enabled("cpu"):
+            return None
+        # the kernels might choose other experts
+        if self._rounds_scores(rows.dtype):
             return None
         layout = self._layout  # another thread may replace it
         if layout is None or not layout.is_current():
@@ -197,6 +212,7 @@ class SparseFFN(_Replacement):
             chosen experts have weight 1.
         """
         layer = self._layer[0]
+        # None if the layer cannot choose quickly; the quick choice gives no weights
         weights: Tensor | None = None
         mask = layer.choose_quickly(rows)
         if mask is None:
@@ -248,21 +264,22 @@ class SparseFFN(_Replacement):
         if rows.device.type != "cpu":
             return f"PyTorch has no grouped product for {dtype} on {rows.device.type}"
         size = layer.ffn.d // config.num_experts
-        share = f"{config.num_active_experts} of {config.num_experts}"
-        experts = f"{share} experts of {size} neurons, {dtype}"
+        active = f"{config.num_active_experts} of {config.num_experts}"
+        experts = f"{active} experts of {size} neurons, {dtype}"
         return f"no gain is expected for {len(rows)} tokens ({experts})"
 
     def _compute_masked(self, x: Tensor) -> Tensor:
         """Compute all neurons with the replaced modules, as the masked backend does."""
         layer = self._layer[0]
         spec = layer.ffn.spec
-        z = layer.replaced[spec.proj_in](x)
+        projected = layer.replaced[spec.proj_in](x)
+        # `z` is activated; `up`, which only gated FFNs have, multiplies the result
+        z = projected
         up = None
         if spec.proj_up:
             up = layer.replaced[spec.proj_up](x)
         if spec.fused:
-            first, last = z.chunk(2, -1)
-            # one half is activated, the other one multiplies
+            first, last = projected.chunk(2, -1)
             if spec.fused == "first":
                 z = first
                 up = last
@@ -306,8 +323,8 @@ def install_(layer: RoutedActivation) -> None:
     layer.replaced = dict([*ffn.projections(), *ffn.between()])
     replacements: dict[str, nn.Module] = {path: nn.Identity() for path in spec.between}
     replacements[spec.proj_out] = SparseFFN(layer)
-    # The FFN's input must reach the out-projection unchanged. The code of a gated FFN multiplies
-    # the up-projection's output, so that is 1.
+    # The FFN's input must reach the out-projection unchanged. The code of a gated FFN multiplies it
+    # by the output of the up-projection, so the replacement returns 1.
     for path, module in ffn.in_projections():
         if path == spec.proj_up:
             replacements[path] = PassThrough(module, "one")
@@ -319,31 +336,51 @@ def install_(layer: RoutedActivation) -> None:
 
 
 def check_supported(layer: RoutedActivation) -> None:
-    """Raise :class:`ConversionError` if a routed FFN cannot use the sparse backend."""
+    """Raise :class:`ConversionError` if a routed FFN cannot use the sparse backend.
+
+    In the messages, "keep it masked" means: do not change the default backend, ``masked``.
+    """
     ffn = layer.ffn
     config = layer.config
     if config.score not in LINEAR_SCORES:
         raise ConversionError(
             f"{ffn.name}: score='{config.score}' needs every neuron: keep it masked"
         )
+    # the backward pass needs the activation's input again
     if getattr(layer.activation, "inplace", False):
         raise ConversionError(
             f"{ffn.name}.{ffn.spec.activation} writes over its input: build it with inplace=False"
         )
     for path, module in ffn.projections():
-        # a parametrisation computes the weight from other parameters
-        is_computed = "weight" not in dict(module.named_parameters())
-        if is_offloaded(module) or not has_plain_weight(module) or is_computed:
-            raise ConversionError(
-                f"{ffn.name}.{path} is adapted, quantised, offloaded or computed: keep it masked"
-            )
-        # transformers loads T5 in float16 with an out-projection in float32
-        dtype = cast(Tensor, module.weight).dtype
-        dtype_in = ffn.keys().dtype
-        if dtype != dtype_in:
-            dtypes = f"{ffn.name}.{path} is {dtype} and {ffn.spec.proj_in} is {dtype_in}"
-            raise ConversionError(f"{dtypes}: cast the model to one dtype, or keep it masked")
-    reject_hooks(layer, ConversionError)
+        _check_plain_weight(ffn, path, module)
+        _check_dtype(ffn, path, module)
+    reject_hooks(layer, error=ConversionError)
+
+
+def _check_plain_weight(ffn: FFN, path: str, projection: nn.Module) -> None:
+    """Check that a projection multiplies by a plain weight that it holds as a parameter.
+
+    The sparse products read this weight, and do not call the projection.
+
+    Raises:
+        ConversionError: the weight is something else, so results would differ or fail.
+    """
+    # a parametrisation computes the weight from other parameters
+    is_computed = "weight" not in dict(projection.named_parameters())
+    if is_offloaded(projection) or not has_plain_weight(projection) or is_computed:
+        raise ConversionError(
+            f"{ffn.name}.{path} is adapted, quantised, offloaded or computed: keep it masked"
+        )
+
+
+def _check_dtype(ffn: FFN, path: str, projection: nn.Module) -> None:
+    """Raise :class:`ConversionError` if a projection's dtype is not that of the in-projection."""
+    # transformers loads T5 in float16 with an out-projection in float32
+    dtype = cast(Tensor, projection.weight).dtype
+    dtype_in = ffn.keys().dtype
+    if dtype != dtype_in:
+        dtypes = f"{ffn.name}.{path} is {dtype} and {ffn.spec.proj_in} is {dtype_in}"
+        raise ConversionError(f"{dtypes}: cast the model to one dtype, or keep it masked")
 
 
 def reject_hooks(layer: RoutedActivation, error: type[Exception] = RuntimeError) -> None:
@@ -355,16 +392,17 @@ def reject_hooks(layer: RoutedActivation, error: type[Exception] = RuntimeError)
     """
     ffn = layer.ffn
     spec = ffn.spec
-    # the number of this library's own hooks by path
-    own_hooks = {spec.activation: layer.num_own_hooks}
+    # the number of this library's own hooks by path; all of them are forward or forward pre-hooks
+    num_own_hooks = {spec.activation: layer.num_own_hooks}
     if not layer.replaced:
-        own_hooks[spec.proj_in] = 1
-        own_hooks[spec.proj_out] = int(layer.output_bias is not None)
+        # the masked backend reads the FFN's input and adds the experts' output biases in hooks
+        num_own_hooks[spec.proj_in] = 1
+        num_own_hooks[spec.proj_out] = int(layer.output_bias is not None)
     for path, module in _modules_of(layer):
         forward_hooks, forward_pre_hooks, *backward_hooks = hook_tables(module)
-        num_forward = len(forward_hooks) + len(forward_pre_hooks)
-        num_own = own_hooks.get(path, 0)
-        if num_forward > num_own or any(backward_hooks):
+        num_forward_hooks = len(forward_hooks) + len(forward_pre_hooks)
+        has_foreign_hook = num_forward_hooks > num_own_hooks.get(path, 0) or any(backward_hooks)
+        if has_foreign_hook:
             hidden = "has a hook, which cannot see the neurons of a sparse FFN"
             raise error(f"{ffn.name}.{path} {hidden}: remove it, or {_WAY_OUT}")
 
@@ -401,7 +439,7 @@ def probe_output(layer: RoutedActivation) -> Tensor | None:
     weight = cast(Tensor, ffn.proj_in.weight)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 4, ffn.h, generator=generator).to(weight)
-    # the modes are restored afterwards, and these rows are not recorded
+    # restored below: the modes, and the record, which must not count these rows
     modes = {child: child.training for child in module.modules()}
     record = layer.record
     layer.record = None
@@ -424,15 +462,21 @@ def _can_probe(layer: RoutedActivation) -> bool:
     """
     ffn = layer.ffn
     module = ffn.parents[ffn.spec.proj_in]
+    # A probe has only the FFN's input. The module might need others, such as a residual.
     parameters = inspect.signature(module.forward).parameters.values()
     required = [parameter for parameter in parameters if parameter.default is parameter.empty]
     if len(required) != 1:
         return False
-    # the out-projection of an FFN may belong to the module above
+    # The module must contain the whole FFN. The out-projection may belong to the module above.
     if any(parent is not module for parent in ffn.parents.values()):
         return False
-    if layer.config.selection == "random" or layer.padding is not None:
+    # the two backends would choose different experts
+    if layer.config.selection == "random":
         return False
+    # the padding mask belongs to other rows than those of a probe
+    if layer.padding is not None:
+        return False
+    # the probe is a plain tensor, which cannot be multiplied by a sharded weight, for instance
     return is_plain_tensor(ffn.proj_in.weight)
 
 

@@ -47,6 +47,7 @@ class Layout:
         # to detect later changes of the weights
         self._in_projections = [module for _, module in layer.ffn.in_projections()]
         self._proj_out = layer.ffn.proj_out
+        # `contiguous` above copied either the in-projections or the values: see the class
         has_input_copies = layer.ffn.spec.transposed
         self._input_stamps = [
             Stamp(module, has_copy=has_input_copies) for module in self._in_projections

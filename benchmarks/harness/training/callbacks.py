@@ -114,12 +114,15 @@ class UpdateGates(TrainerCallback):
 
 
 def fixed_rows(rows: Any) -> list[Any]:
-    """Return the first four rows of a data set (or all, if fewer), for :meth:`Probe.observe`."""
+    """Return the first four rows of a data set, or all if it has fewer.
+
+    They are the batch of :meth:`Probe.observe`.
+    """
     count = min(len(rows), _FIXED_ROWS)
     return [rows[number] for number in range(count)]
 
 
-# the standard deviation of uniform integers from -1000 to 1000, about
+# about the standard deviation of uniform integers from -1000 to 1000
 _INTEGERS_DEVIATION = 577
 
 
@@ -131,9 +134,10 @@ def summarise_logits(logits: Tensor) -> dict[str, float]:
     """
     flat = logits.detach().double().flatten().cpu()
     generator = torch.Generator().manual_seed(derive_seed("probe", len(flat)))
-    # random integers are equal on all processors, normal numbers are not
+    # random integers are the same on all processors; normal numbers are not
     integers = torch.randint(-1000, 1001, (len(flat),), generator=generator)
     direction = integers.double() / _INTEGERS_DEVIATION
+    # the root of the number of logits is about the length of the direction
     projection = flat @ direction / max(len(flat), 1) ** 0.5
     return {
         "mean": float(flat.mean()),
@@ -171,18 +175,19 @@ class Probe(SavedCallback):
         """
         if is_sharded():
             return
+        # Training will use the accelerator too. A quantised model, or one that several processes
+        # train, stays where it is.
         is_quantized = getattr(model, "is_quantized", False)
         if torch.cuda.is_available() and world_size() == 1 and not is_quantized:
-            # training will use the accelerator too
             model.to("cuda")
         device = next(model.parameters()).device
         without_labels = {name: value for name, value in batch.items() if name != "labels"}
         inputs = send_to_device(without_labels, device)
+        # a dense model has no experts to record: `record` is None
         recording = emoe.record_routing(model) if emoe.is_converted(model) else nullcontext()
         with restore_rng_and_modes(model), recording as record:
             model.eval()
             logits = model(**inputs)["logits"]
-        # a dense model has no loads
         loads = {}
         if record is not None:
             for number, layer in record.layers.items():

@@ -111,29 +111,40 @@ def last_complete_checkpoint(folder: Path, say: Callable[[str], None]) -> Path |
         say: The function that prints the warnings.
     """
     newest: Path | None = None
+    # only one process removes checkpoints, and all resume from the one that it found
     if is_main():
-        faults: list[str] = []
-        # the oldest first: a newer checkpoint is useless if the best one before it was removed
-        for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step):
-            fault = _find_fault(checkpoint)
-            if fault is None:
-                newest = checkpoint
-            else:
-                faults.append(fault)
-                shutil.rmtree(checkpoint)
-        consequence = "the run starts again from the beginning"
-        if newest is not None:
-            consequence = f"the run goes on from {newest.name}"
-        for fault in faults:
-            say(f"warning: {fault}; {consequence}")
-    # all processes resume from the checkpoint that the main process found
+        newest = _remove_faulty_checkpoints(folder, say)
     return cast("Path | None", broadcast(newest))
+
+
+def _remove_faulty_checkpoints(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """Remove the checkpoints with a fault, and return the newest of the others, if there are any.
+
+    See :func:`last_complete_checkpoint`.
+    """
+    newest: Path | None = None
+    faults: list[str] = []
+    # the oldest first: a newer checkpoint is useless if the best one before it was removed
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step):
+        fault = _find_fault(checkpoint)
+        if fault is None:
+            newest = checkpoint
+        else:
+            faults.append(fault)
+            shutil.rmtree(checkpoint)
+    # the warnings come last, because they name the checkpoint from which the run goes on
+    consequence = "the run starts again from the beginning"
+    if newest is not None:
+        consequence = f"the run goes on from {newest.name}"
+    for fault in faults:
+        say(f"warning: {fault}; {consequence}")
+    return newest
 
 
 def _find_fault(checkpoint: Path) -> str | None:
     """Describe why a run cannot resume from a checkpoint; None if it can.
 
-    A file is missing or changed, or the best checkpoint so far is missing.
+    The reason is that a file is missing or changed, or that the best checkpoint so far is missing.
     """
     try:
         digests = read_json(checkpoint / COMPLETE, dict[str, str])

@@ -63,7 +63,7 @@ def score(
     """
     is_regression = logits.shape[1] == 1
     predictions = logits[:, 0] if is_regression else logits.argmax(-1)
-    # such as a head for three classes of NLI, and a data set with two classes
+    # for instance, a head may predict three classes for a data set that has only two of them
     if merged:
         predictions = np.asarray(merged)[predictions]
     compute_score = SCORES[metric]

@@ -95,7 +95,7 @@ def shard_(model: PreTrainedModel, precision: str) -> None:
             weights.
         precision: The precision of the forward pass.
     """
-    # kept, because they are sent only after the model is sharded
+    # take the weights before the model is sharded; they are sent afterwards
     weights = model.state_dict() if is_main() else {}
     cast(Any, model).fsdp_plan = _sharding_plan(model)
     requested = DistributedConfig(fsdp_size=world_size(), fsdp_mixed_precision=precision == "bf16")
@@ -121,6 +121,7 @@ def _sharding_plan(model: PreTrainedModel) -> dict[str, str]:
         parameters = module.parameters(recurse=False)
         has_other_dtype = any(parameter.dtype != model.dtype for parameter in parameters)
         if name in blocks or has_other_dtype:
+            # such as `model.layers.*` for `model.layers.0`
             pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
             plan[pattern] = "free_full_weight"
     return plan

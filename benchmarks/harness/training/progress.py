@@ -33,6 +33,7 @@ class Progress(TrainerCallback):
 
     def say(self, text: str) -> None:
         """Print a line to the terminal, or to the log if there is none; print a warning to both."""
+        # the callers begin each warning with this word
         is_warning = text.startswith("warning")
         has_terminal = self._stream.isatty()
         if is_warning or has_terminal:

@@ -74,7 +74,9 @@ def window_steps(steps: int) -> int:
     # longer windows would give too few per run, and shorter ones too many
     longest = steps // _FEWEST_WINDOWS
     shortest = math.ceil(steps / _MOST_WINDOWS)
-    return max(1, min(_AUTHORS_WINDOW, longest), shortest)
+    wanted = min(_AUTHORS_WINDOW, longest)
+    # at least one step, even for a run without steps
+    return max(wanted, shortest, 1)
 
 
 class RoutingTrace(SavedCallback):
@@ -98,10 +100,12 @@ class RoutingTrace(SavedCallback):
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
+        # the first step of a window
         if self._record is None and emoe.is_converted(model):
             self._record = self._recording.enter_context(emoe.record_routing(model))
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        # the step at which the window before ended
         start = 0
         if self.ends:
             start = self.ends[-1]

@@ -99,11 +99,13 @@ class RoutedTrainer(Trainer):
         by_token: bool = False,
         **kwargs: Any,
     ) -> None:
-        # Trainer refuses a model that is already sharded unless it saves nothing else, but this
-        # class can save the optimizer too; so set the option only while Trainer checks it
+        # Trainer checks that a sharded model is saved without its optimizer. This class can save
+        # both, so the option is true during the check only.
         kwargs["args"].save_only_model = is_sharded()
         super().__init__(model=trainable.model, **kwargs)
         self.args.save_only_model = False
+        # if true, the model divides its loss by the labels of the step, and Trainer does not divide
+        # it again by the batches of the step
         self.model_accepts_loss_kwargs = by_token
         self.loss_is_scaled_for_ga = by_token
         self._order = order
@@ -127,7 +129,8 @@ class RoutedTrainer(Trainer):
         for name, parameter in self._trained.named_parameters():
             if name in self._trainable.slow:
                 slow.add(parameter)
-        # move them into groups of their own
+        # Move them into groups of their own. The loop is over a copy of the list, because it
+        # appends groups.
         for group in list(optimizer.param_groups):
             slow_parameters = [parameter for parameter in group["params"] if parameter in slow]
             if not slow_parameters:
@@ -150,7 +153,7 @@ class RoutedTrainer(Trainer):
         # the number 0.0 if no layer has a balance loss
         if not isinstance(balance, Tensor):
             return loss
-        # Trainer then expects a loss that is already averaged over the batches of the step
+        # Trainer then does not divide the loss by the number of batches in the step
         if self.loss_is_scaled_for_ga:
             balance = balance / self.current_gradient_accumulation_steps
         return loss + balance
