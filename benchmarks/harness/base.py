@@ -332,11 +332,11 @@ _PASSWORD_OF_USER = re.compile(r"(://[^:/@\s]*:)(?:(?!://).)*@")
 # "token@": a name without a password is a token on a web server, but a user of a database
 _TOKEN_OF_USER = re.compile(r"(?i)(https?://)[^:/?#@\s]+@")
 # the keys of a query, or of a database's connection text, whose value is secret
-_SECRET_KEY = r"\b\w*(?:password|passwd|pwd|pw|token|secret|api[_-]?key)="
+_HIDDEN_KEY = r"\b\w*(?:password|passwd|pwd|pw|token|secret|api[_-]?key)="
 _QUOTED = r"""'[^']*'|"[^"]*"|"""
 # an unquoted value ends at "&"; in a text of several words also at a blank or quotation mark
-_SECRET_IN_URL = re.compile(rf"(?i)({_SECRET_KEY})(?:{_QUOTED}[^&]*)")
-_SECRET_IN_TEXT = re.compile(rf"(?i)({_SECRET_KEY})(?:{_QUOTED}[^&\s'\"]*)")
+_SECRET_IN_URL = re.compile(rf"(?i)({_HIDDEN_KEY})(?:{_QUOTED}[^&]*)")
+_SECRET_IN_TEXT = re.compile(rf"(?i)({_HIDDEN_KEY})(?:{_QUOTED}[^&\s'\"]*)")
 
 
 def hide_passwords(text: str) -> str:
