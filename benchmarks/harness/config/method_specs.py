@@ -252,13 +252,12 @@ def _experts_config(method: Method, seed: int, where: str) -> dict[str, Any]:
     if values.get("partition_seed") == "run":
         values["partition_seed"] = seed
 
-    config: type[EMoEConfig] | type[GMoEConfig] = GMoEConfig
-    if method.kind == "emoe":
-        config = EMoEConfig
+    config_type: type[EMoEConfig] | type[GMoEConfig]
+    config_type = EMoEConfig if method.kind == "emoe" else GMoEConfig
     try:
         if method.as_published:
-            return config.as_published(method.as_published, **values).to_dict()
-        return config(**values).to_dict()
+            return config_type.as_published(method.as_published, **values).to_dict()
+        return config_type(**values).to_dict()
     except (ConfigError, TypeError) as error:  # TypeError: a field without a default is missing
         raise DefinitionError(f"{where}: {error}") from error
 
