@@ -254,8 +254,8 @@ def mirror(suite: str, output: Path | None) -> None:
     for record in records:
         check_current(record)
     counts = mirror_records(records, loaded.tracking_uri)
-    parts = [f"{count} {word}" for word, count in counts.items()]
-    text = "MLflow: " + ", ".join(parts)
+    described_counts = [f"{count} {word}" for word, count in counts.items()]
+    text = "MLflow: " + ", ".join(described_counts)
     if output:
         write_text(output, text + "\n")
     else:
