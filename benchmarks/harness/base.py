@@ -239,7 +239,7 @@ class _Loader(SafeLoader):
     """A loader of safe YAML that reads ``5e-5`` as a number and refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Make a dictionary of a node's pairs of key and value; refuse a key that occurs twice."""
+        """Make a dictionary from a YAML mapping, and refuse a key that occurs twice."""
         # "<<" inserts the keys of another mapping; it may occur several times
         key_nodes = [key for key, _ in node.value if key.tag != _MERGE_TAG]
         names = [self.construct_object(key, deep=True) for key in key_nodes]
