@@ -199,7 +199,10 @@ def _tune(method: Method, lora: LoRA | None, where: str) -> dict[str, Any] | Non
 
 
 def _varied_settings(method: Method, point: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those settings of a grid point that vary the method; others would change nothing."""
+    """Return the settings of a grid point that change the method.
+
+    Other settings of the point have no effect on it.
+    """
     keys: tuple[str, ...] = VARIANT_KEYS
     if method.kind == "dense":
         # `layers` matters to a dense model only if it chooses the trained parameters; otherwise
@@ -209,7 +212,10 @@ def _varied_settings(method: Method, point: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _check_divisor(num_experts: int, model: str, where: str) -> None:
-    """Refuse ``num_experts`` that does not divide the width of the model's FFNs, if it is known."""
+    """Refuse a number of experts that does not divide the width of the model's FFNs.
+
+    If models.yaml does not give the width, nothing is checked.
+    """
     neurons = load_models()[model].neurons
     if neurons is None or neurons % num_experts == 0:
         return
@@ -263,7 +269,9 @@ def _experts_config(method: Method, seed: int, where: str) -> dict[str, Any]:
 
 
 def _top_k(fraction: float, num_experts: int | None, where: str) -> int:
-    """Return ``top_k_fraction`` as a number of experts. Refuse one that is not whole, or below 1.
+    """Return the number of experts that ``top_k_fraction`` stands for.
+
+    Refuse a fraction for which the number is not whole, or below 1.
 
     Args:
         fraction: The value of ``top_k_fraction``.
