@@ -67,8 +67,8 @@ class SetPart:
         if self.rows is None:
             return None
         published = self.published
-        # if we score as many rows as the paper, another number of the makers does not matter
-        if published and published.rows == self.rows:
+        scores_as_many_as_paper = published is not None and published.rows == self.rows
+        if scores_as_many_as_paper:  # then the number of the makers does not matter
             return None
         found = f"{self.name} ({self.part}): {self.rows:,} rows"
         if not self.as_expected:
