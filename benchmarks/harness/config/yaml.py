@@ -96,13 +96,12 @@ def _explain(error: ValidationError, content: object, at: Sequence[str | int]) -
     # cut to 100 characters, because aliases of aliases can make a value huge
     given = first["input"]
     value = reprlib.repr(given)[:100]
-    # pydantic lists the valid values, each in quotation marks
-    if first["type"] == "literal_error":
-        options = re.findall("'([^']+)'", first["ctx"]["expected"])
-        text = given if isinstance(given, str) else value
-        near = did_you_mean(text, options)
-        return f"'{key}' is {value}{near}"
-    return f"'{key}' is {value}: {messages}"
+    if first["type"] != "literal_error":
+        return f"'{key}' is {value}: {messages}"
+    # the key takes only certain values; pydantic lists them, each in quotation marks
+    options = re.findall("'([^']+)'", first["ctx"]["expected"])
+    text = given if isinstance(given, str) else value
+    return f"'{key}' is {value}{did_you_mean(text, options)}"
 
 
 def _keys(problem: Mapping[str, Any], content: Any) -> list[str | int]:
