@@ -148,17 +148,25 @@ def build_language_model(
     # the digest of quantised weights depends on the machine; empty weights have none
     source = source_of(spec.model, model, with_digest=not is_quantized and not empty)
     trainable = _make_trainable(model, model, source, spec, calibration, partition)
-
+    # only now, because the weights are clustered in their own type
+    _set_types_(model, is_quantized=is_quantized)
     if is_quantized:
         # Trainer refuses quantised weights unless transformers loaded the adapters
         cast(Any, model)._hf_peft_config_loaded = True
-    elif not torch.cuda.is_available():
-        # only now, because the weights are clustered in their own type, as on an accelerator
+    return trainable
+
+
+def _set_types_(model: PreTrainedModel, *, is_quantized: bool) -> None:
+    """Set the type of a language model's weights for training.
+
+    Trained parameters become float32, because small steps vanish in bfloat16. On a CPU, all weights
+    become float32 unless they are quantised.
+    """
+    if not is_quantized and not torch.cuda.is_available():
         model.float()
     for parameter in model.parameters():
-        if parameter.requires_grad:  # small steps vanish in bf16
+        if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return trainable
 
 
 def build_seq2seq(spec: TrainedSpec) -> Trainable:
