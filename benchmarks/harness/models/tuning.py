@@ -73,12 +73,9 @@ def trained_groups(model: PreTrainedModel, tune: TuneSpec, frozen: Collection[st
         DefinitionError: The tuning or ``also`` has a name that the model does not have.
     """
     parameters = dict(model.named_parameters())
-    if tune.blocks:  # the spec has a separate key for this tuning
-        tuning: str | None = "blocks"
-        layers = tune.blocks
-    else:
-        tuning = tune.tuning
-        layers = tune.layers
+    # the tuning `blocks` has its layers in a key of its own
+    tuning = "blocks" if tune.blocks else tune.tuning
+    layers = tune.blocks or tune.layers
     tuned_names = _names_of_tuning(model, tuning, layers, parameters)
     router_paths = _find_routers(model)
     also_paths = _find_modules(model, tune.also)
