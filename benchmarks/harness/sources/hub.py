@@ -37,8 +37,8 @@ def cached_commit(repository: str, file: str, revision: str | None) -> str | Non
 def hub_name(repository: str, revision: str | None, commit: str | None) -> str:
     """Return the name of a repository on the hub with the version that was read.
 
-    It ends with "(not pinned)" if no commit was requested, and with "(instead of …)" if another
-    commit was requested than the one that was read.
+    The name ends with "(not pinned)" if no commit was requested, and with "(instead of <commit>)"
+    if the requested commit is not the one that was read.
 
     Args:
         repository: The name of the repository.
