@@ -143,10 +143,13 @@ def run(
     "--form",
     type=click.Choice(["dense", "emoe"]),
     default="dense",
-    help="For stock transformers, or emoe.",
+    help="dense: stock transformers can load it. emoe: with experts; only emoe can load it.",
 )
 def export(spec: Path, output: Path, form: str) -> None:
-    """Write the tuned language model of the run.json SPEC."""
+    """Write the language model that a finished run has tuned.
+
+    SPEC is the run.json of the run. Adapters are merged into the model.
+    """
     from benchmarks.llama.export import export as export_run
 
     description = export_run(spec, output, form)
@@ -251,8 +254,8 @@ def mirror(suite: str, output: Path | None) -> None:
     for record in records:
         check_current(record)
     counts = mirror_records(records, loaded.tracking_uri)
-    parts = [f"{count} {word}" for word, count in counts.items()]
-    text = "MLflow: " + ", ".join(parts)
+    described_counts = [f"{count} {word}" for word, count in counts.items()]
+    text = "MLflow: " + ", ".join(described_counts)
     if output:
         write_text(output, text + "\n")
     else:

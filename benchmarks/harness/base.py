@@ -91,7 +91,8 @@ def first_problem(error: ValidationError) -> str:
     return f"'{key}': {first['msg']}"
 
 
-_DAY = 24 * 60 * 60
+_SECONDS_OF_A_DAY = 24 * 60 * 60
+_UUID = re.compile("[0-9a-f]{32}")
 
 
 @contextmanager
@@ -125,20 +126,22 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove temporary files of a path that no writer has changed for a day.
+    """Remove the temporary files that killed writers of ``path`` have left.
 
-    A killed writer leaves its file.
+    Another writer may still need its temporary file, so only those older than a day are removed.
     """
-    yesterday = time.time() - _DAY
-    temporary_name = re.compile(re.escape(f".{path.name}.") + "[0-9a-f]{32}")
-    temporaries = [file for file in path.parent.iterdir() if temporary_name.fullmatch(file.name)]
-    for leftover in temporaries:
+    yesterday = time.time() - _SECONDS_OF_A_DAY
+    for file in path.parent.iterdir():
+        # atomic_write names temporary files ".<name of the path>.<uuid>"
+        start, _, end = file.name.rpartition(".")
+        if start != f".{path.name}" or not _UUID.fullmatch(end):
+            continue
         try:
-            changed = leftover.stat().st_mtime
+            last_change = file.stat().st_mtime
         except FileNotFoundError:  # its writer has finished since
             continue
-        if changed < yesterday:
-            leftover.unlink(missing_ok=True)
+        if last_change < yesterday:
+            file.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -236,7 +239,7 @@ class _Loader(SafeLoader):
     """A loader of safe YAML that reads ``5e-5`` as a number and refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Make a dictionary of a node's pairs of key and value; refuse a key that occurs twice."""
+        """Make a dictionary from a YAML mapping, and refuse a key that occurs twice."""
         # "<<" inserts the keys of another mapping; it may occur several times
         key_nodes = [key for key, _ in node.value if key.tag != _MERGE_TAG]
         names = [self.construct_object(key, deep=True) for key in key_nodes]
@@ -261,13 +264,7 @@ def read_yaml(path: Path) -> Any:
     try:
         check_is_file(path)
         text = path.read_text(encoding="utf-8")
-        # a tag would make a value of a type that our models of the files do not expect
-        events: Iterable[Any] = yaml.parse(text, SafeLoader)
-        for event in events:
-            if getattr(event, "tag", None):
-                raise yaml.MarkedYAMLError(
-                    problem=f"the tag '{event.tag}' is not allowed", problem_mark=event.start_mark
-                )
+        _refuse_tags(text)
         return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
     except FileNotFoundError as error:
         files_there = sorted(file.name for file in path.parent.glob("*.yaml"))
@@ -278,6 +275,16 @@ def read_yaml(path: Path) -> Any:
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # such as an impossible date
         problem = str(error).replace('in "<unicode string>", ', "at ")
         raise DefinitionError(f"{path} is not valid YAML: {problem}") from error
+
+
+def _refuse_tags(text: str) -> None:
+    """Refuse YAML with a tag, which could make a value of a type that no YAML file of ours has."""
+    events: Iterable[Any] = yaml.parse(text, SafeLoader)
+    for event in events:
+        if getattr(event, "tag", None):
+            raise yaml.MarkedYAMLError(
+                problem=f"the tag '{event.tag}' is not allowed", problem_mark=event.start_mark
+            )
 
 
 def is_held(path: Path) -> bool:
@@ -319,8 +326,17 @@ def derive_seed(*parts: object) -> int:
     return number % 2**31
 
 
-# keys of a query or of a database's connection text whose value is secret
-_SECRETS = r"(?:password|passwd|pwd|pw|token|secret|api[_-]?key)"
+# "user:password@": up to the last "@" before another URL, because a password may have an "@" and a
+# blank
+_PASSWORD_OF_USER = re.compile(r"(://[^:/@\s]*:)(?:(?!://).)*@")
+# "token@": a name without a password is a token on a web server, but a user of a database
+_TOKEN_OF_USER = re.compile(r"(?i)(https?://)[^:/?#@\s]+@")
+# the keys of a query, or of a database's connection text, whose value is secret
+_HIDDEN_KEY = r"\b\w*(?:password|passwd|pwd|pw|token|secret|api[_-]?key)="
+_QUOTED = r"""'[^']*'|"[^"]*"|"""
+# an unquoted value ends at "&"; in a text of several words also at a blank or quotation mark
+_SECRET_IN_URL = re.compile(rf"(?i)({_HIDDEN_KEY})(?:{_QUOTED}[^&]*)")
+_SECRET_IN_TEXT = re.compile(rf"(?i)({_HIDDEN_KEY})(?:{_QUOTED}[^&\s'\"]*)")
 
 
 def hide_passwords(text: str) -> str:
@@ -342,12 +358,8 @@ def hide_passwords(text: str) -> str:
     >>> hide_passwords("see http://lab.org:5000 and sqlite:///results/mlflow.db")
     'see http://lab.org:5000 and sqlite:///results/mlflow.db'
     """
-    # up to the last "@" before another URL, because a password may have an "@" and a blank
-    text = re.sub(r"(://[^:/@\s]*:)(?:(?!://).)*@", r"\1***@", text)
-    # a name without a password is a token on a web server, but a user of a database
-    text = re.sub(r"(?i)(https?://)[^:/?#@\s]+@", r"\1***@", text)
-    # a value ends at "&"; in a text of several words also at a blank or quotation mark
+    text = _PASSWORD_OF_USER.sub(r"\1***@", text)
+    text = _TOKEN_OF_USER.sub(r"\1***@", text)
     is_url = re.match(r"[\w+.-]+://", text) is not None
-    unquoted = "[^&]*" if is_url else r"[^&\s'\"]*"
-    value = f"""(?:'[^']*'|"[^"]*"|{unquoted})"""
-    return re.sub(rf"(?i)(\b\w*{_SECRETS}=){value}", r"\1***", text)
+    secret = _SECRET_IN_URL if is_url else _SECRET_IN_TEXT
+    return secret.sub(r"\1***", text)

@@ -163,7 +163,7 @@ class Part(Generic[P]):
         Raises:
             DefinitionError: A block has an invalid name.
         """
-        # not every kind has a grid
+        # some kinds have no grid
         grid: Sequence[Strict] = getattr(self.settings, "grid", ())
         for number, block in enumerate(grid):
             where = self.where("grid", number)
@@ -171,10 +171,10 @@ class Part(Generic[P]):
             for key, valid in names.items():
                 check_names(where.at(key), lists[key], valid)
             # every combination of the block's lists is a point
-            keys = [key for key in axes if key in lists]
-            lists_of_axes = [lists[key] for key in keys]
+            present_axes = [key for key in axes if key in lists]
+            lists_of_axes = [lists[key] for key in present_axes]
             for values in itertools.product(*lists_of_axes):
-                yield where, dict(zip(keys, values, strict=True))
+                yield where, dict(zip(present_axes, values, strict=True))
 
 
 @dataclass(frozen=True)
@@ -316,7 +316,7 @@ class Benchmark(ABC, Generic[D, E, P]):
     # shared by all kinds
 
     def pipeline(self) -> ModuleType:
-        """Import the module of the kind that executes runs.
+        """Import and return the kind's module that executes runs.
 
         Its function ``run(spec, folder, progress)`` gets a :attr:`spec_model`. It returns the
         content of ``metrics.json`` without the environment.
@@ -325,7 +325,7 @@ class Benchmark(ABC, Generic[D, E, P]):
         return importlib.import_module(f"{self.package}.pipeline")
 
     def presentation(self) -> ModuleType:
-        """Import the module of the kind that makes the tables and figures of finished runs.
+        """Import and return the kind's module that makes the tables and figures of finished runs.
 
         Its dictionaries ``TABLES`` and ``FIGURES`` have functions by name. It also has
         ``SET_TABLES`` and ``SET_FIGURES`` if each data set has its own tables. Its function
@@ -335,7 +335,7 @@ class Benchmark(ABC, Generic[D, E, P]):
         return importlib.import_module(f"{self.package}.presentation")
 
     def checked_presentation(self) -> ModuleType:
-        """Import the module of :meth:`presentation`, and check benchmark.yaml against it.
+        """Return the module of :meth:`presentation`, after a check of benchmark.yaml.
 
         Raises:
             DefinitionError: benchmark.yaml names a table or figure that does not exist.
@@ -380,7 +380,7 @@ class Benchmark(ABC, Generic[D, E, P]):
         given = section.model_dump(exclude_unset=True)
         changes = getattr(part.settings, key)
         settings = merge(given, changes)
-        at = ["benchmarks", self.name, key]
+        at = ["benchmarks", self.name, key]  # the key path, for messages
         by_model = settings.get("by_model") or {}
         if model is not None and model in by_model:
             settings = merge(settings, by_model[model])
@@ -441,6 +441,7 @@ def resolve_methods(
     """
     resolved = {}
     for name, row in definition.methods.items():
+        # several rows may name the same method of methods.yaml in `method`
         in_catalogue = load_methods()[row.method or name]
         in_suite = changes.get(name, Method())
         own_layers = [in_catalogue, row, in_suite]
@@ -489,10 +490,11 @@ def load_benchmark(name: str) -> AnyBenchmark:
     file = BENCHMARKS / name / "benchmark.yaml"
     check_name(name, file)
     content = read_yaml(file)
-    kind = _named_kind(content)
+    kind = _named_kind(content)  # empty without one, and no kind has the empty name
     if kind not in KINDS:
         raise DefinitionError(f"{file}: 'kind' is '{kind}'{did_you_mean(kind, KINDS)}")
-    load_methods()  # first, because its plugins register names
+    # first, because plugins register names that the benchmark may use
+    load_methods()
     return KINDS[kind].load(name, content, file)
 
 
@@ -555,10 +557,16 @@ def _apply_grid_defaults(content: object) -> object:
 
 
 def _check_changes(benchmark: AnyBenchmark, part: Part[Any], key: str) -> None:
-    """Check a section of the settings as the suite changes it, also for each model in ``by_model``.
+    """Validate one section of the settings, merged with the suite's changes.
 
-    :meth:`Benchmark.settings` raises the errors, because only merged settings are complete.
+    The section has other settings for each model in ``by_model``, so it is validated for each.
+
+    Args:
+        benchmark: The benchmark.
+        part: The benchmark's part of the suite.
+        key: The name of the section.
     """
+    # settings() merges and validates; only the merged settings are complete
     section = benchmark.settings(key, part)
     by_model = getattr(section, "by_model", None) or {}
     check_names(part.where(key, "by_model"), by_model, load_models())

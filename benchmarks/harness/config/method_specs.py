@@ -17,14 +17,15 @@ from emoe.errors import ConfigError, nearest_divisor
 VARIANT_KEYS = ("num_experts", "top_k_fraction", "layers")
 TRAINING_KEYS = ("train_share", "epochs_factor")  # training settings that a variant also names
 # the letter of each setting in a variant such as ``N16-k0.25``
-_LETTERS = {
+_LETTER_OF_SETTING = {
     "num_experts": "N",
     "top_k_fraction": "k",
     "layers": "L",
     "train_share": "D",  # share of the training data
     "epochs_factor": "E",  # factor on the usual epochs
 }
-_WORDS = {
+# the description of each setting, by its letter
+_WORDS_OF_LETTER = {
     "N": "N {}",
     "k": "k/N {}",
     "L": "{}",
@@ -80,7 +81,7 @@ def variant_of(varied: Mapping[str, Any]) -> str:
             text = f"{value:g}"  # 2.0 is written as 2
         else:
             text = str(value)
-        words.append(f"{_LETTERS[key]}{text}")
+        words.append(f"{_LETTER_OF_SETTING[key]}{text}")
     return "-".join(words)
 
 
@@ -90,7 +91,7 @@ def setting_values(variant: str) -> dict[str, str]:
     >>> setting_values("N16-L-1")
     {'N': '16', 'L': '-1'}
     """
-    letters = "".join(_WORDS)
+    letters = "".join(_WORDS_OF_LETTER)
     # a value may contain a minus sign, so it ends only before a minus sign and a letter
     setting = rf"(?:^|-)([{letters}])(.*?)(?=-[{letters}]|$)"
     return dict(re.findall(setting, variant))
@@ -116,7 +117,7 @@ def setting_text(variant: str, layers: Iterable[str] = ()) -> str:
         elif letter == "D":
             percent = float(value) * 100
             text = f"{percent:g}"
-        words.append(_WORDS[letter].format(text))
+        words.append(_WORDS_OF_LETTER[letter].format(text))
     return ", ".join(words)
 
 
@@ -161,36 +162,47 @@ def method_spec(
         DefinitionError: Settings exclude each other, or one that others need is missing.
     """
     name = point["method"]
-    named = f"{where}: method '{name}'"
-    base = methods[name]
-    varied = _varied_settings(base, point)
-    method = merge_methods(base, Method(**varied))
-
-    config = _config(method, seed, named)
-    if config is not None and config["kind"] == "emoe":
-        _check_divisor(config["num_experts"], point["model"], named)
-    if method.tune == "blocks" and method.layers is None:
-        raise DefinitionError(f"{named} sets 'tune: blocks' but no 'layers', which it needs")
-
-    trains_all = lora is None and method.tune is None
-    if trains_all and method.also_train is not None:
-        raise DefinitionError(f"{named} sets 'also_train', which needs training.lora or 'tune'")
-    tune = None
-    if not trains_all:
-        tune = tuning_spec(method.tune, method.layers, method.also_train or ())
-
+    varied = _varied_settings(methods[name], point)
+    method = merge_methods(methods[name], Method(**varied))
+    # training settings do not belong to the method, but its variant names them too
     varied_training = {key: point[key] for key in TRAINING_KEYS if key in point}
+    where_method = f"{where}: method '{name}'"
     return {
         "name": name,
         "variant": variant_of({**varied, **varied_training}),
         "noise": float(method.noise),
-        "config": config,
-        "tune": tune,
+        "config": _config(method, point["model"], seed, where_method),
+        "tune": _tune(method, lora, where_method),
     }
 
 
+def _tune(method: Method, lora: LoRA | None, where: str) -> dict[str, Any] | None:
+    """Make ``method.tune`` of a run's spec; None if the run trains all parameters.
+
+    Args:
+        method: The method with its varied settings.
+        lora: ``training.lora`` of the run.
+        where: The file, the keys and the method, for messages.
+
+    Raises:
+        DefinitionError: ``tune: blocks`` has no layers, or ``also_train`` has no effect.
+    """
+    if method.tune == "blocks" and method.layers is None:
+        raise DefinitionError(f"{where} sets 'tune: blocks' but no 'layers', which it needs")
+    trains_all = lora is None and method.tune is None
+    if not trains_all:
+        also_trained = method.also_train or ()
+        return tuning_spec(method.tune, layers=method.layers, also=also_trained)
+    if method.also_train is not None:
+        raise DefinitionError(f"{where} sets 'also_train', which needs training.lora or 'tune'")
+    return None
+
+
 def _varied_settings(method: Method, point: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those settings of a grid point that vary the method; others would change nothing."""
+    """Return the settings of a grid point that change the method.
+
+    Other settings of the point have no effect on it.
+    """
     keys: tuple[str, ...] = VARIANT_KEYS
     if method.kind == "dense":
         # `layers` matters to a dense model only if it chooses the trained parameters; otherwise
@@ -200,7 +212,10 @@ def _varied_settings(method: Method, point: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _check_divisor(num_experts: int, model: str, where: str) -> None:
-    """Refuse ``num_experts`` that does not divide the width of the model's FFNs, if it is known."""
+    """Refuse a number of experts that does not divide the width of the model's FFNs.
+
+    If models.yaml does not give the width, nothing is checked.
+    """
     neurons = load_models()[model].neurons
     if neurons is None or neurons % num_experts == 0:
         return
@@ -211,34 +226,52 @@ def _check_divisor(num_experts: int, model: str, where: str) -> None:
     )
 
 
-def _config(method: Method, seed: int, where: str) -> dict[str, Any] | None:
-    """Make the configuration of EMoE or GMoE with all its defaults; None for a dense model."""
-    values = method.config_values()
+def _config(method: Method, model: str, seed: int, where: str) -> dict[str, Any] | None:
+    """Make the configuration of EMoE or GMoE with all its defaults; None for a dense model.
+
+    Args:
+        method: The method with its varied settings.
+        model: The name of the model.
+        seed: The seed of the run.
+        where: The file, the keys and the method, for messages.
+
+    Raises:
+        DefinitionError: The settings do not fit together, or do not fit the model.
+    """
     if method.kind == "dense":
         # of these fields, only `layers` has a use in a dense model: it chooses trained blocks
-        unused = sorted(values.keys() - {"layers"})
+        unused = sorted(method.config_values().keys() - {"layers"})
         if unused:
             raise DefinitionError(f"{where} is dense and takes no '{unused[0]}'")
         return None
+    config = _experts_config(method, seed, where)
+    if method.kind == "emoe":  # splits an FFN, which GMoE copies
+        _check_divisor(config["num_experts"], model, where)
+    return config
 
+
+def _experts_config(method: Method, seed: int, where: str) -> dict[str, Any]:
+    """Make the configuration of EMoE or GMoE with all its defaults."""
+    values = method.config_values()
     if method.top_k_fraction is not None:
         values["top_k"] = _top_k(method.top_k_fraction, values.get("num_experts"), where)
     if values.get("partition_seed") == "run":
         values["partition_seed"] = seed
 
-    config: type[EMoEConfig] | type[GMoEConfig] = GMoEConfig
-    if method.kind == "emoe":
-        config = EMoEConfig
+    config_type: type[EMoEConfig] | type[GMoEConfig]
+    config_type = EMoEConfig if method.kind == "emoe" else GMoEConfig
     try:
         if method.as_published:
-            return config.as_published(method.as_published, **values).to_dict()
-        return config(**values).to_dict()
+            return config_type.as_published(method.as_published, **values).to_dict()
+        return config_type(**values).to_dict()
     except (ConfigError, TypeError) as error:  # TypeError: a field without a default is missing
         raise DefinitionError(f"{where}: {error}") from error
 
 
 def _top_k(fraction: float, num_experts: int | None, where: str) -> int:
-    """Return ``top_k_fraction`` as a number of experts. Refuse one that is not whole, or below 1.
+    """Return the number of experts that ``top_k_fraction`` stands for.
+
+    Refuse a fraction for which the number is not whole, or below 1.
 
     Args:
         fraction: The value of ``top_k_fraction``.
@@ -260,21 +293,21 @@ def _top_k(fraction: float, num_experts: int | None, where: str) -> int:
 def check_frozen(
     frozen: int | None, method: MethodSpec, where: str, count: int | None = None
 ) -> None:
-    """Check that a method converts and trains nothing below the frozen layers.
+    """Check that a method neither converts nor trains a frozen layer.
 
     Args:
         frozen: The number of frozen layers; None for none.
         method: The ``method`` section of the run's spec.
         where: The file and the keys, for messages.
-        count: The number of layers of the model. Without it, a request that depends on it
-            (``last:2``) is not checked.
+        count: The number of layers of the model; None if it is unknown. Then a request that
+            depends on it (``last:2``) is not checked.
 
     Raises:
         DefinitionError: The method uses a frozen layer.
     """
     if not frozen:
         return
-    used_layers: list[tuple[str, Any]] = []
+    used_layers: list[tuple[str, Any]] = []  # what the method does, and the requested layers
     if method.config is not None:
         used_layers.append(("converts", method.config.get("layers")))
     if method.tune is not None:

@@ -85,7 +85,12 @@ def tuning_spec(name: str | None, layers: Any, also: Iterable[str] = ()) -> dict
 
 
 def is_below(name: str, modules: Iterable[str]) -> bool:
-    """Return True if the parameter ``name`` belongs to one of the modules with these paths."""
+    """Return True if a parameter is inside one of the modules.
+
+    Args:
+        name: The name of the parameter.
+        modules: The paths of the modules.
+    """
     return any(name.startswith(f"{module}.") for module in modules)
 
 
@@ -107,8 +112,8 @@ def block_of(ffn: str) -> str:
     """
     steps = ffn.split(".")
     positions_of_numbers = [position for position, step in enumerate(steps) if step.isdigit()]
-    block_steps = steps[: max(positions_of_numbers) + 1]
-    return ".".join(block_steps)
+    last_number = max(positions_of_numbers)
+    return ".".join(steps[: last_number + 1])
 
 
 register_tuning("blocks", _block_parameters)
@@ -284,10 +289,10 @@ def plugin_files() -> list[Path]:
 
 
 def _plugin_names() -> list[str]:
-    """Read the names of the plugins, without validating the file.
+    """Read the names of the plugins, before the file is validated.
 
-    Validation comes later, because methods may use names that plugins register. It reports content
-    of a wrong type.
+    The validation needs the plugins, because methods may use names that these register. It also
+    reports content of a wrong type, so no error is raised here.
     """
     content = read_yaml(BENCHMARKS / "methods.yaml")
     if not isinstance(content, dict):
@@ -298,7 +303,8 @@ def _plugin_names() -> list[str]:
     return plugins
 
 
-_TOP_K = {"top_k", "top_k_fraction"}  # two forms of one setting; a later one replaces the other
+# two forms of one setting; a later one replaces the other
+_FORMS_OF_TOP_K = {"top_k", "top_k_fraction"}
 
 
 class MethodFile(Strict):
@@ -320,7 +326,7 @@ def load_methods() -> dict[str, Method]:
     file = BENCHMARKS / "methods.yaml"
     methods = read(file, MethodFile).methods
     for name, method in methods.items():
-        # optional for an override, but not here
+        # both are optional in benchmarks and suites, which override settings, but not here
         for key in ("title", "kind"):
             if key not in method.model_fields_set:
                 raise DefinitionError(f"{file}: 'methods.{name}' needs the key '{key}'")
@@ -336,8 +342,8 @@ def merge_methods(*layers: Method) -> Method:
     for layer in layers:
         settings = layer.given()
         # a layer that gives one form removes the other form, which an earlier layer gave
-        if _TOP_K & settings.keys():
-            for key in _TOP_K:
+        if _FORMS_OF_TOP_K & settings.keys():
+            for key in _FORMS_OF_TOP_K:
                 merged.pop(key, None)
         merged.update(settings)
     # the method that this key names is already one of the layers

@@ -8,9 +8,9 @@ from pathlib import Path
 from benchmarks.harness.base import DefinitionError
 
 # folders in results/ that belong to no suite
-_FOLDERS = ("logs", "mlflow", "reference", "runs")
+_RESULT_FOLDERS = ("logs", "mlflow", "reference", "runs")
 # rules of the workflow; `all`, `tables` and `report` are also targets for users
-_TARGETS = (
+_RULES = (
     "all",
     "tables",
     "report",
@@ -25,9 +25,9 @@ _TARGETS = (
     "unknown_target",
     "other_suite",
 )
-_TARGET_PREFIXES = ("figure_", "run_", "table_", "tables_of_")
+_RULE_PREFIXES = ("figure_", "run_", "table_", "tables_of_")
 # folders in benchmarks/ that belong to no benchmark
-_CODE = ("harness", "schemas", "text")
+_CODE_FOLDERS = ("harness", "schemas", "text")
 # what `python -m benchmarks list` takes besides suites
 _LISTS = ("benchmarks", "claims", "methods", "metrics", "models", "suites", "tasks")
 
@@ -60,19 +60,19 @@ def target_name(benchmark: str, part: str | None) -> str:
     return f"{benchmark}_{part}" if part else benchmark
 
 
-def _reason_against(name: str) -> str:
-    """Return the reason why a name cannot be used; empty if it can."""
+def _reason_against(name: str) -> str | None:
+    """Return the reason why a name cannot be used; None if it can."""
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         return "use lower-case letters, digits and _, and begin with a letter"
-    if name in _FOLDERS:
+    if name in _RESULT_FOLDERS:
         return f"results/{name} is not the folder of a suite"
-    if name in _TARGETS:
+    if name in _RULES:
         return f"'{name}' is a rule of the workflow"
-    for prefix in _TARGET_PREFIXES:
+    for prefix in _RULE_PREFIXES:
         if name.startswith(prefix):
             return f"names of rules of the workflow begin with '{prefix}'"
-    if name in _CODE:
+    if name in _CODE_FOLDERS:
         return f"benchmarks/{name} is not the folder of a benchmark"
     if name in _LISTS:
         return f"`python -m benchmarks list {name}` lists something else"
-    return ""
+    return None

@@ -23,9 +23,9 @@ def plan_runs(parts: Mapping[str, Part[Any]], exclude: Collection[str]) -> list[
     """
     planned: dict[str, list[Run]] = {}
     for name in parts:
-        _plan_benchmark(name, parts, exclude, planned)
-    # Several grids may plan the same run, which then has the same id. It stays at the place of the
-    # first, with the resources of the last.
+        _add_runs_of(name, parts, exclude, planned)
+    # Several grids may plan the same run, which then has the same id. A dictionary keeps it at the
+    # place of the first, with the resources of the last.
     runs_by_id: dict[str, Run] = {}
     for name in parts:
         for run in planned[name]:
@@ -33,33 +33,40 @@ def plan_runs(parts: Mapping[str, Part[Any]], exclude: Collection[str]) -> list[
     return list(runs_by_id.values())
 
 
-def _plan_benchmark(
+def _add_runs_of(
     name: str,
     parts: Mapping[str, Part[Any]],
     exclude: Collection[str],
     planned: dict[str, list[Run]],
 ) -> None:
-    """Add the runs of a benchmark to ``planned``, a dictionary of runs by benchmark.
+    """Plan the runs of a benchmark, and add them to ``planned``.
 
-    If the benchmark evaluates the runs of another one, that one is planned first.
+    If the benchmark evaluates the runs of another benchmark, the other one is planned first.
+
+    Args:
+        name: The name of the benchmark.
+        parts: The suite's part of each benchmark, by name.
+        exclude: The data sets to leave out.
+        planned: The runs that are planned so far, by benchmark; gets the new ones.
 
     Raises:
         DefinitionError: All runs are excluded.
     """
-    if name in planned:
+    if name in planned:  # another benchmark evaluates its runs
         return
     benchmark = load_benchmark(name)
     part = parts[name]
     # the specs of an evaluation name the runs that it evaluates
     evaluated_runs: list[Run] = []
     if benchmark.evaluates:
-        _plan_benchmark(benchmark.evaluates, parts, exclude, planned)
+        _add_runs_of(benchmark.evaluates, parts, exclude, planned)
         evaluated_runs = planned[benchmark.evaluates]
     resources = part.settings.resources.model_dump()
     runs = []
     for spec in benchmark.specs(part, exclude, evaluated_runs):
         run = run_from_spec({**spec, "files": _file_digests(spec)})
-        runs.append(replace(run, resources=_reserved(resources, run)))
+        reserved = _resources_for(run, resources)
+        runs.append(replace(run, resources=reserved))
     if not runs:
         raise DefinitionError(
             f"{part.file}: 'exclude' leaves no run of '{name}'; leave out the benchmark too"
@@ -67,8 +74,15 @@ def _plan_benchmark(
     planned[name] = runs
 
 
-def _reserved(resources: Mapping[str, Any], run: Run) -> dict[str, Any]:
-    """Return the resources of a run; one that trains nothing takes at most one GPU and process."""
+def _resources_for(run: Run, resources: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the resources that a run of a benchmark takes.
+
+    A run that trains nothing takes at most one GPU and one process.
+
+    Args:
+        run: The run.
+        resources: The resources that the suite sets for the runs of the benchmark.
+    """
     reserved = dict(resources)
     if not run.is_trained:
         for key in ("gpu", "processes"):

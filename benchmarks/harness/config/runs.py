@@ -249,9 +249,10 @@ class PartitionJob:
         """Return a readable name with the first eight hex digits of the hash of all settings."""
         model = self.model["name"]
         num_experts = self.config["num_experts"]
-        layers = "layers"  # a request such as ``last-half:2`` has signs that a file name avoids
         if isinstance(self.config["layers"], list):
             layers = "+".join(str(layer) for layer in self.config["layers"])
+        else:  # a request such as ``last-half:2`` has signs that a file name avoids
+            layers = "layers"
         digest = hashlib.sha256(self.to_json().encode()).hexdigest()
         return f"{model}-N{num_experts}-L{layers}-{digest[:8]}"
 
@@ -262,27 +263,27 @@ class PartitionJob:
 
 
 def partition_jobs(run: Run) -> list[PartitionJob]:
-    """Return the clusterings that a run needs: none unless its experts come from k-means.
+    """Return the clusterings that a run needs; empty unless k-means makes its experts.
 
-    Listed layers have one clustering each. A request such as ``all`` has one for all layers.
+    Each listed layer has its own clustering. A request such as ``all`` has one for all its layers.
     """
     config = run.spec["method"]["config"]
     if config is None or config.get("partition") != "kmeans":
         return []
-    layers = config["layers"]
-    # only the loaded model can tell the layers of a request, so one job clusters all of them
-    chosen_layers = [layers]
-    if isinstance(layers, list):
-        chosen_layers = [[layer] for layer in layers]
+    if isinstance(config["layers"], list):
+        layers_by_job = [[layer] for layer in config["layers"]]
+    else:
+        # only the loaded model can tell the layers of a request, so one job clusters all of them
+        layers_by_job = [config["layers"]]
     jobs = []
-    for chosen in chosen_layers:
+    for layers_of_job in layers_by_job:
         partition_config = {
             "kind": "emoe",
             "top_k": 1,  # a configuration needs one, but partitions do not depend on it
             "num_experts": config["num_experts"],
             "partition": config["partition"],
             "partition_seed": config["partition_seed"],
-            "layers": chosen,
+            "layers": layers_of_job,
         }
         jobs.append(PartitionJob(run.spec["model"], partition_config))
     return jobs
@@ -305,18 +306,23 @@ def run_inputs(run: Run) -> list[str]:
     These are packages, the weights of a rebuilt model, partitions, and the files of candidates: the
     trained runs that an evaluation chooses from.
     """
-    # several sets may come from one package
-    packages: list[str] = []
-    for task in all_sets(run.spec):
-        for package in set_packages(task.get("source", {})):
-            file = str(package.path)
-            if file not in packages:
-                packages.append(file)
+    packages = _packages_of_sets(run)
     candidates: list[str] = []
     for folder in run.spec.get("candidates", ()):
         candidates += _candidate_files(paths.RUNS / folder)
     partitions = [job.file for job in partition_jobs(run)]
     return [*packages, *model_files(run.spec["model"]), *candidates, *partitions]
+
+
+def _packages_of_sets(run: Run) -> list[str]:
+    """List the files of the packages that contain data sets of a run, each once."""
+    files: list[str] = []
+    for task in all_sets(run.spec):
+        for package in set_packages(task.get("source", {})):
+            file = str(package.path)
+            if file not in files:  # several sets may come from one package
+                files.append(file)
+    return files
 
 
 def _candidate_files(folder: Path) -> list[str]:

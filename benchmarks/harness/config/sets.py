@@ -51,21 +51,24 @@ class SetPart:
 
     @property
     def as_expected(self) -> bool:
-        """Return True if the makers of the data count the same number of rows.
+        """Return True unless the makers of the data give another number of rows.
 
-        They may count the dropped rows or not. An unknown count is no difference.
+        Their number may include the dropped rows or not.
         """
         with_dropped = (self.rows or 0) + self.dropped
-        return self.expected in (None, self.rows, with_dropped)
+        return self.expected in (None, self.rows, with_dropped)  # None: they give no number
 
     @property
     def note(self) -> str | None:
-        """Describe how the number of rows differs from the makers' or the paper's, if it does."""
+        """Describe how the number of rows differs from that of the makers or of the paper.
+
+        None if the part is missing, or if there is no difference that matters.
+        """
         if self.rows is None:
             return None
         published = self.published
-        # if we score as many rows as the paper, another number of the makers does not matter
-        if published and published.rows == self.rows:
+        scores_as_many_as_paper = published is not None and published.rows == self.rows
+        if scores_as_many_as_paper:  # then the number of the makers does not matter
             return None
         found = f"{self.name} ({self.part}): {self.rows:,} rows"
         if not self.as_expected:

@@ -32,7 +32,7 @@ from benchmarks.harness.config.yaml import (
 from emoe.errors import did_you_mean
 
 DEFAULT_TRACKING_URI = "sqlite:///results/mlflow.db"
-_USUAL = ("mini", "full", "smoke", "paper")  # suites that are searched first
+_USUAL_SUITES = ("mini", "full", "smoke", "paper")  # searched first
 
 
 class SuiteSettings(Strict):
@@ -63,13 +63,16 @@ class SuiteSettings(Strict):
 def suite_names() -> list[str]:
     """Return the names of the suites (files in ``config/``), the most used ones first."""
     names = sorted(path.stem for path in paths.CONFIG.glob("*.yaml"))
-    usual = [name for name in _USUAL if name in names]
-    others = [name for name in names if name not in _USUAL]
+    usual = [name for name in _USUAL_SUITES if name in names]
+    others = [name for name in names if name not in _USUAL_SUITES]
     return [*usual, *others]
 
 
-def _list_names(given: Any) -> Any:
-    """Return a list of names, also if a single name is given. Refuse any other value."""
+def _as_list(given: Any) -> Any:
+    """Make a list of one out of a single name, and return a list of names as it is.
+
+    Refuse any other value.
+    """
     names = [given] if isinstance(given, str) else given
     is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if not is_list:
@@ -85,7 +88,7 @@ def _check_chosen(names: list[str]) -> list[str]:
     return names
 
 
-OneOrMore = Annotated[list[str], BeforeValidator(_list_names)]
+OneOrMore = Annotated[list[str], BeforeValidator(_as_list)]
 
 
 class CommandLine(Strict):
@@ -98,7 +101,7 @@ class CommandLine(Strict):
     suite: str = "mini"
     """Name of a file in config/."""
     benchmarks: Annotated[
-        list[str] | None, AfterValidator(_check_chosen), BeforeValidator(_list_names)
+        list[str] | None, AfterValidator(_check_chosen), BeforeValidator(_as_list)
     ] = None
     """Benchmarks of the suite to run, one or a list."""
     exclude: OneOrMore | None = None
@@ -137,9 +140,10 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
     given = command_line.values()
     file = paths.CONFIG / f"{name}.yaml"
     check_name(name, file)
-    # a message about the merged values names both sources
-    changes_settings = bool(given.keys() - {"suite"})
-    where = f"{file} with --config" if changes_settings else str(file)
+    # the source of the settings, for messages
+    where = str(file)
+    if given.keys() - {"suite"}:  # the command line also gives settings
+        where = f"{file} with --config"
     settings = _read_settings(file, where, command_line)
     parts = _read_parts(name, file, settings)
     _check_settings(settings, where, parts)
@@ -172,48 +176,67 @@ def _read_settings(file: Path, where: str, command_line: CommandLine) -> SuiteSe
 
 
 def _read_parts(name: str, file: Path, settings: SuiteSettings) -> dict[str, Part[Any]]:
-    """Validate the suite's settings of each benchmark, with the number of seeds, if it is set.
+    """Validate the settings that a suite has for each of its benchmarks.
+
+    If the suite sets the number of seeds, it replaces the lists of seeds in the grids first.
+
+    Args:
+        name: The name of the suite.
+        file: The suite's file.
+        settings: The suite's settings; those of the benchmarks are not validated yet.
 
     Returns:
-        The parts by the benchmark's name.
+        The suite's part of each benchmark, by the benchmark's name.
     """
     parts = {}
-    for benchmark, content in settings.benchmarks.items():
-        planned = _with_seeds(content, settings.seeds) if settings.seeds else content
-        parts[benchmark] = parse_part(load_benchmark(benchmark), name, file, planned)
+    for benchmark_name, given in settings.benchmarks.items():
+        content = given
+        if settings.seeds:
+            content = _with_seeds(given, settings.seeds)
+        benchmark = load_benchmark(benchmark_name)
+        parts[benchmark_name] = parse_part(benchmark, suite=name, file=file, content=content)
     return parts
 
 
 def _check_settings(settings: SuiteSettings, where: str, parts: Mapping[str, Part[Any]]) -> None:
-    """Check that excluded data sets, evaluated benchmarks and folders exist."""
-    # a data set may belong to any of the suite's benchmarks
+    """Check that excluded data sets, evaluated benchmarks and folders exist.
+
+    Args:
+        settings: The suite's settings.
+        where: The source of the settings, for messages.
+        parts: The suite's part of each benchmark, by the benchmark's name.
+    """
+    # an excluded data set may belong to any of the suite's benchmarks
     tasks: set[str] = set()
     for benchmark in parts:
         tasks.update(load_benchmark(benchmark).tasks)
     check_names(Location(where, "exclude"), settings.exclude, tasks)
+
+    # a benchmark that evaluates the runs of another one needs that one in the same suite
     for benchmark in parts:
         other = load_benchmark(benchmark).evaluates
         if other and other not in parts:
             raise DefinitionError(
                 f"{where}: 'benchmarks' has '{benchmark}', which evaluates '{other}'; name that too"
             )
+
     for key in ("data_root", "model_root"):
         folder = getattr(settings, key)
         if folder and not Path(folder).is_dir():
             raise DefinitionError(f"{where}: '{key}' is '{folder}', which is not a folder")
 
 
-def _with_seeds(part: Any, seeds: int) -> Any:
-    """Replace each list of several seeds by ``range(seeds)``.
+def _with_seeds(content: Any, seeds: int) -> Any:
+    """Replace each list of several seeds by ``range(seeds)``, at any depth of the content.
 
     The content is not validated yet, so it may have any type.
     """
-    if isinstance(part, list):
-        return [_with_seeds(value, seeds) for value in part]
-    if not isinstance(part, dict):
-        return part
+    if isinstance(content, list):
+        return [_with_seeds(value, seeds) for value in content]
+    if not isinstance(content, dict):
+        return content
     replaced: dict[str, Any] = {}
-    for key, value in part.items():
+    for key, value in content.items():
         # a list of one seed stays as it is
         has_several = isinstance(value, list) and len(value) > 1
         if key == "seed" and has_several:
@@ -230,7 +253,7 @@ def plain_suite(name: str) -> Suite:
 
 
 def suite_parts(benchmark: str) -> dict[str, Part[Any]]:
-    """Return what each suite that runs a benchmark sets for it, by the suite's name."""
+    """Return the parts of all suites that run a benchmark, by the suite's name."""
     parts = {}
     for name in suite_names():
         suite = plain_suite(name)

@@ -85,8 +85,9 @@ def _explain(error: ValidationError, content: object, at: Sequence[str | int]) -
     problems = error.errors(include_url=False)
     first = problems[0]
     keys = _keys(first, content)
+    # without keys, the problem is the whole content
     key = key_path([*at, *keys]) or "the file"
-    # pydantic reports a problem for each branch of a union
+    # for a union, pydantic reports a problem with each of its types
     problems_here = [problem for problem in problems if _keys(problem, content) == keys]
     messages = " or ".join(problem["msg"] for problem in problems_here)
     # a missing key has no value, and a refusal describes the value itself
@@ -95,25 +96,25 @@ def _explain(error: ValidationError, content: object, at: Sequence[str | int]) -
     # cut to 100 characters, because aliases of aliases can make a value huge
     given = first["input"]
     value = reprlib.repr(given)[:100]
-    # pydantic lists the valid values, each in quotation marks
-    if first["type"] == "literal_error":
-        options = re.findall("'([^']+)'", first["ctx"]["expected"])
-        text = given if isinstance(given, str) else value
-        near = did_you_mean(text, options)
-        return f"'{key}' is {value}{near}"
-    return f"'{key}' is {value}: {messages}"
+    if first["type"] != "literal_error":
+        return f"'{key}' is {value}: {messages}"
+    # the key takes only certain values; pydantic lists them, each in quotation marks
+    options = re.findall("'([^']+)'", first["ctx"]["expected"])
+    text = given if isinstance(given, str) else value
+    return f"'{key}' is {value}{did_you_mean(text, options)}"
 
 
 def _keys(problem: Mapping[str, Any], content: Any) -> list[str | int]:
-    """Return the key path of a problem in the content.
+    """Return the keys that lead to a problem in the content.
 
-    pydantic's location also has the names of union branches. They are no keys and are left out.
+    pydantic's location also names the type in a union. Such names are no keys and are left out.
     """
     keys: list[str | int] = []
+    value = content  # at the keys found so far
     for step in problem["loc"]:
-        if _has_key(content, step):
+        if _has_key(value, step):
             keys.append(step)
-            content = content[step]
+            value = value[step]
     # the content lacks a missing key, so the loop leaves it out
     if problem["type"] == "missing":
         keys.append(problem["loc"][-1])
@@ -121,7 +122,7 @@ def _keys(problem: Mapping[str, Any], content: Any) -> list[str | int]:
 
 
 def _has_key(content: Any, key: str | int) -> bool:
-    """Return True if content is a dictionary or list with this key."""
+    """Return True if the content is a dictionary with this key, or a list with this index."""
     if isinstance(content, dict):
         return key in content
     if isinstance(content, list):
@@ -196,8 +197,8 @@ class ExplicitNulls(Strict):
 
 
 def refusal(message: str) -> PydanticCustomError:
-    """Return an error that a model's validator can raise; pydantic adds the keys to the message."""
-    # pydantic fills a template, and the message itself may contain braces
+    """Return an error for a validator of a model to raise. :func:`parse` names the key."""
+    # the second argument is a template; the message itself may contain braces
     return PydanticCustomError("refusal", "{message}", {"message": message})
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
+from peft import LoraModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -49,7 +50,7 @@ from emoe.partitioning import Partition
 _TRAINED = "trained.safetensors"
 _PARTITION = "partition.safetensors"
 # loaders of the network whose neurons are clustered, by modality; text classifiers have none
-_NETWORKS: dict[str | None, Callable[[ModelSpec], nn.Module]] = {
+_NETWORK_LOADERS: dict[str | None, Callable[[ModelSpec], nn.Module]] = {
     None: load_backbone,
     "image": load_image_network,
     "language": load_language_model,
@@ -86,9 +87,12 @@ def build_classifier(
         calibration: Batches of training rows, for a co-activation partition or fixed experts.
         partition: The saved partition of the neurons, to rebuild a trained model.
     """
-    outputs = max(labels, 1)  # a regression has one
-    head_seed = derive_seed("head", spec.seed)
-    model = load_classifier(spec.model, outputs, head_seed, tokenizer.pad_token_id)
+    model = load_classifier(
+        spec.model,
+        num_labels=max(labels, 1),  # the head of a regression has one output
+        seed=derive_seed("head", spec.seed),
+        pad_token_id=tokenizer.pad_token_id,
+    )
     source = source_of(spec.model, model)
     return _make_trainable(model, model, source, spec, calibration, partition)
 
@@ -105,8 +109,14 @@ def build_image_classifier(
         drop_path: The rate of stochastic depth.
         dropout: The dropout before the head.
     """
-    head_seed = derive_seed("head", spec.seed)
-    model = load_image_classifier(spec.model, num_classes, size, drop_path, head_seed, dropout)
+    model = load_image_classifier(
+        spec.model,
+        num_classes=num_classes,
+        image_size=size,
+        drop_path=drop_path,
+        seed=derive_seed("head", spec.seed),
+        dropout=dropout,
+    )
     return _make_trainable(model, model.network, model.source, spec)
 
 
@@ -129,10 +139,8 @@ def build_language_model(
         EMoEError: The weights are missing or damaged, or the method does not fit the model.
     """
     if empty:
-        converted_layers = None
-        if spec.method.config is not None:
-            converted_layers = spec.method.config.get("layers")
-        model = build_empty_language_model(spec.model, converted_layers)
+        config = spec.method.config or {}  # a dense model has none
+        model = build_empty_language_model(spec.model, converted=config.get("layers"))
     else:
         model = load_language_model(spec.model)
 
@@ -140,17 +148,25 @@ def build_language_model(
     # the digest of quantised weights depends on the machine; empty weights have none
     source = source_of(spec.model, model, with_digest=not is_quantized and not empty)
     trainable = _make_trainable(model, model, source, spec, calibration, partition)
-
+    # only now, because the weights are clustered in their own type
+    _set_types_(model, is_quantized=is_quantized)
     if is_quantized:
         # Trainer refuses quantised weights unless transformers loaded the adapters
         cast(Any, model)._hf_peft_config_loaded = True
-    elif not torch.cuda.is_available():
-        # only now, because the weights are clustered in their own type, as on an accelerator
+    return trainable
+
+
+def _set_types_(model: PreTrainedModel, *, is_quantized: bool) -> None:
+    """Set the type of a language model's weights for training.
+
+    Trained parameters become float32, because small steps vanish in bfloat16. On a CPU, all weights
+    become float32 unless they are quantised.
+    """
+    if not is_quantized and not torch.cuda.is_available():
         model.float()
     for parameter in model.parameters():
-        if parameter.requires_grad:  # small steps vanish in bf16
+        if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return trainable
 
 
 def build_seq2seq(spec: TrainedSpec) -> Trainable:
@@ -178,32 +194,54 @@ def _make_trainable(
         calibration: Batches of training rows, for a co-activation partition or fixed experts.
         partition: The saved partition of the neurons, to rebuild a trained model.
     """
-    # counted before the conversion and the adapters change the model
+    # counted and found before the conversion and the adapters change the model
     ffns = find_ffns(network)
     dense = _DenseSize(
         parameters=_count_parameters(model),
         embeddings=_embedding_parameters(model),
         ffns=_ffn_weights(ffns),
     )
+    prefix = _make_prefix(model, network, spec, num_layers=len(ffns))
 
-    prefix = _make_prefix(model, network, spec, len(ffns))
     report = apply_method_(network, spec.method, spec.seed, calibration, partition)
-
-    adapters = None
-    groups: Groups = {}
-    if spec.method.tune is not None:
-        lora = getattr(spec.training, "lora", None)  # some kinds have no adapters
-        frozen_names: frozenset[str] = frozenset()
-        if prefix is not None:
-            frozen_names = prefix.names
-        pretrained = cast(PreTrainedModel, network)
-        adapters, groups = tune_(pretrained, lora, spec.method.tune, spec.seed, frozen_names)
+    frozen_names = prefix.names if prefix is not None else frozenset()
+    adapters, groups = _adapt_(network, spec, frozen_names)
+    # last, because tune_ decides for every parameter whether it is trained, and the choice of the
+    # backend depends on the adapters
     if prefix is not None:
         prefix.freeze_()
     use_sparse_(model)
 
     summary = {"source": dict(source), **_summarise(model, dense, report, groups)}
-    return Trainable(model, summary, _slow_parameters(model, groups), adapters, prefix)
+    return Trainable(
+        model, summary, slow=_slow_parameters(model, groups), adapters=adapters, prefix=prefix
+    )
+
+
+def _adapt_(
+    network: nn.Module, spec: TrainedSpec, frozen_names: frozenset[str]
+) -> tuple[LoraModel | None, Groups]:
+    """Add the adapters of a run, and freeze the parameters that it does not train.
+
+    If the run trains the whole model, this changes nothing.
+
+    Args:
+        network: The converted network.
+        spec: The spec of the training run.
+        frozen_names: The names of the parameters of frozen layers.
+
+    Returns:
+        The adapters, or None; and the trained parameters by group, empty if all are trained.
+    """
+    if spec.method.tune is None:
+        return None, {}
+    return tune_(
+        cast(PreTrainedModel, network),
+        lora=getattr(spec.training, "lora", None),  # some kinds have no adapters
+        tune=spec.method.tune,
+        seed=spec.seed,
+        frozen=frozen_names,
+    )
 
 
 class _DenseSize(NamedTuple):
@@ -228,22 +266,24 @@ def _summarise(
         report: The report of the conversion; None for a dense model.
         groups: The trained parameters by group; empty if all are trained.
     """
-    # FFN neurons that a token uses, as a share of the dense model's
-    active_neurons = 1.0
-    conversion: list[dict[str, Any]] = []
-    if report is not None:
+    if report is None:
+        active_neurons = 1.0
+        conversion = []
+    else:
+        # FFN neurons that a token uses, as a share of the dense model's
         active_neurons = report.active_neurons
         conversion = [dataclasses.asdict(layer) for layer in report.layers]
     routing_parameters = sum(_count_parameters(layer) for layer in routed_layers(model))
 
-    # the dense model without its inactive neurons, or with the additional experts of GMoE
-    active_dense = round(dense.parameters + (active_neurons - 1) * dense.ffns)
-    active_parameters = active_dense + routing_parameters
+    # of FFN weights, relative to the dense model: inactive neurons of EMoE are negative, further
+    # active experts of GMoE are positive
+    additional_weights = (active_neurons - 1) * dense.ffns
+    active_parameters = round(dense.parameters + additional_weights) + routing_parameters
     return {
         "parameters": _count_parameters(model),
         "dense_parameters": dense.parameters,
         "active_parameters": active_parameters,
-        # a multiplication and an addition for each weight; an embedding is only looked up
+        # each weight costs a multiplication and an addition; an embedding is only looked up
         "flops_per_token": 2 * (active_parameters - dense.embeddings),
         "trainable_parameters": _count_trainable(model),
         "trained": {group: _describe_group(members) for group, members in groups.items()},
@@ -266,7 +306,8 @@ def _make_prefix(
 
 def _slow_parameters(model: nn.Module, groups: Groups) -> frozenset[str]:
     """Return the names of the trained parameters that get a lower learning rate."""
-    # compared by identity: the groups have the names in the network, which may be a submodule
+    # The groups have names in the network, but the network may be a submodule of the model, in
+    # which the same parameters have other names. So parameters are compared by identity.
     slow_ids: set[int] = set()
     for group, members in groups.items():
         if group not in FAST:
@@ -287,9 +328,9 @@ def _describe_group(members: Sequence[tuple[str, nn.Parameter]]) -> dict[str, An
 
 
 def _count_parameters(model: nn.Module) -> int:
-    """Count the parameters of a model, also those of quantised weights."""
+    """Count the parameters of a model. Packed 4-bit weights count as single weights."""
     if getattr(model, "is_quantized", False):
-        return int(cast(PreTrainedModel, model).num_parameters())  # counts packed 4-bit weights too
+        return int(cast(PreTrainedModel, model).num_parameters())  # two weights per byte
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -308,18 +349,21 @@ def _ffn_weights(ffns: Sequence[FFN]) -> int:
 
 
 def _embedding_parameters(model: nn.Module) -> int:
-    """Count the parameters of embedding tables, without a table that the output head shares."""
+    """Count the parameters of embedding tables that are only looked up.
+
+    A table whose weight is also the weight of the output head is not counted: the head multiplies
+    by it.
+    """
     output_head = None
     if isinstance(model, PreTrainedModel):
         output_head = model.get_output_embeddings()
-    # some models share the head's weight with a table; it is multiplied, not only looked up
     head_weight = getattr(output_head, "weight", None)
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     return sum(table.numel() for table in tables if table is not head_weight)
 
 
 def permutations(model: nn.Module) -> dict[int, torch.Tensor]:
-    """Return the permutation of the neurons ``[d]`` of each converted layer, by layer number.
+    """Return the permutation of the neurons ``[neurons]`` of each EMoE layer, by layer number.
 
     The result is empty for a dense model and for GMoE, whose experts are copies of the FFN.
     """
@@ -331,7 +375,7 @@ def permutations(model: nn.Module) -> dict[int, torch.Tensor]:
 
 
 def save_trained(model: nn.Module, folder: Path) -> None:
-    """Save the trained tensors of a model, and the partition of its neurons, for :func:`reopen`."""
+    """Write what :func:`reopen` reads: the trained tensors, and the partition of the neurons."""
     folder.mkdir(parents=True, exist_ok=True)
     partition = permutations(model)
     if partition:  # a dense model and GMoE have none
@@ -360,6 +404,7 @@ def reopen(
     if config is not None and config["kind"] == "emoe":
         partition = load_partition(folder / _PARTITION)
     trainable = build(spec, partition=partition)
+    # the run changed only some tensors, and needs the same values of all others
     present_weights = trainable.summary["source"]["weights"]
     if weights and present_weights != weights:
         raise DataError(
@@ -384,7 +429,7 @@ def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
     torch.set_num_threads(threads)
     model_spec = ModelSpec(**content["model"])
     config = EMoEConfig.from_dict(content["config"])
-    load_network = _NETWORKS[model_spec.modality]
+    load_network = _NETWORK_LOADERS[model_spec.modality]
     model = load_network(model_spec)
     partition = cached_partition(model, config)
     receipt = {

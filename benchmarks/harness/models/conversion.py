@@ -16,7 +16,7 @@ from benchmarks.harness.config.method_specs import MethodSpec
 from benchmarks.harness.models.partitions import cached_partition
 from emoe.config import EMoEConfig
 
-_HEADS = {"classifier", "score"}  # names of new heads in transformers
+_NAMES_OF_HEADS = {"classifier", "score"}  # of new heads in transformers
 
 
 def apply_method_(
@@ -43,7 +43,7 @@ def apply_method_(
     """
     if method.noise:
         noise_seed = derive_seed("noise", seed)
-        noisy_tuning_(model, method.noise, seed=noise_seed)
+        noisy_tuning_(model, intensity=method.noise, seed=noise_seed)
     if method.config is None:
         return None
     return _convert_(model, method.config, calibration, partition)
@@ -65,13 +65,14 @@ def _convert_(
     if is_fixed:
         config = dataclasses.replace(config, router="avg_k")
 
-    known_partition = partition
-    calibration_rows = None
-    if partition is None and config.partition == "kmeans":
-        known_partition = cached_partition(model, config)
-    elif partition is None and config.partition == "coactivation":
-        calibration_rows = calibration
-    report = emoe.convert_(model, config, partition=known_partition, calibration=calibration_rows)
+    if partition is not None:  # of a trained model
+        report = emoe.convert_(model, config, partition=partition)
+    elif config.partition == "kmeans":
+        report = emoe.convert_(model, config, partition=cached_partition(model, config))
+    elif config.partition == "coactivation":
+        report = emoe.convert_(model, config, calibration=calibration)
+    else:
+        report = emoe.convert_(model, config)
 
     if is_fixed:
         if partition is None:
@@ -79,17 +80,17 @@ def _convert_(
         else:
             # placeholders: the real counts are loaded later, with the trained tensors
             equal = torch.ones(config.num_experts, dtype=torch.int64)
-            usage = {}
-            for layer in partition:
-                usage[layer] = equal
+            usage = dict.fromkeys(partition, equal)
         emoe.fix_experts_(model, usage)
     return report
 
 
 def convert_trained_(model: nn.Module, config: Mapping[str, Any] | None) -> None:
-    """Convert a trained dense model to ``config``, in place. Without one, make an EMoE dense again.
+    """Convert a trained dense model to ``config``, or a trained EMoE to a dense model, in place.
 
-    A model that gets experts also uses the sparse backend if it can.
+    Args:
+        model: The trained model.
+        config: The configuration of the experts; None to make the model dense.
     """
     if config is None:
         emoe.to_dense_(model)
@@ -99,9 +100,9 @@ def convert_trained_(model: nn.Module, config: Mapping[str, Any] | None) -> None
 
 
 def use_sparse_(model: nn.Module) -> None:
-    """Let a converted model compute only the chosen experts (the sparse backend), on a CPU.
+    """On a CPU, let a converted model compute only the chosen experts: the sparse backend.
 
-    Models that this backend does not support stay unchanged, for example with adapters in the FFNs.
+    A model that this backend does not support stays unchanged, such as one with adapters in FFNs.
     """
     if torch.cuda.is_available() or not emoe.is_converted(model):
         return
@@ -111,9 +112,12 @@ def use_sparse_(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _count_usage(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[int, torch.Tensor]:
-    """Count how often a model uses each expert on some batches: ``[num_experts]`` by layer.
+    """Run a model on batches, and count how often each layer uses each of its experts.
 
-    Leaves the model in eval mode.
+    The model stays in eval mode.
+
+    Returns:
+        The counts ``[num_experts]``, by layer number.
     """
     model.eval()
     use_sparse_(model)
@@ -138,7 +142,7 @@ def noisy_tuning_(model: nn.Module, intensity: float, *, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        is_head = any(module in _HEADS for module in name.split("."))
+        is_head = any(module in _NAMES_OF_HEADS for module in name.split("."))
         if is_head or parameter.numel() <= 1:
             continue
         # drawn on the CPU, so that the noise is equal on all devices

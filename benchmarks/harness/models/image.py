@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -25,7 +26,8 @@ from benchmarks.harness.sources.hub import cached_commit
 from benchmarks.harness.sources.local import user_model_folder
 from emoe.files import WEIGHT_FILES, read_tensors
 
-_DEVIATION = 0.02  # timm truncates at 100 deviations, that is, never
+# standard deviation of random weights, as in timm, whose truncation at 100 deviations has no effect
+_WEIGHT_DEVIATION = 0.02
 
 
 class ImageClassifier(nn.Module):
@@ -61,7 +63,7 @@ class ImageClassifier(nn.Module):
 
 
 def load_image_network(model: ModelSpec) -> nn.Module:
-    """Load the pre-trained network, to cluster its neurons. Its head does not matter."""
+    """Load the pre-trained network to cluster its neurons, which do not depend on its head."""
     classifier = load_image_classifier(model, num_classes=2, image_size=None, drop_path=0.0, seed=0)
     return classifier.network
 
@@ -104,19 +106,21 @@ def load_image_classifier(
 
 
 def _resizing_options(config: Any, image_size: int | None) -> dict[str, bool]:
-    """Return call arguments that let a network of transformers take images of another size.
+    """Return the arguments that each call of a network of transformers needs for its image size.
 
-    Empty if it needs none.
+    Args:
+        config: The configuration of the network, with the image size of the pre-training.
+        image_size: The width and height of the images in pixels.
     """
     # other architectures, such as DINOv2, always interpolate their positions
-    needs_option = config.model_type in ("vit", "deit")
-    if needs_option and config.image_size != image_size:
+    must_be_told = config.model_type in ("vit", "deit")
+    if must_be_told and config.image_size != image_size:
         return {"interpolate_pos_encoding": True}
     return {}
 
 
 def _apply_dropout(rate: float, head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-    """Apply dropout to the input of the head (a pre-hook)."""
+    """Apply dropout to the input of a head, as a pre-hook of the head."""
     (features,) = args
     return (F.dropout(features, rate, head.training),)
 
@@ -166,13 +170,14 @@ def _load_timm(
     network = _load_timm_backbone(model, drop_path)
     repository = f"timm/{model.timm}"
     commit = cached_commit(repository, WEIGHT_FILES[0], model.revision)
+    # the digest is that of the pre-trained weights, before the next lines change them
     source = {"from": describe(model, commit), "weights": weights_digest(network)}
     if image_size is not None:
         network.set_input_size(img_size=image_size)  # resamples the positions
     torch.manual_seed(seed)
     network.reset_classifier(num_classes)
     head = cast(nn.Linear, network.get_classifier())
-    nn.init.normal_(head.weight, std=_DEVIATION)
+    nn.init.normal_(head.weight, std=_WEIGHT_DEVIATION)
     nn.init.zeros_(head.bias)
     return network, source
 
@@ -188,7 +193,7 @@ def _load_timm_backbone(model: ModelSpec, drop_path: float) -> Any:
     user_folder = user_model_folder(model.name)
     is_random = model.random is not None
     comes_from_hub = not is_random and user_folder is None
-    options: dict[str, Any] = {"num_classes": 0, "drop_path_rate": drop_path}
+    options: dict[str, Any] = {"num_classes": 0, "drop_path_rate": drop_path}  # 0: no head
     if model.revision and user_folder is None:
         options["pretrained_cfg_overlay"] = {"hf_hub_id": f"timm/{model.timm}@{model.revision}"}
     with loading_errors(model):
@@ -196,14 +201,26 @@ def _load_timm_backbone(model: ModelSpec, drop_path: float) -> Any:
         if is_random:
             _randomise_(network, derive_seed("random weights", model.name))
         elif user_folder is not None:
-            tensors = read_tensors(user_folder / WEIGHT_FILES[0])
-            # the file may also have a head, which this network lacks
-            missing, _ = network.load_state_dict(tensors, strict=False)
-            if missing:
-                raise DataError(
-                    f"the weights in {user_folder} lack '{missing[0]}' of '{model.name}'"
-                )
+            _load_weights_(network, user_folder, model.name)
     return network
+
+
+def _load_weights_(network: nn.Module, folder: Path, name: str) -> None:
+    """Load the weights in a user's folder into a network of timm without a head.
+
+    Args:
+        network: The network.
+        folder: The folder with the file of weights.
+        name: The name of the model, for messages.
+
+    Raises:
+        DataError: The file lacks weights of the network.
+    """
+    tensors = read_tensors(folder / WEIGHT_FILES[0])
+    # not strict, because the file may also have a head
+    missing, _ = network.load_state_dict(tensors, strict=False)
+    if missing:
+        raise DataError(f"the weights in {folder} lack '{missing[0]}' of '{name}'")
 
 
 def _randomise_(network: nn.Module, seed: int) -> None:
@@ -214,6 +231,6 @@ def _randomise_(network: nn.Module, seed: int) -> None:
     torch.manual_seed(seed)
     for name, weight in network.named_parameters():
         if weight.ndim > 1:
-            nn.init.normal_(weight, std=_DEVIATION)
+            nn.init.normal_(weight, std=_WEIGHT_DEVIATION)
         elif name.endswith("bias"):
             nn.init.zeros_(weight)  # timm initialises some biases randomly

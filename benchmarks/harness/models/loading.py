@@ -41,10 +41,10 @@ from emoe.files import DOWNLOADED, check_companions, load_stock, one_line, tenso
 
 
 def _model_folder(model: ModelSpec) -> Path:
-    """Return the folder of a model's files. A model of the hub is downloaded.
+    """Return the folder of a model's files, and download them if the model is on the hub.
 
-    A folder of the model's name below the model root (environment variable ``EMOE_MODEL_ROOT``)
-    comes first.
+    If the user has a folder for the model below the model root (the environment variable
+    ``EMOE_MODEL_ROOT``), it replaces all other sources.
     """
     user_folder = user_model_folder(model.name)
     if user_folder is not None:
@@ -104,12 +104,7 @@ def load_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
     A tokenizer without a padding token (GPT-2) pads with the end token.
     """
     if model.config is not None:
-        # a random model uses the tokenizer of another model
-        tokenizer_model = model_spec(cast(str, model.tokenizer))
-        tokenizer = load_tokenizer(tokenizer_model)
-        if tokenizer.eos_token is None:  # a decoder with BERT's tokenizer needs these tokens
-            tokenizer.bos_token = tokenizer.cls_token
-            tokenizer.eos_token = tokenizer.sep_token
+        tokenizer = _borrow_tokenizer(model)
     else:
         with loading_errors(model):
             tokenizer = AutoTokenizer.from_pretrained(
@@ -121,6 +116,16 @@ def load_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
     tokenizer.padding_side = "right"
     if model.modality == "seq2seq":  # T5 takes only these; BERT's tokenizer adds more
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    return tokenizer
+
+
+def _borrow_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the other model that a model with random weights names."""
+    other = model_spec(cast(str, model.tokenizer))
+    tokenizer = load_tokenizer(other)
+    if tokenizer.eos_token is None:  # a decoder with BERT's tokenizer needs these tokens
+        tokenizer.bos_token = tokenizer.cls_token
+        tokenizer.eos_token = tokenizer.sep_token
     return tokenizer
 
 
@@ -155,20 +160,10 @@ def load_classifier(
     Raises:
         DataError: The weights are missing or damaged.
     """
-    problem_type = "single_label_classification"
-    if num_labels == 1:
-        problem_type = "regression"
+    problem_type = "regression" if num_labels == 1 else "single_label_classification"
     options: dict[str, Any] = {"num_labels": num_labels, "problem_type": problem_type}
     if model.config is not None:
-        # load the random weights like a checkpoint without a head, so that the head is drawn in
-        # the same way as for a real checkpoint
-        config = AutoConfig.for_model(**model.config, **options)
-        weights = load_backbone(model).state_dict()
-        classifier_type = cast(Any, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)])
-        torch.manual_seed(seed)
-        loaded: PreTrainedModel = classifier_type.from_pretrained(
-            None, config=config, state_dict=weights
-        )
+        loaded = _random_classifier(model, seed, options)
     else:
         torch.manual_seed(seed)
         loaded = load_pretrained(
@@ -176,6 +171,28 @@ def load_classifier(
         )
     if loaded.config.pad_token_id is None:
         loaded.config.pad_token_id = pad_token_id
+    return loaded
+
+
+def _random_classifier(model: ModelSpec, seed: int, options: dict[str, Any]) -> PreTrainedModel:
+    """Build a text classifier whose backbone has the random weights of :func:`load_backbone`.
+
+    The weights are loaded as a checkpoint without a head, so that transformers draws the head in
+    the same way as for a real checkpoint.
+
+    Args:
+        model: The model, which has a ``config``.
+        seed: The seed of the head.
+        options: Further options of the configuration.
+    """
+    settings = cast(dict[str, Any], model.config)
+    config = AutoConfig.for_model(**settings, **options)
+    weights = load_backbone(model).state_dict()
+    classifier_type = cast(Any, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)])
+    torch.manual_seed(seed)  # after load_backbone, which sets another seed
+    loaded: PreTrainedModel = classifier_type.from_pretrained(
+        None, config=config, state_dict=weights
+    )
     return loaded
 
 
@@ -214,7 +231,7 @@ def build_empty_language_model(model: ModelSpec, converted: Any) -> PreTrainedMo
         model: The model.
         converted: The layers to convert, as layer numbers or text such as ``last:2``; None for
             none. The weights of their FFNs become zero, because the conversion reads them. All
-            others stay uninitialised.
+            other weights stay uninitialised.
     """
     config = load_config(model)
     with no_init_weights():
@@ -227,7 +244,12 @@ def build_empty_language_model(model: ModelSpec, converted: Any) -> PreTrainedMo
 
 
 def _ffns_of(model: PreTrainedModel, layers: Any) -> list[FFN]:
-    """Return the FFNs of some layers, which are numbers or text such as ``last:2``; [] for None."""
+    """Return the FFNs of some layers.
+
+    Args:
+        model: The model.
+        layers: Layer numbers, or text such as ``last:2``; None for no layers.
+    """
     if not layers:
         return []
     ffns = find_ffns(model)
@@ -243,8 +265,8 @@ def _four_bit(model: ModelSpec) -> BitsAndBytesConfig:
     # without weights, only to find the FFNs
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(load_config(model))
-    unquantised = []
-    for ffn in _ffns_of(network, model.whole):
+    unquantised = []  # paths of modules
+    for ffn in _ffns_of(network, layers=model.whole):
         unquantised += [f"{ffn.name}.{path}" for path, _ in ffn.projections()]
     unquantised.append("lm_head")
     return BitsAndBytesConfig(
@@ -270,10 +292,8 @@ def source_of(
         ``from``, the source of the weights, and ``weights``, the digest of all weights except the
         head.
     """
-    digest = ""
-    if with_digest:
-        digest = weights_digest(loaded.base_model)
-    # the hub's cache has a folder for each commit
+    digest = weights_digest(loaded.base_model) if with_digest else ""
+    # the hub's cache names a folder after each commit; of other sources, describe() needs none
     folder = Path(str(loaded.name_or_path))
     return {"from": describe(model, commit=folder.name), "weights": digest}
 
@@ -281,7 +301,11 @@ def source_of(
 def describe(model: ModelSpec, commit: str | None) -> str:
     """Return the source of a model's weights as text.
 
-    It is "random weights", the user's folder, a package, or the hub id with its ``commit``.
+    It is "random weights", the user's folder, a package, or the repository on the hub.
+
+    Args:
+        model: The model.
+        commit: The commit that was read from the hub; only used for a model of the hub.
     """
     if model.config is not None or model.random is not None:
         return "random weights"

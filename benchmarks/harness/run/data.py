@@ -17,14 +17,14 @@ from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.sources.local import local_path, user_file
 from benchmarks.harness.sources.packages import package_files, set_packages
 
-_FOLDERS = (
+_ADVICE_ON_FOLDERS = (
     "A folder below data_root may hold Parquet, Arrow, JSON lines or CSV under the hub's column "
     "names, or what `datasets` saved; makers' own files are converted (config/README.md)"
 )
 
 
 def check_data(runs: Iterable[Run], *, open_images: bool = False) -> Iterator[SetPart]:
-    """Read every part of every data set once, and yield what was found in it.
+    """Read every part of every data set that runs use, each once, and describe it.
 
     Args:
         runs: The runs of a suite.
@@ -54,19 +54,15 @@ def describe(parts: list[SetPart]) -> str:
         disable_numparse=True,
         maxcolwidths=[None, None, None, None, 44, 60],
     )
-    # all parts of a set share one paragraph
-    advice: dict[str, str] = {}
-    for part in parts:
-        if part.rows is None:
-            advice[part.name] = part.advice
+    missing = [part for part in parts if part.rows is None]
+    advice_by_set = {part.name: part.advice for part in missing}  # one for all parts of a set
     warnings = [f"warning: {part.note}" for part in parts if part.note]
-    num_present = sum(part.rows is not None for part in parts)
+    num_present = len(parts) - len(missing)
 
-    # some sets have no advice
     paragraphs = [table]
-    paragraphs += [text for text in advice.values() if text]
-    if advice:
-        paragraphs.append(_FOLDERS)
+    paragraphs += [advice for advice in advice_by_set.values() if advice]  # some sets have none
+    if missing:
+        paragraphs.append(_ADVICE_ON_FOLDERS)
     if warnings:
         paragraphs.append("\n".join(warnings))
     paragraphs.append(f"{num_present} of {len(parts)} parts are there")
@@ -97,7 +93,7 @@ def fetch_packaged(suite: Suite) -> None:
 def missing_sets(suite: Suite) -> list[str]:
     """Return the names of the missing data sets that the user must download by hand.
 
-    Runs that need them will fail. Sets of the hub and of packages are downloaded by the workflow.
+    Runs that need them will fail. The workflow downloads the data sets of the hub and of packages.
     """
     sources: dict[str, Mapping[str, Any]] = {}
     for run in suite.runs:
@@ -106,8 +102,8 @@ def missing_sets(suite: Suite) -> list[str]:
                 sources[task["name"]] = task["source"]
     missing = []
     for name, source in sources.items():
-        if "hub" in source or set_packages(source):
-            continue
-        if local_path(name, source) is None and user_file(name) is None:
+        can_be_downloaded = "hub" in source or bool(set_packages(source))
+        is_here = local_path(name, source) is not None or user_file(name) is not None
+        if not can_be_downloaded and not is_here:
             missing.append(name)
     return missing

@@ -19,7 +19,7 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"  # ROCm's torch reads it too
 # values of the variable that hide all accelerators; the last one is Slurm's
 _NO_DEVICES = ("", "-1", "NoDevFiles")
 # the variables with the id of a cluster's job
-_JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
+_JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
 _PAUSE = 1.0  # seconds between two attempts
 
 
@@ -60,7 +60,7 @@ def reserve_devices(count: int, name: str, processes: int = 1) -> ExitStack:
 
 
 def check_accelerators(suite: str, runs: Iterable[Run]) -> None:
-    """Check before a suite starts that this machine has an accelerator, if a run needs one.
+    """Check before a suite starts that this machine has an accelerator if any run needs one.
 
     Raises:
         RunError: A run needs an accelerator, and none is visible.
@@ -97,7 +97,7 @@ def _lock_devices(locks: ExitStack, devices: list[str], count: int, name: str) -
     """Lock ``count`` of the devices, and return their ids. Waits until enough devices are free.
 
     Args:
-        locks: Gets the new locks.
+        locks: The stack of locks to which the new ones are added.
         devices: The ids of all devices that may be used.
         count: The number of devices to lock.
         name: The name of the run, for messages.
@@ -110,6 +110,7 @@ def _lock_devices(locks: ExitStack, devices: list[str], count: int, name: str) -
     # other one needs, and wait forever.
     with FileLock(folder / "choice.lock"):
         while True:
+            # a device that is locked once stays locked while this waits for the others
             for device in devices:
                 if len(locked) == count:
                     break
@@ -128,7 +129,7 @@ def _lock_folder() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     names = [platform.node()]
     # one folder per scheduled job, because schedulers may number the devices of each job from 0
-    for variable in _JOBS:
+    for variable in _JOB_VARIABLES:
         job = os.environ.get(variable)
         if job:
             names.append(job)
@@ -138,7 +139,13 @@ def _lock_folder() -> Path:
 
 
 def _try_lock(locks: ExitStack, folder: Path, device: str) -> bool:
-    """Lock a device until ``locks`` are released; return False if another process has locked it."""
+    """Try to lock a device; return False if another process has locked it.
+
+    Args:
+        locks: The stack of locks to which the new one is added.
+        folder: The folder of the lock files.
+        device: The id of the device.
+    """
     file_name = device.replace("/", "_")
     lock = FileLock(folder / f"{file_name}.lock", blocking=False)
     try:

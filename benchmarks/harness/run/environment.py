@@ -89,9 +89,9 @@ def capture() -> dict[str, Any]:
 
 
 def fingerprint(captured: Mapping[str, Any]) -> dict[str, str]:
-    """Describe what can change the last digit of a number: packages, hardware, variables.
+    """Describe all that can change the last digit of a number: packages, hardware, variables.
 
-    A run that is repeated with an equal fingerprint gives equal numbers.
+    If a run is repeated with an equal fingerprint, its numbers are equal.
 
     Args:
         captured: The result of :func:`capture`.
@@ -126,7 +126,10 @@ def _digest(text: str) -> str:
 
 
 def _git_state() -> tuple[str | None, bool | None]:
-    """Return the commit, and True if files differ from it; None for both outside a checkout."""
+    """Return the commit of the checkout, and True if files differ from it.
+
+    Both are None outside a checkout.
+    """
     try:
         commit = git(ROOT, "rev-parse", "HEAD")
         changes = git(ROOT, "status", "--porcelain")
@@ -148,12 +151,8 @@ def _processor() -> _Processor:
     """Read the processor's name and supported instructions from ``/proc/cpuinfo``."""
     text = Path("/proc/cpuinfo").read_text()
     model_line = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
+    name = platform.machine() if model_line is None else model_line[1].strip()
     # x86 has flags, and ARM has features
     flags_line = re.search(r"^(?:flags|Features)\s*: (.*)", text, re.MULTILINE)
-    name = platform.machine()
-    if model_line is not None:
-        name = model_line[1].strip()
-    flags: list[str] = []
-    if flags_line is not None:
-        flags = sorted(flags_line[1].split())
+    flags = [] if flags_line is None else sorted(flags_line[1].split())
     return _Processor(name, _digest(" ".join([name, *flags])))

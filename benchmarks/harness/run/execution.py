@@ -37,8 +37,8 @@ def execute(
 ) -> Path:
     """Execute the run of a ``run.json`` and write ``metrics.json`` beside it.
 
-    If another process already executes this run, wait for it and keep its result. If torchrun
-    started several processes, they compute together, and the first one locks and writes.
+    If another process already executes this run, wait for it and keep its result. Several processes
+    that torchrun has started for one run compute together. The first one locks and writes.
 
     Args:
         path: The path of the ``run.json``.
@@ -62,29 +62,40 @@ def execute(
     torch.set_num_threads(threads)
     group.set_parallelism(parallel)
     benchmark.check_processes(run.spec, group.world_size(), parallel)
-    lock: AbstractContextManager[Any] = nullcontext()
-    if is_main:
+    lock: AbstractContextManager[Any]
+    if is_main:  # locks the run for all processes
         lock = _lock_run(path.parent, run.name)
+        own_log = log
     else:
-        # the first process has locked the run for all of them
-        log = log.with_name(f"{log.stem}-{group.rank()}{log.suffix}")
+        lock = nullcontext()
+        own_log = log.with_name(f"{log.stem}-{group.rank()}{log.suffix}")
     with lock:
         group.init_process_group()
-        # the process that held the lock may have finished the run
+        # while this process waited for the lock, another one may have finished the run
         if group.broadcast(output.exists()):
             return output
-        with _redirect_output(log) as terminal:
+        with _redirect_output(own_log) as terminal:
             progress = Progress(run.name, terminal if is_main else sys.stderr)
             metrics = _measure(benchmark, run, spec, path.parent, progress, started)
-            # all processes compute, but only the first one writes
-            if is_main:
-                text = format_json(metrics)
-                check_metrics(run, text.encode(), output)
-                write_text(output, text)
-                # a run with a result is never resumed
-                shutil.rmtree(path.with_name("checkpoints"), ignore_errors=True)
+            if is_main:  # all processes compute, but only the first one writes
+                _write_metrics(run, metrics, output)
                 progress.finish(metrics["cost"]["job_seconds"])
     return output
+
+
+def _write_metrics(run: Run, metrics: dict[str, Any], output: Path) -> None:
+    """Check and write ``metrics.json``, and delete the checkpoints of the run.
+
+    Args:
+        run: The run.
+        metrics: The content of the file.
+        output: The path of the file.
+    """
+    text = format_json(metrics)
+    check_metrics(run, text.encode(), output)
+    write_text(output, text)
+    # a run with a result is never resumed
+    shutil.rmtree(output.with_name("checkpoints"), ignore_errors=True)
 
 
 def _measure(
@@ -92,7 +103,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Compute a run, and return the content of ``metrics.json``.
 
-    Only the first process has the complete content.
+    Of several processes, only the first one returns the complete content.
 
     Args:
         benchmark: The benchmark of the run.
@@ -104,13 +115,13 @@ def _measure(
     """
     captured = environment.capture()
     pipeline = benchmark.pipeline()
-    # compiled before a suite's first run, so that all its runs use the same kernels
+    # a suite's first run compiles the kernels before it computes, so that all runs use the same
     if not torch.cuda.is_available():
         prepare_kernels()
     startup_seconds = time.time() - started
     torch.manual_seed(derive_seed("run", run.seed))
     metrics: dict[str, Any] = pipeline.run(spec, folder, progress)
-    job_seconds = time.time() - started
+    job_seconds = time.time() - started  # measured before the fingerprint takes time
     metrics["cost"] = {
         **metrics.get("cost", {}),
         "startup_seconds": startup_seconds,
@@ -153,6 +164,7 @@ def launch_distributed(
     threads_each = max(threads // processes, 1)
     command = ["benchmarks", "run", str(path)]
     command += ["--threads", str(threads_each), "--log", str(log), "--parallel", parallel]
+    # each process ends itself when this one has ended, see _end_with_launcher
     variables = {**os.environ, _LAUNCHER: str(os.getpid())}
     result = subprocess.run([*torchrun, *command], env=variables, check=False)
     if result.returncode:

@@ -175,25 +175,15 @@ def _run_for_caller(caller: socket.socket, work: Callable[[list[str]], int]) -> 
     If the caller's environment does not fit, end without an answer; the caller then runs the
     command itself.
     """
-    status = 1
+    status = 1  # of a command that raises an error
     try:
         _, streams, _, _ = socket.recv_fds(caller, 1, 3)  # the caller's standard streams
         with caller.makefile() as content:
             request = json.loads(content.readline())
-        environment: dict[str, str] = request["environment"]
-        if not _fits(environment):
+        if not _fits(request["environment"]):
             os._exit(0)
         caller.sendall(_ACCEPTED)
-        # undo the server's handling of signals
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        for number, stream in enumerate(streams):
-            os.dup2(stream, number)
-            os.close(stream)
-        os.chdir(request["folder"])
-        for name in _CALLERS_VARIABLES:
-            if name in environment:
-                os.environ[name] = environment[name]
+        _become_like_caller(streams, request["folder"], request["environment"])
         threading.Thread(target=_end_with, args=(caller,), daemon=True).start()
         status = work(request["arguments"])
     except BaseException:
@@ -206,14 +196,39 @@ def _run_for_caller(caller: socket.socket, work: Callable[[list[str]], int]) -> 
         os._exit(status)  # skips the exit handlers of the server
 
 
+def _become_like_caller(
+    streams: Sequence[int], folder: str, environment: Mapping[str, str]
+) -> None:
+    """Give this fork the signals, standard streams, working directory and variables of a caller.
+
+    Args:
+        streams: The file descriptors of the caller's standard input, output and errors.
+        folder: The caller's working directory.
+        environment: The caller's environment variables.
+    """
+    # undo the server's handling of signals
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, stream in enumerate(streams):  # 0, 1 and 2 are the standard streams
+        os.dup2(stream, number)
+        os.close(stream)
+    os.chdir(folder)
+    for name in _CALLERS_VARIABLES:
+        if name in environment:
+            os.environ[name] = environment[name]
+
+
 def _fits(environment: Mapping[str, str]) -> bool:
-    """Return True if a caller's environment differs from the server's only in copied variables."""
+    """Return True if a caller's environment fits the server's.
+
+    It may differ only in the variables that a fork copies from its caller.
+    """
     # (name, value) pairs that only one side has: changed values and missing variables
     differences = environment.items() ^ _ENVIRONMENT.items()
     return all(name in _CALLERS_VARIABLES for name, _ in differences)
 
 
 def _end_with(caller: socket.socket) -> None:
-    """Wait until the caller ends, and then end this process."""
+    """Wait until the caller has ended, and then end this process."""
     caller.recv(1)  # the caller sends nothing more, so this returns when its socket is closed
     os.kill(os.getpid(), signal.SIGTERM)

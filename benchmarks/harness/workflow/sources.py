@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from benchmarks.harness.base import BENCHMARKS
 from benchmarks.harness.config.benchmark import load_benchmark
@@ -19,7 +18,7 @@ _CLAIM_FILES = (
     "harness/report/evidence.py",
 )
 # files in these folders that shape no table
-_OTHER_FILES = (
+_FILES_OF_NO_TABLE = (
     "__main__.py",
     "harness/report/listing.py",
     "harness/report/page.py",
@@ -43,14 +42,12 @@ def table_sources(*benchmarks: str) -> list[str]:
     for folder in sorted(folders):
         patterns.append(f"{folder}/*.py")
         patterns.append(f"{folder}/**/*.csv")
-    shape_no_table = set(_files(*_CLAIM_FILES, *_OTHER_FILES))
+    shape_no_table = set(_files(*_CLAIM_FILES, *_FILES_OF_NO_TABLE))
     sources = [file for file in _files(*patterns) if file not in shape_no_table]
-    # definitions may lie outside these folders, and two benchmarks may share a file of tasks
     for name in benchmarks:
         for file in _definition_files(name):
-            definition_file = os.path.relpath(file)
-            if definition_file not in sources:
-                sources.append(definition_file)
+            if file not in sources:  # two benchmarks may share a file of tasks
+                sources.append(file)
     plugins = [os.path.relpath(file) for file in plugin_files()]
     return [*sources, *plugins]
 
@@ -76,30 +73,32 @@ def page_sources() -> list[str]:
 
 
 def _folders_of_kind(name: str) -> set[str]:
-    """Return the folders below ``benchmarks/`` that define a benchmark's class and base classes.
+    """Return the folders below ``benchmarks/`` with the code of a benchmark's kind.
 
-    The harness is not among them.
+    They define the class of the benchmark and its base classes, except those of the harness.
     """
     folders = set()
     for cls in type(load_benchmark(name)).__mro__:
-        # such as "benchmarks.text.grid"
-        package, _, inside = cls.__module__.partition(".")
-        folder, _, _module = inside.partition(".")
+        # "benchmarks.text.grid" has the folder "text"
+        package, _, path_in_package = cls.__module__.partition(".")
+        folder, _, _module = path_in_package.partition(".")
         if package == BENCHMARKS.name and folder != "harness":
             folders.add(folder)
     return folders
 
 
-def _definition_files(name: str) -> list[Path]:
-    """List the YAML files of a benchmark, also those outside the benchmark's folder.
+def _definition_files(name: str) -> list[str]:
+    """List the YAML files that define a benchmark, relative to the working directory.
 
-    These are a file of tasks that it shares, and the files of a benchmark whose runs it evaluates.
+    Some are outside the benchmark's folder: a file of tasks that it shares with another benchmark,
+    and the files of the benchmark whose runs it evaluates.
     """
     benchmark = load_benchmark(name)
-    files = sorted(benchmark.folder.glob("*.yaml"))
+    paths = sorted(benchmark.folder.glob("*.yaml"))
     tasks_file = getattr(benchmark.definition, "tasks", None)
     if tasks_file:
-        files.append((benchmark.folder / tasks_file).resolve())
+        paths.append((benchmark.folder / tasks_file).resolve())
+    files = [os.path.relpath(path) for path in paths]
     if benchmark.evaluates:
         files += _definition_files(benchmark.evaluates)
     return files

@@ -83,7 +83,7 @@ def parts_by_records(suite: Suite) -> dict[str, tuple[str, str | None]]:
 def record_files(suite: Suite, benchmark: str | None = None, part: str | None = None) -> list[str]:
     """Return the files of collected runs: of all benchmarks, of one, or of one data set."""
     files = []
-    # None stands for every benchmark, and for every part
+    # without a benchmark or part, the files of all of them
     for benchmark_of_file, part_of_file in parts_by_records(suite).values():
         if benchmark in (None, benchmark_of_file) and part in (None, part_of_file):
             files.append(str(records_file(suite.name, benchmark_of_file, part_of_file)))
@@ -98,9 +98,10 @@ def section_files(suite: Suite, benchmark: str | None = None) -> list[str]:
 def _shown(suite: Suite, benchmark: str | None, part: str | None = None) -> list[Artifacts]:
     """Describe the tables and figures of all benchmarks, of one, or of one data set.
 
-    Those of a benchmark include those of its data sets.
+    A benchmark's include those of its data sets.
     """
     shown = []
+    # without a benchmark or part, those of all of them
     for artifacts in suite_artifacts(suite):
         if benchmark in (None, artifacts.benchmark) and part in (None, artifacts.part):
             shown.append(artifacts)
@@ -108,7 +109,7 @@ def _shown(suite: Suite, benchmark: str | None, part: str | None = None) -> list
 
 
 def digest_of_runs(suite: Suite, benchmark: str, part: str | None) -> str:
-    """Hash the folders of the runs that a suite has of a benchmark or data set, in grid order."""
+    """Hash the folders of a suite's runs of a benchmark or data set, in the order of the grid."""
     folders = [run.folder for run in suite.runs_of(benchmark, part)]
     text = "\n".join(folders)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -146,7 +147,12 @@ def benchmark_files(suite: Suite, benchmark: str) -> list[str]:
 
 
 def why_not(target: str, suite: Suite) -> str:
-    """Explain in one line why a suite does not make a target of this name, and what does."""
+    """Explain in one line why a suite does not make a target, and which suites make it.
+
+    Args:
+        target: The name of the target.
+        suite: The suite.
+    """
     # a table or figure of the paper that no suite can make
     missing = missing_items()
     if target in missing:
@@ -158,7 +164,7 @@ def why_not(target: str, suite: Suite) -> str:
     # a benchmark, or one of its data sets
     for shown in all_artifacts():
         if target == shown.name:
-            return _hint(target, [shown.benchmark], suite, shown.part)
+            return _hint(target, [shown.benchmark], suite, part=shown.part)
     if target in suite_names():
         return f"'{target}' is a suite: `snakemake --cores all --config suite={target}`"
     known = ["all", "tables", *benchmark_names(), *items, *suite_names()]
@@ -174,21 +180,21 @@ def why_not_file(other: str, file: str, suite: Suite) -> str:
     )
 
 
-def _hint(target: str, benchmarks: list[str], given: Suite, part: str | None = None) -> str:
+def _hint(target: str, benchmarks: list[str], suite: Suite, part: str | None = None) -> str:
     """Explain that a suite does not run what a target needs, and list the suites that do.
 
     Args:
         target: The name of the target.
         benchmarks: The benchmarks of which the target needs at least one.
-        given: The suite.
+        suite: The suite.
         part: The data set that the target needs; None if it needs no certain one.
     """
     others = []
     for name in suite_names():
-        if name != given.name and _makes_any(plain_suite(name), benchmarks, part):
+        if name != suite.name and _makes_any(plain_suite(name), benchmarks, part):
             others.append(name)
     wanted = part or " or ".join(benchmarks)
-    problem = f"the suite '{given.name}' does not run {wanted}"
+    problem = f"the suite '{suite.name}' does not run {wanted}"
     if not others:
         return f"{problem}; no suite does"
     command = f"snakemake --cores all {target} --config suite={others[0]}"
