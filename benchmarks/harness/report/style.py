@@ -63,7 +63,7 @@ def style_of(method: Method) -> MethodStyle:
     """Return the style of a method, the same for LoRA and full fine-tuning."""
     # a hollow marker is for the authors' own settings; of the LoRA methods, only theirs also train
     # parameters outside the adapters and blocks (``also_train``)
-    is_authors_setting = method.as_published or bool(method.also_train)
+    is_authors_setting = bool(method.as_published or method.also_train)
     return replace(_filled_style(method), hollow=is_authors_setting)
 
 
