@@ -175,11 +175,11 @@ def _compare_counts(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None
 
 
 def _compare_ratios(rows: pd.DataFrame, compare: Comparison) -> Evidence | None:
-    """Compare by recorded ratios: the difference is their median − 1, one ratio per setting.
+    """Compare two methods by recorded ratios of their numbers, one ratio per setting.
 
-    The interval is the range over the rounds of all settings, and ``n`` counts settings. A ratio
-    already compares the method with the reference, so only the method's rows are read. Returns None
-    if there is no ratio.
+    The difference is the median ratio − 1, its interval is the range over the rounds of all
+    settings, and ``n`` counts settings. The rows of the method have the ratios, so the rows of the
+    reference are not read. Returns None without ratios.
     """
     of_method = rows[rows["method"] == compare.method]
     ratios = _values_of(of_method, compare.metric)
