@@ -289,7 +289,7 @@ def code_digest() -> str:
 
 
 def check_numbers(records: Iterable[Record]) -> Numbers:
-    """Collect the numbers of finished runs that are compared with blessed ones or with a rerun's.
+    """Collect the numbers of finished runs that the check compares, which are all but costs.
 
     Raises:
         DefinitionError: Two runs have the same name.
