@@ -164,6 +164,7 @@ def check_comparison(compare: Comparison, file: Path, at: str) -> None:
 
     # a domain with several selections needs one; another domain must not have one
     if domain.selections or compare.selection:
+        # a missing selection is checked as an empty name, which does not exist
         selection = compare.selection or ""
         check_names(where.at("selection"), [selection], domain.selections)
 

@@ -49,6 +49,18 @@ CAPTION = (
     "(from three pairs on); thin crosses are the paper's effects. The shaded band has no "
     "difference that matters. Tests in other units than points are in the table."
 )
+_TABLE_CAPTION = (
+    "Differences are means over n pairs (seeds or trials), with a 95 % confidence interval "
+    "(Student's t). Each pair is averaged over tasks first. p is from the paired t-test, "
+    "corrected with Holm's procedure over the {num_tests} tests of this table. Supported or "
+    "contradicted: corrected p below 5 %, with the claimed sign or the opposite one. Claims "
+    "without p (the same, not lower, near the dense time): the whole interval lies within the "
+    "margin, or outside. Next to the paper: the whole interval is smaller or larger than the "
+    "paper's effect, or compatible with it. No difference that matters: the whole interval "
+    "lies within the margin. The interval of a time is its range over all rounds and "
+    "settings. Untestable: one pair, or equal differences. Missing: no such runs in this "
+    "suite."
+)
 
 # names of series in the figures, besides the verdicts
 _SMALLER = "undecided, below the paper's"  # the paper's effect lies above the whole interval
@@ -220,33 +232,42 @@ def _verdict(test: ClaimRow, p_holm: float) -> Verdict:
 def _claim_row(
     name: str, claim: Claim, test: ClaimTest, numbers: Mapping[str, pd.DataFrame]
 ) -> ClaimRow:
-    """Describe a test and the paper's effect, and add our effect if the suite has the runs.
+    """Make the row of a test: the paper's effect, and ours if the suite has the runs.
 
     ``name`` is the name of the claim. ``numbers`` is the result of :func:`read_claim_numbers`.
+    """
+    compare = test.compare
+    if compare is None:
+        return _bare_row(name, claim, test, remark=f"needs {test.needs}")
+
+    bare_row = _bare_row(name, claim, test, remark="not in this suite")
+    row_without_evidence = _with_comparison(bare_row, compare, test.paper)
+    if compare.benchmark not in numbers:
+        return row_without_evidence
+    evidence = find_evidence(numbers[compare.benchmark], compare)
+    if evidence is None:
+        return row_without_evidence
+    return _with_evidence(row_without_evidence, compare, evidence)
+
+
+def _bare_row(name: str, claim: Claim, test: ClaimTest, remark: str) -> ClaimRow:
+    """Make a row with the titles of a test and the paper's effect.
+
+    ``name`` is the name of the claim, and ``remark`` says why we have no result.
     """
     if test.paper.effect is None:
         effect = "no number"
     else:
         effect = f"{test.paper.effect:+g} {test.paper.unit}"
-    described = ClaimRow(
+    return ClaimRow(
         claim=name,
         claim_title=claim.title,
         test=test.title,
         headline=test.headline,
         test_shown=test.title,
         paper=f"{effect} ({test.paper.where})",
-        remark="not in this suite",
+        remark=remark,
     )
-    if test.compare is None:
-        return replace(described, remark=f"needs {test.needs}")
-
-    compared = _with_comparison(described, test.compare, test.paper)
-    evidence = None
-    if test.compare.benchmark in numbers:
-        evidence = find_evidence(numbers[test.compare.benchmark], test.compare)
-    if evidence is None:
-        return compared
-    return _with_evidence(compared, test.compare, evidence)
 
 
 def _with_comparison(row: ClaimRow, compare: Comparison, paper: PaperEffect) -> ClaimRow:
@@ -258,14 +279,15 @@ def _with_comparison(row: ClaimRow, compare: Comparison, paper: PaperEffect) -> 
     other_title = benchmark.row_titles[compare.against]
     contrast = f"{title} against {other_title}"
 
-    pair = benchmark.domains[compare.domain].pair
-    if compare.direction == "equal":
-        pair = "run"  # parameters are counted in every run, without pairs
+    # parameters are counted in every run, without pairs
+    is_of_counts = compare.direction == "equal"
+    pair = "run" if is_of_counts else benchmark.domains[compare.domain].pair
 
     # a difference of percentages is in points
     names_of_units = {"%": "points", "M": "parameters"}
     unit = names_of_units.get(metric.unit, metric.unit)
 
+    # effects in different units cannot be compared
     effect = math.nan
     if paper.effect is not None and paper.unit == unit:
         effect = float(paper.effect)
@@ -281,10 +303,15 @@ def _with_comparison(row: ClaimRow, compare: Comparison, paper: PaperEffect) -> 
         metric=compare.metric,
         pair=pair,
         unit=unit,
-        margin=(metric.equivalence_margin or math.nan) * metric.scale,
+        margin=_margin_of(metric) * metric.scale,
         effect=effect,
         compare=compare,
     )
+
+
+def _margin_of(metric: Metric) -> float:
+    """Return the largest negligible difference of a metric; nan if it is zero or unknown."""
+    return metric.equivalence_margin or math.nan
 
 
 def _with_evidence(row: ClaimRow, compare: Comparison, evidence: Evidence) -> ClaimRow:
@@ -296,22 +323,23 @@ def _with_evidence(row: ClaimRow, compare: Comparison, evidence: Evidence) -> Cl
     # scores are scaled for printing, such as shares to points; counts and ratios are not
     is_paired = compare.direction not in ("equal", "near")
     scale = metric.scale if is_paired else 1
-    shown = difference.scaled(scale)
+    scaled = difference.scaled(scale)
 
     # only claims of a higher or lower number are tested with p
     has_direction = compare.direction in ("higher", "lower")
-    p = difference.p if has_direction else math.nan
     has_interval = is_paired and not math.isnan(difference.low)
+    is_comparable_with_paper = has_interval and has_direction and not math.isnan(row.effect)
 
     equivalent = MISSING
     if has_interval:
-        margin = metric.equivalence_margin or math.nan
+        margin = _margin_of(metric)
         is_negligible = is_within(difference, -margin, margin)
         answer = "yes" if is_negligible else "not shown"
         equivalent = f"{answer}, margin {row.margin:g}"
 
     against_paper = MISSING
-    if has_interval and has_direction and not math.isnan(row.effect):
+    if is_comparable_with_paper:
+        # the paper's effect is scaled for printing, our difference is not
         against_paper = compare_with_paper(compare, difference, row.effect / scale)
 
     return replace(
@@ -319,12 +347,12 @@ def _with_evidence(row: ClaimRow, compare: Comparison, evidence: Evidence) -> Cl
         against_paper=against_paper,
         equivalent=equivalent,
         n_shown=_with_noun(difference.n, row.pair),
-        runs_shown=_runs_text(shown, row.unit, compare, metric),
-        delta=shown.mean,
-        low=shown.low,
-        high=shown.high,
+        runs_shown=_runs_text(scaled, row.unit, compare, metric),
+        delta=scaled.mean,
+        low=scaled.low,
+        high=scaled.high,
         n=difference.n,
-        p=p,
+        p=difference.p if has_direction else math.nan,
         evidence=evidence,
         remark=_remark(evidence, row.pair, benchmark),
     )
@@ -372,26 +400,20 @@ def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
     """Make the table of the claims from the rows of :func:`judge_claims`."""
     num_tests = int(rows["p"].notna().sum())
     table = Table(
-        "Claims of the paper",
-        "Differences are means over n pairs (seeds or trials), with a 95 % confidence interval "
-        "(Student's t). Each pair is averaged over tasks first. p is from the paired t-test, "
-        f"corrected with Holm's procedure over the {num_tests} tests of this table. Supported or "
-        "contradicted: corrected p below 5 %, with the claimed sign or the opposite one. Claims "
-        "without p (the same, not lower, near the dense time): the whole interval lies within the "
-        "margin, or outside. Next to the paper: the whole interval is smaller or larger than the "
-        "paper's effect, or compatible with it. No difference that matters: the whole interval "
-        "lies within the margin. The interval of a time is its range over all rounds and "
-        "settings. Untestable: one pair, or equal differences. Missing: no such runs in this "
-        "suite.",
-        {
+        title="Claims of the paper",
+        caption=_TABLE_CAPTION.format(num_tests=num_tests),
+        keys={
             "claim_title": "Claim",
             "test_shown": "Tested on",
             "paper": "The paper",
             "runs_shown": "These runs",
             "n_shown": "n",
         },
-        [Column("p_value", "p", "p"), Column("p_value", "p_holm", "p (Holm)")],
-        rows.drop(columns=["compare", "evidence"]),
+        columns=[
+            Column(metric="p_value", value="p", label="p"),
+            Column(metric="p_value", value="p_holm", label="p (Holm)"),
+        ],
+        frame=rows.drop(columns=["compare", "evidence"]),
         notes={
             "verdict": "Verdict",
             "against_paper": "Next to the paper",
@@ -414,7 +436,7 @@ def _is_below_paper(rows: pd.DataFrame) -> pd.Series[bool]:
 
 
 def verdict_sentences(rows: pd.DataFrame) -> list[str]:
-    """Return a sentence that counts the verdicts, and if there are any, one on small effects.
+    """Return a sentence that counts the verdicts, and one that counts the small effects, if any.
 
     ``rows`` are from :func:`judge_claims`. An effect is small if the test is undecided and the
     whole interval is below the paper's effect.
@@ -448,21 +470,27 @@ def draw_claims(rows: pd.DataFrame, path: Path) -> None:
         placeholder_figure(path)
         return
 
-    # the legend lists the verdicts, with a name of its own for some undecided tests
-    verdicts = shown["verdict"].mask(_is_below_paper(shown), _SMALLER)
-    series = verdicts.replace(MISSING, _NO_VERDICT)
-    intervals = shown["runs_shown"].str.replace(" points", "")
-    counts = shown["n"].astype(int).astype(str)
-    ours = shown.assign(series=series, text=intervals + ", n " + counts)
-
-    # one more mark per test for the paper's effect; with n = 0 it is drawn without an interval
-    with_effect = ours[ours["effect"].notna()]
-    paper = with_effect.assign(delta=with_effect["effect"], n=0, series=_PAPER, text="")
-
-    marks = pd.concat([ours, paper])
+    marks = pd.concat([_our_marks(shown), _paper_marks(shown)])
     numbers = ["delta", "low", "high", "margin"]
     marks[numbers] /= 100  # draw_forest takes shares and prints points
-    titled = marks.assign(
+    with_places = marks.assign(
         panel=marks["claim_title"], line=marks["test"], style=marks["series"].map(_STYLES)
     )
-    draw_forest(titled, path, "Points; shaded: no difference that matters")
+    draw_forest(with_places, path, "Points; shaded: no difference that matters")
+
+
+def _our_marks(rows: pd.DataFrame) -> pd.DataFrame:
+    """Add to rows of claims the ``series`` and the ``text`` of the mark of our difference."""
+    # the legend lists the verdicts, with a name of its own for some undecided tests
+    verdicts = rows["verdict"].mask(_is_below_paper(rows), _SMALLER)
+    series = verdicts.replace(MISSING, _NO_VERDICT)
+    intervals = rows["runs_shown"].str.replace(" points", "")
+    counts = rows["n"].astype(int).astype(str)
+    return rows.assign(series=series, text=intervals + ", n " + counts)
+
+
+def _paper_marks(rows: pd.DataFrame) -> pd.DataFrame:
+    """Make the marks of the paper's effects, one per row with a known effect."""
+    with_effect = rows[rows["effect"].notna()]
+    # n = 0, so that the mark is drawn without an interval
+    return with_effect.assign(delta=with_effect["effect"], n=0, series=_PAPER, text="")

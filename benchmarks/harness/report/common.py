@@ -38,8 +38,26 @@ COMPARED = [
     "question",
     "value",
 ]
-# the metrics of the table of costs
-_COST = (*COST, *MODEL, *LOADS, *information_numbers("class", "environment"))
+_COST_TABLE_METRICS = (*COST, *MODEL, *LOADS, *information_numbers("class", "environment"))
+
+
+# the end of the caption of tests_table
+_TESTS_CAPTION = (
+    "Intervals are 95 % confidence intervals (Student's t). p is from the paired t-test; p (Holm) "
+    "is corrected with Holm's procedure over all {num_tests} tests of this table. The verdict uses "
+    "p (Holm) at 5 %. “equal”: every difference is zero. A dash: untestable, because there is one "
+    "pair, or all differences are the same and not zero."
+)
+# the end of the caption of cost_table
+_COST_CAPTION = (
+    "on the machine of the runs (see the environment below). Runs share the machine, so times are "
+    "rough and do not compare methods. Start-up is the time before the run's own work begins, "
+    "mostly imports. Active neurons are the FFN neurons that a token uses, as a share of the dense "
+    "model's. Load entropy is 1 for a perfectly balanced load; loads and drops are measured on "
+    "{measured_on}. Operations count two per active parameter and token, without attention's own "
+    "products; a CPU or GPU executes more if the masked path computes unused experts. Only the "
+    "published settings limit the capacity of experts, so only they drop choices."
+)
 
 
 def join_claim_numbers(*parts: pd.DataFrame) -> pd.DataFrame:
@@ -62,10 +80,10 @@ def parameter_counts(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def _in_order(titles: Mapping[str, str], ran: Iterable[str]) -> dict[str, str]:
-    """Return titles by name: first the names that ``ran``, in that order, then the others."""
+    """Return the titles by name: first the names in ``ran``, in their order, then the others."""
     ordered = {}
     for name in (*ran, *titles):
-        # a repeated name keeps its first place; a run may be of a name without a title
+        # some names that ran have no title; a name that occurs again keeps its first place
         if name in titles:
             ordered[name] = titles[name]
     return ordered
@@ -200,13 +218,13 @@ def published_delta(published: pd.DataFrame, baseline: str) -> pd.Series[float]:
 
     The difference is nan for the baseline itself, and if the baseline's value is unknown.
     """
-    cell = ["model", "scope"]
+    same = ["model", "scope"]
     is_baseline = published["method"] == baseline
-    baseline_values = published[is_baseline].set_index(cell)["value"].rename("reference")
+    baseline_values = published[is_baseline].set_index(same)["value"].rename("baseline")
     # the baseline's value beside each row
-    reference = published[cell].join(baseline_values, on=cell)["reference"]
-    difference = published["value"] - reference
-    return difference.where(~is_baseline)
+    values_beside_rows = published[same].join(baseline_values, on=same)["baseline"]
+    differences = published["value"] - values_beside_rows
+    return differences.mask(is_baseline)
 
 
 def with_numbers(
@@ -306,19 +324,15 @@ def tests_table(
     """
     num_tests = frame["p"].notna().sum()
     return Table(
-        f"Tests against {against}",
-        f"{caption} Intervals are 95 % confidence intervals (Student's t). p is from the paired "
-        "t-test; p (Holm) is corrected with Holm's procedure over all "
-        f"{num_tests} tests of this table. The verdict uses p (Holm) at 5 %. “equal”: every "
-        "difference is zero. A dash: untestable, because there is one pair, or all differences "
-        "are the same and not zero.",
-        dict(keys),
-        [
-            Column(metric, "delta", "Δ", interval=("low", "high"), signed=True),
-            Column("p_value", "p", "p"),
-            Column("p_value", "p_holm", "p (Holm)"),
+        title=f"Tests against {against}",
+        caption=f"{caption} {_TESTS_CAPTION.format(num_tests=num_tests)}",
+        keys=dict(keys),
+        columns=[
+            Column(metric, "delta", label="Δ", interval=("low", "high"), signed=True),
+            Column("p_value", "p", label="p"),
+            Column("p_value", "p_holm", label="p (Holm)"),
         ],
-        frame.assign(verdict=frame["verdict"].replace("", MISSING)),
+        frame=frame.assign(verdict=frame["verdict"].replace("", MISSING)),
         notes={"verdict": "Verdict"},
     )
 
@@ -335,14 +349,12 @@ def our_means(values: pd.Series[float], cell: Sequence[str]) -> pd.DataFrame:
     lows = []
     highs = []
     for _, cell_values in by_cell:
+        low, high = math.nan, math.nan
         if len(cell_values) > 1:
             low, high = confidence_interval(cell_values.to_numpy())
-        else:
-            low = math.nan
-            high = math.nan
         lows.append(low)
         highs.append(high)
-    # with a type, because both lists may be empty
+    # arrays with a type, because both lists may be empty
     return means.assign(low=np.array(lows, float), high=np.array(highs, float)).reset_index()
 
 
@@ -355,16 +367,16 @@ def published_table(
     ``status`` and ``source``. ``origins`` links rows to runs (see :attr:`Outcomes.origins`).
     """
     return Table(
-        title,
-        f"{caption} Ours: mean over n runs, with a 95 % confidence interval.",
-        dict(keys),
-        [
-            Column("accuracy", "value", "Published", decimals=2),
-            Column("accuracy", "ours", "Ours", interval=("low", "high"), decimals=2),
-            Column("runs", "n", "n"),
-            Column("accuracy", "difference", "Ours − published", signed=True, decimals=2),
+        title=title,
+        caption=f"{caption} Ours: mean over n runs, with a 95 % confidence interval.",
+        keys=dict(keys),
+        columns=[
+            Column("accuracy", "value", label="Published", decimals=2),
+            Column("accuracy", "ours", label="Ours", interval=("low", "high"), decimals=2),
+            Column("runs", "n", label="n"),
+            Column("accuracy", "difference", label="Ours − published", signed=True, decimals=2),
         ],
-        frame.fillna({"status": MISSING, "source": MISSING}),
+        frame=frame.fillna({"status": MISSING, "source": MISSING}),
         notes={"status": "Status", "source": "Source of the published number"},
         origins=origins,
     )
@@ -432,7 +444,7 @@ def summarize(
     Args:
         scores: The scores, one row per seed.
         cell: The columns that identify a cell; ``method`` is one of them.
-        references: Pairs of a reference method and the method to compare with it; None for all
+        references: Each reference method, with the method to compare with it; None for all other
             methods.
 
     Returns:
@@ -450,7 +462,9 @@ def summarize(
         compared = scores
         if method is not None:
             compared = scores[scores["method"].isin([reference, method])]
-        paired = paired_differences(compared, cell, {"method": reference}, "seed")
+        paired = paired_differences(
+            compared, cell=cell, reference={"method": reference}, pair="seed"
+        )
         differences.append(paired.drop(columns="values"))
     all_differences = pd.concat(differences).rename(columns={"n": "pairs"})
 
@@ -477,17 +491,11 @@ def cost_table(
         averaged: The beginning of the caption, which names the averaged runs.
         measured_on: The data on which loads are measured, for the caption.
     """
+    means = cell_means(records, cell, metrics=_COST_TABLE_METRICS)
     return Table(
-        "Cost, and use of the experts",
-        f"{averaged}, on the machine of the runs (see the environment below). Runs share the "
-        "machine, so times are rough and do not compare methods. Start-up is the time before the "
-        "run's own work begins, mostly imports. Active neurons are the FFN neurons that a token "
-        "uses, as a share of the dense model's. Load entropy is 1 for a perfectly balanced load; "
-        f"loads and drops are measured on {measured_on}. Operations count two per active parameter "
-        "and token, without attention's own products; a CPU or GPU executes more if the masked "
-        "path computes unused experts. Only the published settings limit the capacity of experts, "
-        "so only they drop choices.",
-        dict(keys),
-        [Column(metric, metric) for metric in _COST],
-        with_numbers(frame, cell, cell_means(records, cell, _COST)),
+        title="Cost, and use of the experts",
+        caption=f"{averaged}, {_COST_CAPTION.format(measured_on=measured_on)}",
+        keys=dict(keys),
+        columns=[Column(metric, value=metric) for metric in _COST_TABLE_METRICS],
+        frame=with_numbers(frame, on=cell, numbers=means),
     )

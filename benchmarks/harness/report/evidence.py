@@ -12,9 +12,11 @@ import pandas as pd
 from benchmarks.harness.report.claims import Comparison
 from benchmarks.harness.results.statistics import SIGNIFICANCE, Difference, mean_difference
 
-_CELL = ["model", "task", "eval_task", "tuning"]  # a model and what it was trained and tested on
-# a number of a seed has no question; the numbers of a question are averaged over seeds
-_PAIR = ["seed", "question"]
+# scores are compared if these columns are equal: a model, and what it was trained and tested on
+_COMPARED_COLUMNS = ["model", "task", "eval_task", "tuning"]
+# the columns that identify a pair: a seed (without a question), or a question (without a seed,
+# because its numbers are averaged over seeds)
+_PAIR_COLUMNS = ["seed", "question"]
 
 
 class Verdict(StrEnum):
@@ -112,52 +114,58 @@ def _select_compared(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame
 def _compare_pairs(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None:
     """Compare the scores of two methods seed by seed, or question by question.
 
-    Each pair (seed or question) is averaged over models, tasks, sets and settings first. A pair is
-    omitted if it lacks a model, task, set or setting of another pair. Returns None without pairs.
+    The difference of a seed (or question) is its mean over all models, tasks, sets and settings. A
+    seed that lacks one of them is left out. Returns None if the methods share no seed or question.
     """
     # average first, so that repeated numbers count once
-    our_groups = ours.groupby([*_CELL, "setting", *_PAIR], sort=False)
-    other_groups = others.groupby([*_CELL, *_PAIR], sort=False)
-    our_means = our_groups["value"].mean().reset_index()
-    other_means = other_groups["value"].mean().rename("other").reset_index()
-    both = our_means.merge(other_means, on=[*_CELL, *_PAIR])
+    shared_columns = [*_COMPARED_COLUMNS, *_PAIR_COLUMNS]
+    our_groups = ours.groupby([*_COMPARED_COLUMNS, "setting", *_PAIR_COLUMNS], sort=False)
+    our_means = our_groups["value"].mean().rename("our_mean").reset_index()
+    other_groups = others.groupby(shared_columns, sort=False)
+    other_means = other_groups["value"].mean().rename("other_mean").reset_index()
+    both = our_means.merge(other_means, on=shared_columns)
     if both.empty:
         return None
 
-    differences = both.assign(difference=both["value"] - both["other"])
-    by_pair = differences.groupby(_PAIR, sort=True)["difference"]
+    differences = both.assign(difference=both["our_mean"] - both["other_mean"])
+    by_pair = differences.groupby(_PAIR_COLUMNS, sort=True)["difference"]
     # a complete pair has a difference for every model, task, set and setting
-    num_cells = len(both[[*_CELL, "setting"]].drop_duplicates())
-    is_complete = by_pair.size() == num_cells
-    complete = by_pair.mean()[is_complete]
+    num_needed = len(both[[*_COMPARED_COLUMNS, "setting"]].drop_duplicates())
+    is_complete = by_pair.size() == num_needed
+    mean_of_pair = by_pair.mean()
+    complete_pairs = mean_of_pair[is_complete]
     return Evidence(
-        difference=mean_difference(complete.to_numpy(dtype=float)),
-        incomplete=by_pair.ngroups - len(complete),
+        difference=mean_difference(complete_pairs.to_numpy(dtype=float)),
+        incomplete=len(mean_of_pair) - len(complete_pairs),
         models=list(both["model"].unique()),
         tasks=list(both["task"].unique()),
     )
 
 
 def _compare_counts(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None:
-    """Find the largest difference of counts between any two runs of the same model and task.
+    """Find the largest difference between one of our counts and one of the other method's.
 
-    ``n`` counts the runs of the method. Counts do not vary by chance, so both ends of the interval
-    are the difference, and p is nan. Returns None without such runs.
+    Only counts of the same model, task and tuning are compared; each run has one. They do not vary
+    by chance, so both ends of the interval are the difference, and p is nan. ``n`` counts our runs.
+    Returns None if no counts can be compared.
     """
-    cell = ["model", "task", "tuning"]
-    our_ends = ours.groupby(cell, sort=False)["value"].agg(["min", "max", "size"])
-    other_ends = others.groupby(cell, sort=False)["value"].agg(["min", "max"])
-    both = our_ends.join(other_ends, how="inner", rsuffix="_other").reset_index()
+    same = ["model", "task", "tuning"]
+    our_counts = ours.groupby(same, sort=False)["value"].agg(least="min", most="max", runs="size")
+    other_counts = others.groupby(same, sort=False)["value"].agg(
+        other_least="min", other_most="max"
+    )
+    both = our_counts.join(other_counts, how="inner").reset_index()
     if both.empty:
         return None
 
-    # the farthest counts above and below the reference; the larger difference keeps its sign
-    upward = both["max"] - both["min_other"]
-    downward = both["min"] - both["max_other"]
-    spans = np.concatenate([upward, downward])
-    largest = float(spans[np.abs(spans).argmax()])
+    # either our largest count is farthest from their smallest, or our smallest from their largest
+    upward = both["most"] - both["other_least"]
+    downward = both["least"] - both["other_most"]
+    differences = np.concatenate([upward, downward])
+    place_of_largest = np.abs(differences).argmax()
+    largest = float(differences[place_of_largest])  # with its sign
 
-    num_runs = int(both["size"].sum())
+    num_runs = int(both["runs"].sum())
     return Evidence(
         difference=Difference(largest, largest, largest, math.nan, num_runs),
         incomplete=0,
@@ -167,10 +175,11 @@ def _compare_counts(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None
 
 
 def _compare_ratios(rows: pd.DataFrame, compare: Comparison) -> Evidence | None:
-    """Return the median ratio − 1, with the range over all settings and their rounds.
+    """Compare two methods by recorded ratios of their numbers, one ratio per setting.
 
-    A ratio already compares the method with the reference, so only the method's rows are read.
-    ``n`` counts settings. Returns None without ratios.
+    The difference is the median ratio − 1, its interval is the range over the rounds of all
+    settings, and ``n`` counts settings. The rows of the method have the ratios, so the rows of the
+    reference are not read. Returns None without ratios.
     """
     of_method = rows[rows["method"] == compare.method]
     ratios = _values_of(of_method, compare.metric)

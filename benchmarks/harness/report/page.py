@@ -42,7 +42,7 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
     The tables, figures and sections must exist. Only the page of a suite has the claims and the
     paper's tables and figures.
     """
-    page = _Page(suite, output.parent.absolute())
+    page = _Page(suite, folder=output.parent.absolute())
     names = list(suite.settings.benchmarks)
     if benchmark is not None:
         names = [name for name in names if name == benchmark]
@@ -50,8 +50,8 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
     all_sections = list(sections.values())
 
     # the costs of a benchmark are shown in its section, and all of them at the end of the page
-    costs = {name: _costs(name, [section]) for name, section in sections.items()}
-    total_costs = _costs("all", all_sections)
+    costs = {name: _cost_cells(name, [section]) for name, section in sections.items()}
+    total_costs = _cost_cells("all", all_sections)
     shown_sections = []
     for name, section in sections.items():
         shown_sections.append({**page.section(name, section), "cost": costs[name]})
@@ -181,20 +181,17 @@ class _Page:
         """
         if not claimed_benchmarks(self.suite):
             return {}
-        verdicts = pd.read_csv(self.results / "tables" / f"{CLAIMS.name}.csv")
-
-        sentences = []
-        if not is_random:
-            sentences = verdict_sentences(verdicts)
+        # one row per test
+        rows = pd.read_csv(self.results / "tables" / f"{CLAIMS.name}.csv")
 
         # the page has one group of rows per claim
         tests_by_claim = {}
-        for title, tests in verdicts.groupby("claim_title", sort=False):
+        for title, tests in rows.groupby("claim_title", sort=False):
             tests_by_claim[title] = tests.to_dict("records")
 
         main_caption = load_paper().items[main_item()].caption or ""
         return {
-            "sentences": sentences,
+            "sentences": [] if is_random else verdict_sentences(rows),
             "tests": tests_by_claim,
             "table": self.table(CLAIMS.name, "Every test"),
             "figure": self.drawn_figure(self.results / "figures" / CLAIMS.name, CAPTION),
@@ -269,7 +266,7 @@ def caption_title(caption: str) -> str:
     A full stop ends a sentence only before a capital letter, so ``Fig. 4`` does not end one.
     """
     first, *_rest = re.split(r"\. (?=[A-Z])|: ", caption, maxsplit=1)
-    return first.rstrip(".")
+    return first.rstrip(".")  # a caption of one sentence still has its full stop
 
 
 def _are_random(sections: Iterable[Section]) -> bool:
@@ -281,8 +278,8 @@ def _are_random(sections: Iterable[Section]) -> bool:
     return all(known)
 
 
-def _costs(name: str, sections: Sequence[Section]) -> dict[str, str]:
-    """Format the run count, hours, seconds per run and peak memory of some sections, by heading.
+def _cost_cells(name: str, sections: Sequence[Section]) -> dict[str, str]:
+    """Return a row of the table of costs: the runs, times and memory of sections, by heading.
 
     ``name`` is the first cell: the name of a benchmark, or ``all``.
     """

@@ -60,18 +60,19 @@ def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite) -> Table
     """Make the version of our table that has the paper's title and only the paper's rows."""
     of_methods = _select_methods(table.frame, output.part.rows)
     frame = _select_protocol(of_methods, output.part.benchmark, suite)
+    is_shorter = len(frame) < len(table.frame)
 
     caption = table.caption
-    is_shorter = len(frame) < len(table.frame)
     if "p_holm" in frame and is_shorter:
         caption += (
             f" p is corrected over all rows of `{table.name}`; this table shows some of them."
         )
 
-    # the paper's title, and the table's own if it says more
+    # the paper's title, then our own if it says more
     title = output.title
-    if table.title != paper_items.load_paper().items[output.item].title:
-        title = f"{output.title}. {table.title}"
+    paper_title = paper_items.load_paper().items[output.item].title
+    if table.title != paper_title:
+        title += f". {table.title}"
     return replace(
         table, frame=frame.reset_index(drop=True), name=output.name, title=title, caption=caption
     )
@@ -93,11 +94,8 @@ def _select_protocol(frame: pd.DataFrame, benchmark: str, suite: Suite) -> pd.Da
     if "protocol" not in frame:
         return frame
     protocols_that_ran = {run.protocol for run in suite.runs_of(benchmark)}
-    chosen = None
-    for protocol in _PROTOCOLS:
-        if protocol in protocols_that_ran:
-            chosen = protocol
-            break
+    preferred = [protocol for protocol in _PROTOCOLS if protocol in protocols_that_ran]
+    chosen = preferred[0] if preferred else None  # None keeps none of our rows
 
     is_chosen = frame["protocol"].eq(chosen)
     if "is_ours" not in frame:
@@ -138,16 +136,17 @@ def _shown_files(item: PaperItem, files: Sequence[str]) -> tuple[list[str], str]
 
     ``files`` are all files that the suite makes for the item, in all formats.
     """
-    # one format of each table and figure
-    shown = [file for file in files if file.endswith((".md", ".png"))]
-    existing = sum(Path(file).exists() for file in files)
     if item.missing:
-        return shown, f"not made: {item.missing}"
+        return [], f"not made: {item.missing}"
     if not files:
         benchmarks = ", ".join(paper_items.item_benchmarks(item))
-        return shown, f"not in this suite (benchmark {benchmarks})"
-    if existing < len(files):
-        return shown, f"{existing} of {len(files)} files"
+        return [], f"not in this suite (benchmark {benchmarks})"
+
+    # one format of each table and figure
+    shown = [file for file in files if file.endswith((".md", ".png"))]
+    num_existing = sum(Path(file).exists() for file in files)
+    if num_existing < len(files):
+        return shown, f"{num_existing} of {len(files)} files"
 
     # a table is always shown, a figure only if it is no placeholder
     drawn = [file for file in shown if file.endswith(".md") or plots.is_drawn(Path(file))]
@@ -181,24 +180,24 @@ def _our_rows(average: MainAverage, model: str, numbers: pd.DataFrame) -> list[d
 
     ``numbers`` are the claim numbers of the model.
     """
-    evidence = {}
+    evidence_by_method = {}
     for method in _MAIN_TITLES:
         name_in_benchmark = getattr(average.of, method)
         comparison = average.of.comparison(name_in_benchmark)
-        found = find_evidence(numbers, comparison)
-        if found is not None:
-            evidence[method] = found
+        evidence = find_evidence(numbers, comparison)
+        if evidence is not None:
+            evidence_by_method[method] = evidence
 
-    line = _line_title(average, model, list(evidence.values()))
+    line = _line_title(average, model, list(evidence_by_method.values()))
     rows = []
-    for method, found in evidence.items():
+    for method, evidence in evidence_by_method.items():
         row = {
             "panel": average.title,
             "line": line,
             "method": method,
             "is_ours": True,
-            **found.difference.columns(),
-            "n": found.difference.n,
+            **evidence.difference.columns(),
+            "n": evidence.difference.n,
             "style": _MAIN_STYLES[method],
         }
         rows.append(row)

@@ -143,11 +143,11 @@ class PaperOutput:
     def title(self) -> str:
         """Return the number (if it has one) and the title of the paper's table or figure."""
         title = load_paper().items[self.item].title
-        # the name is such as table_4, or table_mmlu without a number
-        kind, _, number = self.item.partition("_")
-        if not number.isdigit():
+        # an item is named after its number, such as table_4, or after its content: table_mmlu
+        kind, _, number_or_content = self.item.partition("_")
+        if not number_or_content.isdigit():
             return f"The paper: {title}"
-        return f"{kind.capitalize()} {number} of the paper (first version): {title}"
+        return f"{kind.capitalize()} {number_or_content} of the paper (first version): {title}"
 
     def files(self, suite: str) -> list[str]:
         """List the paths of the files, in every format."""
@@ -188,8 +188,9 @@ def check_part(part: PaperPart, where: Location) -> None:
     """
     check_names(where.at("benchmark"), [part.benchmark], benchmark_names())
     benchmark = load_benchmark(part.benchmark)
+    # a part has one of the three kinds; benchmark.yaml lists their names under `tables`,
+    # `set_tables` and `figures`
     for kind in ("table", "set_table", "figure"):
-        # a part has one of the three
         name = getattr(part, kind)
         known = getattr(benchmark.definition, f"{kind}s", ())
         if name and name not in known:
@@ -224,7 +225,8 @@ def paper_outputs() -> Iterator[PaperOutput]:
     """Yield what we can write for all items of the paper, whether a suite runs it or not."""
     for name, item in load_paper().items.items():
         parts = item.parts or []
-        for stem, part in zip(_part_stems(name, len(parts)), parts, strict=True):
+        stems = _part_stems(name, len(parts))
+        for stem, part in zip(stems, parts, strict=True):
             # a table of a set is written once per set
             if part.set_table:
                 for task in load_benchmark(part.benchmark).tasks:
@@ -284,15 +286,16 @@ def main_files(suite: str) -> list[str]:
 
 def paper_files(suite: Suite, item: str | None = None) -> list[str]:
     """List the files that a suite makes for all items of the paper, or for the named item."""
+    all_items = load_paper().items
+    asked = list(all_items) if item is None else [item]
     files = []
-    for name, entry in load_paper().items.items():
-        is_asked = item is None or item == name
+    # the main figure first
+    for name, paper_item in all_items.items():
         # one benchmark of the main averages is enough for their figure
-        if is_asked and entry.main and _runs_any(suite, item_benchmarks(entry)):
+        if name in asked and paper_item.main and _runs_any(suite, item_benchmarks(paper_item)):
             files += main_files(suite.name)
     for output in paper_outputs():
-        is_asked = item is None or item == output.item
-        if is_asked and _makes(suite, output):
+        if output.item in asked and _makes(suite, output):
             files += output.files(suite.name)
     return files
 

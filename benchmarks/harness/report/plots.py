@@ -6,7 +6,8 @@ import math
 import os
 import re
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -87,44 +88,28 @@ def draw_forest(rows: pd.DataFrame, path: Path, label: str, *, zero: bool = True
         zero: True to draw a line at zero.
     """
     panels = list(rows.groupby("panel", sort=False))
-    styles_by_series = rows.groupby("series", sort=False)["style"]
-
-    # the height of a panel in lines, and of the figure in inches
-    heights = [panel["line"].nunique() + _PANEL_BORDER for _, panel in panels]
-    height = (
-        _LINE_HEIGHT * sum(heights)
+    panel_heights = [panel["line"].nunique() + _PANEL_BORDER for _, panel in panels]  # in lines
+    figure_height = (  # in inches
+        _LINE_HEIGHT * sum(panel_heights)
         + _TITLE_HEIGHT * len(panels)
-        + _LEGEND_LINE_HEIGHT * len(styles_by_series)
+        + _LEGEND_LINE_HEIGHT * rows["series"].nunique()
         + _AXIS_HEIGHT
     )
-    size = (_FOREST_WIDTH, height)
-    options: Any = {"height_ratios": heights, "sharex": True}
+    size = (_FOREST_WIDTH, figure_height)
+    options: Any = {"height_ratios": panel_heights, "sharex": True}
     with panel_figure(path, len(panels), 1, size, **options) as (figure, axes):
         column = axes[:, 0]
         for axis, (title, panel) in zip(column, panels, strict=True):
             _draw_panel(axis, panel, str(title))
             if zero:
                 axis.axvline(0, color=REFERENCE, lw=0.8, zorder=1)
-
-        # invisible marks on the first axis name the series in the legend
-        for name, styles in styles_by_series:
-            style = _legend_style(styles)
-            column[0].plot([], [], ls="", ms=4.5, label=name, **style.mark)
-        longest_name = rows["series"].str.len().max()
-        num_columns = 3 if longest_name < _LONG_SERIES else 1
-        legend_below(figure, column[:1], num_columns)
+        _draw_series_legend(figure, column[0], rows)
         column[-1].set_xlabel(wrap_text(label, _TITLE_WIDTH))
 
 
 def _draw_panel(axis: Any, rows: pd.DataFrame, title: str) -> None:
     """Draw one panel of a forest plot: its lines with their marks, its title and its margin."""
-    lines = rows.groupby("line", sort=False)
-    # line 0 is at height 0, line 1 below it at height 1, and so on
-    line_numbers = lines.ngroup()
-    # the marks of a line are spread evenly around its height
-    marks_in_line = lines["line"].transform("size")
-    place_in_line = (lines.cumcount() + 0.5) / marks_in_line  # from 0 to 1
-    heights = line_numbers + _MARKED_SHARE * (place_in_line - 0.5)
+    heights = _mark_heights(list(rows["line"]))
     for row, height in zip(rows.itertuples(), heights, strict=True):
         _draw_mark(axis, row, height)
 
@@ -133,14 +118,36 @@ def _draw_panel(axis: Any, rows: pd.DataFrame, title: str) -> None:
         axis.axvspan(-margin, margin, color=_BAND, zorder=0)
 
     axis.set_title(wrap_text(title, _TITLE_WIDTH), fontsize=8)
-    axis.set_yticks(range(len(lines)), rows["line"].unique(), fontsize=7)
-    # downwards, with a bit of space above the first line and below the last
-    axis.set_ylim(len(lines) - 0.4, -0.6)
+    lines = rows["line"].unique()
+    axis.set_yticks(range(len(lines)), lines, fontsize=7)
+    # heights grow downwards, so the first line is at the top
+    top = -0.6
+    bottom = len(lines) - 0.4
+    axis.set_ylim(bottom, top)
+
+
+def _mark_heights(lines: Sequence[str]) -> list[float]:
+    """Return the height of each mark of a panel, given the title of each mark's line.
+
+    The first line is at height 0, the second at height 1, and so on. The marks of a line are spread
+    evenly around its height.
+    """
+    num_marks = Counter(lines)
+    height_of_line = {line: height for height, line in enumerate(num_marks)}
+
+    heights = []
+    num_placed: Counter[str] = Counter()
+    for line in lines:
+        place_in_line = (num_placed[line] + 0.5) / num_marks[line]  # from 0 to 1
+        heights.append(height_of_line[line] + _MARKED_SHARE * (place_in_line - 0.5))
+        num_placed[line] += 1
+    return heights
 
 
 def _draw_mark(axis: Any, row: Any, height: float) -> None:
     """Draw the mark of a row of a forest plot, with its interval and the text beside it."""
-    if row.n >= FEW and not math.isnan(row.low):
+    has_interval = row.n >= FEW and not math.isnan(row.low)
+    if has_interval:
         ends = [row.low * 100, row.high * 100]
         axis.plot(ends, [height, height], color=row.style.colour, lw=1.4)
     axis.plot(row.delta * 100, height, ls="", ms=4.5, **row.style.mark)
@@ -148,6 +155,19 @@ def _draw_mark(axis: Any, row: Any, height: float) -> None:
         # just outside the right end of the axis, at the height of the mark
         beside: Any = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 7}
         axis.annotate(row.text, (1.01, height), **beside)
+
+
+def _draw_series_legend(figure: Any, axis: Any, rows: pd.DataFrame) -> None:
+    """Draw the legend of a forest plot below the figure, with one entry per series.
+
+    ``axis`` gets an invisible mark for each series, which the legend shows.
+    """
+    for name, styles in rows.groupby("series", sort=False)["style"]:
+        style = _legend_style(styles)
+        axis.plot([], [], ls="", ms=4.5, label=name, **style.mark)
+    longest_name = rows["series"].str.len().max()
+    num_columns = 3 if longest_name < _LONG_SERIES else 1
+    legend_below(figure, [axis], num_columns)
 
 
 def _legend_style(styles: pd.Series) -> MethodStyle:

@@ -101,40 +101,46 @@ class Presentation:
 
     @property
     def figures(self) -> dict[str, Figure]:
-        """Return the figures by file name without ending. ``draw`` takes only a path here."""
+        """Return the figures by file name without ending.
+
+        The only argument of their ``draw`` is the path, because the results are bound to it.
+        """
         figures = {}
         for name in self.artifacts.figures:
             figure = self.figure_functions[name]
             draw_to_path = partial(figure.draw, *self._arguments)
-            figures[self.artifacts.stem(name)] = replace(figure, draw=draw_to_path)
+            file_name = self.artifacts.stem(name)
+            figures[file_name] = Figure(draw=draw_to_path, caption=figure.caption)
         return figures
 
     @property
     def _arguments(self) -> list[Any]:
-        """Return the arguments that all functions of tables and figures begin with."""
+        """Return the first arguments of every function of a table or figure."""
         if self.part:
             return [self.outcomes, self.part]
         return [self.outcomes]
 
     def _table(self, name: str) -> Table:
-        """Make the table ``name``, and add the name of its files and the runs behind each row."""
-        made = self.table_functions[name](*self._arguments)
-        named = replace(made, name=self.artifacts.stem(name))
-        # a table of only some runs, or of others, brings its own origins
-        origins = self.outcomes.origins if named.origins is None else named.origins
-        table = with_runs(named, origins, self.benchmark.name)
+        """Make the table ``name``, with its file name and the runs behind each row.
+
+        If all models have random weights, the caption says so, and verdicts and bold are removed.
+        """
+        table = self.table_functions[name](*self._arguments)
+        # a table of only some runs, or of others, has its own origins
+        origins = self.outcomes.origins if table.origins is None else table.origins
+        table_with_runs = with_runs(table, origins, self.benchmark.name)
+        complete_table = replace(table_with_runs, name=self.artifacts.stem(name))
         if has_random_weights(self.outcomes.runs):
-            return table.with_random_weights_note()
-        return table
+            return complete_table.with_random_weights_note()
+        return complete_table
 
 
 def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
     """Add the column :data:`~.table.RUNS`, the folders of the runs behind each row of a table.
 
     A run belongs to a row if both have the same names in every shared column, such as model and
-    method. An empty name in the table matches every run. If a benchmark chooses among finished
-    runs, a row lists all candidates. A row whose names no run has, such as one with only published
-    numbers, gets an empty text.
+    method. An empty name in the table matches every run. A row without runs, such as one with only
+    published numbers, gets an empty text.
 
     Args:
         table: The table. It is returned as it is if it has the column, or no shared column.
@@ -153,18 +159,19 @@ def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
         columns.append("run_id")
     candidates = origins[columns].astype(str).drop_duplicates(ignore_index=True)
 
-    # an index, because tables have many rows: by column and name, the places of the candidates
+    # tables have many rows, so look up once, by column and name, which candidates have the name
     places_by_name = {key: candidates.groupby(key).indices for key in keys}
-    folders = []
-    for names in table.frame[keys].fillna("").astype(str).to_dict("records"):
+    names_of_rows = table.frame[keys].fillna("").astype(str).to_dict("records")
+    folders_of_rows = []
+    for names in names_of_rows:
         # keep the candidates that match the row in every column
         matching = set(candidates.index)
         for key, name in names.items():
             if name:
                 matching.intersection_update(places_by_name[key].get(name, ()))
         runs = candidates["run_id"].iloc[sorted(matching)].unique()
-        folders.append(" ".join(f"{benchmark}/{run}" for run in runs))
-    return replace(table, frame=table.frame.assign(**{RUNS: folders}))
+        folders_of_rows.append(" ".join(f"{benchmark}/{run}" for run in runs))
+    return replace(table, frame=table.frame.assign(**{RUNS: folders_of_rows}))
 
 
 def has_random_weights(runs: Sequence[Run]) -> bool:

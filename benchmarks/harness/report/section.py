@@ -105,41 +105,46 @@ def make_section(presentation: Presentation, records: Sequence[Record], suite: s
 
     The figures must be written already, because placeholders are marked as empty.
     """
-    tables = []
-    for table in presentation.tables:
-        shown_table = ShownTable(name=table.name, title=table.title, is_empty=table.frame.empty)
-        tables.append(shown_table)
-
-    figures = []
-    for name, figure in presentation.figures.items():
-        is_empty = not is_drawn(RESULTS / suite / "figures" / name)
-        figures.append(ShownFigure(name=name, caption=figure.caption, is_empty=is_empty))
-
     runs = [record.run for record in records]
     is_random = has_random_weights(runs)
     has_methods = any(run.method for run in runs)
-    model_names = dict.fromkeys(run.model for run in runs)  # a dict keeps the order of the runs
+    is_training = bool(presentation.optimizer)
     costs = [record.metrics.cost for record in records]
-    # scores of random weights mean nothing
-    verdicts = [] if is_random else list(presentation.verdicts)
-    training = []
-    if presentation.optimizer:
-        training = _training_settings(records)
     return Section(
-        tables=tables,
-        figures=figures,
-        verdicts=verdicts,
+        tables=_shown_tables(presentation),
+        figures=_shown_figures(presentation, RESULTS / suite / "figures"),
+        # scores of random weights mean nothing
+        verdicts=[] if is_random else list(presentation.verdicts),
         note=presentation.note,
         optimizer=presentation.optimizer,
-        training=training,
+        training=_training_settings(records) if is_training else [],
         data=_data_rows(records),
         runs={run.folder: run.name for run in runs},
-        models=list(model_names),
+        models=list(dict.fromkeys(run.model for run in runs)),  # each once, in order
         random_weights=is_random if has_methods else None,
         job_seconds=[cost.job_seconds for cost in costs],
         peak_memory_mb=max(cost.peak_memory_mb for cost in costs),
         machines=_machines(records),
     )
+
+
+def _shown_tables(presentation: Presentation) -> list[ShownTable]:
+    """List the tables of a presentation, with their names and titles."""
+    tables = []
+    for table in presentation.tables:
+        shown = ShownTable(name=table.name, title=table.title, is_empty=table.frame.empty)
+        tables.append(shown)
+    return tables
+
+
+def _shown_figures(presentation: Presentation, folder: Path) -> list[ShownFigure]:
+    """List the figures of a presentation, which are already written below ``folder``."""
+    figures = []
+    for name, figure in presentation.figures.items():
+        is_placeholder = not is_drawn(folder / name)
+        shown = ShownFigure(name=name, caption=figure.caption, is_empty=is_placeholder)
+        figures.append(shown)
+    return figures
 
 
 def read_section(artifacts: Artifacts, suite: str) -> Section:
@@ -161,18 +166,20 @@ def _data_rows(records: Sequence[Record]) -> list[DataRow]:
     """
     largest: dict[tuple[str, str], DataRow] = {}
     for record in records:
-        for key, summary in (record.metrics.data or {}).items():
+        data = record.metrics.data or {}
+        for key, summary in data.items():
             row = _data_row(key, summary, record.run.task)
             if row is None:
                 continue
-            place = (row.task, row.split)
-            if place not in largest or row.rows >= largest[place].rows:
-                largest[place] = row
-    return [largest[place] for place in sorted(largest)]
+            task_and_split = (row.task, row.split)
+            known = largest.get(task_and_split)
+            if known is None or row.rows >= known.rows:
+                largest[task_and_split] = row
+    return [largest[task_and_split] for task_and_split in sorted(largest)]
 
 
 def _data_row(key: str, summary: DataSummary, task_of_run: str) -> DataRow | None:
-    """Describe one split that a run read. None without labels or scores (for instructions).
+    """Describe one split that a run read; None for instructions, which have no labels or scores.
 
     ``key`` is the name of the split, or ``split:task`` if the run reads several data sets.
     """

@@ -61,11 +61,10 @@ _DASHES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)))
 
 def style_of(method: Method) -> MethodStyle:
     """Return the style of a method, the same for LoRA and full fine-tuning."""
-    style = _filled_style(method)
-    # the authors' own settings are hollow
-    if method.as_published or method.also_train:
-        return replace(style, hollow=True)
-    return style
+    # a hollow marker is for the authors' own settings; of the LoRA methods, only theirs also train
+    # parameters outside the adapters and blocks (``also_train``)
+    is_authors_setting = bool(method.as_published or method.also_train)
+    return replace(_filled_style(method), hollow=is_authors_setting)
 
 
 def _filled_style(method: Method) -> MethodStyle:
@@ -77,6 +76,7 @@ def _filled_style(method: Method) -> MethodStyle:
             return _OTHER_DENSE
         return DENSE
 
+    # an EMoE: its first difference to the default settings decides
     config = method.config_values()
     partition = config.get("partition", "kmeans")
     if partition == "random":
@@ -107,11 +107,10 @@ def distinct_styles(labelled: Iterable[tuple[str, MethodStyle]]) -> dict[str, Me
     distinct: dict[str, MethodStyle] = {}
     seen: Counter[MethodStyle] = Counter()
     for label, style in styles_by_label.items():
-        number = seen[style]  # of earlier labels with an equal style
+        num_earlier = seen[style]  # earlier labels with an equal style
         seen[style] += 1
-        hollow = style.hollow
-        if number % 2 == 1:
-            hollow = not style.hollow
-        dashes = _DASHES[number % len(_DASHES)]
+        is_every_second = num_earlier % 2 == 1
+        hollow = not style.hollow if is_every_second else style.hollow
+        dashes = _DASHES[num_earlier % len(_DASHES)]
         distinct[label] = replace(style, hollow=hollow, dashes=dashes)
     return distinct

@@ -23,7 +23,7 @@ _RANDOM_WEIGHTS = (
     "The models of this suite have random weights: it shows that everything works, and neither its "
     "scores nor its verdicts mean anything. "
 )
-_LONG = 28  # letters; LaTeX wraps a column with longer texts
+_LONG_TEXT = 28  # letters; LaTeX wraps a column with longer texts
 _LATEX_PREAMBLE = (
     "% \\usepackage[T1]{fontenc}\n"
     "% \\usepackage{booktabs,longtable}\n"
@@ -31,8 +31,8 @@ _LATEX_PREAMBLE = (
     "(package pdflscape).\n"
     "\\begingroup\\scriptsize\\setlength{\\tabcolsep}{2pt}\n"
 )
-# signs that LaTeX reads as commands, and signs that pdflatex lacks
-_SIGNS = str.maketrans(
+# replaces signs that LaTeX reads as commands, and signs that pdflatex lacks
+_LATEX_SIGNS = str.maketrans(
     {
         "&": r"\&",
         "%": r"\%",
@@ -106,11 +106,11 @@ class Column:
             deviation = self._number_text(row[self.std], signed=False)
             return f"{number} ± {deviation}"
         if self.interval:
-            low, high = self.interval
-            if not math.isnan(row[low]):
-                lowest = self._number_text(row[low], signed=self.signed)
-                highest = self._number_text(row[high], signed=self.signed)
-                return f"{number} [{lowest}, {highest}]"
+            low_column, high_column = self.interval
+            if not math.isnan(row[low_column]):
+                low = self._number_text(row[low_column], signed=self.signed)
+                high = self._number_text(row[high_column], signed=self.signed)
+                return f"{number} [{low}, {high}]"
         return number
 
     def _number_text(self, value: float, *, signed: bool) -> str:
@@ -187,24 +187,25 @@ class Table:
         frame = self.frame.reset_index(drop=True)
         candidates = frame[name]
         if "is_method" in frame:
-            candidates = candidates.where(frame["is_method"])  # without controls
+            candidates = candidates.where(frame["is_method"])  # controls become nan
 
         groups = [frame[key] for key in self.group]
         if not groups:
             groups = [pd.Series(0, frame.index)]  # all rows are one group
         by_group = candidates.groupby(groups)
-        # beside each row, the best number of its group
+        # beside each row, the best number of its group, and the count of numbers
         best_function = "max" if direction == "higher" else "min"
-        best_number = by_group.transform(best_function)
+        best_of_group = by_group.transform(best_function)
+        count_of_group = by_group.transform("count")
         # a group with a single number has no best one
-        has_rival = by_group.transform("count") > 1
-        return (candidates == best_number) & has_rival
+        return (candidates == best_of_group) & (count_of_group > 1)
 
     def markdown(self) -> str:
         """Render title, table and caption, with the best numbers in bold."""
         escaped = self.texts().map(escape_markdown).rename(columns=escape_markdown)
-        is_best = self.best().to_numpy()  # without names, which differ after escaping
-        cells = escaped.where(~is_best, "**" + escaped + "**")
+        in_bold = "**" + escaped + "**"
+        is_best = self.best().to_numpy()  # without headings, which differ after escaping
+        cells = escaped.mask(is_best, in_bold)
         table = cells.to_markdown(index=False, disable_numparse=True)
         title = escape_markdown(self.title)
         caption = escape_markdown(self.caption)
@@ -217,8 +218,9 @@ class Table:
         varying = texts.drop(columns=list(constants))
 
         escaped = varying.map(escape_latex)
+        in_bold = r"\textbf{" + escaped + "}"
         is_best = self.best()[varying.columns]
-        cells = escaped.where(~is_best, r"\textbf{" + escaped + "}")
+        cells = escaped.mask(is_best, in_bold)
         table = cells.rename(columns=_latex_heading).to_latex(
             index=False,
             escape=False,
@@ -239,7 +241,7 @@ class Table:
         for heading in texts:
             if heading in numbers:
                 formats.append("r")
-            elif len(texts) and texts[heading].map(len).max() > _LONG:
+            elif len(texts) and texts[heading].map(len).max() > _LONG_TEXT:
                 formats.append("p{3cm}")
             else:
                 formats.append("l")
@@ -248,8 +250,8 @@ class Table:
     def html(self) -> str:
         """Render an unstyled HTML ``<figure>``.
 
-        It also has, for the script of the page, a value to sort each number by, and the folders of
-        the runs behind each row.
+        The script of the page also finds in it the values that sort each column of numbers, and the
+        folders of the runs behind each row.
         """
         texts = self.texts()
         constants = self._constant_texts(texts)
@@ -275,9 +277,10 @@ class Table:
         return text + "\n"
 
     def _constant_texts(self, texts: pd.DataFrame) -> dict[str, str]:
-        """Return the text of each text column that is the same in all rows, by heading.
+        """Return the texts that are the same in all rows, by heading, to print them only once.
 
-        ``texts`` is the result of :meth:`texts`. At least one of the columns ``keys`` is left out.
+        ``texts`` is the result of :meth:`texts`. Numbers, and at least one of the columns ``keys``,
+        are left out.
         """
         if len(texts) < 2:
             return {}
@@ -334,7 +337,7 @@ def _sort_value(value: float) -> str:
 
 def code_as_html(text: str) -> Markup:
     """Escape a text for HTML, and turn backticks into ``<code>``."""
-    escaped = str(escape(text))
+    escaped = str(escape(text))  # first, because it would escape the tags, too
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped))  # noqa: S704 -- it is escaped
 
 
@@ -349,15 +352,18 @@ TEMPLATES.filters["code"] = code_as_html
 
 def escape_markdown(text: str) -> str:
     """Escape cell borders, tags and links in a text, and join its lines, for Markdown."""
-    # a backslash before: a backslash, a border, the beginning of a tag, the end of a link's text
-    escaped = re.sub(r"[\\|]|<(?=[A-Za-z/!?])|\](?=[(\[:])", r"\\\g<0>", text)
+    backslash_or_border = r"[\\|]"
+    begin_of_tag = r"<(?=[A-Za-z/!?])"
+    end_of_link_text = r"\](?=[(\[:])"
+    special = f"{backslash_or_border}|{begin_of_tag}|{end_of_link_text}"
+    escaped = re.sub(special, r"\\\g<0>", text)  # a backslash before each
     return re.sub(r"\s*\n\s*", " ", escaped)
 
 
 def escape_latex(text: str) -> str:
     """Join the lines of a text, escape it for pdflatex, and replace signs that pdflatex lacks."""
     in_one_line = " ".join(text.split())
-    return in_one_line.translate(_SIGNS)
+    return in_one_line.translate(_LATEX_SIGNS)
 
 
 def _latex_heading(text: str) -> str:

@@ -150,6 +150,7 @@ def values_agree(before: str, after: str, tolerance: float) -> bool:
     """
     if before == after:
         return True
+    # without a tolerance, any other text is a difference
     if not tolerance:
         return False
     try:
@@ -157,6 +158,7 @@ def values_agree(before: str, after: str, tolerance: float) -> bool:
         new = np.array(after.split(), dtype=float)
     except ValueError:  # a damaged number is a difference
         return False
+    # so is another count of numbers, and one that is infinite or nan
     if old.shape != new.shape or not np.isfinite([old, new]).all():
         return False
     largest_difference = np.abs(old - new).max()
@@ -183,10 +185,10 @@ def compare(
     """
     rows = _join_numbers(before, after, suite)
 
-    # the same code on the same machine repeats every digit
+    # the same code on the same machine repeats every digit, so there is no tolerance
     if before.code == after.code and not elsewhere:
-        is_other_machine = rows["machine_before"] != rows["machine_after"]
-        rows["tolerance"] = rows["tolerance"].where(is_other_machine, 0.0)
+        is_same_machine = rows["machine_before"] == rows["machine_after"]
+        rows["tolerance"] = rows["tolerance"].mask(is_same_machine, 0.0)
 
     is_equal = _rows_agree(rows)
     differences = rows.rename(columns={"value_before": "before", "value_after": "after"})
@@ -202,19 +204,22 @@ def _join_numbers(before: Numbers, after: Numbers, suite: str) -> pd.DataFrame:
     """Join old and new numbers of metrics that are compared, with their tolerance.
 
     The columns are :data:`KEYS`, ``value_before``, ``value_after``, ``machine_before``,
-    ``machine_after``, ``tolerance``, and ``status``: ``changed`` if both sides have the number,
-    ``missing`` without a new one, ``new`` without an old one. The absent value is an empty text.
+    ``machine_after``, ``tolerance``, and ``status``. The status is ``missing`` without a new
+    number, ``new`` without an old one, else ``changed``, even if both numbers agree. The absent
+    number and its machine are empty texts.
     """
     joined = before.rows.merge(
-        after.rows, on=KEYS, how="outer", suffixes=("_before", "_after"), indicator=True
+        after.rows, on=KEYS, how="outer", suffixes=("_before", "_after"), indicator="sides"
     )
-    statuses = {"both": "changed", "left_only": "missing", "right_only": "new"}
-    status = joined.pop("_merge").astype(str).map(statuses)
+    status_by_sides = {"both": "changed", "left_only": "missing", "right_only": "new"}
+    status = joined.pop("sides").astype(str).map(status_by_sides)
 
-    # nan for metrics that are not compared, such as times
-    tolerance = pd.to_numeric(joined["metric"].map(tolerance_of)) * _SUITE_SCALES.get(suite, 1)
+    suite_scale = _SUITE_SCALES.get(suite, 1)
+    tolerance = pd.to_numeric(joined["metric"].map(tolerance_of)) * suite_scale
     with_tolerance = joined.assign(tolerance=tolerance, status=status)
-    return with_tolerance.dropna(subset="tolerance").fillna("")
+    # metrics that are not compared, such as times, have no tolerance
+    compared = with_tolerance.dropna(subset="tolerance")
+    return compared.fillna("")
 
 
 def _rows_agree(rows: pd.DataFrame) -> pd.Series[bool]:
@@ -223,7 +228,7 @@ def _rows_agree(rows: pd.DataFrame) -> pd.Series[bool]:
     for old, new, tolerance in zip(
         rows["value_before"], rows["value_after"], rows["tolerance"], strict=True
     ):
-        is_on_both_sides = old != "" and new != ""
+        is_on_both_sides = old != "" and new != ""  # an absent number is an empty text
         agree.append(is_on_both_sides and values_agree(old, new, tolerance))
     return pd.Series(agree, rows.index, bool)
 
@@ -284,7 +289,7 @@ def code_digest() -> str:
 
 
 def check_numbers(records: Iterable[Record]) -> Numbers:
-    """Collect the numbers of finished runs that the check compares, without costs.
+    """Collect the numbers of finished runs that the check compares, which are all but costs.
 
     Raises:
         DefinitionError: Two runs have the same name.
@@ -329,7 +334,7 @@ def _group_name(run: Run) -> str:
 
 
 def _numbers_of(record: Record) -> list[RunNumber]:
-    """List the compared numbers of a run, with their values as text."""
+    """List the numbers of a run that are compared with blessed ones, with their values as text."""
     return [
         *_scores(record.run, record.metrics),
         *_other_numbers(record.run, record.metrics),
@@ -339,14 +344,17 @@ def _numbers_of(record: Record) -> list[RunNumber]:
 def _scores(run: Run, metrics: Metrics) -> Iterator[RunNumber]:
     """Yield the compared numbers that tables show: all except costs and the best dev epoch."""
     for part, task, metric, number in run_numbers(run, metrics):
+        is_known = metric in load_metrics()
         # costs vary from run to run
-        if metric not in load_metrics() or part in ("cost", "dev_best"):
-            continue
-        value = float(number)
-        # repr keeps all digits; counts are compared exactly and have no digits after the point
-        is_count = value.is_integer() and tolerance_of(metric) == 0
-        text = repr(int(value)) if is_count else repr(value)
-        yield RunNumber(part, task, metric, text)
+        if is_known and part not in ("cost", "dev_best"):
+            yield RunNumber(part, task, metric, _number_text(metric, float(number)))
+
+
+def _number_text(metric: str, value: float) -> str:
+    """Format a number with all its digits, and a count without a point."""
+    # counts are whole numbers that are compared exactly
+    is_count = value.is_integer() and tolerance_of(metric) == 0
+    return repr(int(value)) if is_count else repr(value)
 
 
 def _other_numbers(run: Run, metrics: Metrics) -> Iterator[RunNumber]:
@@ -564,7 +572,8 @@ def bless(suite: Suite, say: Callable[[str], None]) -> Path:
         check_current(record)
 
     after, failures = run_again(fastest, say)
-    result = compare(check_numbers(fastest), after, suite.name, unfinished=failures)
+    before = check_numbers(fastest)
+    result = compare(before, after, suite.name, unfinished=failures)
     # a comparison within tolerances passes too, but it proves less
     is_exact = all(sentence.endswith("exactly") for sentence in result.machines)
     if not result.passed or not is_exact:

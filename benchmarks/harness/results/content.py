@@ -19,14 +19,15 @@ class Recorded(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_null(cls, content: Any) -> Any:
-        """Return the content, or raise if an optional key without a default value is null."""
+        """Return the content, or raise if an optional key is null."""
         # pydantic itself refuses what is not a mapping
         if not isinstance(content, dict):
             return content
         for key, field in cls.model_fields.items():
-            may_be_missing = not field.is_required() and field.default is None
+            # the default None stands for a missing key; pydantic refuses null for other defaults
+            is_missing_if_none = not field.is_required() and field.default is None
             is_null = key in content and content[key] is None
-            if may_be_missing and is_null:
+            if is_missing_if_none and is_null:
                 raise refusal(f"'{key}' is null")
         return content
 
@@ -227,13 +228,13 @@ class DataSummary(Recorded):
         return ", ".join(texts)
 
     def model_post_init(self, _context: Any, /) -> None:
-        """Raise if a key is missing that instructions, or else texts and images, must have."""
-        has_instructions = any(getattr(self, key) is not None for key in _OF_INSTRUCTIONS)
-        if has_instructions:
+        """Raise if a key is missing that this kind of data must have."""
+        is_of_instructions = any(getattr(self, key) is not None for key in _OF_INSTRUCTIONS)
+        if is_of_instructions:
             self._check_given(_OF_INSTRUCTIONS)
             return
+        # texts and images: classes have labels, and scores of a regression have a range
         self._check_given(["dropped"])
-        # classes have labels, and scores of a regression have a range
         if not self.labels and self.range is None:
             raise refusal("'labels' is missing")
 
@@ -338,6 +339,7 @@ class Usage(Recorded):
     def model_post_init(self, _context: Any, /) -> None:
         """Raise if only some of the keys are given, or if a named expert does not exist."""
         given = self.model_fields_set
+        # dense models and runs on one data set give none of the keys
         if given:
             for key in type(self).model_fields:
                 if key not in given:

@@ -27,7 +27,7 @@ _POSTGRESQL = "postgresql"
 _LOCK_NUMBER = 231_010_908
 # MLflow then lists training runs on the experiment's first page
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
-_MOST = 50_000  # stored runs that MLflow returns at once
+_MOST_RUNS = 50_000  # stored runs that MLflow returns at once
 _FILES = ("run.json", "metrics.json", paths.LOG)
 
 
@@ -48,14 +48,13 @@ def mirror(records: Sequence[Record], uri: str) -> dict[str, int]:
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
-    store = paths.RESULTS / "mlflow"
+    # the lock is beside the SQLite file, or in the results folder for any other store
     is_file = uri.startswith(_SQLITE)
-    if is_file:
-        store = Path(uri.removeprefix(_SQLITE))
-    store.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(store.with_name(f".{store.name}.lock")):
+    locked = Path(uri.removeprefix(_SQLITE)) if is_file else paths.RESULTS / "mlflow"
+    locked.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(locked.with_name(f".{locked.name}.lock")):
         if is_file:
-            store.touch()  # so that the file has the permissions of the umask
+            locked.touch()  # so that the file has the permissions of the umask
         try:
             with _database_lock(uri):
                 return _write_all(records, uri)
@@ -76,7 +75,7 @@ def _write_all(records: Sequence[Record], uri: str) -> dict[str, int]:
     counts = Counter(added=0, replaced=0, unchanged=0)
     for benchmark, of_benchmark in by_benchmark.items():
         experiment = _experiment(client, benchmark, has_files=not is_server)
-        stored_runs = client.search_runs([experiment], max_results=_MOST)
+        stored_runs = client.search_runs([experiment], max_results=_MOST_RUNS)
         stored_by_name = {run.info.run_name: run for run in stored_runs}
         for record in of_benchmark:
             stored = stored_by_name.get(record.run.name)
@@ -144,12 +143,13 @@ def _write(client: MlflowClient, experiment: str, record: Record, stored: Any) -
         client.delete_run(stored.info.run_id)
 
     run = record.run
+    end_seconds = run.metrics_file.stat().st_mtime
     # MLflow's times are in milliseconds
-    end = run.metrics_file.stat().st_mtime
-    started = round((end - record.metrics.cost.job_seconds) * 1000)
-    ended = round(end * 1000)
+    started = round((end_seconds - record.metrics.cost.job_seconds) * 1000)
+    ended = round(end_seconds * 1000)
 
-    identifier = client.create_run(experiment, started, _tags(record), run.name).info.run_id
+    created = client.create_run(experiment, started, tags=_tags(record), run_name=run.name)
+    identifier = created.info.run_id
     for file in _FILES:
         path = paths.RUNS / run.folder / file
         if path.exists():
@@ -221,8 +221,5 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _plain(name: str) -> str:
-    """Replace the characters that MLflow rejects in names by ``_``.
-
-    One is the ``%`` of ``+90%``, an environment of ColoredMNIST.
-    """
+    """Replace each character that MLflow rejects in names by ``_``, such as ``%``."""
     return re.sub(r"[^\w\-. :/]", "_", name)

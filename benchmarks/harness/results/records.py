@@ -2,6 +2,22 @@
 
 A record is a finished run with the content of its ``metrics.json``. The workflow collects the
 records of a benchmark in one file, so that each ``metrics.json`` is read once.
+
+Each number of a run belongs to a part:
+
+- ``dev``: the kept epoch on the split that selects epoch and hyper-parameters. It is the dev split,
+  and for tasks without a test split held-out training rows or the reported split.
+- ``dev_best``: the best epoch on the dev split, for tasks with a test split.
+- ``test``: the reported split of the training task. ``ood``: each other task.
+- ``ood_mean``: the mean of the scores over the other tasks (metric ``score``).
+- ``test as <method>``, ``ood as <method>``, ``ood_mean as <method>``: the same after converting to
+  another method.
+- ``cost``, ``model``, ``routing``: the cost of the run, the sizes of its model and its expert
+  loads.
+
+For domain generalisation, accuracies come from the record that training-domain validation selects:
+``dev`` is the mean over the *out* splits of the training environments, and ``test`` the *in* split
+of each held-out environment. A measurement has one part, named after its measure.
 """
 
 from __future__ import annotations
@@ -60,7 +76,7 @@ class RunNumber(NamedTuple):
     """One number of a run.
 
     Attributes:
-        part: The group of the number, such as ``test`` or ``cost``; see :func:`tabulate_numbers`.
+        part: The group of the number, such as ``test`` or ``cost``. The module lists them.
         data_set: The name of the data set, or of a measured candidate; empty for the whole run.
         metric: The name of the metric.
         value: The number.
@@ -231,7 +247,7 @@ def check_metrics(run: Run, content: bytes, path: Path) -> Metrics:
         path: The path of the file, for messages.
 
     Returns:
-        The content.
+        The parsed content.
 
     Raises:
         DataError: The file is damaged, belongs to another run, lacks a section that its benchmark
@@ -242,13 +258,24 @@ def check_metrics(run: Run, content: bytes, path: Path) -> Metrics:
     try:
         metrics = Metrics.model_validate_json(content)
         _check_parts(run, metrics)
-        numbers = list(run_numbers(run, metrics))  # reads all sections that tables need
+        # `list`, because the iterator raises the errors of missing scores only when it is read
+        numbers = list(run_numbers(run, metrics))
     except ValidationError as error:
         raise DataError(f"{path} is damaged: {first_problem(error)}; {advice}") from None
     except (LookupError, ValueError, TypeError) as error:
         raise DataError(
             f"{path} lacks a part that such a run records ({error}); {advice}"
         ) from None
+    _check_ranges(numbers, path)
+    return metrics
+
+
+def _check_ranges(numbers: Iterable[RunNumber], path: Path) -> None:
+    """Check that the numbers of a ``metrics.json`` are in the ranges of metrics.yaml.
+
+    Raises:
+        DataError: A number is out of its range. Names the file and the number.
+    """
     for number in numbers:
         low, high = _range_of(number.metric)
         if not _is_between(number.value, low, high):
@@ -256,9 +283,8 @@ def check_metrics(run: Run, content: bytes, path: Path) -> Metrics:
             text = " ".join(name for name in names if name)
             raise DataError(
                 f"{path}: {text} is {number.value!r}, not a number from {low:g} to {high:g}; "
-                f"{advice}"
+                f"{rerun_advice(path)}"
             )
-    return metrics
 
 
 def _range_of(metric: str) -> tuple[float, float]:
@@ -303,23 +329,9 @@ def _check_parts(run: Run, metrics: Metrics) -> None:
 def tabulate_numbers(records: Iterable[Record]) -> pd.DataFrame:
     """Tabulate the numbers of finished runs, one row per number.
 
-    The columns are :data:`RUN_KEYS`, ``run_id``, ``part``, ``eval_task``, ``metric``, ``value``,
-    and ``is_score`` (True for the main metric of a text task). The parts are
-
-    - ``dev``: the kept epoch on the split that selects epoch and hyper-parameters. It is the dev
-      split, and for tasks without a test split held-out training rows or the reported split.
-    - ``dev_best``: the best epoch on the dev split, for tasks with a test split.
-    - ``test``: the reported split of the training task. ``ood``: each other task.
-    - ``ood_mean``: the mean of the scores over the other tasks (metric ``score``).
-    - ``test as <method>``, ``ood as <method>``, ``ood_mean as <method>``: the same after converting
-      to another method.
-    - ``cost``, ``model``, ``routing``: the cost of the run, the sizes of its model and its expert
-      loads.
-
-    For domain generalisation, accuracies come from the record that training-domain validation
-    selects: ``dev`` is the mean over the *out* splits of the training environments, and ``test``
-    the *in* split of each held-out environment. A measurement has one part, named after its
-    measure; ``eval_task`` is the candidate.
+    The columns are :data:`RUN_KEYS`, ``run_id``, ``part`` (see the module), ``eval_task`` (a data
+    set or a measured candidate), ``metric``, ``value``, and ``is_score`` (True for the main metric
+    of a text task).
     """
     rows = []
     for record in records:
@@ -327,7 +339,7 @@ def tabulate_numbers(records: Iterable[Record]) -> pd.DataFrame:
         main_metrics = _main_metrics(run)
         keys = run_keys(run).values()
         for part, data_set, metric, value in run_numbers(run, record.metrics):
-            # a converted model has the same main metrics
+            # a part such as "test as emoe" has the main metrics of "test"
             part_before_conversion, _, _method = part.partition(AS)
             main_metric = main_metrics.get((part_before_conversion, data_set), "score")
             is_score = metric == main_metric
@@ -407,7 +419,7 @@ def _score_numbers(run: Run, scores: Scores, suffix: str = "") -> Iterator[RunNu
     for part, by_data_set in scores.items():
         for data_set, values in by_data_set.items():
             for metric, value in values.items():
-                # any other null is yielded, and `check_metrics` raises an error for it
+                # any other missing value is yielded, so that `check_metrics` raises an error
                 has_diverged = value is None and metric in _MAY_DIVERGE
                 if not has_diverged:
                     yield RunNumber(part + suffix, data_set, metric, value)

@@ -106,23 +106,23 @@ def paired_differences(
     pair: str,
     averaged: Sequence[str] = (),
 ) -> pd.DataFrame:
-    """Compare each cell with its reference over pairs, such as each method with the baseline.
+    """Compare scores with reference scores seed by seed, such as each method with the baseline.
 
-    A cell is a combination of values of the columns ``cell``. Each score is joined with the
-    reference score that has the same values in all other columns. Then scores and reference scores
-    are averaged over each pair, and the differences of the pairs are tested.
+    The scores are split into cells, such as one per model and method. For each cell and seed, the
+    difference is the mean score minus the mean of the matching reference scores.
 
     Args:
         scores: The scores in the column ``value``, one row per score.
         cell: The columns that identify a cell.
         reference: The value that rows of the reference have in some columns, such as
-            ``{"method": "dense"}``.
-        pair: The column that identifies a pair, such as ``seed``.
-        averaged: The columns over which reference scores are averaged before they are joined.
+            ``{"method": "dense"}``. A reference score matches a score with the same values in all
+            other columns.
+        pair: The column that pairs scores with reference scores, such as ``seed``.
+        averaged: The columns over which reference scores are averaged before they are matched.
 
     Returns:
-        One row per cell that shares pairs with its reference: the columns ``cell``,
-        :attr:`Difference.COLUMNS`, the count ``n`` of pairs and the count ``values`` of scores.
+        One row per cell with matching reference scores: the columns ``cell``,
+        :attr:`Difference.COLUMNS`, the count ``n`` of seeds and the count ``values`` of scores.
     """
     is_reference = pd.Series(True, scores.index)
     for column, name in reference.items():
@@ -135,18 +135,19 @@ def paired_differences(
     references = by_shared["value"].mean().rename("reference").reset_index()
     both = scores[~is_reference].merge(references, on=shared)
 
+    # one row per cell and seed: both mean scores, and how many scores they average
     by_pair = both.groupby([*cell, pair], sort=False)
-    means = by_pair[["value", "reference"]].mean().assign(values=by_pair.size())
+    means = by_pair[["value", "reference"]].mean().assign(num_scores=by_pair.size())
 
     rows = []
-    for key, pairs in means.groupby(list(cell), sort=False):
-        differences = pairs["value"] - pairs["reference"]
+    for key, means_of_cell in means.groupby(list(cell), sort=False):
+        differences = means_of_cell["value"] - means_of_cell["reference"]
         difference = mean_difference(differences.to_numpy(dtype=float))
         row = {
             **dict(zip(cell, key, strict=True)),
             **difference.columns(),
             "n": difference.n,
-            "values": pairs["values"].sum(),
+            "values": means_of_cell["num_scores"].sum(),
         }
         rows.append(row)
     return pd.DataFrame(rows, columns=[*cell, *Difference.COLUMNS, "n", "values"])
@@ -155,19 +156,21 @@ def paired_differences(
 def shared_pairs(
     scores: pd.DataFrame, table: Sequence[str], row: Sequence[str], pair: str
 ) -> pd.DataFrame:
-    """Keep the scores of the pairs (such as seeds) that every row of a table has.
+    """Keep the scores of seeds that all methods of a table have, so that means are comparable.
 
-    Then the means of the rows are comparable. The columns ``table`` identify a table, and the
-    columns ``row`` a row in it.
+    Args:
+        scores: The scores of one or more tables.
+        table: The columns that identify a table, such as ``model`` and ``task``.
+        row: The columns that identify a compared row of a table, such as ``method``.
+        pair: The column that pairs the scores of different rows, such as ``seed``.
     """
-    # one number per row, so that distinct rows can be counted below
-    row_numbers = scores.groupby(list(row), sort=False).ngroup()
-    by_table = row_numbers.groupby([scores[column] for column in table])
-    by_pair = row_numbers.groupby([scores[column] for column in (*table, pair)])
-    # beside each score: how many rows its table has, and how many of them have its pair
-    num_rows = by_table.transform("nunique")
-    num_rows_with_pair = by_pair.transform("nunique")
-    return scores[num_rows == num_rows_with_pair]
+    is_shared = np.zeros(len(scores), dtype=bool)
+    for places in scores.groupby(list(table), sort=False).indices.values():
+        of_table = scores.iloc[places]
+        seeds_by_row = of_table.groupby(list(row), sort=False)[pair].agg(set)
+        shared_seeds = set.intersection(*seeds_by_row)
+        is_shared[places] = of_table[pair].isin(shared_seeds)
+    return scores[is_shared]
 
 
 def holm(p: pd.Series[float]) -> pd.Series[float]:
@@ -282,24 +285,32 @@ def shuffled_information(
     """
     random = np.random.default_rng(seed)
     by_stratum = np.argsort(strata, kind="stable")  # row numbers, sorted by stratum
-    # where each label begins among the sorted labels; shuffling does not change that
-    starts = np.flatnonzero(np.diff(np.sort(labels), prepend=-1))
 
-    counts = []
-    for number in range(1 + PERMUTATIONS):
-        shown_labels = labels.copy()
-        if number > 0:
-            # both orders list stratum after stratum; the second is random within each stratum, so
-            # each row gets the label of a random row of its stratum
-            random_keys = random.random(len(labels))
-            by_stratum_shuffled = np.lexsort((random_keys, strata))
-            shown_labels[by_stratum] = labels[by_stratum_shuffled]
-        # sum the rows of each label: [labels, layers, experts]
-        by_label = np.argsort(shown_labels, kind="stable")
-        counts.append(np.add.reduceat(loads[by_label], starts))
+    counts = [_sum_by_label(loads, labels)]
+    for _ in range(PERMUTATIONS):
+        # both orders list stratum after stratum; the second is random within each stratum, so each
+        # row gets the label of a random row of its stratum
+        random_keys = random.random(len(labels))
+        by_stratum_shuffled = np.lexsort((random_keys, strata))
+        shuffled_labels = np.empty_like(labels)
+        shuffled_labels[by_stratum] = labels[by_stratum_shuffled]
+        counts.append(_sum_by_label(loads, shuffled_labels))
 
     stacked = np.stack(counts)  # [1 + PERMUTATIONS, labels, layers, experts]
     return mutual_information(np.moveaxis(stacked, 1, 2))
+
+
+def _sum_by_label(loads: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Sum loads ``[rows, layers, experts]`` over the rows of each label that occurs.
+
+    Returns ``[labels, layers, experts]``.
+    """
+    by_label = np.argsort(labels, kind="stable")
+    sorted_labels = labels[by_label]
+    # a label begins where it differs from the label before; no label is -1
+    starts = np.flatnonzero(np.diff(sorted_labels, prepend=-1))
+    sums: NDArray[np.int64] = np.add.reduceat(loads[by_label], starts)
+    return sums
 
 
 def shuffle_statistics(bits: NDArray[np.float64]) -> tuple[float, float]:
