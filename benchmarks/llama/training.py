@@ -79,6 +79,7 @@ def train(
         callbacks=[progress, stopwatch],
     )
     if training.eval_every:
+        # a function of the model
         loss_of = partial(
             held_out_loss,
             rows=held_out,
@@ -97,11 +98,11 @@ def train(
         "cost": stopwatch.cost(trainer.state.global_step),
     }
     if training.eval_every:
-        points = []
-        for entry in log:
-            if _HELD_OUT_LOSS in entry:
-                points.append({"step": entry["step"], "loss": entry[_HELD_OUT_LOSS]})
-        trained["held_out_curve"] = points
+        trained["held_out_curve"] = [
+            {"step": entry["step"], "loss": entry[_HELD_OUT_LOSS]}
+            for entry in log
+            if _HELD_OUT_LOSS in entry
+        ]
     return trained
 
 
@@ -136,8 +137,8 @@ def _trainer_arguments(
 class HeldOutCurve(TrainerCallback):
     """A callback that computes the held-out loss before training and every few steps.
 
-    It does not change the training. The last step is omitted, because the final evaluation follows.
-    Losses are stored in Trainer's log, which checkpoints keep.
+    It does not change the training. After the last step, it computes nothing, because the final
+    evaluation follows. Losses are stored in Trainer's log, which checkpoints keep.
 
     Args:
         loss: A function that computes the held-out loss of a model.
