@@ -239,17 +239,16 @@ class DomainTrainer(RoutedTrainer):
         # [images, layers, experts]
         loads_of_layers = [loads_by_row(layer, len(classes)) for layer in record.layers.values()]
         loads = np.stack(loads_of_layers, axis=1)
-        # the sums over the images of an environment and class; add.at adds repeated indices, too
-        # [environments, classes, layers, experts]
-        counts = np.zeros((len(splits), num_classes, *loads.shape[1:]), dtype=np.int64)
-        np.add.at(counts, (environments, classes), loads)
-
         # classes are shuffled within each environment, and environments within each class, so that
         # chance includes what one label tells about the other
         # [1 + shuffles, layers]; the first is the information of the true labels
         class_bits = shuffled_information(loads, classes, environments, self._seed)
         environment_bits = shuffled_information(loads, environments, classes, self._seed)
 
+        # the sums over the images of an environment and class: [environments, classes, layers,
+        # experts]; add.at also adds several images of the same environment and class
+        counts = np.zeros((len(splits), num_classes, *loads.shape[1:]), dtype=np.int64)
+        np.add.at(counts, (environments, classes), loads)
         loads_by_layer = {}
         chance_by_layer = {}
         for index, layer in enumerate(record.layers):
