@@ -142,14 +142,18 @@ class PrefixedEnvironment(Environment):
     """An environment with the outputs of a model's frozen layers for some of its rows.
 
     Attributes:
-        states: The outputs, ``[tokens, width]`` for each row.
-        indices: The index in ``states``, by row.
+        states: The outputs, ``[tokens, width]`` for each of these rows.
+        indices: The index of each of these rows in ``states``.
         blank: The placeholder pixels ``[3, size, size]``, which the model ignores.
     """
 
     states: PrefixStates
     indices: dict[int, int]
     blank: Tensor
+
+    def state(self, row: int) -> Tensor:
+        """Return the output of the frozen layers for a row."""
+        return self.states[self.indices[row]]
 
 
 def with_prefix(
@@ -162,10 +166,10 @@ def with_prefix(
     """
     transform = evaluation_transform(size)
 
-    # the inputs of the model, for some indices in ``rows``
     def batch(indices: Sequence[int]) -> dict[str, Tensor]:
+        """Return the model inputs of the rows at these indices of ``rows``."""
         # the transform is not random, so the seed has no effect
-        pixels = [load_pixels(environment, rows[index], transform, 0) for index in indices]
+        pixels = [load_pixels(environment, rows[index], transform, seed=0) for index in indices]
         return {"pixel_values": torch.stack(pixels)}
 
     # all images have the same number of tokens
@@ -176,7 +180,9 @@ def with_prefix(
     indices = {row: index for index, row in enumerate(rows)}
     # a view of a single zero, so that it takes no memory
     blank = torch.zeros(1).expand(3, size, size)
-    return PrefixedEnvironment(**vars(environment), states=states, indices=indices, blank=blank)
+    # the same images and labels, with the outputs beside them
+    fields = vars(environment)
+    return PrefixedEnvironment(**fields, states=states, indices=indices, blank=blank)
 
 
 def _digest_images(environment: Environment, rows: Sequence[int], size: int) -> str:
@@ -189,24 +195,25 @@ def _digest_images(environment: Environment, rows: Sequence[int], size: int) -> 
 
 
 def _example(
-    environment: Environment, row: int, transform: Transform, *seed_parts: object
+    environment: Environment, row: int, transform: Transform, *, seed: int
 ) -> dict[str, Any]:
-    """Return the model inputs for a row: ``labels`` and ``pixel_values``.
+    """Return what a model needs for one image: ``pixel_values`` and the class in ``labels``.
 
-    With frozen layers, their output is included, and the pixels are a placeholder. A random
-    transform is seeded with a hash of ``seed_parts``.
+    If the model has frozen layers, their output replaces the pixels. ``seed`` is that of a random
+    transform.
     """
     label = environment.labels[row]
     if isinstance(environment, PrefixedEnvironment):
-        state = environment.states[environment.indices[row]]
-        return {"pixel_values": environment.blank, STATES: state, "labels": label}
-    pixels = load_pixels(environment, row, transform, derive_seed("augment", *seed_parts))
+        # the model takes the output of its frozen layers, and ignores the blank pixels
+        frozen_output = environment.state(row)
+        return {"pixel_values": environment.blank, STATES: frozen_output, "labels": label}
+    pixels = load_pixels(environment, row, transform, seed)
     return {"pixel_values": pixels, "labels": label}
 
 
 @dataclass(eq=False)
 class TrainingRows(Dataset[dict[str, Any]]):
-    """The rows that train a model, by :class:`Draw`.
+    """The images that train a model. The index of an image is a :class:`Draw`.
 
     Augmentation depends on the seed and the draw, not on earlier draws or on the worker.
 
@@ -227,8 +234,9 @@ class TrainingRows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         environment = self.environments[draw.env]
-        row = self.rows[draw.env][draw.row]
-        return _example(environment, row, self.transform, self.seed, draw.number)
+        drawable_rows = self.rows[draw.env]
+        seed = derive_seed("augment", self.seed, draw.number)
+        return _example(environment, drawable_rows[draw.row], self.transform, seed=seed)
 
 
 @dataclass(eq=False)
@@ -260,4 +268,5 @@ class EvaluationRows(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         environment = self.environment
         row = self.rows[index]
-        return _example(environment, row, self.transform, environment.name, row, self.step)
+        seed = derive_seed("augment", environment.name, row, self.step)
+        return _example(environment, row, self.transform, seed=seed)

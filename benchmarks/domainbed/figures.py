@@ -19,8 +19,8 @@ from benchmarks.harness.report.style import distinct_styles
 from benchmarks.harness.results.content import Chance
 from benchmarks.harness.results.statistics import mutual_information
 
-_SELECTION = "training"
-_COLUMNS = 4  # most panels beside each other
+_SELECTION = "training"  # the selection that is drawn: training-domain validation
+_MOST_COLUMNS = 4  # most panels beside each other
 _MOST_LABELS = 20  # most classes that are named
 
 
@@ -36,13 +36,13 @@ def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     if cells.empty:
         plots.placeholder_figure(path)
         return
-    # a mark for each combination of these
-    cell = ["model", "eval_task", "method"]
-    means = our_means(cells.set_index(cell)["value"], cell)
+    # one mean over trials for each combination of these
+    mark = ["model", "eval_task", "method"]
+    means = our_means(cells.set_index(mark)["value"], mark)
     rows = outcomes.order(means, ["model", "method"])
     styles = distinct_styles((method, outcomes.style(method)) for method in rows["method"])
     lines = [f"{outcomes.env_title(name, env)} held out" for env in rows["eval_task"]]
-    # draw_forest draws the column ``delta``
+    # the columns that draw_forest reads; it draws ``delta``, which usually is a difference
     drawn = rows.assign(
         panel=rows["model_title"],
         line=lines,
@@ -90,19 +90,44 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
         plots.placeholder_figure(path)
         return
     env_titles = [outcomes.env_title(name, env) for env in outcomes.environments(name)]
+    title = (
+        f"{outcomes.title('task', name)}, {outcomes.title('model', first.model)}, "
+        f"{env_titles[first.env]} held out, first trial"
+    )
+    _draw_panels(path, title, panels, classes, env_titles)
 
-    # in lines of text: many classes get less than a line each, and no names
-    height_of_classes = min(len(classes), _MOST_LABELS)
-    has_class_names = len(classes) <= _MOST_LABELS
-    heights = [height_of_classes, len(env_titles)]
-    columns = min(_COLUMNS, len(panels))
-    lines = math.ceil(len(panels) / columns)
+
+def _draw_panels(
+    path: Path,
+    title: str,
+    panels: Sequence[_Panel],
+    classes: Sequence[str],
+    env_titles: Sequence[str],
+) -> None:
+    """Draw a panel of two heatmaps for each element of ``panels``, and save the figure.
+
+    Args:
+        path: The path of the figure, without ending.
+        title: The title of the figure.
+        panels: The content of the panels.
+        classes: The names of the classes.
+        env_titles: The titles of the environments.
+    """
+    # the heights of the two heatmaps in lines of text: many classes get less than a line each
+    heights = [min(len(classes), _MOST_LABELS), len(env_titles)]
+    columns = min(_MOST_COLUMNS, len(panels))
+    lines_of_panels = math.ceil(len(panels) / columns)
     # in inches, with room for the titles and the colour bar
     width = min(1.6 * columns + 1.3, plots.WIDTH)
-    height_of_line = 0.14 * sum(heights) + 1.7
-    size = (width, height_of_line * lines + 0.5)
+    height_of_panel = 0.14 * sum(heights) + 1.7
+    size = (width, height_of_panel * lines_of_panels + 0.5)
     figure_of_panels = plots.panel_figure(
-        path, 2 * lines, columns, size, plots.HEATMAP, height_ratios=heights * lines
+        path,
+        2 * lines_of_panels,
+        columns,
+        size,
+        plots.HEATMAP,
+        height_ratios=heights * lines_of_panels,
     )
     with figure_of_panels as (figure, axes):
         for number, panel in enumerate(panels):
@@ -116,14 +141,10 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
             # only the left panels name classes and environments
             if column == 0:
                 by_environment.set_yticks(range(len(env_titles)), env_titles)
-                if has_class_names:
-                    by_class.set_yticks(range(len(classes)), classes)
+            if column == 0 and len(classes) <= _MOST_LABELS:
+                by_class.set_yticks(range(len(classes)), classes)
         figure.colorbar(
             plots.USE, ax=axes, shrink=0.6, label="use ÷ mean use of the expert", extend="max"
-        )
-        title = (
-            f"{outcomes.title('task', name)}, {outcomes.title('model', first.model)}, "
-            f"{env_titles[first.env]} held out, first trial"
         )
         figure.suptitle(plots.wrap_text(title, plots.WIDTH), fontsize=8)
 
@@ -131,11 +152,10 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
 def _first_runs(outcomes: DomainOutcomes, name: str) -> _FirstRuns | None:
     """Return the first run of each method on an image set.
 
-    Only runs of the first model count. They all hold out the same environment: the one with the
-    lowest number among those that this model's runs hold out alone. None if no run holds out one
-    environment alone.
+    Only runs of the first model count that hold out one environment alone, and all hold out the
+    same one: that with the lowest number. None if there is no such run.
     """
-    # runs that hold out one environment, with its number
+    # runs that hold out one environment alone, with its number
     alone: list[tuple[Run, int]] = []
     for run in outcomes.runs:
         test_envs = outcomes.specs[run.id].test_envs
@@ -151,7 +171,7 @@ def _first_runs(outcomes: DomainOutcomes, name: str) -> _FirstRuns | None:
     by_method: dict[str, Run] = {}
     for run, env in alone:
         if run.model == model and env == first_env:
-            by_method.setdefault(run.method, run)
+            by_method.setdefault(run.method, run)  # keeps the first run
     return _FirstRuns(model, first_env, by_method)
 
 
@@ -166,9 +186,9 @@ def _routing_panels(
     classes: Sequence[str] = []
     for method, run in first.by_method.items():
         metrics = outcomes.finished[run.id].metrics
-        # the same for all runs
+        # the same for all runs, because they are of one image set
         classes = metrics.classes or []
-        if metrics.routing is None:
+        if metrics.routing is None:  # a dense model
             continue
         # layers are texts, because they are keys of a JSON object
         for layer in sorted(metrics.routing.loads, key=int):
@@ -181,12 +201,12 @@ def _routing_panels(
 def _draw_use(axis: Any, counts: NDArray[np.int64]) -> None:
     """Draw a heatmap of expert choices without labels.
 
-    ``counts`` is ``[classes or environments, experts]``. The colour is the share of an expert in
-    the choices of a row, divided by the mean of the expert's shares.
+    ``counts`` is ``[classes or environments, experts]``. The colour shows the share of an expert in
+    the choices of a class (or environment), divided by the mean of the expert's shares.
     """
-    # at least 1, so that a row without choices has shares of 0
-    choices_of_row = np.maximum(counts.sum(1, keepdims=True), 1)
-    shares = counts / choices_of_row
+    # at least 1, so that a class without choices has shares of 0
+    num_choices = np.maximum(counts.sum(1, keepdims=True), 1)
+    shares = counts / num_choices
     mean_shares = shares.mean(0, keepdims=True)
     plots.show_use(axis, plots.divide_by_mean(shares, mean_shares))
     axis.set_xticks([])

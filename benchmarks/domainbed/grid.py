@@ -92,14 +92,16 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
     def _combinations(
         self, block: ImageBlock, name: str, where: Location
     ) -> Iterator[dict[str, Any]]:
-        """Yield every combination of a block's values on one image set, by key (:data:`_AXES`).
+        """Yield every combination of a block's values on one image set.
 
-        The value of the last key changes first.
+        A combination has a value for each key of :data:`_AXES` that the block has. The value of the
+        last key changes first.
         """
         lists = block.model_dump()
-        # the numbers of held-out environments depend on the set
+        # replace the names of held-out environments by their numbers, which depend on the set
         environments = list(self.tasks[name].environments)
         lists["test_envs"] = _test_env_tuples(block.test_envs, environments, where.at("test_envs"))
+        # keys that the block leaves out are not in its dump
         keys = [key for key in _AXES if key in lists]
         lists_of_keys = [lists[key] for key in keys]
         for values in itertools.product(*lists_of_keys):
@@ -171,9 +173,9 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         ``settings.hparams`` overrides them.
         """
         registry = settings.registry or "domainbed"
-        registered = hyper_parameters(registry, task.domainbed, hparams_seed, seed)
+        of_registry = hyper_parameters(registry, task.domainbed, hparams_seed, seed)
         overrides = settings.hparams or {}
-        hparams = {**registered, **overrides}
+        hparams = {**of_registry, **overrides}
         # refuses unknown names and wrong values
         parse(hparams, HParams, part.file, "benchmarks", self.name, "training", "hparams")
         return hparams
@@ -245,6 +247,7 @@ def _variant(
     # 0 stands for the default hyper-parameters, which need no name
     if hparams_seed:
         parts.append(f"h{hparams_seed}")
+    # the method's variant may be empty
     return "-".join(part for part in parts if part)
 
 

@@ -43,10 +43,16 @@ class Environment:
         return len(self.labels)
 
     def summary(self, classes: list[str], rows: Iterable[int] | None = None) -> dict[str, Any]:
-        """Count the images of some rows (None for all), for ``metrics.json``.
+        """Count the images of some rows, for ``metrics.json``.
 
-        Returns their number ``rows``, the number ``dropped``, which is always 0, and in ``labels``
-        their number by class name. ``classes`` are the names of the classes.
+        Args:
+            classes: The names of the classes.
+            rows: The rows; None for all.
+
+        Returns:
+            - ``rows``: the number of images.
+            - ``dropped``: always 0, because no image is left out.
+            - ``labels``: the number of images of each class, by its name.
         """
         labels = self.labels
         if rows is not None:
@@ -157,11 +163,13 @@ def _in_domainbeds_order(present: list[str], task: RunImageSet, where: str) -> l
     Raises:
         DataError: An environment is missing, or there is one too many.
     """
+    # the names without case and punctuation are compared
     present_by_key = {normalize_name(name): name for name in present}
     needed_keys = [normalize_name(str(disk_name)) for _, disk_name in task.environments]
+    has_needed_keys = set(present_by_key) == set(needed_keys)
     # the keys alone would not show that two names have the same key
     has_needed_number = len(present) == len(needed_keys)
-    if not has_needed_number or set(present_by_key) != set(needed_keys):
+    if not has_needed_keys or not has_needed_number:
         needed = ", ".join(f"{disk_name} ({name})" for name, disk_name in task.environments)
         raise DataError(
             f"{where} has the environments {', '.join(present)}; it must have {needed}, and no "
@@ -176,10 +184,8 @@ def normalize_name(name: str) -> str:
 
 
 def _is_image(path: str) -> bool:
-    """Check that a name is one of an image file, and neither the file nor its folder is hidden.
-
-    Examples of hidden ones are ``.ipynb_checkpoints/…`` and macOS's ``._000.jpg``.
-    """
+    """Return True for the path of an image file, unless the file or its folder is hidden."""
+    # such as .ipynb_checkpoints/1.jpg, and macOS's ._1.jpg
     file = Path(path)
     is_hidden = file.name.startswith(".") or file.parent.name.startswith(".")
     return path.lower().endswith(IMG_EXTENSIONS) and not is_hidden
@@ -213,8 +219,9 @@ def _from_hub(task: RunImageSet, truncated: str) -> ImageSet:
     if missing:
         raise DataError(f"{where} has no column '{min(missing)}'")
 
-    labels = _column_names(rows, "label")
-    domains = _column_names(rows, "domain")
+    # the class and the domain of every row, as names
+    labels = _column_texts(rows, "label")
+    domains = _column_texts(rows, "domain")
     classes = sorted(set(labels))
     ordered_domains = _in_domainbeds_order(sorted(set(domains)), task, where)
     # the bytes of the files: images are decoded one by one when they are needed
@@ -224,12 +231,13 @@ def _from_hub(task: RunImageSet, truncated: str) -> ImageSet:
         in_domain = [index for index in range(len(rows)) if domains[index] == domain]
         # a stable sort: within a class, rows stay in the order of the hub
         indices = sorted(in_domain, key=lambda index: labels[index])
-        absent = set(classes).difference(labels[index] for index in indices)
+        labels_in_domain = [labels[index] for index in indices]
+        absent = set(classes).difference(labels_in_domain)
         if absent:
             raise DataError(
                 f"{where}: the domain '{domain}' has no image of the class '{min(absent)}'"
             )
-        class_numbers = [classes.index(labels[index]) for index in indices]
+        class_numbers = [classes.index(label) for label in labels_in_domain]
         open_row = partial(_open_row, images, indices, where, truncated)
         environments.append(Environment(name, class_numbers, open_row))
     source = hub_name(where, task.source.revision, commit_of(splits))
@@ -237,7 +245,11 @@ def _from_hub(task: RunImageSet, truncated: str) -> ImageSet:
 
 
 def _load_hub_splits(task: RunImageSet) -> Any:
-    """Load all splits of a set from the hub, by name (:class:`DataError` if that fails)."""
+    """Load all splits of a set from the hub, by name.
+
+    Raises:
+        DataError: The set cannot be loaded.
+    """
     import datasets
 
     where = str(task.source.hub)
@@ -251,8 +263,9 @@ def _load_hub_splits(task: RunImageSet) -> Any:
         ) from error
 
 
-def _column_names(rows: Any, column: str) -> list[str]:
+def _column_texts(rows: Any, column: str) -> list[str]:
     """Return the values of a column as texts. Class numbers are replaced by their names."""
+    # the hub's columns of class numbers have the names of the classes
     names = getattr(rows.features[column], "names", None)
     if names:
         return [str(names[number]) for number in rows[column]]

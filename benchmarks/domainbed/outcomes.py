@@ -16,7 +16,7 @@ from benchmarks.harness.report.common import Outcomes, join_claim_numbers, param
 from benchmarks.harness.results.records import Record, tabulate_numbers
 from benchmarks.harness.results.statistics import paired_differences, shared_pairs, with_verdicts
 
-# the columns that identify a row of a table; ``task`` is the image set
+# the columns that identify a cell, which is a row of a table; ``task`` is the image set
 CELL = ["selection", "model", "task", "method"]
 
 
@@ -46,7 +46,7 @@ class DomainOutcomes(Outcomes):
             the baseline, with verdicts. p is Holm-corrected over all rows.
     """
 
-    pair = "trial"  # DomainBed's word for a seed
+    pair = "trial"  # texts use DomainBed's word for a seed
     benchmark: AnyBenchmark
 
     def __init__(self, benchmark: AnyBenchmark, finished: Sequence[Record]) -> None:
@@ -63,18 +63,32 @@ class DomainOutcomes(Outcomes):
         columns = [*CELL, "eval_task", "seed", *chosen]
         self.cells = pd.DataFrame(self._chosen_rows(), columns=columns)
         # methods of the same selection, model and set are compared on the same trials
-        comparison = ["selection", "model", "task"]
-        compared = ["method", "eval_task"]
-        self.shared = shared_pairs(self.cells, comparison, compared, "seed")
+        self.shared = shared_pairs(
+            self.cells,
+            table=["selection", "model", "task"],
+            row=["method", "eval_task"],
+            pair="seed",
+        )
         self.differences = self._differences(self.shared)
         self.tests = with_verdicts(self._differences(self.cells))
 
     def _differences(self, cells: pd.DataFrame) -> pd.DataFrame:
-        """Compute the differences to the baseline, paired by trial, one row for each CELL."""
+        """Compute the mean difference between each method and the baseline.
+
+        Accuracies are averaged over the held-out environments of a trial, and trials are paired.
+        ``cells`` is a frame like :attr:`cells`. Returns one row for each selection, model, image
+        set and method.
+        """
         scores = cells[[*CELL, "eval_task", "seed", "value"]]
-        # the order of summation changes the last digit
+        # sums of floats depend on the order, so it is fixed
         ordered = scores.sort_values(["eval_task", "seed"], kind="stable")
-        differences = paired_differences(ordered, CELL, {"method": self.baseline}, "seed")
+        differences = paired_differences(
+            ordered,
+            cell=CELL,
+            reference={"method": self.baseline},
+            pair="seed",  # the column of the trial
+        )
+        # the count of accuracies, which no table shows
         return differences.drop(columns="values")
 
     @cached_property
@@ -119,23 +133,16 @@ class DomainOutcomes(Outcomes):
 
         There is one for every selection and held-out environment.
         """
-        choices = self._choices(runs)
-        candidates = []
-        for run in runs:
-            records = self.finished[run.id].metrics.records or ()
-            accuracies = [record.model_dump() for record in records]
-            test_envs = tuple(self.specs[run.id].test_envs)
-            choice_number = choices.index(self._choice(run))
-            candidates.append(RunRecords(test_envs, choice_number, accuracies))
-
-        names = runs[0]  # all runs have the same names
+        choices = self._distinct_choices(runs)
+        candidates = [self._run_records(run, choices) for run in runs]
+        names = runs[0]  # all runs have the same model, set, method and trial
         for name, selection in SELECTIONS.items():
             for env, env_name in enumerate(self.environments(names.task)):
                 chosen = selection.choose(candidates, env)
                 # the environment was not held out, or leave-one-domain-out lacks pairs
                 if chosen is None:
                     continue
-                choice = choices[chosen.choice]
+                choice = choices[chosen.choice]  # the candidates have the number of their choice
                 yield {
                     "selection": name,
                     "model": names.model,
@@ -150,16 +157,25 @@ class DomainOutcomes(Outcomes):
                     "variant": choice.variant,
                 }
 
-    def _choices(self, runs: Sequence[Run]) -> list[_Choice]:
-        """Return the distinct choices of runs, sorted by ``hparams_seed``, then as in the grid."""
-        choices: list[_Choice] = []
-        for run in runs:
-            choice = self._choice(run)
-            if choice not in choices:
-                choices.append(choice)
-        return sorted(choices, key=lambda choice: choice.hparams_seed)
+    def _run_records(self, run: Run, choices: Sequence[_Choice]) -> RunRecords:
+        """Return what a selection reads of a run. ``choices`` numbers the choices of all runs."""
+        records = self.finished[run.id].metrics.records or ()
+        return RunRecords(
+            test_envs=tuple(self.specs[run.id].test_envs),
+            choice=choices.index(self._choice_of(run)),
+            records=[record.model_dump() for record in records],
+        )
 
-    def _choice(self, run: Run) -> _Choice:
+    def _distinct_choices(self, runs: Sequence[Run]) -> list[_Choice]:
+        """Return the distinct choices of runs, sorted by ``hparams_seed``, then as in the grid."""
+        distinct: list[_Choice] = []
+        for run in runs:
+            choice = self._choice_of(run)
+            if choice not in distinct:
+                distinct.append(choice)
+        return sorted(distinct, key=lambda choice: choice.hparams_seed)
+
+    def _choice_of(self, run: Run) -> _Choice:
         """Return the hyper-parameters and the method's settings of a run."""
         return _Choice(self.specs[run.id].hparams_seed, run.method_variant)
 
@@ -173,10 +189,11 @@ class DomainOutcomes(Outcomes):
         means = by_trial.mean()
         if not complete:
             return means
-        counts = by_trial.count().to_numpy()
-        names = means.index.get_level_values("task")
-        needed = [len(self.environments(name)) for name in names]
-        return means[counts == needed]
+        # compare each trial's number of accuracies with its image set's number of environments
+        num_accuracies = by_trial.count().to_numpy()
+        image_sets = means.index.get_level_values("task")
+        num_environments = [len(self.environments(name)) for name in image_sets]
+        return means[num_accuracies == num_environments]
 
     def claim_numbers(self) -> pd.DataFrame:
         """Return the held-out accuracies of all trials and the parameter counts, for claims."""

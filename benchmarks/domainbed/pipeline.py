@@ -146,18 +146,21 @@ def _make_trainer(
     """Make the trainer of a classifier, with its training rows and evaluated splits."""
     training = spec.training
     hparams = spec.hparams
-    trained = _trained_envs(spec, environments)
-    trained_environments = [environments[env] for env in trained]
-    rows_by_env = [splits[env].within for env in trained]
-    rows_per_env = [len(rows) for rows in rows_by_env]
-    # the same draws for all methods
+    # does not depend on the method, so all methods draw the same rows
     seed = derive_seed("environments", spec.seed, *spec.test_envs)
-    transform = _transform(spec, augments=hparams.data_augmentation)
+    env_numbers = _trained_envs(spec, environments)
+    train = TrainingRows(
+        environments=[environments[env] for env in env_numbers],
+        rows=[splits[env].within for env in env_numbers],
+        transform=_transform(spec, augments=hparams.data_augmentation),
+        seed=seed,
+    )
+    row_counts = [len(rows) for rows in train.rows]
     return DomainTrainer(
         classifier,
         spec,
-        TrainingRows(trained_environments, rows_by_env, transform, seed),
-        EnvironmentBatches(rows_per_env, hparams.batch_size, training.steps, seed),
+        train,
+        EnvironmentBatches(row_counts, hparams.batch_size, training.steps, seed),
         _evaluation_splits(spec, environments, splits),
         folder,
         progress,
@@ -175,9 +178,10 @@ def _add_epochs(
     records: Sequence[dict[str, Any]], spec: ImageSpec, splits: Sequence[Split]
 ) -> list[dict[str, Any]]:
     """Add the ``epoch`` to each record of an evaluated step."""
-    # DomainBed's epoch is one pass through the smallest environment, held out or not
-    smallest = min(len(split.within) for split in splits)
-    steps_per_epoch = smallest / spec.hparams.batch_size
+    # DomainBed's epoch is one pass through the *in* split of the smallest environment, even if
+    # that is held out
+    num_rows = min(len(split.within) for split in splits)
+    steps_per_epoch = num_rows / spec.hparams.batch_size
     return [{**record, "epoch": record["step"] / steps_per_epoch} for record in records]
 
 
@@ -204,8 +208,9 @@ def _scores(
         records: The accuracies and the loss at every evaluated step.
 
     Returns:
-        By image set, the loss in ``train`` and the validation accuracy in ``dev``. By held-out
-        environment, the accuracy in ``test``.
+        - ``train``: the loss, by name of the image set.
+        - ``dev``: the validation accuracy, by name of the image set.
+        - ``test``: the accuracy on each held-out environment, by its name.
     """
     best = best_record(records, spec.test_envs)
     test = {names[env]: {ACCURACY: best.test_accuracy(env)} for env in spec.test_envs}
@@ -217,20 +222,27 @@ def _scores(
 
 
 def _summarise_data(data: _Data) -> dict[str, dict[str, Any]]:
-    """Count the images of both splits of every environment, by keys such as ``A in``."""
-    classes = data.image_set.classes
-    source = data.image_set.source
+    """Describe the images of every split, for the section ``data`` of ``metrics.json``.
+
+    Returns:
+        The source and the counts of :meth:`.Environment.summary`, by name of the split, which is
+        ``A in`` or ``A out`` for an environment A.
+    """
+    image_set = data.image_set
     summaries = {}
-    for environment, split in zip(data.image_set.environments, data.splits, strict=True):
-        within = environment.summary(classes, split.within)
-        out = environment.summary(classes, split.out)
-        summaries[f"{environment.name} in"] = {"source": source, **within}
-        summaries[f"{environment.name} out"] = {"source": source, **out}
+    for environment, split in zip(image_set.environments, data.splits, strict=True):
+        for split_name, rows in [("in", split.within), ("out", split.out)]:
+            counts = environment.summary(image_set.classes, rows)
+            summaries[f"{environment.name} {split_name}"] = {"source": image_set.source, **counts}
     return summaries
 
 
 def _split(spec: ImageSpec, image_set: ImageSet) -> list[Split]:
-    """Split every environment (:class:`DataError` if one is too small)."""
+    """Split every environment.
+
+    Raises:
+        DataError: An environment is too small.
+    """
     splits = []
     for env, environment in enumerate(image_set.environments):
         is_test = env in spec.test_envs
@@ -255,11 +267,10 @@ def _add_prefixes(
     prefixed = list(environments)
     # methods begin with different environments, so that concurrent runs share the work instead of
     # waiting for each other
-    begin = derive_seed("first", spec.method.name)
-    for number in range(begin, begin + len(environments)):
-        env = number % len(environments)
-        # training reads the whole *in* split
+    first = derive_seed("first", spec.method.name) % len(environments)
+    for env in [*range(first, len(environments)), *range(first)]:
         within = splits[env].within
+        # training reads the whole *in* split, evaluation only the first rows
         if env in spec.test_envs:
             within = within[: training.eval_rows]
         out = splits[env].out[: training.eval_rows]
@@ -274,22 +285,23 @@ def _evaluation_splits(
 ) -> dict[str, EvaluationRows]:
     """Return the evaluated splits by DomainBed's names: *in* splits first, then *out* splits.
 
-    ``training.evaluate`` decides which *in* splits are evaluated.
+    ``training.evaluate`` decides whether the *in* splits of training environments are evaluated.
     """
-    within: dict[str, EvaluationRows] = {}
-    out: dict[str, EvaluationRows] = {}
+    in_splits: dict[str, EvaluationRows] = {}
+    out_splits: dict[str, EvaluationRows] = {}
     training = spec.training
     for env, (environment, split) in enumerate(zip(environments, splits, strict=True)):
         is_test = env in spec.test_envs
+        # held-out environments are never augmented
         augments = spec.hparams.data_augmentation and training.val_augment and not is_test
         transform = _transform(spec, augments=augments)
         # no selection and no table reads the in split of a training environment
         if is_test or training.evaluate == "all":
-            rows = split.within[: training.eval_rows]
-            within[f"env{env}_in"] = EvaluationRows(environment, rows, transform)
-        rows = split.out[: training.eval_rows]
-        out[f"env{env}_out"] = EvaluationRows(environment, rows, transform)
-    return {**within, **out}
+            in_rows = split.within[: training.eval_rows]
+            in_splits[f"env{env}_in"] = EvaluationRows(environment, in_rows, transform)
+        out_rows = split.out[: training.eval_rows]
+        out_splits[f"env{env}_out"] = EvaluationRows(environment, out_rows, transform)
+    return {**in_splits, **out_splits}
 
 
 def _write_results(path: Path, spec: ImageSpec, records: list[dict[str, Any]]) -> None:
@@ -317,12 +329,14 @@ def _algorithm(spec: ImageSpec) -> str:
     the name contains all other settings: their digest, the varied settings of the method, the
     model, and the image set if it is a variant of DomainBed's.
     """
+    # spec.sweep is the digest of the settings that all runs of the method share
     names = [f"{spec.method.name}-{spec.sweep}"]
     # empty if the method has its usual settings
     if spec.method.variant:
         names.append(spec.method.variant)
     names.append(spec.model.name)
-    task = spec.task
-    if normalize_name(task.name) != normalize_name(task.domainbed):
-        names.append(task.name)
+    # DomainBed's name of the set is already in the record
+    is_variant = normalize_name(spec.task.name) != normalize_name(spec.task.domainbed)
+    if is_variant:
+        names.append(spec.task.name)
     return "@".join(names)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,21 +19,25 @@ from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.records import Record
 from benchmarks.harness.results.statistics import PERMUTATIONS
 
-# the image sets of the paper's average, and its name
+# the image sets of the paper's average, and the name of the average in the column ``task``
 FOUR = ("pacs", "vlcs", "office_home", "terra_incognita")
-_FOUR = "average of four"
+_AVERAGE_NAME = "average of four"
 # columns to sort the rows of several image sets by, and of one
 _ORDER = ["model", "selection", "task", "method"]
 _ORDER_OF_SET = ["model", "selection", "method"]
 # the headings of the columns that name a row, for several image sets and for one
-_ROW = {
+_HEADINGS = {
     "model_title": "Model",
     "selection_title": "Selection",
     "task_title": "Set",
     "method_title": "Method",
 }
-_KEYS = {"model_title": "Model", "selection_title": "Selection", "method_title": "Method"}
-_SELECTIONS = (
+_HEADINGS_OF_SET = {
+    "model_title": "Model",
+    "selection_title": "Selection",
+    "method_title": "Method",
+}
+_SELECTIONS_NOTE = (
     "Selections are DomainBed's. Training-domain validation: the step with the highest mean "
     "accuracy on held-out images of the training environments. Leave-one-domain-out: the step with "
     "the highest mean accuracy on each other environment, in runs that also hold it out; only if "
@@ -40,7 +45,7 @@ _SELECTIONS = (
     "images of the test environment."
 )
 # by training.val_augment
-_VALIDATION = {
+_VALIDATION_NOTES = {
     True: (
         "Images of training environments are augmented for validation too, as DomainBed and the "
         "paper's authors do."
@@ -50,7 +55,7 @@ _VALIDATION = {
         "the paper."
     ),
 }
-_ERROR = (
+_ERROR_NOTE = (
     "± is DomainBed's: the population standard deviation over trials, divided by the root of their "
     "number"
 )
@@ -62,22 +67,9 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
     It has a row for each model, selection and method. It has a column for each held-out
     environment, their average, and the difference to the baseline.
     """
-    cells = outcomes.shared[outcomes.shared["task"] == name]
-    by_environment = cells.groupby([*CELL, "eval_task"], sort=False)["value"]
-    means = by_environment.agg(mean="mean", error=_domainbed_error).reset_index()
-    numbers = means[["eval_task", *CELL, "mean", "error"]]
-
-    # a row for each model, selection and method, with its number of trials
-    trials = cells.groupby(CELL, sort=False).agg(n=("seed", "nunique")).reset_index()
-    held_out = set(cells["eval_task"])
-    envs = [env for env in outcomes.environments(name) if env in held_out]
-    headings = {env: outcomes.env_title(name, env) for env in envs}
-    with_envs, env_columns = common.with_columns(
-        trials, CELL, numbers, headings, "accuracy", std="error"
-    )
-    with_average, columns = common.with_average(with_envs, env_columns, "accuracy")
+    accuracies, columns = _with_accuracies(outcomes, name)
     differences = outcomes.differences[[*CELL, "delta", "low", "high"]]
-    with_differences = common.with_numbers(with_average, CELL, differences)
+    with_differences = common.with_numbers(accuracies, CELL, differences)
     delta = Column(
         "accuracy",
         "delta",
@@ -87,21 +79,48 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
     )
     return Table(
         f"{outcomes.title('task', name)}: accuracy by held-out environment",
-        _sentences(
-            "Accuracy on the in split of the held-out environment (80 % of its images"
-            f"{_limit_note(outcomes, name)}). Mean over n trials. {_ERROR}.",
-            outcomes.shared_note,
-            _held_out_note(outcomes, [name]),
-            _selections_note(outcomes, [name]),
-            _experts_note(outcomes, [name]),
-            "Δ is paired by trial, with a 95 % confidence interval (Student's t), not corrected "
-            "for multiple tests. Bold marks the best method, without controls.",
-        ),
-        {**_KEYS, "n": "n"},
+        _results_caption(outcomes, name),
+        {**_HEADINGS_OF_SET, "n": "n"},
         [*columns, delta],
         outcomes.order(with_differences, _ORDER_OF_SET),
         group=("model", "selection"),
         origins=outcomes.shared_origins,
+    )
+
+
+def _with_accuracies(outcomes: DomainOutcomes, name: str) -> tuple[pd.DataFrame, list[Column]]:
+    """Average the accuracies on each held-out environment of an image set over trials.
+
+    Returns:
+        A row for each selection, model and method, with the number of trials ``n``; and the printed
+        columns: one for each held-out environment, and their average.
+    """
+    cells = outcomes.shared[outcomes.shared["task"] == name]
+    by_environment = cells.groupby([*CELL, "eval_task"], sort=False)["value"]
+    means = by_environment.agg(mean="mean", error=_domainbed_error).reset_index()
+    numbers = means[["eval_task", *CELL, "mean", "error"]]
+
+    trials = cells.groupby(CELL, sort=False).agg(n=("seed", "nunique")).reset_index()
+    held_out = set(cells["eval_task"])
+    envs = [env for env in outcomes.environments(name) if env in held_out]
+    headings = {env: outcomes.env_title(name, env) for env in envs}
+    with_envs, env_columns = common.with_columns(
+        trials, CELL, numbers, headings, metric="accuracy", std="error"
+    )
+    return common.with_average(with_envs, env_columns, metric="accuracy")
+
+
+def _results_caption(outcomes: DomainOutcomes, name: str) -> str:
+    """Return the caption of :func:`results`."""
+    return _sentences(
+        "Accuracy on the in split of the held-out environment (80 % of its images"
+        f"{_limit_note(outcomes, name)}). Mean over n trials. {_ERROR_NOTE}.",
+        outcomes.shared_note,
+        _held_out_note(outcomes, [name]),
+        _selections_note(outcomes, [name]),
+        _experts_note(outcomes, [name]),
+        "Δ is paired by trial, with a 95 % confidence interval (Student's t), not corrected "
+        "for multiple tests. Bold marks the best method, without controls.",
     )
 
 
@@ -113,13 +132,15 @@ def choices(outcomes: DomainOutcomes, name: str) -> Table:
     # hparams_seed 0 stands for the default hyper-parameters
     draws = ordered["hparams_seed"].astype(str).replace("0", "defaults")
     frame = ordered.assign(eval_task_title=env_titles, draw=draws)
+    # the columns that name a row, with their headings
     keys = {
-        **_KEYS,
+        **_HEADINGS_OF_SET,
         "eval_task_title": "Held out",
         "seed": "Trial",
         "step": "Step",
         "draw": "Draw",
     }
+    # a variant is empty if the method has its usual settings
     if frame["variant"].any():
         keys["variant"] = "Variant"
     return Table(
@@ -142,28 +163,31 @@ def summary(outcomes: DomainOutcomes) -> Table:
     """Make DomainBed's summary table: a column for each image set, and their average."""
     keys = ["selection", "model", "method"]
     by_cell = outcomes.trials().groupby(CELL, sort=False)
-    spread = by_cell.agg(mean="mean", error=_domainbed_error, n="count").reset_index()
-    numbers = spread[["task", *keys, "mean", "error"]]
+    means = by_cell.agg(mean="mean", error=_domainbed_error, n="count").reset_index()
+    numbers = means[["task", *keys, "mean", "error"]]
 
     # a row for each selection, model and method, and a column for each image set
-    counts = common.format_counts(spread, keys)
+    counts = common.format_counts(means, keys)
     headings = {name: outcomes.title("task", name) for name in outcomes.sets}
-    frame, columns = common.with_columns(counts, keys, numbers, headings, "accuracy", std="error")
+    frame, columns = common.with_columns(
+        counts, keys, numbers, headings, metric="accuracy", std="error"
+    )
     # one set needs no average
     if len(columns) > 1:
-        frame, columns = common.with_average(frame, columns, "accuracy")
+        frame, columns = common.with_average(frame, columns, metric="accuracy")
+    caption = _sentences(
+        "Mean over the held-out environments of a trial, then over n trials.",
+        f"{_ERROR_NOTE}.",
+        outcomes.shared_note,
+        _held_out_note(outcomes, outcomes.sets),
+        "The average needs a row with all sets.",
+        _selections_note(outcomes, outcomes.sets),
+        _experts_note(outcomes, outcomes.sets),
+    )
     return Table(
         "Accuracy on held-out environments, by set",
-        _sentences(
-            "Mean over the held-out environments of a trial, then over n trials.",
-            f"{_ERROR}.",
-            outcomes.shared_note,
-            _held_out_note(outcomes, outcomes.sets),
-            "The average needs a row with all sets.",
-            _selections_note(outcomes, outcomes.sets),
-            _experts_note(outcomes, outcomes.sets),
-        ),
-        {**_KEYS, "n": "n"},
+        caption,
+        {**_HEADINGS_OF_SET, "n": "n"},
         columns,
         outcomes.order(frame, _ORDER_OF_SET),
         group=("model", "selection"),
@@ -173,15 +197,25 @@ def summary(outcomes: DomainOutcomes) -> Table:
 
 def tests_table(outcomes: DomainOutcomes) -> Table:
     """Make the table of significance tests against the baseline, paired by trial."""
+    baseline = outcomes.baseline_title
     return common.tests_table(
-        outcomes.baseline_title,
-        f"Differences to {outcomes.baseline_title} of the mean over held-out environments, paired "
-        "by trial, over all n trials of both rows. Other tables use the trials that all their rows "
+        against=baseline,
+        caption=f"Differences to {baseline} of the mean over held-out environments, paired by "
+        "trial, over all n trials of both rows. Other tables use the trials that all their rows "
         "share.",
-        {**_ROW, "n": "n"},
-        "accuracy",
-        outcomes.order(outcomes.tests, _ORDER),
+        keys={**_HEADINGS, "n": "n"},
+        metric="accuracy",
+        frame=outcomes.order(outcomes.tests, _ORDER),
     )
+
+
+_MEASURED_ON = (
+    "the out splits of all environments at the last step. Expert tells class (environment) is the "
+    "mutual information of a token's expert and its image's class (environment). By chance: its "
+    f"mean and 95 % quantile over {PERMUTATIONS} shuffles of classes over the images of an "
+    "environment (environments over those of a class). Only values above the quantile are "
+    "meaningful"
+)
 
 
 def cost(outcomes: DomainOutcomes) -> Table:
@@ -192,17 +226,22 @@ def cost(outcomes: DomainOutcomes) -> Table:
     cell = ["model", "task", "method"]
     cells = outcomes.records[cell].drop_duplicates()
     return common.cost_table(
-        {"model_title": "Model", "task_title": "Set", "method_title": "Method"},
-        outcomes.order(cells, cell),
-        cell,
-        outcomes.records,
+        keys={"model_title": "Model", "task_title": "Set", "method_title": "Method"},
+        frame=outcomes.order(cells, cell),
+        cell=cell,
+        records=outcomes.records,
         averaged="Means over all runs; step times exclude reading and augmenting images",
-        measured_on="the out splits of all environments at the last step. Expert tells class "
-        "(environment) is the mutual information of a token's expert and its image's class "
-        f"(environment). By chance: its mean and 95 % quantile over {PERMUTATIONS} shuffles of "
-        "classes over the images of an environment (environments over those of a class). Only "
-        "values above the quantile are meaningful",
+        measured_on=_MEASURED_ON,
     )
+
+
+_PAPER_CAPTION = (
+    "Accuracy, mean over the environments of a set, each held out in turn; the average of four is "
+    "over PACS, VLCS, OfficeHome and TerraIncognita. Status: published (from the authors' "
+    "notebooks, or quoted), inferred (published, but the selection or the row is our "
+    "interpretation). A dash: not run by this suite, or unavailable. Results with another model "
+    "and other data neither confirm nor refute a published value."
+)
 
 
 def paper_table(outcomes: DomainOutcomes) -> Table:
@@ -215,45 +254,41 @@ def paper_table(outcomes: DomainOutcomes) -> Table:
     comparable = means[means["task"].isin(published["task"])]
     ours = pd.concat([comparable, _averages_of_four(outcomes)])
 
+    # an outer join keeps the rows that only the paper has, or only we have
     keys = ["model", "task", "method", "selection"]
     both = shares.merge(ours, on=keys, how="outer", sort=False)
     compared = both.assign(difference=both["ours"] - both["value"])
     return common.published_table(
-        "Published averages beside ours",
-        _sentences(
-            "Accuracy, mean over the environments of a set, each held out in turn; the average of "
-            "four is over PACS, VLCS, OfficeHome and TerraIncognita. Status: published (from the "
-            "authors' notebooks, or quoted), inferred (published, but the selection or the row is "
-            "our interpretation). A dash: not run by this suite, or unavailable. Results with "
-            "another model and other data neither confirm nor refute a published value.",
-            outcomes.shared_note,
-            _experts_note(outcomes, outcomes.sets),
+        title="Published averages beside ours",
+        caption=_sentences(
+            _PAPER_CAPTION, outcomes.shared_note, _experts_note(outcomes, outcomes.sets)
         ),
-        {
+        keys={
             "selection_title": "Selection",
             "task_title": "Set",
             "model_title": "Model",
             "method_title": "Method",
         },
-        outcomes.order(compared, ["selection", "task", "model", "method"]),
+        frame=outcomes.order(compared, ["selection", "task", "model", "method"]),
         origins=outcomes.shared_origins,
     )
 
 
 def _averages_of_four(outcomes: DomainOutcomes) -> pd.DataFrame:
-    """Average the accuracies over the paper's four image sets, in the trials that have all four.
+    """Average our accuracies over the paper's four image sets, then over trials.
 
-    Returns the columns of :func:`.common.our_means` for each selection, model and method.
+    Only trials with all four image sets count. Returns the columns of :func:`.common.our_means` for
+    each selection, model and method. The column ``task`` has the name of the average.
     """
+    # one accuracy for each selection, model, image set, method and trial
+    accuracies = outcomes.trials(complete=True)
+    is_of_four = accuracies.index.get_level_values("task").isin(FOUR)
     keys = ["selection", "model", "method"]
-    trials = outcomes.trials(complete=True)
-    is_of_four = trials.index.get_level_values("task").isin(FOUR)
-    by_trial = trials[is_of_four].groupby([*keys, "seed"], sort=False)
-    # a trial without one of the sets has no average
-    has_all = by_trial.count() == len(FOUR)
-    means = by_trial.mean()[has_all]
-    averages = common.our_means(means, keys)
-    return averages.assign(task=_FOUR)
+    by_trial = accuracies[is_of_four].groupby([*keys, "seed"], sort=False)
+    num_sets = by_trial.count()
+    average_by_trial = by_trial.mean()
+    complete_trials = average_by_trial[num_sets == len(FOUR)]
+    return common.our_means(complete_trials, keys).assign(task=_AVERAGE_NAME)
 
 
 def verdicts(outcomes: DomainOutcomes) -> Iterator[str]:
@@ -306,8 +341,8 @@ def _selections_note(outcomes: DomainOutcomes, names: list[str]) -> str:
         # MNIST's digits are never augmented
         if spec.hparams.data_augmentation and not spec.task.source.mnist:
             val_augments.add(spec.training.val_augment)
-    validation = [text for value, text in _VALIDATION.items() if value in val_augments]
-    return _sentences(_SELECTIONS, *validation)
+    validation = [text for value, text in _VALIDATION_NOTES.items() if value in val_augments]
+    return _sentences(_SELECTIONS_NOTE, *validation)
 
 
 def _experts_note(outcomes: DomainOutcomes, names: list[str]) -> str:
@@ -315,19 +350,13 @@ def _experts_note(outcomes: DomainOutcomes, names: list[str]) -> str:
 
     Empty if no method has experts.
     """
-    # such as "2 of 8 in 8, 10", by title of the method
+    # the distinct settings of a method's runs, by title of the method
     settings_by_title: dict[str, list[str]] = {}
     for run in _runs_on(outcomes, names):
-        config = run.config
-        if not config:
+        if not run.config:  # a dense model
             continue
-        layers = config["layers"]
-        # a word such as "all", or numbers
-        if isinstance(layers, list):
-            layers = ", ".join(str(layer) for layer in layers)
-        setting = f"{config['top_k']} of {config['num_experts']} in {layers}"
-        # runs of one method may differ
         settings = settings_by_title.setdefault(outcomes.title("method", run.method), [])
+        setting = _experts_setting(run.config)
         if setting not in settings:
             settings.append(setting)
     if not settings_by_title:
@@ -338,8 +367,17 @@ def _experts_note(outcomes: DomainOutcomes, names: list[str]) -> str:
     return f"Experts per token, and blocks with experts: {'; '.join(methods)}."
 
 
+def _experts_setting(config: Mapping[str, Any]) -> str:
+    """Describe the experts of a run, such as ``2 of 8 in 8, 10``: 2 of 8 experts in two blocks."""
+    layers = config["layers"]
+    # numbers, or a word such as "all"
+    if isinstance(layers, list):
+        layers = ", ".join(str(layer) for layer in layers)
+    return f"{config['top_k']} of {config['num_experts']} in {layers}"
+
+
 def _held_out_note(outcomes: DomainOutcomes, names: list[str]) -> str:
-    """Return the counts of held-out environments, for image sets that did not hold out all."""
+    """Return a sentence for each image set of which only some environments were held out."""
     sentences = []
     for name in names:
         held_out = outcomes.held_out(name)
@@ -351,9 +389,9 @@ def _held_out_note(outcomes: DomainOutcomes, names: list[str]) -> str:
 
 
 def _domainbed_error(values: pd.Series[float]) -> float:
-    """Return DomainBed's ± of one value per trial; nan for one trial.
+    """Return DomainBed's ±: the population deviation, divided by the root of the count of values.
 
-    It is the population standard deviation, divided by the root of the number of trials.
+    There is one value for each trial. The result is nan for a single trial.
     """
     if len(values) < 2:
         return math.nan

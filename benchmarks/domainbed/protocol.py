@@ -166,8 +166,9 @@ def _definitions(registry: Registry, dataset: str) -> dict[str, _HyperParameter]
         definitions["weight_decay"] = _fixed(0.0)
         definitions["batch_size"] = _HyperParameter(64, _log2_uniform(3, 9))
         return definitions
-    largest_batch = 5 if dataset == "DomainNet" else 5.5
-    definitions["batch_size"] = _HyperParameter(32, _log2_uniform(3, largest_batch))
+    # the logarithm of the largest batch; DomainNet's is smaller
+    log2_largest = 5 if dataset == "DomainNet" else 5.5
+    definitions["batch_size"] = _HyperParameter(32, _log2_uniform(3, log2_largest))
     if registry == "emoe" and dataset in _FORK:
         defaults = _FORK[dataset]
         definitions["lr"] = _HyperParameter(defaults.lr, _log10_uniform(-4.5, -2.5))
@@ -210,8 +211,8 @@ class RunRecords:
 
     Attributes:
         test_envs: The numbers of the held-out environments.
-        choice: The index of the run's hyper-parameters in the list of all that a selection
-            compares, sorted by ``hparams_seed``.
+        choice: The number of the run's hyper-parameters: their index in the list of all
+            hyper-parameters that a selection compares, which is sorted by ``hparams_seed``.
         records: One dictionary per evaluated step, with ``step``, ``env<i>_in_acc`` and
             ``env<i>_out_acc``.
     """
@@ -228,7 +229,7 @@ class SelectedRecord:
     Attributes:
         value: The accuracy that the selection maximises.
         record: The accuracies at the chosen step, as in :class:`RunRecords`.
-        choice: The index of the hyper-parameters of the chosen run, see :class:`RunRecords`.
+        choice: The number of the chosen run's hyper-parameters, as in :class:`RunRecords`.
     """
 
     value: float
@@ -296,25 +297,15 @@ def _cross_validate(run: RunRecords, runs: Sequence[RunRecords], env: int) -> Se
     and another environment, with the same hyper-parameters. None if no step has an accuracy for
     every other environment.
     """
-    # by other environment and step
-    accuracies_of_pairs: dict[tuple[int, int], float] = {}
-    for pair in runs:
-        is_pair = len(pair.test_envs) == 2 and env in pair.test_envs
-        if is_pair and pair.choice == run.choice:
-            (other,) = [number for number in pair.test_envs if number != env]
-            for record in pair.records:
-                accuracies_of_pairs[other, record["step"]] = record[f"env{other}_in_acc"]
-
+    same_choice = [other_run for other_run in runs if other_run.choice == run.choice]
+    accuracy_on = _accuracies_of_pairs(same_choice, env)
     candidates = []
     for record in run.records:
+        step = record["step"]
         others = [other for other in _environments(record) if other != env]
-        accuracies = []
-        for other in others:
-            key = (other, record["step"])
-            if key in accuracies_of_pairs:
-                accuracies.append(accuracies_of_pairs[key])
         # a step counts only if all other environments have an accuracy
-        if len(accuracies) == len(others):
+        if all((other, step) in accuracy_on for other in others):
+            accuracies = [accuracy_on[other, step] for other in others]
             value = float(np.sum(accuracies) / len(others))
             candidates.append(SelectedRecord(value, record, run.choice))
     if not candidates:
@@ -322,11 +313,28 @@ def _cross_validate(run: RunRecords, runs: Sequence[RunRecords], env: int) -> Se
     return _first_best(candidates)
 
 
+def _accuracies_of_pairs(runs: Sequence[RunRecords], env: int) -> dict[tuple[int, int], float]:
+    """Collect the accuracies of the runs that hold out ``env`` and one other environment.
+
+    Returns the accuracy on the *in* split of the other environment, by its number and the step.
+    """
+    accuracies = {}
+    for run in runs:
+        if len(run.test_envs) == 2 and env in run.test_envs:
+            (other,) = [number for number in run.test_envs if number != env]
+            for record in run.records:
+                accuracies[other, record["step"]] = record[f"env{other}_in_acc"]
+    return accuracies
+
+
 def oracle_validation(runs: Sequence[RunRecords], env: int) -> SelectedRecord | None:
     """Choose the run with the highest *out* accuracy of the held-out environment at its last step.
 
     This is an oracle, because it uses images of the held-out environment. The arguments are those
-    of :func:`training_domain_validation`, as is the result.
+    of :func:`training_domain_validation`.
+
+    Returns:
+        The chosen run and its last step; None if no run holds out ``env`` alone.
     """
     candidates = []
     for run in _runs_holding_out(runs, env):

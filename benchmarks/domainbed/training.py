@@ -107,11 +107,8 @@ class DomainTrainer(RoutedTrainer):
         self.probe = Probe()
         self._say = progress.say
         self._precision = available_precision(training.precision)
-        # a run's spec has the set's number instead of null
-        every = cast(int, training.eval_every)
-        base_lr_ratio = 1.0
-        if training.lora:
-            base_lr_ratio = training.lora.base_lr_ratio
+        # never null in a run's spec, which has the set's number instead
+        eval_every = cast(int, training.eval_every)
         images_per_step = len(draws) // training.steps
         arguments = _arguments(spec, folder, images_per_step, self._precision)
         # the probe compares machines, so any fixed images will do
@@ -121,13 +118,13 @@ class DomainTrainer(RoutedTrainer):
             args=arguments,
             order=draws,
             trainable=classifier,
-            base_lr_ratio=base_lr_ratio,
+            base_lr_ratio=training.lora.base_lr_ratio if training.lora else 1.0,
             optimizer_cls_and_kwargs=(torch.optim.Adam, {"lr": hparams.lr}),
             probe=self.probe,
             train_dataset=train,
             eval_dataset=self._splits,
             compute_metrics=_accuracy,
-            callbacks=[progress, self._stopwatch, EvaluationSteps(every)],
+            callbacks=[progress, self._stopwatch, EvaluationSteps(eval_every)],
         )
 
     @property
@@ -147,7 +144,7 @@ class DomainTrainer(RoutedTrainer):
         return [name for name, _ in model.named_parameters()]
 
     def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> Any:
-        # so that every evaluation has new random transforms
+        # the step seeds random transforms, so every evaluation has new ones
         rows: Any = dataloader.dataset
         rows.step = self.state.global_step
         # a data loader takes a seed from the global generator, which training uses
@@ -165,6 +162,7 @@ class DomainTrainer(RoutedTrainer):
         self.train(resume_from_checkpoint=checkpoint)
         # Trainer logs the loss and each split in separate entries of the same step
         records: dict[int, dict[str, Any]] = {}
+        evaluated_steps = set()
         for entry in self.state.log_history:
             step = int(entry["step"])
             # DomainBed counts from 0
@@ -175,8 +173,9 @@ class DomainTrainer(RoutedTrainer):
                 key = f"eval_{name}_{ACCURACY}"
                 if key in entry:
                     record[f"{name}_acc"] = entry[key]
-        # Trainer's last log entry has no evaluation, so its record has at most a step and a loss
-        return [record for record in records.values() if len(record) > 2]
+                    evaluated_steps.add(step)
+        # leaves out the summary that Trainer logs at the end
+        return [record for step, record in records.items() if step in evaluated_steps]
 
     def predict_splits(
         self, splits: Sequence[EvaluationRows], num_classes: int
@@ -223,15 +222,15 @@ class DomainTrainer(RoutedTrainer):
     def _routing(
         self, splits: Sequence[EvaluationRows], num_classes: int, record: RoutingRecord
     ) -> dict[str, Any]:
-        """Summarise the recorded routing, and measure its information on class and environment.
+        """Summarise the recorded routing, and measure what experts tell about labels.
 
         Returns:
             - the statistics of the record, as means over layers.
             - the mutual information of experts with ``class`` and ``environment`` in bits, as means
               over layers, with their values by chance.
-            - ``loads``: by layer, the expert choices ``[environments, classes, experts]``.
-            - ``chance``: by layer, then for ``class`` and ``environment``, the mean and the 95 %
-              quantile of the information of shuffled labels, in bits.
+            - ``loads``: for each layer, the expert choices ``[environments, classes, experts]``.
+            - ``chance``: for each layer, the mean and the 95 % quantile of the information that
+              shuffled labels have, in bits: of the ``class``, and of the ``environment``.
         """
         # the environment and the class of each image, in the order of the recorded images
         images_of_split = [len(rows) for rows in splits]
@@ -240,15 +239,16 @@ class DomainTrainer(RoutedTrainer):
         # [images, layers, experts]
         loads_of_layers = [loads_by_row(layer, len(classes)) for layer in record.layers.values()]
         loads = np.stack(loads_of_layers, axis=1)
-        # the sums over the images, [environments, classes, layers, experts]
-        counts = np.zeros((len(splits), num_classes, *loads.shape[1:]), dtype=np.int64)
-        np.add.at(counts, (environments, classes), loads)
-
         # classes are shuffled within each environment, and environments within each class, so that
-        # chance includes what one label tells about the other; [1 + shuffles, layers]
+        # chance includes what one label tells about the other
+        # [1 + shuffles, layers]; the first is the information of the true labels
         class_bits = shuffled_information(loads, classes, environments, self._seed)
         environment_bits = shuffled_information(loads, environments, classes, self._seed)
 
+        # the sums over the images of an environment and class: [environments, classes, layers,
+        # experts]; add.at also adds several images of the same environment and class
+        counts = np.zeros((len(splits), num_classes, *loads.shape[1:]), dtype=np.int64)
+        np.add.at(counts, (environments, classes), loads)
         loads_by_layer = {}
         chance_by_layer = {}
         for index, layer in enumerate(record.layers):

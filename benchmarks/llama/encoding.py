@@ -68,6 +68,7 @@ class EncodedRows(Dataset[dict[str, Any]]):
         self.rows: list[EncodedRow] = []
         self.broken: list[str] = []
         self._states: PrefixStates | None = None
+        # the offsets of the tokens separate prompt and response
         options = {"add_special_tokens": template.special_tokens, "return_offsets_mapping": True}
         for row in instructions:
             prompt = template.prompt(row)
@@ -132,7 +133,7 @@ class EncodedRows(Dataset[dict[str, Any]]):
         return inputs
 
     def summary(self) -> dict[str, Any]:
-        """Count rows and tokens, for ``metrics.json``: used, learned (of responses) and cut."""
+        """Count the rows and the tokens, and what was cut, for ``metrics.json``."""
         lengths = [len(row.tokens) for row in self.rows]
         prompt_lengths = [row.begin for row in self.rows]
         cuts = [row.cut for row in self.rows]
@@ -160,11 +161,11 @@ def _response_start(prompt: str, offsets: Sequence[tuple[int, int]]) -> int:
 
     Args:
         prompt: The prompt, with which the tokenised text begins.
-        offsets: The first letter and the end of each token in the text.
+        offsets: Where each token begins and ends in the text.
     """
     for index, (start, end) in enumerate(offsets):
         reaches_response = end > len(prompt)
-        covered_prompt = prompt[start:]
+        covered_prompt = prompt[start:]  # empty if the token begins in the response
         if reaches_response and not covered_prompt.strip():
             return index
     return len(offsets)
@@ -196,10 +197,11 @@ def without_prompt_logits(collate: Collate, model: nn.Module) -> Collate:
         labels = batch["labels"]  # [rows, tokens]
         # the positions at which any row has a response token
         learned = (labels != IGNORED).any(dim=0).nonzero()
-        keep = 1  # without response tokens; 0 would keep all logits
-        if len(learned):
-            # one position more, because the token before the response predicts its first token
-            keep = labels.shape[1] - int(learned[0]) + 1
+        num_positions = labels.shape[1]
+        first_learned = int(learned[0]) if len(learned) else num_positions
+        # one position more, because the token before the response predicts its first token; and
+        # without a response, 0 would keep all logits
+        keep = num_positions - first_learned + 1
         return {**batch, "labels": labels[:, -keep:], "logits_to_keep": keep}
 
     return collated

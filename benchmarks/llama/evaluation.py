@@ -65,6 +65,7 @@ def load_task(entry: EvaluationTask) -> dict[str, Any]:
     except Exception as error:  # the hub, parsers and the task's own code raise many types
         raise DataError(f"lm-eval cannot load '{name}': {first_line(error)}") from error
     metrics_of_tasks = []
+    # of a group, each subject is a task
     for subject, task in loaded["tasks"].items():
         _check_subject(entry, subject, task, where)
         metrics_of_tasks.append(list(task.aggregation()))
@@ -91,6 +92,7 @@ def _check_subject(entry: EvaluationTask, subject: str, task: Any, where: str) -
     if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
         raise DefinitionError(f"{where}, but '{subject}' executes generated code or needs images")
     shots = entry.num_fewshot
+    # 0 in lm-eval's own settings means that the task forbids few-shot examples
     if shots and task.get_config("num_fewshot") == 0:
         raise DefinitionError(
             f"{where} with {shots} shots, but '{subject}' has none in lm-eval; set 0"
@@ -164,7 +166,7 @@ def run_task(
         prefix: The frozen layers of the model, if any.
 
     Returns:
-        The result of :func:`summarise`, and ``source``: the sources of the questions.
+        The summary of :func:`summarise`, and ``source``: the sources of the questions.
     """
     wrapped = SharedPromptLM(
         prefix=prefix,
@@ -179,7 +181,7 @@ def run_task(
     torch.manual_seed(_SEED)
     tasks = loaded["tasks"].values()
     for task in tasks:
-        # 0 means that the task forbids few-shot examples
+        # 0 means that the task forbids few-shot examples, so it stays 0
         if task.get_config("num_fewshot") != 0:
             task.set_config(key="num_fewshot", value=entry.num_fewshot)
         task.set_fewshot_seed(seed=_SEED)
@@ -219,24 +221,15 @@ class _Subjects:
 
 
 def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Summarise lm-eval's result of a task or group.
-
-    A subject is a task of the group. A category is a group that has only some of the subjects.
+    """Summarise lm-eval's result of a task or a group of tasks.
 
     Returns:
-        A dictionary with the keys
-
         - ``questions``: the number of questions.
-        - ``metric``: the main metric, which all subjects have; ``acc`` if possible.
-        - ``categories``: for each category, the main metric and the number of ``questions``.
-        - ``subjects``: for each subject, all metrics and the number of ``questions``.
-        - ``scores``: ``accuracy`` over all questions; ``accuracy_macro``, the mean of several
-          subjects; ``accuracy_norm`` and ``nats_per_byte`` if all subjects have them. Without
-          accuracy, only ``task_score``: the main metric over all questions.
-        - ``correct``: for each subject, a digit per question, which is 1 if the answer is right.
-          Empty without accuracy, or if some accuracy is neither 0 nor 1.
-        - ``nats_per_byte``: for each subject, the result of :func:`nats_per_byte`. Missing if a
-          subject has none.
+        - ``metric``: lm-eval's name of the main metric: accuracy, if all tasks have one.
+        - ``categories``: the main metric of each category, which is a subgroup.
+        - ``subjects``: all metrics of each subject, which is a task of the group.
+        - ``scores``: means over all questions.
+        - ``correct`` and ``nats_per_byte``: the results of single questions, by subject.
     """
     # groups have no count of questions
     counts = {name: int(count["effective"]) for name, count in result["n-samples"].items()}
@@ -247,26 +240,43 @@ def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
 
     titled_subjects = {}
     for name, values in metrics.items():
-        titled_subjects[_alias(result, name)] = {**values, "questions": counts[name]}
+        titled_subjects[_title(result, name)] = {**values, "questions": counts[name]}
     summary = {
         "questions": subjects.count(counts),
         "metric": metric,
         "categories": _summarise_categories(result, subjects, metric),
         "subjects": titled_subjects,
     }
-    if metric != _ACCURACY:
-        # only tasks with an accuracy record single questions
-        task_score = subjects.mean(metric, list(counts))
-        return {**summary, "scores": {"task_score": task_score}, "correct": {}}
+    # only tasks with an accuracy record single questions
+    if metric == _ACCURACY:
+        samples = {_title(result, name): result["samples"][name] for name in counts}
+        return {**summary, **_summarise_answers(subjects, samples)}
+    task_score = subjects.mean(metric, list(counts))
+    return {**summary, "scores": {"task_score": task_score}, "correct": {}}
 
-    accuracies = _accuracies(subjects)
-    samples = {_alias(result, name): result["samples"][name] for name in counts}
+
+def _summarise_answers(
+    subjects: _Subjects, samples: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """Summarise the answers to questions that are scored by accuracy.
+
+    Args:
+        subjects: The tasks, which all have an accuracy.
+        samples: lm-eval's samples of each task, by title of the task.
+
+    Returns:
+        - ``scores``: the accuracies of :func:`_accuracies`, and the mean ``nats_per_byte``.
+        - ``correct``: the digits of :func:`_correct_by_subject`.
+        - ``nats_per_byte``: the numbers of :func:`nats_per_byte`, by title of the task. If a task
+          has none, this key is missing, here and in ``scores``.
+    """
+    scores: dict[str, float | None] = {**_accuracies(subjects)}
     correct = _correct_by_subject(samples)
     nats = _nats_by_subject(samples)
     if nats is None:
-        return {**summary, "scores": accuracies, "correct": correct}
-    scores: dict[str, float | None] = {**accuracies, NATS: _mean_nats(nats)}
-    return {**summary, "scores": scores, "correct": correct, NATS: nats}
+        return {"scores": scores, "correct": correct}
+    scores[NATS] = _mean_nats(nats)
+    return {"scores": scores, "correct": correct, NATS: nats}
 
 
 def _summarise_categories(
@@ -274,16 +284,16 @@ def _summarise_categories(
 ) -> dict[str, dict[str, float]]:
     """Average a metric over the questions of each category, and count these questions.
 
-    A category is a group that has some of the subjects, but not all. Returns by title of the
-    category the ``metric`` and the number of ``questions``.
+    A category is a group that has some of the tasks, but not all. Returns the metric (under its
+    name) and the number of ``questions`` of each category, by its title.
     """
     categories = {}
     members_of_group = result.get("group_subtasks", {})
     for group in members_of_group:
         leaves = [leaf for leaf in _leaves(group, members_of_group) if leaf in subjects.counts]
-        # the group of all tasks is not a category
-        if leaves and len(leaves) < len(subjects.counts):
-            categories[_alias(result, group)] = {
+        has_all_tasks = len(leaves) == len(subjects.counts)
+        if leaves and not has_all_tasks:
+            categories[_title(result, group)] = {
                 metric: subjects.mean(metric, leaves),
                 "questions": subjects.count(leaves),
             }
@@ -291,9 +301,13 @@ def _summarise_categories(
 
 
 def _accuracies(subjects: _Subjects) -> dict[str, float]:
-    """Return ``accuracy`` and, if they exist, ``accuracy_macro`` and ``accuracy_norm``.
+    """Return the accuracies of all tasks together.
 
-    The first and the last are means over questions. The second is the mean over several subjects.
+    Returns:
+        - ``accuracy``: the mean over all questions.
+        - ``accuracy_macro``: the mean of the accuracies of the tasks, if there are several.
+        - ``accuracy_norm``: the mean over all questions of the accuracy by length, if all tasks
+          have it.
     """
     names = list(subjects.counts)
     accuracies = {"accuracy": subjects.mean(_ACCURACY, names)}
@@ -306,7 +320,10 @@ def _accuracies(subjects: _Subjects) -> dict[str, float]:
 
 
 def _correct_by_subject(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
-    """Return the text of :func:`_correct_digits` for each subject; empty if a subject has none."""
+    """Return the text of :func:`_correct_digits` for each subject.
+
+    The dictionary is empty if any subject has no such text.
+    """
     correct = {}
     for subject, rows in samples.items():
         digits = _correct_digits(rows)
@@ -330,7 +347,7 @@ def _correct_digits(samples: Sequence[Mapping[str, Any]]) -> str | None:
 def _nats_by_subject(
     samples: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> dict[str, list[float | None]] | None:
-    """Return the list of :func:`nats_per_byte` for each subject; None if a subject has none."""
+    """Return the list of :func:`nats_per_byte` for each subject; None if any subject has none."""
     nats = {}
     for subject, rows in samples.items():
         values = nats_per_byte(rows)
@@ -352,16 +369,15 @@ def _mean_nats(nats: Mapping[str, Sequence[float | None]]) -> float | None:
 def nats_per_byte(samples: Sequence[Mapping[str, Any]]) -> list[float | None] | None:
     """Return the negative log-likelihood of each right answer, divided by the answer's bytes.
 
-    It differs between models even if their accuracy is at chance. As in lm-eval's ``acc_bytes``,
-    blanks around an answer are not counted.
+    As in lm-eval's ``acc_bytes``, blanks around an answer are not counted.
 
     Args:
         samples: The samples of one task of lm-eval.
 
     Returns:
-        A number for each question, in the order of the questions. A number is None if it is not
-        finite. The whole result is None if a question has no choice of answers, or if all answers
-        are single letters.
+        A number for each question, in the order of the questions; a number that is not finite is
+        replaced by None. Instead of the list, None if the questions are not multiple-choice, or
+        all answers are single letters.
     """
     in_order = _in_order(samples)
     if not all(_is_choice(sample) for sample in in_order):
@@ -386,15 +402,20 @@ def _in_order(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def _is_choice(sample: Mapping[str, Any]) -> bool:
     """Return True if a sample has one prompt and several answers, and its target is one of them."""
+    # one request for each answer
     requests = sample.get("arguments", ())
     right = sample.get("target")
+    # a task without choices has one request, or a text as target; True is an int, but no index
     if type(right) is not int or len(requests) < 2:
         return False
+    # a request has a prompt and an answer; others have only a text, or an image, too
     if any(len(request) != 2 for request in requests):
         return False
+    # winogrande's choices are prompts, and the answer is the same
     prompts = {prompt for prompt, _ in requests}
     if len(prompts) > 1:
         return False
+    # numbers per byte need a byte
     _, right_answer = requests[right]
     return _bytes(right_answer) > 0
 
@@ -418,7 +439,7 @@ def _leaves(group: str, members_of_group: Mapping[str, Sequence[str]]) -> Iterat
             yield member
 
 
-def _alias(result: Mapping[str, Any], name: str) -> str:
+def _title(result: Mapping[str, Any], name: str) -> str:
     """Return lm-eval's title of a task or group, without the dashes that indent it."""
     values = result["results"].get(name, {})
     title = str(values.get("alias", name))
@@ -432,6 +453,7 @@ def _metric_values(values: Mapping[str, Any]) -> dict[str, float]:
     """
     metrics = {}
     for key, value in values.items():
+        # other keys, such as "alias", have no comma
         is_metric = "," in key and "_stderr" not in key
         if is_metric and isinstance(value, int | float):
             metrics[key.removesuffix(",none")] = float(value)
@@ -451,14 +473,15 @@ def held_out_loss(
     collate = without_prompt_logits(collator(tokenizer), model)
     # batches of rows with similar lengths have little padding
     lengths = [len(row.tokens) for row in rows.rows]
-    shortest_first = sorted(range(len(rows)), key=lambda number: lengths[number])
+    shortest_first = sorted(range(len(rows)), key=lambda number: lengths[number])  # row numbers
     total_loss = 0.0
     total_tokens = 0
     for start in range(0, len(rows), batch_size):
         numbers = shortest_first[start : start + batch_size]
         batch = collate([rows[number] for number in numbers])
         inputs = send_to_device(dict(batch), model.device)
-        # the logits of a token predict the next one
+        # the logits of a token predict the next token, so the first label and the last logits
+        # have no partner
         labels = inputs.pop("labels")[:, 1:]
         with autocast(model, precision):
             logits = model(**inputs).logits[:, :-1]

@@ -52,8 +52,7 @@ def export(path: Path, output: Path, form: str) -> str:
     spec = _read_spec(run, folder)
     check_new(output)
     model = _load_trained(run, spec, folder)
-    routed = routed_layers(model)
-    if form == EXPERTS and not routed:
+    if form == EXPERTS and not routed_layers(model):
         raise DataError(f"{run.id} has no experts; export it as {DENSE}")
 
     tokenizer = load_tokenizer(spec.model)
@@ -61,20 +60,24 @@ def export(path: Path, output: Path, form: str) -> str:
     # generation stops where the responses of the training ended
     if model.generation_config is not None:
         model.generation_config.eos_token_id = template.end_tokens
-    if form == EXPERTS:
-        emoe.save_pretrained(model, output)
-    else:
-        if routed:
-            emoe.to_dense_(model, restore_order=True)
-        save_weights(model, output)
+    description = _save_model(model, output, form)
     tokenizer.chat_template = template.as_chat_template()
     tokenizer.save_pretrained(output)
     shutil.copyfile(path, output / "run.json")
+    return description
 
+
+def _save_model(model: PreTrainedModel, output: Path, form: str) -> str:
+    """Save a model to a folder, as ``dense`` or ``emoe``, and describe what is saved."""
     name = type(model).__name__
+    routed = routed_layers(model)
     if form == EXPERTS:
+        emoe.save_pretrained(model, output)
         layers = ", ".join(str(layer.ffn.index) for layer in routed)
         return f"{name}, experts in layers {layers}"
+    if routed:
+        emoe.to_dense_(model, restore_order=True)
+    save_weights(model, output)
     return f"{name}, dense"
 
 
@@ -102,13 +105,12 @@ def _load_trained(run: Run, spec: InstructionSpec, folder: Path) -> PreTrainedMo
         spec: The spec of the run.
         folder: The folder of the run.
     """
-    runs_folder = folder.parents[1]  # above the folders of the run and of its benchmark
-    recorded_digest = read_record(run, runs_folder).metrics.weights
     # adapters cannot be merged into quantised weights
     unquantised_model = spec.model.model_copy(update={"quantize": None})
     unquantised_spec = spec.model_copy(update={"model": unquantised_model})
-    weights = folder / _WEIGHTS
-    trained = reopen(build_language_model, unquantised_spec, recorded_digest, weights)
+    runs_folder = folder.parents[1]  # above the folders of the run and of its benchmark
+    recorded_digest = read_record(run, runs_folder).metrics.weights  # of the pre-trained weights
+    trained = reopen(build_language_model, unquantised_spec, recorded_digest, folder / _WEIGHTS)
     # an exported model needs no peft
     if trained.adapters is not None:
         trained.adapters.merge_and_unload(safe_merge=True)

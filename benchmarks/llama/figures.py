@@ -31,8 +31,9 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
     if titled.empty:
         plots.placeholder_figure(path)
         return
-    labels = list(titled["panel"].unique())
+    labels = list(titled["panel"].unique())  # "training loss" and, if there is one, "held-out loss"
     groups = titled.groupby(GROUP, sort=False)
+    # a method with several settings has several titles
     methods = titled[["method_title", "method"]].drop_duplicates()
     styles = distinct_styles(
         (row.method_title, outcomes.style(row.method)) for row in methods.itertuples()
@@ -112,10 +113,9 @@ def _draw_curve(axis: Any, losses: pd.Series[float], title: str, style: MethodSt
 
     Dashes and markers, and a wide line for the dense model, keep overlapping lines visible.
     """
-    line = {"lw": 1.2}
-    if style.colour == DENSE.colour:
-        # wide, to be visible below other lines
-        line = {"lw": 2.6, "alpha": 0.55}
+    is_dense = style.colour == DENSE.colour
+    # the dense model's is wide, to be visible below other lines
+    line = {"lw": 2.6, "alpha": 0.55} if is_dense else {"lw": 1.2}
     # about eight markers a line
     markers = {"ms": 4, "markevery": max(1, len(losses) // 8)}
     axis.plot(losses.index, losses, label=title, **line, **style.line, **markers)

@@ -73,7 +73,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
         data = self.settings("data", part)
         evaluation = self.settings("evaluation", part)
         templates = _templates(data.template, part.where("data", "template"))
-        # by model, because a suite may change the settings of single models
+        # the function takes a model, because a suite may change the settings of single models
         training_settings = functools.cache(functools.partial(self.settings, "training", part))
         # the valid names, by key of a block
         names = {
@@ -91,6 +91,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
             method = method_spec(methods, point, point["seed"], None, where)
             # the fine-tuning decides what is trained, not the method
             method["tune"] = tuning.tune_spec()
+            # such as `lora`, or `lora-N16` if the block varies settings of the method
             variant = point["finetuning"]
             if method["variant"]:
                 variant = f"{variant}-{method['variant']}"
@@ -119,7 +120,10 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
     def _describe(
         self, name: str, source: Mapping[str, Any], _open_files: bool
     ) -> Iterator[SetPart]:
-        """Read a set and yield its description. A missing set's description has the reason."""
+        """Read a set, and yield its description.
+
+        If the set is missing or damaged, the description has the reason.
+        """
         entry = self.tasks[name]
         try:
             instructions = load_instructions(name, InstructionSource.model_validate(source))
@@ -179,7 +183,7 @@ def _training(
 ) -> dict[str, Any]:
     """Make the ``training`` section of a run's spec.
 
-    If nothing is trained, it has only the settings that affect the numbers.
+    If nothing is trained, the section has only the settings that affect an evaluation.
 
     Args:
         settings: The training settings.

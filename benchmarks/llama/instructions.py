@@ -146,12 +146,14 @@ def _split_usable(noun: str, rows: Iterable[Any], source: str) -> Instructions:
     usable = []
     broken = []
     for number, row in enumerate(rows, start=1):
-        if isinstance(row, bytes) and not row.strip():
+        is_empty_line = isinstance(row, bytes) and not row.strip()
+        if is_empty_line:
             continue
         position = f"{noun} {number}"
         try:
             instruction = _check_row(row)
         except ValidationError as error:
+            # a problem of the whole row is called one of "the file"
             problem = first_problem(error).removeprefix("'the file': ")
             broken.append(f"{position}: {problem}")
         else:

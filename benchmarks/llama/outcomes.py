@@ -22,6 +22,7 @@ from benchmarks.harness.results.statistics import (
 )
 from benchmarks.llama.definition import HELD_OUT, NATS, QUESTIONS
 
+# the columns that identify a group of comparable cells, and a cell, which is a row of a table
 GROUP = ["model", "task", "tuning"]
 CELL = [*GROUP, "method", "variant"]
 # references of comparisons: the baseline method of the same tuning, and the same method untuned
@@ -29,6 +30,7 @@ BASELINE = "baseline"
 UNTUNED = "untuned"
 ACCURACY = "accuracy"
 Row = tuple[Any, ...]
+# the titles of lm-eval's tasks
 _TITLES = {
     "mmlu": "MMLU",
     "mmlu_dev": "MMLU-dev",
@@ -68,13 +70,15 @@ class InstructionOutcomes(Outcomes):
         super().__init__(benchmark, runs, [*GROUP, "method"], task=sets, tuning=tunings)
         self.records = _tabulate_by_cell(self.chosen)
         self.several_sets = self.records["task"].nunique() > 1
-        self.shared = shared_pairs(self.records, GROUP, ["method", "variant"], "seed")
+        self.shared = shared_pairs(
+            self.records, table=GROUP, row=["method", "variant"], pair="seed"
+        )
         self.eval_tasks = _first_results(self.chosen)
         self._layers = _converted_layers(self.chosen)
         self.questions = self.collect_rows(
             ["eval_task", "metric", "question", "value"], _question_values
         )
-        # what a cell is compared with: the cell that differs only in these columns
+        # what a cell is compared with: the cell that has these names instead of its own
         self._references = {
             BASELINE: {"method": self.baseline, "variant": ""},
             UNTUNED: {"tuning": _untuned_name(runs)},
@@ -100,7 +104,7 @@ class InstructionOutcomes(Outcomes):
             run_values = (run.id, *cell_of(run).values(), run.seed)
             for row in read(record.metrics):
                 rows.append((*run_values, *row))
-        # pandas sums objects in order but floats pairwise, with another last digit
+        # objects, because pandas adds floats in another order, which rounds differently
         return pd.DataFrame(rows, columns=["run_id", *CELL, "seed", *columns], dtype=object)
 
     def numbers(self, part: str, metric: str, name: str | None = None) -> pd.Series[float]:
@@ -124,13 +128,11 @@ class InstructionOutcomes(Outcomes):
         ``n`` counts the seeds that all methods of a model, set and tuning share.
         """
         cells = self.records[CELL].drop_duplicates()
-        seeds = self.shared.groupby(CELL)["seed"].nunique().rename("n")
-        return (
-            cells.join(seeds, on=CELL)
-            .fillna({"n": 0})  # a cell may share no seed with the others
-            .astype({"n": int})
-            .reset_index(drop=True)
-        )
+        seed_counts = self.shared.groupby(CELL)["seed"].nunique().rename("n")
+        counted = cells.join(seed_counts, on=CELL)
+        # a cell may share no seed with the others
+        filled = counted.fillna({"n": 0}).astype({"n": int})
+        return filled.reset_index(drop=True)
 
     def _tests(self, metric: str) -> pd.DataFrame:
         """Compute the frame of :attr:`tests` for one metric, in the order of the tasks."""
@@ -138,11 +140,15 @@ class InstructionOutcomes(Outcomes):
         values = self.questions[is_metric].drop(columns=["run_id", "metric"])
         differences = []
         for against in self._references:
-            compared = self._differences(values, [*CELL, "eval_task"], against, "question")
+            compared = self._differences(
+                values, cell=[*CELL, "eval_task"], against=against, pair="question"
+            )
             differences.append(compared.assign(against=against))
+        # the pairs, which ``n`` counts, are questions
         tests = pd.concat(differences, ignore_index=True).rename(columns={"n": "questions"})
-        # every seed has every question
+        # ``values`` counts the answers of all seeds, and every seed answers every question
         tests["seeds"] = tests["values"] // tests["questions"]
+
         # sort by the place of the task, not by its name
         places = {task: place for place, task in enumerate(self.eval_tasks)}
         in_order = tests.sort_values(
@@ -166,9 +172,11 @@ class InstructionOutcomes(Outcomes):
         Returns:
             The frame of :func:`.statistics.paired_differences`.
         """
-        # untuned models do not depend on the seed
+        # an untuned model does not depend on the seed, so it is compared with every seed
         averaged = ["seed"] if against == UNTUNED else []
-        return paired_differences(scores, cell, self._references[against], pair, averaged)
+        return paired_differences(
+            scores, cell, reference=self._references[against], pair=pair, averaged=averaged
+        )
 
     def loss_differences(self, against: str) -> pd.DataFrame:
         """Compare the held-out loss of each cell with its reference, paired by shared seed.
@@ -177,7 +185,7 @@ class InstructionOutcomes(Outcomes):
         :class:`.Difference`.
         """
         losses = self.numbers("dev", "loss").reset_index()
-        differences = self._differences(losses, CELL, against, "seed")
+        differences = self._differences(losses, cell=CELL, against=against, pair="seed")
         return differences.drop(columns=["n", "values"])
 
     def claim_numbers(self) -> pd.DataFrame:
@@ -233,22 +241,23 @@ def _best_rate_runs(finished: Sequence[Record]) -> list[Record]:
 
     The best rate has the lowest held-out loss, averaged over its seeds.
     """
-    cells_and_rates = []  # of each run
-    losses = []
+    rows = []
     for record in finished:
-        run = record.run
-        cells_and_rates.append((*cell_of(run).values(), run.learning_rate))
-        losses.append(_held_out_loss(record))
-    frame = pd.DataFrame(cells_and_rates, columns=[*CELL, "rate"])
-    frame["loss"] = losses
-    mean_losses = frame.groupby([*CELL, "rate"], sort=False)["loss"].mean()
-    # for each cell, the index of the lowest mean: a tuple of the cell's names and the rate
-    best = set(mean_losses.groupby(CELL, sort=False).idxmin())
-    return [
-        record
-        for record, cell_and_rate in zip(finished, cells_and_rates, strict=True)
-        if cell_and_rate in best
-    ]
+        cell_and_rate = {**cell_of(record.run), "rate": record.run.learning_rate}
+        rows.append({**cell_and_rate, "loss": _held_out_loss(record)})
+    losses = pd.DataFrame(rows, columns=[*CELL, "rate", "loss"])
+    mean_losses = losses.groupby([*CELL, "rate"], sort=False)["loss"].mean().reset_index()
+
+    # idxmin returns the row of the lowest mean of each cell; the first row wins a tie
+    best_rows = mean_losses.groupby(CELL, sort=False)["loss"].idxmin()
+    best_rates = mean_losses.loc[best_rows].set_index(CELL)["rate"]
+    best_rate_of_cell = best_rates.to_dict()
+    chosen = []
+    for record in finished:
+        cell = tuple(cell_of(record.run).values())
+        if record.run.learning_rate == best_rate_of_cell[cell]:
+            chosen.append(record)
+    return chosen
 
 
 def _held_out_loss(record: Record) -> float:
@@ -259,7 +268,7 @@ def _held_out_loss(record: Record) -> float:
 
 
 def _tabulate_by_cell(records: Sequence[Record]) -> pd.DataFrame:
-    """Tabulate all numbers of runs by :func:`tabulate_numbers`, with the columns :data:`CELL`."""
+    """Return the frame of :func:`tabulate_numbers` with the columns of :data:`CELL`."""
     rows = [{"run_id": record.run.id, **cell_of(record.run)} for record in records]
     cells = pd.DataFrame(rows, columns=["run_id", *CELL])
     # the run's variant names the fine-tuning too; the cell's variant, which is joined, does not
@@ -288,7 +297,10 @@ def _converted_layers(records: Sequence[Record]) -> dict[tuple[str, str], list[s
 
 
 def _untuned_name(runs: Iterable[Run]) -> str:
-    """Return the name of the fine-tuning that trains nothing; empty if every run trains."""
+    """Return the name in the column ``tuning`` of runs that only evaluate, such as ``base``.
+
+    If every run trains, the result is empty, which is the name of no tuning.
+    """
     for run in runs:
         if not run.is_trained:
             return cell_of(run)["tuning"]
@@ -311,7 +323,10 @@ def _question_values(metrics: Metrics) -> Iterator[Row]:
 
 
 def _numbered_questions(by_subject: Mapping[str, Sequence[Any]]) -> Iterator[tuple[str, Any]]:
-    """Yield each question, such as ``anatomy 0``, with its value in the sequence of a subject."""
+    """Yield the name of each question, such as ``anatomy 0``, and its value.
+
+    ``by_subject`` has the values of a subject in the order of its questions.
+    """
     for subject, values in by_subject.items():
         for number, value in enumerate(values):
             yield f"{subject} {number}", value

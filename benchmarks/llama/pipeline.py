@@ -34,7 +34,7 @@ from benchmarks.harness.training.trainer import available_precision
 from benchmarks.llama.definition import EvaluationTask, InstructionSpec, RunInstructionTraining
 from benchmarks.llama.encoding import EncodedRows, collator, model_inputs
 from benchmarks.llama.evaluation import generate_answers, held_out_loss, load_task, run_task
-from benchmarks.llama.instructions import load_instructions, refuse_broken
+from benchmarks.llama.instructions import Instructions, load_instructions, refuse_broken
 from benchmarks.llama.templates import Template, find_template
 from benchmarks.llama.training import train
 from emoe.layer import routed_layers
@@ -76,13 +76,14 @@ def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, An
     probe = Probe()
     probe.observe(trainable.model, collator(tokenizer)([data.train[0]]))
 
-    # what a run records that trains nothing
-    trained: dict[str, Any] = {"curve": [], "cost": Stopwatch().cost(0)}
     if isinstance(training, RunInstructionTraining):
         trained = train(
             trainable, tokenizer, spec, training, data.train, data.held_out, folder, progress, probe
         )
         trainable = _gather_model(spec, trainable)
+    else:
+        # the run only evaluates
+        trained = {"curve": [], "cost": Stopwatch().cost(0)}
     # the main process evaluates alone
     destroy_process_group()
     if not is_main():
@@ -96,7 +97,7 @@ def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, An
         **trainable.prefix_cost(),
     }
     if trained.get("held_out_curve"):
-        # the training omits the last step, whose loss the evaluation computes
+        # the training leaves the loss of the last step to the evaluation
         final_loss = evaluated["scores"]["dev"][spec.task.name]["loss"]
         trained["held_out_curve"].append({"step": cost["steps"], "loss": final_loss})
     return {
@@ -104,7 +105,7 @@ def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, An
         **trained,
         "probe": probe.summary(),
         "model": trainable.summary,
-        "cost": cost,  # replaces the cost of the training alone
+        "cost": cost,  # replaces the cost in `trained`, which is of the training alone
         "data": data.summary,
     }
 
@@ -163,15 +164,14 @@ def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data
         DataError: The set is missing, or its rows are broken or too few.
     """
     settings = spec.data
-    name = spec.task.name
-    instructions = load_instructions(name, spec.task.source)
+    instructions = load_instructions(spec.task.name, spec.task.source)
     template = find_template(settings.template, spec.templates, tokenizer, spec.seed)
     encoded = EncodedRows(instructions.rows, template, settings.max_length)
     broken = [*instructions.broken, *encoded.broken]
     if settings.broken_rows == "refuse":
         refuse_broken(broken, instructions.source)
 
-    batch_size = 1
+    batch_size = 1  # without training, there are no steps to fill
     if isinstance(spec.training, RunInstructionTraining):
         batch_size = spec.training.batch_size
     learned, held_out = _split_rows(len(encoded), spec, batch_size)
@@ -181,11 +181,6 @@ def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data
             f"and the rest does not fill a step of {batch_size}"
         )
 
-    # the file of sets may lack the set of an older run
-    note = None
-    entry = load_benchmark(spec.benchmark).tasks.get(name)
-    if entry:
-        note = instructions.describe(name, entry.rows).note
     train_rows = encoded.select(learned)
     held_out_rows = encoded.select(held_out)
     shared = {"source": instructions.source, "template": template.name, "broken_rows": len(broken)}
@@ -193,7 +188,21 @@ def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data
         "train": {**shared, **train_rows.summary()},
         "held_out": {**shared, **held_out_rows.summary()},
     }
+    note = _count_note(spec, instructions)
     return Data(template, train_rows, held_out_rows, summary, note)
+
+
+def _count_note(spec: InstructionSpec, instructions: Instructions) -> str | None:
+    """Describe a difference between the number of rows and the number that the makers published.
+
+    None if the numbers are equal or no number is published.
+    """
+    name = spec.task.name
+    entry = load_benchmark(spec.benchmark).tasks.get(name)
+    # the file of sets may lack the set of an older run
+    if entry is None:
+        return None
+    return instructions.describe(name, entry.rows).note
 
 
 def _split_rows(
@@ -203,14 +212,15 @@ def _split_rows(
 
     All runs on a set hold out the same rows. The learned rows fill whole steps of ``batch_size``.
     """
-    order = list(range(num_rows))
+    shuffled = list(range(num_rows))
     # the seed is the name of the set, not the run's seed
-    random.Random(derive_seed("held out", spec.task.name)).shuffle(order)
-    held_out = order[: spec.data.held_out_rows]
-    remaining = order[spec.data.held_out_rows :]
+    random.Random(derive_seed("held out", spec.task.name)).shuffle(shuffled)
+    held_out = shuffled[: spec.data.held_out_rows]
+    remaining = shuffled[spec.data.held_out_rows :]
     available = remaining[: spec.data.train_rows]  # None takes all
     steps = len(available) // batch_size
-    return available[: steps * batch_size], held_out
+    learned = available[: steps * batch_size]
+    return learned, held_out
 
 
 def _build(spec: InstructionSpec, data: Data) -> Trainable:
@@ -220,12 +230,13 @@ def _build(spec: InstructionSpec, data: Data) -> Trainable:
     """
     if not is_sharded():
         return build_language_model(spec, _calibration_batches(data))
-    # only the main process has the weights, which determine the partition of the neurons
+    # only the main process has the weights, which determine the partition of the neurons into
+    # experts; the other processes get the partition from it
     if is_main():
         built = build_language_model(spec, _calibration_batches(data))
         broadcast(permutations(built.model))
     else:
-        partition = broadcast(None)
+        partition = broadcast(None)  # receives
         # a dense model has no partition
         built = build_language_model(spec, partition=partition or None, empty=True)
     shard_(cast(PreTrainedModel, built.model), available_precision(spec.training.precision))

@@ -28,12 +28,11 @@ from benchmarks.llama.outcomes import (
     format_task,
 )
 
-_LIKELIHOOD = (
+_LIKELIHOOD_NOTE = (
     "Right answer: its negative log-likelihood per byte; less is better. "
     "By length: the answer is the choice with the highest likelihood per letter. "
 )
 _LONGEST = 300  # letters of a text in a table
-_MMLU = "mmlu"
 
 
 class _TestTexts(NamedTuple):
@@ -50,7 +49,7 @@ class _TestTexts(NamedTuple):
     note: str
 
 
-_TESTED = {
+_TEXTS_OF_METRIC = {
     ACCURACY: _TestTexts("accuracy", "", ""),
     NATS: _TestTexts(
         "the right answers' nats per byte (negative log-likelihood divided by bytes)",
@@ -64,25 +63,33 @@ def results(outcomes: InstructionOutcomes) -> Table:
     """Make a table of held-out loss and accuracy by tuning and method."""
     losses, loss_columns = _with_losses(outcomes.cells(), outcomes)
     losses_and_scores, score_columns = _with_scores(losses, outcomes)
-    likelihood_note = "" if outcomes.tests[NATS].empty else _LIKELIHOOD
+    return Table(
+        "Held-out loss and accuracy",
+        _results_caption(outcomes),
+        {**_key_headings(outcomes), "n": "n"},
+        [*loss_columns, *score_columns],
+        outcomes.order(losses_and_scores, CELL),
+        group=("model", "task", "tuning"),
+        origins=outcomes.shared,
+    )
+
+
+def _results_caption(outcomes: InstructionOutcomes) -> str:
+    """Return the caption of :func:`results`."""
+    likelihood_note = "" if outcomes.tests[NATS].empty else _LIKELIHOOD_NOTE
     rate_note = ""
     if outcomes.rates_chosen:
         rate_note = "Rows show the learning rate with the lowest held-out loss. "
     baseline = outcomes.baseline_title
-    return Table(
-        "Held-out loss and accuracy",
+    # each note is empty or ends with a blank
+    return (
         f"Mean ± standard deviation over n seeds. {outcomes.shared_note} The loss is the mean over "
         f"the response tokens of held-out instructions. {likelihood_note}"
         f"{_questions_note(outcomes)}Δ to {baseline} compares with the equally tuned {baseline}, "
         "paired by seed; for an untuned model it is the cost of conversion. Δ to not tuned "
         "compares with the same untuned method; it is the gain of tuning. Both have a 95 % "
         "confidence interval over seeds (Student's t). "
-        f"{rate_note}Bold marks the best method of a tuning, without controls.",
-        {**_key_headings(outcomes), "n": "n"},
-        [*loss_columns, *score_columns],
-        outcomes.order(losses_and_scores, CELL),
-        group=("model", "task", "tuning"),
-        origins=outcomes.shared,
+        f"{rate_note}Bold marks the best method of a tuning, without controls."
     )
 
 
@@ -94,11 +101,12 @@ def _with_losses(
     Returns:
         The frame with the added numbers, and the columns of the table that show them.
     """
-    frame = cells.join(_means(outcomes.numbers("dev", "loss"), "loss"), on=CELL)
+    losses = outcomes.numbers("dev", "loss")
+    frame = cells.join(_mean_and_std(losses, "loss"), on=CELL)
     columns = [Column("loss", "loss", "Held-out loss", std="loss std", best=True)]
     for against, title in _reference_titles(outcomes).items():
         differences = outcomes.loss_differences(against).drop(columns="p")
-        frame = common.with_numbers(frame, CELL, differences, f"{against} ")
+        frame = common.with_numbers(frame, on=CELL, numbers=differences, prefix=f"{against} ")
         column = Column(
             "loss",
             f"{against} delta",
@@ -131,19 +139,17 @@ def _with_scores(
         }
         for metric, ending in endings.items():
             name = f"{task} {metric}"
-            means = _means(outcomes.numbers("test", metric, task), name)
-            frame = frame.join(means, on=CELL)
+            scores = outcomes.numbers("test", metric, task)  # empty if the task lacks the metric
+            frame = frame.join(_mean_and_std(scores, name), on=CELL)
             heading = f"{format_task(task)}{ending}"
             columns.append(Column(metric, name, heading, std=f"{name} std", best=True))
     return frame, columns
 
 
-def _means(values: pd.Series[float], name: str) -> pd.DataFrame:
-    """Summarize the values of each cell over seeds.
+def _mean_and_std(values: pd.Series[float], name: str) -> pd.DataFrame:
+    """Return the mean of each cell's values over seeds, and their standard deviation.
 
-    Returns:
-        A row per cell, with the mean in the column ``<name>`` and the standard deviation in the
-        column ``<name> std``.
+    These are the columns ``<name>`` and ``<name> std``. The cells are the index.
     """
     return values.groupby(CELL, sort=False).agg(**{name: "mean", f"{name} std": "std"})
 
@@ -159,7 +165,8 @@ def tests_table(outcomes: InstructionOutcomes, metric: str) -> Table:
         against=tests["against"].map(_reference_titles(outcomes)),
         eval_task_title=tests["eval_task"].map(format_task),
     )
-    texts = _TESTED[metric]
+    texts = _TEXTS_OF_METRIC[metric]
+    baseline = outcomes.baseline_title
     keys = {
         **_key_headings(outcomes),
         "against": "Against",
@@ -168,14 +175,14 @@ def tests_table(outcomes: InstructionOutcomes, metric: str) -> Table:
         "seeds": "Seeds",
     }
     return common.tests_table(
-        f"{outcomes.baseline_title}, and against the untuned model{texts.title_end}",
-        f"{texts.note}Differences of {texts.metric} to the equally tuned {outcomes.baseline_title} "
+        against=f"{baseline}, and against the untuned model{texts.title_end}",
+        caption=f"{texts.note}Differences of {texts.metric} to the equally tuned {baseline} "
         "and to the same untuned method, paired by question. Each question is averaged over the "
         "seeds that both have. A test over questions generalises to other questions, not to other "
         "seeds.",
-        keys,
-        metric,
-        titled_tests,
+        keys=keys,
+        metric=metric,
+        frame=titled_tests,
     )
 
 
@@ -196,9 +203,9 @@ def answers(outcomes: InstructionOutcomes) -> Table:
 
 
 def _short_answers(metrics: Metrics) -> Iterator[Row]:
-    """Yield a number from 1, the instruction and the answer, shortened, of each generated answer.
+    """Yield the number (from 1), the instruction and the answer for each generated answer.
 
-    The instruction includes its input.
+    The instruction includes its input. Both texts are shortened.
     """
     for number, answer in enumerate(metrics.answers or (), start=1):
         instruction = f"{answer.instruction}\n{answer.input}"
@@ -227,19 +234,8 @@ _COUNT_HEADINGS = {
 
 def data_table(outcomes: InstructionOutcomes) -> Table:
     """Make a table of the rows and tokens of each set: learned, held out, cut and broken."""
-    rows = []
-    for record in outcomes.chosen:
-        run = record.run
-        summaries = record.metrics.data or {}
-        for part, summary in summaries.items():
-            if part == "train" and not run.is_trained:
-                continue  # these rows were read, but not learned
-            counts = summary.model_dump(exclude_unset=True)
-            sorted_counts = {name: counts[name] for name in sorted(counts)}
-            part_title = part.replace("_", " ")
-            rows.append({"model": run.model, "task": run.task, "part": part_title, **sorted_counts})
-    # all runs on a set with the same tokenizer have the same counts
-    distinct = pd.DataFrame(rows).drop_duplicates().reset_index(drop=True)
+    # all runs of a model on a set have the same counts
+    distinct = pd.DataFrame(_data_rows(outcomes)).drop_duplicates().reset_index(drop=True)
     task_titles = [outcomes.title("task", name) for name in distinct["task"]]
     return Table(
         "Instructions",
@@ -253,16 +249,38 @@ def data_table(outcomes: InstructionOutcomes) -> Table:
     )
 
 
+def _data_rows(outcomes: InstructionOutcomes) -> Iterator[dict[str, Any]]:
+    """Yield the model, the set and the counts for each part (training, held out) of each run."""
+    for record in outcomes.chosen:
+        run = record.run
+        summaries = record.metrics.data or {}
+        for part, summary in summaries.items():
+            if part == "train" and not run.is_trained:
+                continue  # these rows were read, but not learned
+            counts = summary.model_dump(exclude_unset=True)
+            sorted_counts = {name: counts[name] for name in sorted(counts)}
+            part_title = part.replace("_", " ")
+            yield {"model": run.model, "task": run.task, "part": part_title, **sorted_counts}
+
+
 def cost(outcomes: InstructionOutcomes) -> Table:
     """Make a table of time, memory, parameters and expert loads."""
     return common.cost_table(
-        _key_headings(outcomes),
-        outcomes.order(outcomes.cells(), CELL),
-        CELL,
-        outcomes.records,
+        keys=_key_headings(outcomes),
+        frame=outcomes.order(outcomes.cells(), CELL),
+        cell=CELL,
+        records=outcomes.records,
         averaged="Means over seeds",
         measured_on="the held-out instructions",
     )
+
+
+_PAPER_CAPTION = (
+    "Status: published (quoted by others; the paper's full tables were not available). The paper's "
+    "number of shots, and its learning rate and epochs of LoRA, are unknown. A dash: not run by "
+    "this suite, or unavailable. Results with another model, other data and other questions "
+    "neither confirm nor refute a published value. Only MMLU itself has a difference."
+)
 
 
 def paper_table(outcomes: InstructionOutcomes) -> Table:
@@ -272,23 +290,20 @@ def paper_table(outcomes: InstructionOutcomes) -> Table:
         value=in_points["value"] / 100, eval_task_paper="MMLU (shots unknown)"
     )
     ours = _accuracy_means(outcomes)
+    # an outer join keeps the rows that only the paper has, or only we have
     merged = published.merge(ours, on=["model", "tuning", "method"], how="outer", sort=False)
     # rows that only the paper has lack our task and our variant
     named = merged.fillna({"eval_task_title": merged["eval_task_paper"], "variant": ""})
-    # other tasks, such as MMLU-dev, have other questions
+    # other tasks, such as MMLU-dev, have other questions, so they get no difference
     is_mmlu = named["eval_task_title"].str.startswith("MMLU (")
     difference = (named["ours"] - named["value"]).where(is_mmlu)
     # the paper's rows have no set, so no row shows one
     compared = named.assign(difference=difference, task="")
     return common.published_table(
-        "The paper's MMLU accuracies beside ours",
-        "Status: published (quoted by others; the paper's full tables were not available). The "
-        "paper's number of shots, and its learning rate and epochs of LoRA, are unknown. A dash: "
-        "not run by this suite, or unavailable. Results with another model, other data and other "
-        "questions neither confirm nor refute a published value. Only MMLU itself has a "
-        f"difference. {outcomes.shared_note}",
-        {**_key_headings(outcomes), "eval_task_title": "Task"},
-        outcomes.order(compared, CELL),
+        title="The paper's MMLU accuracies beside ours",
+        caption=f"{_PAPER_CAPTION} {outcomes.shared_note}",
+        keys={**_key_headings(outcomes), "eval_task_title": "Task"},
+        frame=outcomes.order(compared, CELL),
         origins=outcomes.shared,
     )
 
@@ -334,11 +349,12 @@ def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
             *_gain_texts(outcomes, row, gains),
             *_test_texts(outcomes, row),
         ]
-        titles = {key: row[key] for key in _key_headings(outcomes)}
-        method = titles.pop("method_title")
-        # model, set (if there are several) and tuning
-        group = ", ".join(titles.values())
-        yield f"{group}, against {outcomes.baseline_title}: {method}: {'; '.join(findings)}."
+        # the titles of model, set (if there are several), tuning and method
+        *group_titles, method_title = [row[column] for column in _key_headings(outcomes)]
+        yield (
+            f"{', '.join(group_titles)}, against {outcomes.baseline_title}: {method_title}: "
+            f"{'; '.join(findings)}."
+        )
 
 
 def _gain_texts(
@@ -356,7 +372,7 @@ def _gain_texts(
     """
     method_cell = tuple(row[key] for key in CELL)
     group = [row[key] for key in GROUP]
-    baseline_cell = (*group, outcomes.baseline, "")
+    baseline_cell = (*group, outcomes.baseline, "")  # without a variant
     titles = {method_cell: row["method_title"], baseline_cell: outcomes.baseline_title}
     texts = []
     for cell, title in titles.items():
@@ -369,12 +385,12 @@ def _gain_texts(
 
 def _test_texts(outcomes: InstructionOutcomes, row: Mapping[Hashable, Any]) -> list[str]:
     """Describe the tests of a cell against the baseline: one text for each task and metric."""
-    cell_against_baseline = [*(row[key] for key in CELL), BASELINE]
     texts = []
     for metric, all_tests in outcomes.tests.items():
-        # the tests that have these values in all of these columns
-        is_equal = all_tests[[*CELL, "against"]] == cell_against_baseline
-        for test in all_tests[is_equal.all(axis=1)].itertuples():
+        is_selected = all_tests["against"] == BASELINE
+        for column in CELL:
+            is_selected &= all_tests[column] == row[column]
+        for test in all_tests[is_selected].itertuples():
             texts.append(f"{format_task(test.eval_task)} {_difference_text(test, metric)}")
     return texts
 
@@ -403,23 +419,14 @@ def _key_headings(outcomes: InstructionOutcomes) -> dict[str, str]:
 
 
 def _questions_note(outcomes: InstructionOutcomes) -> str:
-    """Return caption sentences on each task's number of questions and error of the accuracy.
+    """Return caption sentences on the questions of each task that is scored by accuracy.
 
-    They end with a blank. The text is empty if no task has an accuracy.
+    They end with a blank. The text is empty if there is no such task.
     """
     notes = []
     for task, result in outcomes.eval_tasks.items():
-        if result.metric != "acc":
-            continue
-        # in points: 100 times the square root of 0.3 (1 - 0.3) / n, where n counts questions
-        standard_error = 45.8 / math.sqrt(result.questions)
-        note = (
-            f"{format_task(task)} has {result.questions:,} questions; the standard error of one "
-            f"accuracy near 30 % is {standard_error:.1f} points"
-        )
-        if task.startswith(_MMLU):
-            note = f"{note}; chance is 25 %"
-        notes.append(note)
+        if result.metric == "acc":
+            notes.append(_accuracy_note(task, result.questions))
     if not notes:
         return ""
     dev_note = ""
@@ -429,6 +436,20 @@ def _questions_note(outcomes: InstructionOutcomes) -> str:
             "questions. "
         )
     return f"{'; '.join(notes)}. {dev_note}"
+
+
+def _accuracy_note(task: str, questions: int) -> str:
+    """Return a clause on the number of questions of a task, and the error of its accuracy."""
+    # in points: 100 times the square root of 0.3 (1 - 0.3) / n, where n counts questions
+    standard_error = 45.8 / math.sqrt(questions)
+    note = (
+        f"{format_task(task)} has {questions:,} questions; the standard error of one accuracy near "
+        f"30 % is {standard_error:.1f} points"
+    )
+    # every form of MMLU has four choices
+    if task.startswith("mmlu"):
+        return f"{note}; chance is 25 %"
+    return note
 
 
 def _reference_titles(outcomes: InstructionOutcomes) -> dict[str, str]:

@@ -59,7 +59,7 @@ def ensure_mmlu_dev() -> Path:
 
 
 def _are_written(folder: Path) -> bool:
-    """Return True if a folder has all files, and its tasks read the questions in it."""
+    """Return True if a folder has all files, and its tasks read the questions in this folder."""
     # if the files that are written last exist, the others do too
     last_task = folder / f"{MMLU_DEV}_{_LAST_SUBJECT}_continuation.yaml"
     last_groups = [folder / f"{MMLU_DEV}{ending}.yaml" for ending in _FORMS.values()]

@@ -71,13 +71,16 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         This needs a CPU, SDPA, and a prompt that fits with each choice into the model's window.
         """
         config = cast(Any, self.model).config
-        supports_mask = self.device.type == "cpu" and config._attn_implementation == "sdpa"
+        is_on_cpu = self.device.type == "cpu"
+        # other implementations of attention take no mask for each row
+        takes_mask = config._attn_implementation == "sdpa"
         limit = self.max_length
         sliding_window = getattr(config, "sliding_window", None)
         if sliding_window:
             limit = min(limit, sliding_window)
         longest_choice = max(len(choice) for choice in question.choices)
-        return supports_mask and len(question.prompt) + longest_choice <= limit
+        fits = len(question.prompt) + longest_choice <= limit
+        return is_on_cpu and takes_mask and fits
 
     def _states(self, questions: Sequence[_Question]) -> PrefixStates | None:
         """Return the output of the frozen layers for each question.
@@ -86,19 +89,20 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         """
         if self._prefix is None or not questions:
             return None
-        # outputs are kept on disk for other runs, under a digest of the tokens and segment sizes
         tokens = [question.tokens for question in questions]
+        lengths = [len(row) for row in tokens]
         sizes: list[int] = []
         for question in questions:
             sizes.extend(question.sizes)
+        # outputs are kept on disk for other runs, under a digest of what determines them
         columns = {"tokens": np.concatenate(tokens), "parts": np.asarray(sizes)}
-        lengths = [len(row) for row in tokens]
+        digest = columns_digest(columns)
 
         def batch(rows: Sequence[int]) -> dict[str, Tensor]:
             """Make the model inputs of the questions with these indices."""
             return _inputs([questions[row] for row in rows])
 
-        return PrefixStates(self._prefix, columns_digest(columns), lengths, batch)
+        return PrefixStates(self._prefix, digest, lengths, batch)
 
     @torch.inference_mode()
     def _answers(self, question: _Question, frozen_output: dict[str, Tensor]) -> list[Answer]:

@@ -40,18 +40,19 @@ class Template:
         if self.text is None:
             return self._render([_question(row)], add_generation_prompt=True)
         form = self.text.with_input if row.input else self.text.without_input
-        # not str.format, which would interpret braces in the texts
+        # not str.format, which would interpret braces in the template; and in two steps, so that
+        # "{input}" in an instruction is not replaced
         before, _, after = form.partition("{instruction}")
         after_with_input = after.replace("{input}", row.input)
         return before + row.instruction + after_with_input
 
     def response(self, row: Instruction) -> str:
-        """Return the response that the model learns for a row, with the end of the response.
+        """Return the response that the model learns for a row.
 
-        The end is the tokenizer's end token, or what a chat template writes after an answer.
+        It ends with the tokenizer's end token, or with what a chat template writes after an answer.
 
         Raises:
-            DefinitionError: The chat template changes the prompt if there is an answer.
+            DefinitionError: The chat template writes another prompt if an answer follows.
         """
         if self.text is not None:
             return f"{row.output}{self.tokenizer.eos_token}"
@@ -84,29 +85,41 @@ class Template:
         return end_tokens
 
     def as_chat_template(self) -> str:
-        """Return a Jinja chat template with the same prompts, for an exported tokenizer.
+        """Return a chat template in Jinja that makes the same texts, for an exported tokenizer.
 
-        It renders a user's message like :meth:`prompt` renders an instruction without an input, and
-        an answer like :meth:`response`.
+        A user's message becomes the prompt of an instruction without an input. Another message
+        becomes a response.
         """
         if self.text is None:
             return str(self.tokenizer.chat_template)
         before, _, after = self.text.without_input.partition("{instruction}")
-        # a chat template must write the first token itself, if the tokenizer adds one to texts
-        first_tokens = self.tokenizer("")["input_ids"][:1]
-        adds_begin = first_tokens == [self.tokenizer.bos_token_id]
-        begin = self.tokenizer.bos_token if adds_begin else ""
+        # as Python's quoted strings, which Jinja reads alike
+        begin_literal = repr(self._begin_text())
+        before_literal = repr(before)
+        after_literal = repr(after)
         pieces = [
-            "{{ " + repr(begin) + " }}",
+            "{{ " + begin_literal + " }}",
             "{% for message in messages %}",
             "{% if message['role'] == 'user' %}",
-            "{{ " + repr(before) + " + message['content'] + " + repr(after) + " }}",
+            "{{ " + before_literal + " + message['content'] + " + after_literal + " }}",
             "{% else %}",
             "{{ message['content'] + eos_token }}",
             "{% endif %}",
             "{% endfor %}",
         ]
         return "".join(pieces)
+
+    def _begin_text(self) -> str:
+        """Return the begin token (Llama's ``<s>``) if the tokenizer puts it before texts.
+
+        Empty if the tokenizer does not. A tokenizer adds no token to the text of a chat template,
+        so the template must write it.
+        """
+        # an empty text has only the tokens that the tokenizer adds
+        first_tokens = self.tokenizer("")["input_ids"][:1]
+        if first_tokens == [self.tokenizer.bos_token_id]:
+            return str(self.tokenizer.bos_token)
+        return ""
 
     def _render(self, messages: list[dict[str, str]], **options: Any) -> str:
         """Render messages with the tokenizer's chat template."""

@@ -79,6 +79,7 @@ def train(
         callbacks=[progress, stopwatch],
     )
     if training.eval_every:
+        # a function of the model
         loss_of = partial(
             held_out_loss,
             rows=held_out,
@@ -90,19 +91,29 @@ def train(
         trainer.add_callback(HeldOutCurve(loss_of, training.eval_every))
     trainer.train(resume_from_checkpoint=resume(trainer, progress.say))
 
-    # Trainer's log has an entry for each step and each held-out loss, also from before a resume
-    log = trainer.state.log_history
+    curve, held_out_curve = _read_curves(trainer.state)
     trained: dict[str, Any] = {
-        "curve": [finite_or_none(entry["loss"]) for entry in log if "loss" in entry],
+        "curve": curve,
         "cost": stopwatch.cost(trainer.state.global_step),
     }
     if training.eval_every:
-        points = []
-        for entry in log:
-            if _HELD_OUT_LOSS in entry:
-                points.append({"step": entry["step"], "loss": entry[_HELD_OUT_LOSS]})
-        trained["held_out_curve"] = points
+        trained["held_out_curve"] = held_out_curve
     return trained
+
+
+def _read_curves(state: TrainerState) -> tuple[list[float | None], list[dict[str, Any]]]:
+    """Return the loss of every step, and the ``step`` and ``loss`` of held-out losses.
+
+    They are from Trainer's log, which also has the losses from before a resume.
+    """
+    curve = []
+    held_out_curve = []
+    for entry in state.log_history:
+        if "loss" in entry:
+            curve.append(finite_or_none(entry["loss"]))
+        if _HELD_OUT_LOSS in entry:
+            held_out_curve.append({"step": entry["step"], "loss": entry[_HELD_OUT_LOSS]})
+    return curve, held_out_curve
 
 
 def _trainer_arguments(
@@ -136,8 +147,8 @@ def _trainer_arguments(
 class HeldOutCurve(TrainerCallback):
     """A callback that computes the held-out loss before training and every few steps.
 
-    It does not change the training. The last step is omitted, because the final evaluation follows.
-    Losses are stored in Trainer's log, which checkpoints keep.
+    It does not change the training. After the last step, it computes nothing, because the final
+    evaluation follows. Losses are stored in Trainer's log, which checkpoints keep.
 
     Args:
         loss: A function that computes the held-out loss of a model.

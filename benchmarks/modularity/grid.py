@@ -38,9 +38,12 @@ class ModularityBenchmark(TextSets[ModularityDefinition, ModularityPart]):
         # nothing is trained, so the experts and their choice must follow from the weights
         for key, method in benchmark.methods().items():
             settings = method.given()
+            is_emoe = method.kind == "emoe"
+            # without this setting, the router is avg-k, which follows from the weights
             has_other_router = "router" in settings
+            # this partition is calibrated on rows
             needs_rows = settings.get("partition") == "coactivation"
-            if method.kind != "emoe" or has_other_router or needs_rows:
+            if not is_emoe or has_other_router or needs_rows:
                 raise DefinitionError(
                     f"{file}: 'methods.{key}' must be an EMoE with avg-k and experts from the "
                     "weights"

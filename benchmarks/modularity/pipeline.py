@@ -58,9 +58,11 @@ def run(spec: ModularitySpec, _folder: Path, progress: Progress) -> dict[str, An
     (layer,) = config["layers"]
     read_batches = _batch_readers(spec, splits)
 
+    # before the conversion, because the magnitudes are of the dense model
     num_rows = sum(len(split) for split in splits.values())
     progress.say(f"reading {num_rows:,} rows of {len(splits)} tasks with the dense model")
     dense = {name: dense_magnitudes(model, layer, read()) for name, read in read_batches.items()}
+    token_counts = {name: len(of_task) for name, of_task in dense.items()}
 
     report = apply_method_(model, spec.method, spec.seed)
     assert report is not None  # noqa: S101 -- all methods are EMoEs
@@ -73,24 +75,20 @@ def run(spec: ModularitySpec, _folder: Path, progress: Progress) -> dict[str, An
     order = permutations(model)[layer]
     magnitudes = torch.cat([of_task[:, order] for of_task in dense.values()])
     active = active_mask(magnitudes, spec.reading.active_share)
-    use_of_top = measure_use(routing.used_top, magnitudes, active)
-    use_of_bottom = measure_use(routing.used_bottom, magnitudes, active)
     information, usage = describe_usage(routing.loads)
     measured = {
-        **concentration(magnitudes, active, config["num_experts"]),
-        **_with_suffix(use_of_top, "_top"),
-        **_with_suffix(use_of_bottom, "_bottom"),
+        **concentration(magnitudes, active, num_blocks=config["num_experts"]),
+        **_measure_selections(routing, magnitudes, active),
         # the share of the keys' variance that the clusters do not explain
         "inertia": 1 - conversion["explained"],
         **information,
         "shared_experts": float(len(usage["shared"])),
         "specialised_experts": float(len(usage["specialised"])),
     }
-    tokens = {name: len(of_task) for name, of_task in dense.items()}
     return {
         "measured": {EXPERTS: measured},
         "usage": usage,
-        "matrix": sample_matrix(tokens, magnitudes, active, spec.reading.shown_tokens),
+        "matrix": sample_matrix(token_counts, magnitudes, active, spec.reading.shown_tokens),
         "model": {"source": source, "conversion": [conversion]},
         "cost": {},
         "data": {f"test:{name}": split.summary() for name, split in splits.items()},
@@ -124,9 +122,9 @@ class _Routing:
     """The expert choices of a model for the rows of all tasks, and the neurons that it uses.
 
     Attributes:
-        loads: The counts of expert choices by row, and the classes of the rows, by task.
+        loads: For each task, the counts of each row's expert choices, and the classes of the rows.
         used_top: The neurons of the top k experts, ``[tokens of all tasks, d]`` bool.
-        used_bottom: The neurons of the bottom k experts, in the same form.
+        used_bottom: The neurons of the bottom k experts, ``[tokens of all tasks, d]`` bool.
     """
 
     loads: dict[str, SetLoads]
@@ -146,7 +144,7 @@ def _read_with_experts(
     used_bottom = []
     for name, split in splits.items():
         read = read_batches[name]
-        # the top k experts are those of the usual forward pass, so its routing is recorded too
+        # the model usually chooses the top k experts, so their pass also records the routing
         with emoe.record_routing(model) as record:
             labelled = _label_by_row(read(), record)
             used_top.append(neurons_used(model, layer, labelled, "top"))
@@ -156,9 +154,17 @@ def _read_with_experts(
     return _Routing(loads, torch.cat(used_top), torch.cat(used_bottom))
 
 
-def _with_suffix(numbers: Mapping[str, float], suffix: str) -> dict[str, float]:
-    """Append a suffix to every key."""
-    return {f"{name}{suffix}": value for name, value in numbers.items()}
+def _measure_selections(routing: _Routing, magnitudes: Tensor, active: Tensor) -> dict[str, float]:
+    """Measure the neurons that the top and the bottom experts use.
+
+    Returns the numbers of :func:`measure_use`, such as ``kept_top`` and ``kept_bottom``. Its
+    arguments ``magnitudes`` and ``active`` are those of this function.
+    """
+    measured = {}
+    for selection, used in [("top", routing.used_top), ("bottom", routing.used_bottom)]:
+        for name, value in measure_use(used, magnitudes, active).items():
+            measured[f"{name}_{selection}"] = value
+    return measured
 
 
 def _label_by_row(
@@ -177,32 +183,35 @@ def _label_by_row(
 
 
 def dense_magnitudes(model: nn.Module, layer: int, batches: Batches) -> Tensor:
-    """Return the magnitudes of the inputs of a layer's out-projection, ``[tokens, d]``.
+    """Return the magnitudes of what a layer's out-projection gets, ``[tokens, d]``.
 
-    In a dense model these are ``|activation|``. The tokens are a sample without padding, which is
+    In a dense model, that is ``|activation|``. The tokens are a sample without padding, which is
     the same at every call.
     """
     ffn = find_ffns(model)[layer]
     activations = record_activations(model, [ffn], batches, seed=derive_seed("tokens"))
-    # [d, tokens] of the layer
+    # [d, tokens], by layer
     return activations[layer].t()
 
 
 def neurons_used(model: nn.Module, layer: int, batches: Batches, selection: Selection) -> Tensor:
     """Return which neurons belong to the selected experts of each token, ``[tokens, d]`` bool.
 
-    ``selection`` chooses the experts by score, such as ``top`` or ``bottom``. The tokens are those
-    of :func:`dense_magnitudes`. Only the layer ``layer`` of the model may be converted. The model
-    is restored.
+    Args:
+        model: The model, with experts in this layer only.
+        layer: The index of the layer.
+        batches: The inputs of the model. The tokens are those of :func:`dense_magnitudes`.
+        selection: The experts that are selected by their scores: ``top``, ``bottom``, ….
     """
     (routed,) = routed_layers(model)
     config = routed.config
     activation = routed.activation
     assert isinstance(config, EMoEConfig)  # noqa: S101 -- the grid sees to it
     changed = dataclasses.replace(config, selection=selection)
+    # until the model is restored, the layer selects these experts, and all activations are 1; so
+    # the out-projection gets 1 from the neurons of selected experts, and 0 from the others
     routed.config = changed
     routed.router.config = changed
-    # if all activations are 1, the input of the out-projection is the mask of the experts
     routed.activation = _Ones()
     try:
         return dense_magnitudes(model, layer, batches) != 0
@@ -222,14 +231,14 @@ class _Ones(nn.Module):
 def active_mask(magnitudes: Tensor, share: float) -> Tensor:
     """Return a boolean mask of the largest entries: at most a ``share`` of all, at least one.
 
-    Entries that equal the largest excluded one are excluded too, so there may be fewer.
+    Entries that equal the largest excluded one are excluded, too, so the mask may have fewer.
     """
     flat = magnitudes.flatten()
     total = flat.numel()
     kept = max(1, round(share * total))
     if kept >= total:
         return torch.ones_like(magnitudes, dtype=torch.bool)
-    # the largest entry that is not kept
+    # kthvalue counts from the smallest entry, so this is the largest one that is not kept
     threshold = flat.kthvalue(total - kept).values
     return magnitudes > threshold
 
@@ -245,12 +254,13 @@ def concentration(magnitudes: Tensor, active: Tensor, num_blocks: int) -> dict[s
     Returns:
         - ``best_quarter``: the share of a token's active neurons in the quarter of the blocks that
           hold most of them. Mean over the tokens with active neurons.
-        - ``best_quarter_mass``: the same for magnitudes.
+        - ``best_quarter_mass``: the share of a token's magnitudes in the quarter of the blocks that
+          hold most of them. Mean over tokens.
         - ``usage_gini``: the Gini coefficient of the number of active neurons by block, over all
           tokens.
         - ``dead``: the share of neurons that no token activates.
     """
-    # [tokens, blocks]
+    # the sums over the neurons of a block, [tokens, blocks]
     counts = active.unflatten(1, (num_blocks, -1)).sum(-1).double()
     mass = magnitudes.unflatten(1, (num_blocks, -1)).double().sum(-1)
     is_dead = ~active.any(0)
@@ -339,23 +349,23 @@ def sample_matrix(
           index of the token among the sampled ones, the index of the neuron, and the magnitude.
     """
     generator = torch.Generator().manual_seed(derive_seed("shown tokens"))
+    count_of_task = count // len(tokens)
     sampled_tokens = []
     tasks = []
-    start = 0
+    start = 0  # of the task's tokens among the tokens of all tasks
     for name, num_tokens in tokens.items():
-        chosen = torch.randperm(num_tokens, generator=generator)[: count // len(tokens)]
-        # their indices among the tokens of all tasks
+        chosen = torch.randperm(num_tokens, generator=generator)[:count_of_task]
         sampled_tokens.append(start + chosen.sort().values)
         tasks += [name] * len(chosen)
         start += num_tokens
     sampled = torch.cat(sampled_tokens)
-    # the indices of token and neuron, in the order of the sampled tokens
-    token, neuron = active[sampled].nonzero(as_tuple=True)
-    values = magnitudes[sampled][token, neuron]
+    # the indices of each active neuron and of its token, which counts the sampled tokens only
+    token_indices, neuron_indices = active[sampled].nonzero(as_tuple=True)
+    values = magnitudes[sampled][token_indices, neuron_indices]
     return {
         "tasks": tasks,
         "neurons": magnitudes.shape[1],
-        "tokens": token.tolist(),
-        "places": neuron.tolist(),
+        "tokens": token_indices.tolist(),
+        "places": neuron_indices.tolist(),
         "values": [round(float(value), 3) for value in values],
     }

@@ -24,10 +24,10 @@ from benchmarks.modularity.definition import EXPERTS, ModularitySpec
 from benchmarks.text.routing import UsagePanel, draw_usage
 
 PLACE = ["model", "layer"]
-# the columns that identify a row of a table
+# the columns that identify a cell, which is a row of a table
 CELL = [*PLACE, "num_experts", "method"]
 # the headings of the columns that name a row
-_KEYS = {
+_HEADINGS = {
     "model_title": "Model",
     "layer": "Layer",
     "num_experts": "N",
@@ -88,16 +88,31 @@ def _to_row(record: Record, measured: Mapping[str, float]) -> dict[str, Any]:
 
 def concentration(outcomes: ModularityOutcomes) -> Table:
     """Make the table of the concentration of active neurons, beside the paper's numbers."""
-    cell = ["method", "num_experts"]
+    published_keys = ["method", "num_experts"]
     published = read_published(outcomes.benchmark)
     # a row for each method and N, and a column for each metric
-    by_metric = published.pivot(index=cell, columns="metric", values="value").astype(float)
-    frame = outcomes.means.join(by_metric.add_suffix("_paper"), on=cell)
+    by_metric = published.pivot(index=published_keys, columns="metric", values="value")
+    paper_columns = by_metric.astype(float).add_suffix("_paper")
+    frame = outcomes.means.join(paper_columns, on=published_keys)
     frame["best_quarter_paper"] /= 100  # published in percent
-    # a suite has the same share for all runs
-    (share,) = {_active_share(outcomes.benchmark, run) for run in outcomes.runs}
     return Table(
         "Activations in blocks of neurons, nothing trained",
+        _concentration_caption(outcomes),
+        dict(_HEADINGS),
+        [
+            *_columns("best_quarter", "best_quarter_mass", "usage_gini", "kept_top", "inertia"),
+            Column("best_quarter", "best_quarter_paper", "Paper: best quarter"),
+            Column("usage_gini", "usage_gini_paper", "Paper: Gini"),
+        ],
+        frame,
+    )
+
+
+def _concentration_caption(outcomes: ModularityOutcomes) -> str:
+    """Return the caption of :func:`concentration`."""
+    # a suite has the same share for all runs
+    (share,) = {_active_share(outcomes.benchmark, run) for run in outcomes.runs}
+    return (
         "Means over n random partitions ± standard deviation; the other constructions have no "
         f"seed. A neuron is active for a token if |activation| is among the {share * 100:g} % "
         "largest of all tokens and neurons, as many as are not zero in the paper's matrix. Best "
@@ -105,14 +120,7 @@ def concentration(outcomes: ModularityOutcomes) -> Table:
         "mean over tokens; of their magnitudes, all neurons counted. Gini: of the blocks' active "
         "neurons over all tokens. What avg-k keeps is the share of all magnitude in the top k "
         "experts. Unexplained variance is that of the keys. The paper's two matrices are of a "
-        "model, layer and set that it does not name, so directions compare and values do not.",
-        dict(_KEYS),
-        [
-            *_columns("best_quarter", "best_quarter_mass", "usage_gini", "kept_top", "inertia"),
-            Column("best_quarter", "best_quarter_paper", "Paper: best quarter"),
-            Column("usage_gini", "usage_gini_paper", "Paper: Gini"),
-        ],
-        frame,
+        "model, layer and set that it does not name, so directions compare and values do not."
     )
 
 
@@ -127,15 +135,20 @@ def _columns(*metrics: str) -> list[Column]:
     return [Column(metric, metric, std=f"{metric}_std") for metric in metrics]
 
 
+_NEURONS_CAPTION = (
+    "Are the experts with the lowest scores dead, which would explain that using them does harm "
+    "(the paper's Table 4)? A neuron is dead if it is active, as above, for no token. Shares are "
+    "of the neurons of the experts in use, means over tokens. Kept is the share of all magnitude. "
+    "Means over n random partitions ± standard deviation."
+)
+
+
 def neurons_in_use(outcomes: ModularityOutcomes) -> Table:
     """Make the table of the dead and active neurons in the top k and the bottom k experts."""
     return Table(
         "Neurons in use by the top and the bottom k experts, nothing trained",
-        "Are the experts with the lowest scores dead, which would explain that using them does "
-        "harm (the paper's Table 4)? A neuron is dead if it is active, as above, for no token. "
-        "Shares are of the neurons of the experts in use, means over tokens. Kept is the share of "
-        "all magnitude. Means over n random partitions ± standard deviation.",
-        dict(_KEYS),
+        _NEURONS_CAPTION,
+        dict(_HEADINGS),
         _columns(
             "dead",
             "dead_top",
@@ -149,22 +162,26 @@ def neurons_in_use(outcomes: ModularityOutcomes) -> Table:
     )
 
 
+_USAGE_CAPTION = (
+    "Mutual information of a token's expert with the task of its row, and with the row's class "
+    "(within a task, mean over the tasks with classes). Chance: mean and 95 % quantile of "
+    f"{PERMUTATIONS} shuffles of rows over the tasks, or within their task. Specialised experts: a "
+    "task uses them more than by chance (5 %, over all experts and tasks). Shared experts: every "
+    "task uses them above 1/N, and no task differs from chance. Means over random partitions."
+)
+
+
 def usage_table(outcomes: ModularityOutcomes) -> Table:
     """Make the table of the mutual information of experts with task and class, beside chance."""
     metrics = [*information_numbers("task", "class"), "specialised_experts", "shared_experts"]
-    # without the columns that are among the keys already
-    cell = [column for column in CELL if column not in _KEYS]
+    # the headings and the cell share columns, such as ``layer``
+    other_columns = [column for column in CELL if column not in _HEADINGS]
     # reindex adds missing columns: tasks without classes have no class information
-    frame = outcomes.means.reindex(columns=[*_KEYS, *cell, *metrics])
+    frame = outcomes.means.reindex(columns=[*_HEADINGS, *other_columns, *metrics])
     return Table(
         "Information in the choice of an expert, nothing trained",
-        "Mutual information of a token's expert with the task of its row, and with the row's class "
-        "(within a task, mean over the tasks with classes). Chance: mean and 95 % quantile of "
-        f"{PERMUTATIONS} shuffles of rows over the tasks, or within their task. Specialised "
-        "experts: a task uses them more than by chance (5 %, over all experts and tasks). Shared "
-        "experts: every task uses them above 1/N, and no task differs from chance. Means over "
-        "random partitions.",
-        {key: heading for key, heading in _KEYS.items() if key != "n"},
+        _USAGE_CAPTION,
+        {column: heading for column, heading in _HEADINGS.items() if column != "n"},
         [Column(metric, metric) for metric in metrics],
         frame,
     )
@@ -180,10 +197,9 @@ def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
     the experts.
     """
     titles = []
-    runs_by_model = []
+    runs_by_model = []  # for each model, one run of each construction of the experts
     for title, rows in outcomes.panels():
         titles.append(title)
-        # one run for each construction of the experts
         runs_by_model.append(list(_first_runs(rows).itertuples()))
     columns = max(len(runs) for runs in runs_by_model)
     size = (plots.WIDTH, 2.3 * len(titles) + 0.4)  # inches
@@ -197,19 +213,20 @@ def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
                 _draw_matrix(axis, run.matrix, run.num_experts)
                 axis.set_title(f"{run.method_title}, N = {run.num_experts}", fontsize=7.5)
                 axis.set_xlabel("neurons, expert by expert")
+            # all panels of a model show the same tokens, so only the first names the tasks
             first_axis = axes_of_model[0]
             first_axis.set_ylabel(f"{title}\ntokens of")
             _name_tasks(first_axis, runs[0].matrix.tasks, outcomes)
 
 
-def _name_tasks(axis: Any, tasks: Sequence[str], outcomes: ModularityOutcomes) -> None:
-    """Write the title of each task beside the middle of its tokens.
+def _name_tasks(axis: Any, tasks_of_tokens: Sequence[str], outcomes: ModularityOutcomes) -> None:
+    """Write the title of each task on the vertical axis, in the middle of the task's tokens.
 
-    ``tasks`` has the task of each token.
+    ``tasks_of_tokens`` has the name of the task of each token, from the top to the bottom.
     """
-    token_numbers = pd.Series(range(len(tasks)))
-    # the mean number of the tokens of each task
-    middles = token_numbers.groupby(tasks, sort=False).mean()
+    positions = pd.Series(range(len(tasks_of_tokens)))
+    # a task's tokens are neighbours, so their middle is their mean position
+    middles = positions.groupby(tasks_of_tokens, sort=False).mean()
     titles = [outcomes.title("task", str(name)) for name in middles.index]
     axis.set_yticks(middles, titles)
     axis.tick_params(axis="y", length=0)
@@ -217,9 +234,9 @@ def _name_tasks(axis: Any, tasks: Sequence[str], outcomes: ModularityOutcomes) -
 
 def _draw_matrix(axis: Any, matrix: Matrix, experts: int) -> None:
     """Draw the active neurons of tokens as dots, and the borders of the experts as lines."""
-    size = matrix.neurons // experts
+    expert_size = matrix.neurons // experts
     # neurons of one expert are neighbours
-    for edge in range(size, matrix.neurons, size):
+    for edge in range(expert_size, matrix.neurons, expert_size):
         axis.axvline(edge - 0.5, color="#e3e3e3", lw=0.3, zorder=0)
     axis.plot(
         matrix.places,
@@ -242,7 +259,7 @@ def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
     One 3D panel shows the neurons before clustering, and the other one after.
     """
     title, rows = next(outcomes.panels())
-    # neurons in the order of the checkpoint, and clustered
+    # the method "contiguous" keeps the order of the checkpoint, the baseline clusters
     is_shown = rows["method"].isin(["contiguous", outcomes.baseline])
     runs = list(_first_runs(rows[is_shown]).itertuples())
     with mpl.rc_context({**plots.STYLE, "font.size": 7}):
@@ -278,11 +295,14 @@ def _draw_matrix_3d(axis: Any, matrix: Matrix) -> None:
 
 
 def _first_runs(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the first row of each method among those with the paper's N, else the largest N."""
-    size = rows["num_experts"].max()
-    if (rows["num_experts"] == _PAPERS_N).any():
-        size = _PAPERS_N
-    return rows[rows["num_experts"] == size].drop_duplicates("method")
+    """Return the first row of each method with the paper's number of experts.
+
+    If no row has this number, rows with the largest number are returned.
+    """
+    is_like_paper = rows["num_experts"] == _PAPERS_N
+    is_largest = rows["num_experts"] == rows["num_experts"].max()
+    candidates = rows[is_like_paper] if is_like_paper.any() else rows[is_largest]
+    return candidates.drop_duplicates("method")
 
 
 def draw_experts(outcomes: ModularityOutcomes, path: Path) -> None:
@@ -324,9 +344,10 @@ FIGURES = {
 
 
 def verdicts(outcomes: ModularityOutcomes) -> Iterator[str]:
-    """Yield a sentence on the baseline's largest N for each model and layer.
+    """Yield a sentence on the baseline with the largest number of experts of each model and layer.
 
-    It compares the best quarter with other methods, and the information with chance.
+    It has the share of active neurons in the best quarter of the blocks, beside those of other
+    methods; and the information that the choice of an expert has on the task, beside chance.
     """
     for (_, layer), rows in outcomes.means.groupby(PLACE, sort=False):
         has_largest = rows["num_experts"] == rows["num_experts"].max()
@@ -345,7 +366,10 @@ def verdicts(outcomes: ModularityOutcomes) -> Iterator[str]:
 
 
 def _shares_text(methods: pd.DataFrame) -> str:
-    """List the methods' shares of active neurons in the best quarter; empty without methods."""
+    """List each method's share of active neurons in the best quarter, in brackets.
+
+    The text begins with a blank. It is empty without methods.
+    """
     shares = []
     for row in methods.itertuples():
         shares.append(f"{row.method_title.lower()} {row.best_quarter * 100:.0f} %")
