@@ -32,8 +32,10 @@ class EvaluationPart(SuitePart):
 
 
 class EvaluationFile(Definition, Ablated):
-    """A benchmark that trains nothing. It evaluates the chosen runs of another benchmark on their
-    task and on the OOD sets of that task."""
+    """The ``benchmark.yaml`` of a benchmark that evaluates the chosen runs of another benchmark.
+
+    They are evaluated on their training task and on the OOD sets of this task. Nothing is trained.
+    """
 
     evaluates: str
     """The benchmark whose runs are evaluated, with its methods, baseline and tasks. It must keep
@@ -45,7 +47,7 @@ class EvaluationFile(Definition, Ablated):
 
 
 class EvaluationDefinition(EvaluationFile, MethodsDefinition):
-    """The content of the benchmark's file, with methods and baseline of the evaluated benchmark."""
+    """The content of the file, completed with methods and baseline of the evaluated benchmark."""
 
 
 class EvaluationSpec(RunSpec):

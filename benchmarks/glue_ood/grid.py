@@ -33,13 +33,13 @@ class _Cell(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """One row of the tables, for which runs are planned. Its candidates are the runs of one cell.
+    """One row of the tables, which evaluates chosen runs of one cell.
 
     The chosen models may be converted to another method before the evaluation.
 
     Attributes:
         name: The name of the method, or of the row with converted models.
-        candidates: The folders of the candidate runs.
+        candidates: The folders of the cell's runs, among which runs are chosen.
         used_as: The folders of the runs of the method that models are converted to; empty without
             conversion.
     """
@@ -94,22 +94,14 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
         settings = self.settings("evaluation", part).model_dump()
         cells = self._candidates(part, others)
         for row in _rows(self.definition, cells):
-            first = trained[row.candidates[0]]
-            overrides = _transform_overrides(row, trained, self.file)
+            first = trained[row.candidates[0]]  # all candidates have its model, task and protocol
+            methods = _methods_by_seed(row, trained, self.file)
             ood = [name for name in self.tasks[first.task].ood if name not in exclude]
             if not ood:
                 continue
-            # each seed once, in the order of the runs
-            seeds = dict.fromkeys(trained[folder].seed for folder in row.candidates)
-            for seed in seeds:
-                changed = {"method": _method(row.name, None)}
-                if row.used_as:
-                    # the method that models are converted to may have fewer seeds
-                    if seed not in overrides:
-                        continue
-                    changed = overrides[seed]
+            for seed, method_sections in methods.items():
                 yield self.spec(
-                    "",
+                    "",  # no variant, because it is not chosen yet
                     protocol=first.protocol,
                     model=first.spec["model"],
                     task=first.spec["task"],
@@ -118,13 +110,13 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
                     candidates=row.candidates,
                     learning_rate=0.0,
                     seed=seed,
-                    **changed,
+                    **method_sections,
                 )
 
     def _candidates(
         self, part: Part[EvaluationPart], others: Sequence[Run]
     ) -> dict[_Cell, list[str]]:
-        """Group the folders of the other benchmark's runs by cell. Leave out rows of ablations.
+        """Group the folders of the other benchmark's runs by cell, without its ablations.
 
         Raises:
             DefinitionError: A run does not keep its weights.
@@ -164,24 +156,18 @@ def _rows(definition: EvaluationDefinition, cells: Mapping[_Cell, list[str]]) ->
         for cell, folders in cells.items():
             if cell.method != transformed.trained:
                 continue
+            # the cell of the method to convert to, with the same model, task and protocol
             used_as = cells.get(cell._replace(method=transformed.used_as))
             if used_as:
                 yield _Row(name, folders, used_as)
 
 
-def _method(name: str, config: dict[str, Any] | None) -> dict[str, Any]:
-    """Return ``method`` of a spec.
-
-    ``config`` is the configuration that the model is converted to before the evaluation. It is None
-    for a dense model, and without conversion.
-    """
-    return {"name": name, "variant": "", "config": config}
-
-
-def _transform_overrides(
+def _methods_by_seed(
     row: _Row, trained: Mapping[str, Run], file: Path
 ) -> dict[int, dict[str, Any]]:
-    """Return what a conversion changes in the specs of a row, by seed; empty without conversion.
+    """Return the sections of a row's specs that depend on the method, by seed.
+
+    These are ``method`` and, for a conversion, ``transform``.
 
     Args:
         row: The row.
@@ -191,18 +177,40 @@ def _transform_overrides(
     Raises:
         DefinitionError: The method that models are converted to has several settings.
     """
-    overrides: dict[int, dict[str, Any]] = {}
+    # each seed once, in the order of the runs
+    seeds = dict.fromkeys(trained[folder].seed for folder in row.candidates)
+    if not row.used_as:
+        # without a conversion, the chosen model keeps its configuration
+        method = {"name": row.name, "variant": "", "config": None}
+        return {seed: {"method": method} for seed in seeds}
+    conversions = _conversions_by_seed(row, trained, file)
+    # the method that models are converted to may have fewer seeds
+    return {seed: conversions[seed] for seed in seeds if seed in conversions}
+
+
+def _conversions_by_seed(
+    row: _Row, trained: Mapping[str, Run], file: Path
+) -> dict[int, dict[str, Any]]:
+    """Return the sections ``transform`` and ``method`` of the specs of a conversion, by seed.
+
+    The configuration is that of the runs ``row.used_as`` with the same seed.
+
+    Raises:
+        DefinitionError: Runs of the same seed have different configurations.
+    """
+    conversions: dict[int, dict[str, Any]] = {}
     for folder in row.used_as:
         run = trained[folder]
-        config = run.spec["method"]["config"]
-        override = {
+        config = run.spec["method"]["config"]  # None for a dense model
+        conversion = {
             "transform": "emoe" if config else "dense",
-            "method": _method(row.name, config),
+            "method": {"name": row.name, "variant": "", "config": config},
         }
         # runs of the same seed may differ only in their learning rate
-        if overrides.setdefault(run.seed, override) != override:
+        first_of_seed = conversions.setdefault(run.seed, conversion)
+        if conversion != first_of_seed:
             raise DefinitionError(
                 f"{file}: 'transformed.{row.name}.used_as' runs with several N, k or layers; it "
                 "must have one setting"
             )
-    return overrides
+    return conversions

@@ -52,7 +52,7 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
     )
     # load all sets first: a missing one is reported before the model is loaded
     test = load(spec.task, "test")
-    splits = {other.name: _load(other, load) for other in spec.ood}
+    ood_splits = {other.name: _load_ood(other, load) for other in spec.ood}
     chosen = _chosen(spec)
     trained = parse(chosen.spec, TextSpec, chosen.folder)
     recorded = read_record(chosen).metrics
@@ -72,19 +72,19 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
     )
     probe = Probe()
     routing = RoutingRecorder(classifier.model)
-    first_set = splits[spec.ood[0].name]
+    first_set = ood_splits[spec.ood[0].name]
     probe.observe(classifier.model, evaluator.first_batch(first_set))
 
     # a model with experts is evaluated again, because its routing is recorded
     if _has_recorded_score(spec, trained) and not emoe.is_converted(classifier.model):
-        recorded_scores = recorded.scores or {}
+        recorded_scores = recorded.scores or {}  # a finished run always has scores
         test_scores = recorded_scores["test"][spec.task.name]
     else:
         progress.say(f"evaluating on {spec.task.name}, {len(test):,} rows")
         test_scores = evaluator.evaluate(test, routing=routing)
     ood_scores = {}
     for other in spec.ood:
-        split = splits[other.name]
+        split = ood_splits[other.name]
         progress.say(f"evaluating on {other.name}, {len(split):,} rows")
         ood_scores[other.name] = evaluator.evaluate(split, other, routing)
     routed, usage = routing.routing_of_set(spec.task.name)
@@ -101,7 +101,7 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
         "cost": evaluator.cost,
         "data": {
             "test": test.summary(),
-            **{f"ood:{name}": split.summary() for name, split in splits.items()},
+            **{f"ood:{name}": split.summary() for name, split in ood_splits.items()},
         },
     }
 
@@ -131,19 +131,17 @@ def _reopen(
 
 
 def _has_recorded_score(spec: EvaluationSpec, trained: TextSpec) -> bool:
-    """Return True if the run that trained the model has tested the same model on the same rows.
-
-    A model that is converted before the evaluation is not the same.
-    """
+    """Return True if the training run has a test score for the same model on the same rows."""
     training = trained.training
     settings = spec.evaluation
     has_same_rows = training.eval_rows == settings.rows
     has_same_lengths = training.max_length == settings.max_length
+    # a conversion before the evaluation changes the model
     has_same_model = spec.transform is None
     return has_same_rows and has_same_lengths and has_same_model
 
 
-def _load(other: RunTask, load: Callable[..., TextSplit]) -> TextSplit:
+def _load_ood(other: RunTask, load: Callable[..., TextSplit]) -> TextSplit:
     """Load an OOD set with ``load``. If that fails, the error also says how to exclude the set."""
     try:
         return load(other, "test")
@@ -154,17 +152,16 @@ def _load(other: RunTask, load: Callable[..., TextSplit]) -> TextSplit:
 
 
 def _chosen(spec: EvaluationSpec) -> Run:
-    """Return the candidate run to evaluate.
+    """Return the candidate run with the seed of the spec and the best hyper-parameters.
 
-    It has the seed of the spec. Its variant and learning rate have the best dev score among all
-    candidates, as a mean over seeds.
+    The best variant and learning rate have the highest dev score, averaged over seeds.
 
     Raises:
         DataError: No candidate with this seed has the chosen variant and learning rate.
     """
     candidates = [read_run(RUNS / candidate / "run.json") for candidate in spec.candidates]
     numbers = tabulate_numbers(read_record(candidate) for candidate in candidates)
-    # all selected records have the same variant and learning rate
+    # the candidates are of one cell, so all selected records have the same hyper-parameters
     selected = select_runs(numbers, spec.protocol).iloc[0]
     for candidate in candidates:
         has_choice = (
@@ -173,6 +170,7 @@ def _chosen(spec: EvaluationSpec) -> Run:
         )
         if has_choice and candidate.seed == spec.seed:
             return candidate
+    # such as: variant N16-k4 learning_rate 1e-05
     choice = " ".join(f"{key} {selected[key]}" for key in CHOICE)
     raise DataError(
         f"{spec.benchmark}: seed {spec.seed} did not train {spec.method.name} with the chosen "

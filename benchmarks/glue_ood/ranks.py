@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import cast
 
 import pandas as pd
@@ -16,13 +17,15 @@ from benchmarks.text.outcomes import PROTOCOLS, TextOutcomes
 from benchmarks.text.tables import BY_SELECTION, RANK
 
 Scores = dict[tuple[str, str], pd.DataFrame]  # by protocol and model, [methods, data sets]
+# the columns of the table, before titles are added
+_RANK_COLUMNS = ["protocol", "model", "method", "rank", "sets", "ranked", "paper"]
 
 
 def ranked_scores(outcomes: TextOutcomes) -> Scores:
     """Return the mean scores ``[methods, data sets]`` of the ranked methods, by protocol and model.
 
-    A data set is a pair of training task and OOD set. Means are over the seeds that all ranked
-    methods have on it. A protocol and model without a common data set and seed is left out.
+    A data set is a pair of training task and OOD set. Its scores are averaged over the seeds that
+    all ranked methods have on it. A protocol and model without such a seed is left out.
     """
     methods = cast(EvaluationDefinition, outcomes.benchmark.definition).ranked
     is_ood = outcomes.seeds["domain"] == OOD
@@ -50,15 +53,32 @@ def ranks(outcomes: TextOutcomes) -> Table:
 
     It has a row per model, protocol and ranked method.
     """
+    scores = ranked_scores(outcomes)
+    frame = _rank_rows(outcomes, scores)
+    return Table(
+        "Friedman ranks out of domain",
+        _caption(outcomes, scores, frame["method"].unique()),
+        BY_SELECTION,
+        [
+            Column("ood_rank", "rank", "Rank", best=True),
+            Column("sets", "sets", "Sets"),
+            Column("sets", "ranked", "Rows ranked"),
+            Column("ood_rank", "paper", "Rank in the paper"),
+        ],
+        outcomes.order(frame, ["protocol", "model", "method"]),
+        group=("model", "protocol"),
+    )
+
+
+def _rank_rows(outcomes: TextOutcomes, scores: Scores) -> pd.DataFrame:
+    """Return the rows of the table of ranks, not yet in order.
+
+    ``sets`` is the number of data sets, and ``ranked`` the number of ranked methods.
+    """
     paper = _paper_ranks(outcomes)
     rows = []
-    notes = []
-    sets: list[str] = []
-    for (protocol, model), table in ranked_scores(outcomes).items():
-        mean_ranks, p = friedman_ranks(table)
-        title = f"{outcomes.title('model', model)}, {PROTOCOLS[protocol]} selection"
-        notes.append(f"{title}: {_test_text(table, p)}")
-        sets += [name for name in table.columns if name not in sets]
+    for (protocol, model), table in scores.items():
+        mean_ranks, _ = friedman_ranks(table)
         methods_count, sets_count = table.shape
         for method, rank in mean_ranks.items():
             rows.append(
@@ -73,28 +93,32 @@ def ranks(outcomes: TextOutcomes) -> Table:
                 }
             )
     # without rows, the columns must still exist
-    frame = pd.DataFrame(
-        rows, columns=["protocol", "model", "method", "rank", "sets", "ranked", "paper"]
-    )
-    methods = [outcomes.title("method", name) for name in frame["method"].unique()]
-    if not notes:
-        notes = ["No ranks: the rows have no common set and seed"]
-    return Table(
-        "Friedman ranks out of domain",
-        f"Mean rank over the OOD sets, 1 is best, of {len(methods)} rows: {', '.join(methods)}. "
+    return pd.DataFrame(rows, columns=_RANK_COLUMNS)
+
+
+def _caption(outcomes: TextOutcomes, scores: Scores, methods: Iterable[str]) -> str:
+    """Write the caption of the table of ranks: methods, data sets, and the tests of the ranks."""
+    titles = [outcomes.title("method", name) for name in methods]
+    sets: list[str] = []  # of all protocols and models, each once
+    for table in scores.values():
+        sets += [name for name in table.columns if name not in sets]
+    return (
+        f"Mean rank over the OOD sets, 1 is best, of {len(titles)} rows: {', '.join(titles)}. "
         "The paper does not name its ranked rows, so its ranks cannot be compared with ours. "
-        f"Sets ({len(sets)}): {', '.join(sets)}. {'; '.join(notes)}. By Nemenyi's test at 5 %, "
-        "ranks differ if they are further apart than the critical difference.",
-        BY_SELECTION,
-        [
-            Column("ood_rank", "rank", "Rank", best=True),
-            Column("sets", "sets", "Sets"),
-            Column("sets", "ranked", "Rows ranked"),
-            Column("ood_rank", "paper", "Rank in the paper"),
-        ],
-        outcomes.order(frame, ["protocol", "model", "method"]),
-        group=("model", "protocol"),
+        f"Sets ({len(sets)}): {', '.join(sets)}. {_notes(outcomes, scores)}. By Nemenyi's "
+        "test at 5 %, ranks differ if they are further apart than the critical difference."
     )
+
+
+def _notes(outcomes: TextOutcomes, scores: Scores) -> str:
+    """Describe Friedman's test for each protocol and model, or say that there are no ranks."""
+    if not scores:
+        return "No ranks: the rows have no common set and seed"
+    notes = []
+    for (protocol, model), table in scores.items():
+        title = f"{outcomes.title('model', model)}, {PROTOCOLS[protocol]} selection"
+        notes.append(f"{title}: {_test_text(table)}")
+    return "; ".join(notes)
 
 
 def _paper_ranks(outcomes: TextOutcomes) -> pd.Series[float]:
@@ -104,13 +128,10 @@ def _paper_ranks(outcomes: TextOutcomes) -> pd.Series[float]:
     return of_ranks.set_index(["model", "method"])["value"]
 
 
-def _test_text(scores: pd.DataFrame, p: float) -> str:
-    """Describe Friedman's test of ranks, and the critical difference of two mean ranks.
-
-    Args:
-        scores: The scores, ``[methods, data sets]``.
-        p: The p of the test; nan without a test.
-    """
+def _test_text(table: pd.DataFrame) -> str:
+    """Describe Friedman's test of scores ``[methods, data sets]``, and the critical difference."""
+    _, p = friedman_ranks(table)
+    # p is nan if there are too few methods or data sets, or all methods are equal
     test = "no Friedman test" if math.isnan(p) else f"Friedman p = {p:.3f}"
-    methods, sets = scores.shape
-    return f"{test}, critical difference {critical_difference(methods, sets):.2f}"
+    methods_count, sets_count = table.shape
+    return f"{test}, critical difference {critical_difference(methods_count, sets_count):.2f}"

@@ -179,9 +179,8 @@ class LearnedRows(TokenisedRows):
 class MixedOrder(EpochOrder):
     """The order of the concatenated rows of several tasks, which depends only on seed and epoch.
 
-    An epoch has at most ``most`` rows of a task, so tasks are mixed in proportion to their size up
-    to a limit. A larger task uses all its rows, in random order, before it repeats one. The rows of
-    all tasks in an epoch are shuffled together.
+    An epoch has at most ``most`` rows of a task. The next epoch continues with the rows of the task
+    that were not used yet. The rows of all tasks in an epoch are shuffled together.
 
     Args:
         tasks: The number of tokens of each row, by task.
@@ -212,24 +211,26 @@ class MixedOrder(EpochOrder):
 
     def __iter__(self) -> Iterator[int]:
         rows: list[int] = []  # this epoch's rows, by index in the concatenated tasks
-        self._lengths = []  # of these rows; the parent class orders as many rows
+        # the lengths of these rows, from which the parent class makes their order
+        self._lengths = []
         start = 0  # the index of the task's first row
         for name, lengths in self._tasks.items():
             for row in self._rows_of_epoch(name):
                 rows.append(start + row)
                 self._lengths.append(lengths[row])
             start += len(lengths)
-        order = super().__iter__()
+        order = super().__iter__()  # indices in `rows`
         return (rows[index] for index in order)
 
     def _rows_of_epoch(self, name: str) -> list[int]:
         """Return the rows of a task in this epoch.
 
-        They are the next rows of an endless sequence of passes over all rows. Each pass is
-        reshuffled.
+        Passes over all rows, each in a new random order, follow each other without end. An epoch
+        has the next rows of this sequence.
         """
         rows = len(self._tasks[name])
         rows_per_epoch = self._rows_per_epoch[name]
+        # the rows of the earlier epochs: complete passes, and the first rows of the next pass
         first_pass, start = divmod(self._epoch * rows_per_epoch, rows)
         # an epoch spans at most two passes
         sequence: list[int] = []

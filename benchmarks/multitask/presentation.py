@@ -20,14 +20,15 @@ ID_MEAN = "id_mean"
 TRANSFER = "transfer"
 # the domains of means, each with the domain of the averaged sets
 _MEANS = {ID_MEAN: ID, OOD_MEAN: OOD}
+_KEYS_OF_GAIN = [*CELL, "domain"]  # the columns that identify a row of the table of gains
 
 
 class MultitaskOutcomes(TextOutcomes):
-    """The results of finished multi-task runs.
+    """The results of finished multi-task runs, with two more groups of scores (domains).
 
-    The column ``task`` has the mixture, or the task that is learned alone. Two groups of scores
-    (domains) are added. ``id_mean`` is the mean over the tasks of a mixture. ``transfer`` is the
-    score of a task in the mixture minus the score of the same task if it is learned alone.
+    The column ``task`` has the mixture, or the task that is learned alone. The domain ``id_mean``
+    is the mean over the tasks of a mixture. The domain ``transfer`` is the score of a task in a
+    mixture minus the score of the same task if it is learned alone.
     """
 
     def select_mixtures(self, frame: pd.DataFrame) -> pd.DataFrame:
@@ -35,25 +36,27 @@ class MultitaskOutcomes(TextOutcomes):
         return frame[frame["task"].isin(self.benchmark.definition.mixtures)]
 
     def _seeds(self) -> pd.DataFrame:
-        """Add the domains ``id_mean`` and ``transfer`` to the scores by seed."""
+        """Return the scores by seed, including the domains ``id_mean`` and ``transfer``."""
         seeds = super()._seeds()
         learned = seeds[seeds["domain"] == ID]
         together = self.select_mixtures(learned)
         # a task that is learned alone is its own training task
         alone = learned[learned["task"] == learned["eval_task"]]
 
-        # one mean for each run
+        # one mean for each run, over the tasks of its mixture
         runs = together.groupby(["protocol", *CELL, "seed"], sort=False)
-        means = runs["value"].mean().reset_index().assign(domain=ID_MEAN, eval_task="")
+        run_means = runs["value"].mean().reset_index()
+        means = run_means.assign(domain=ID_MEAN, eval_task="")
 
-        # the same task, learned in a mixture and alone
+        # beside each score in a mixture: `value_alone`, the score of the same task learned alone
         paired = together.merge(
             alone,
             on=["protocol", "model", "eval_task", "method", "seed"],
             suffixes=("", "_alone"),
         )
         gain = paired["value"] - paired["value_alone"]
-        transfer_scores = paired.assign(domain=TRANSFER, value=gain)[list(seeds.columns)]
+        with_gains = paired.assign(domain=TRANSFER, value=gain)
+        transfer_scores = with_gains[list(seeds.columns)]  # without the columns of `alone`
         return pd.concat([seeds, means, transfer_scores])
 
     def claim_numbers(self) -> pd.DataFrame:
@@ -64,21 +67,13 @@ class MultitaskOutcomes(TextOutcomes):
 
 
 def gains(outcomes: MultitaskOutcomes) -> Table:
-    """Make a table of the mean over sets, the set with the largest gain, and the paper's gains.
+    """Make a table of mean scores over sets, the set with the largest gain, and the paper's gains.
 
     It has a row for each mixture and method, in domain and out of domain.
     """
     return Table(
         "Means over tasks and over other sets, and the paper's best gains",
-        "Means over the tasks of a mixture (in domain) and over the sets that no task is trained "
-        "on (out of domain), ± sample standard deviation over n seeds. Δ is the difference to "
-        f"{outcomes.baseline_title} on the same tasks, paired by seed, with a 95 % confidence "
-        "interval (Student's t), not corrected for multiple tests. "
-        f"{outcomes.shared_note} Best set: the largest of several differences, so an optimistic "
-        "number. The paper gives only its largest gains (T5-Base, N = 32 and k = 8 in domain; "
-        "sources in paper.csv), neither tasks nor absolute scores, so they cannot be compared "
-        "with ours. Epoch and learning rate are chosen by the mean dev score, which is not "
-        "reported. Bold marks the best method, without controls.",
+        _gains_caption(outcomes),
         {**KEYS, "where": "Where", "sets": "Sets", "n": "n"},
         [
             Column("score", "mean", "Mean", std="std", best=True),
@@ -99,25 +94,41 @@ def gains(outcomes: MultitaskOutcomes) -> Table:
     )
 
 
+def _gains_caption(outcomes: MultitaskOutcomes) -> str:
+    """Write the caption of :func:`gains`."""
+    return (
+        "Means over the tasks of a mixture (in domain) and over the sets that no task is trained "
+        "on (out of domain), ± sample standard deviation over n seeds. Δ is the difference to "
+        f"{outcomes.baseline_title} on the same tasks, paired by seed, with a 95 % confidence "
+        "interval (Student's t), not corrected for multiple tests. "
+        f"{outcomes.shared_note} Best set: the largest of several differences, so an optimistic "
+        "number. The paper gives only its largest gains (T5-Base, N = 32 and k = 8 in domain; "
+        "sources in paper.csv), neither tasks nor absolute scores, so they cannot be compared "
+        "with ours. Epoch and learning rate are chosen by the mean dev score, which is not "
+        "reported. Bold marks the best method, without controls."
+    )
+
+
 def _gain_rows(outcomes: MultitaskOutcomes) -> pd.DataFrame:
     """Compute the rows of :func:`gains`, not yet in order."""
-    row = [*CELL, "domain"]  # the columns that identify a row
-    interval = ["delta", "low", "high"]
     rows = outcomes.select_mixtures(outcomes.rows)
+    # the means over sets, with the domain of the averaged sets instead of the domain of means
+    numbers = ["mean", "std", "n", "delta", "low", "high"]
     is_mean = rows["domain"].isin(_MEANS)
-    # named like the domain of the averaged sets
-    means = rows.loc[is_mean, [*row, "mean", "std", "n", *interval]].replace({"domain": _MEANS})
+    means = rows.loc[is_mean, [*_KEYS_OF_GAIN, *numbers]].replace({"domain": _MEANS})
+    # the sets themselves: their number, and the set with the largest gain
     sets = rows[rows["domain"].isin(DOMAINS)]
-    set_counts = sets.groupby(row, sort=False).size().rename("sets").reset_index()
-    # the set with the largest gain
-    compared = sets[sets["delta"].notna()]
-    best_index = compared.groupby(row, sort=False)["delta"].idxmax()
-    best_sets = compared.loc[best_index, [*row, *interval, "eval_task_title"]]
+    set_counts = sets.groupby(_KEYS_OF_GAIN, sort=False).size().rename("sets").reset_index()
+    best_sets = _best_sets(sets)
     published = common.read_published(outcomes.benchmark)[["domain", "method", "value"]]
 
-    with_counts = common.with_numbers(means, row, set_counts)
-    with_best_sets = common.with_numbers(with_counts, row, best_sets, "best_")
-    with_paper = common.with_numbers(with_best_sets, ["domain", "method"], published, "paper_")
+    with_counts = common.with_numbers(means, on=_KEYS_OF_GAIN, numbers=set_counts)
+    with_best_sets = common.with_numbers(
+        with_counts, on=_KEYS_OF_GAIN, numbers=best_sets, prefix="best_"
+    )
+    with_paper = common.with_numbers(
+        with_best_sets, on=["domain", "method"], numbers=published, prefix="paper_"
+    )
     return with_paper.assign(
         where=with_paper["domain"].map(DOMAINS),
         paper=with_paper["paper_value"].astype(float) / 100,
@@ -125,17 +136,23 @@ def _gain_rows(outcomes: MultitaskOutcomes) -> pd.DataFrame:
     )
 
 
+def _best_sets(sets: pd.DataFrame) -> pd.DataFrame:
+    """Return the set with the largest difference to the baseline, for each row of :func:`gains`."""
+    compared = sets[sets["delta"].notna()]  # the baseline has no difference to itself
+    best_index = compared.groupby(_KEYS_OF_GAIN, sort=False)["delta"].idxmax()
+    return compared.loc[best_index, [*_KEYS_OF_GAIN, "delta", "low", "high", "eval_task_title"]]
+
+
 def transfer(outcomes: MultitaskOutcomes) -> Table:
-    """Make a table of the difference between learning a task with others and learning it alone."""
+    """Make a table of the scores of tasks in a mixture minus their scores if learned alone.
+
+    It has a row for each mixture, task and method.
+    """
     differences = outcomes.of(TRANSFER, CLEAN).drop(columns="scope")
+    run_folders = _compared_runs(outcomes, differences)
     return Table(
         "Learned together against learned alone",
-        "Score of a task that is learned with the others minus its score if it is learned alone, "
-        "with as many passes over as many rows: mean ± sample standard deviation over n seeds. "
-        "Below 0, the other tasks do harm. The second "
-        f"Δ compares a method with {outcomes.baseline_title}, with a 95 % confidence interval "
-        "(Student's t), not corrected for multiple tests: the paper explains its gains with this "
-        "difference.",
+        _transfer_caption(outcomes),
         {**KEYS, "eval_task_title": "Task", "n": "n"},
         [
             Column("score", "mean", "Δ to alone", std="std", signed=True),
@@ -147,7 +164,19 @@ def transfer(outcomes: MultitaskOutcomes) -> Table:
                 signed=True,
             ),
         ],
-        differences.assign(**{RUNS: _compared_runs(outcomes, differences)}),
+        differences.assign(**{RUNS: run_folders}),  # the rows link to both compared runs
+    )
+
+
+def _transfer_caption(outcomes: MultitaskOutcomes) -> str:
+    """Write the caption of :func:`transfer`."""
+    return (
+        "Score of a task that is learned with the others minus its score if it is learned alone, "
+        "with as many passes over as many rows: mean ± sample standard deviation over n seeds. "
+        "Below 0, the other tasks do harm. The second "
+        f"Δ compares a method with {outcomes.baseline_title}, with a 95 % confidence interval "
+        "(Student's t), not corrected for multiple tests: the paper explains its gains with this "
+        "difference."
     )
 
 
@@ -156,6 +185,7 @@ def _compared_runs(outcomes: MultitaskOutcomes, frame: pd.DataFrame) -> pd.Serie
 
     The runs of the mixture come first, then the runs that learn the row's task alone.
     """
+    # the runs of each model, method, and mixture (or task that is learned alone)
     run_ids = outcomes.origins.groupby(["model", "method", "task"])["run_id"].unique()
 
     def folders_text(ids: Iterable[str]) -> str:

@@ -35,23 +35,22 @@ from benchmarks.text.outcomes import ARROW, DOMAINS, TextOutcomes, shown_deviati
 
 _AVERAGE_OF = "average of "
 # a group: the rows that are compared with each other; a scope is a task, a pair or an average
-_GROUP = ["protocol", "domain", "model", "scope"]
-_ROW = [*_GROUP, "method"]
+_KEYS_OF_GROUP = ["protocol", "domain", "model", "scope"]
+_KEYS_OF_ROW = [*_KEYS_OF_GROUP, "method"]
 
 
 def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     """Compute the numbers of an ablation, a row per protocol, domain, model, scope and method.
 
-    A scope is a task, a pair of tasks (training and evaluation), or an average. Rows of the same
-    first four keys are compared with each other. Columns:
+    A scope is a task, a pair of tasks (training and evaluation), or an average. Rows that differ
+    only in the method are compared with each other.
 
-    - the five keys, and titles
-    - ``mean``, ``std`` and ``n`` over seeds
-    - the paired difference to the baseline, or to the row above if the ablation has ``steps``:
-      ``delta``, ``low``, ``high``, ``p``, ``p_holm`` (over the compared rows), ``verdict``
-    - ``active_neurons``
-    - the paper's numbers: ``paper``, ``paper_delta``, ``status``, ``source``
-    - ``is_ours`` (False for rows that only the paper has) and ``is_average``
+    Returns:
+        The five keys and their titles, ``mean``, ``std`` and ``n`` over seeds, ``active_neurons``,
+        the paper's numbers (``paper``, ``paper_delta``, ``status``, ``source``), ``is_ours`` (False
+        for rows that only the paper has) and ``is_average``. The paired difference to the baseline,
+        or to the row above if the ablation has ``steps``, is ``delta``, ``low``, ``high``, ``p``,
+        ``p_holm`` and ``verdict``.
     """
     # these outcomes have a row for every setting; the main ones only for the best
     ablated = outcomes.ablated
@@ -62,10 +61,10 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     references: Iterable[tuple[str, str | None]] = [(ablated.baseline, None)]
     if ablation.steps:
         references = itertools.pairwise(names)
-    tested = with_verdicts(_summarise(seeds, references), _GROUP)
+    tested = with_verdicts(_summarise(seeds, references), family=_KEYS_OF_GROUP)
 
-    neurons = cell_means(ablated.records, ["model", "method"], ["active_neurons"])
-    ours = with_numbers(tested, ["model", "method"], neurons)
+    neurons = cell_means(ablated.records, cell=["model", "method"], metrics=["active_neurons"])
+    ours = with_numbers(tested, on=["model", "method"], numbers=neurons)
     with_paper = _join_paper(ablated, ablation, ours)
     marked = with_paper.assign(is_ours=with_paper["mean"].notna())
     in_order = _sort_rows(ablation, marked)
@@ -75,20 +74,20 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
 def _row_names(ablation: Ablation, methods: Iterable[str]) -> list[str]:
     """List the names of an ablation's rows, in the order of its definition.
 
-    ``methods`` are the names of all rows. Each setting of a method has its own name.
+    ``methods`` are the names of the rows of all ablations. A method with several settings has a
+    name for each.
     """
     names = []
-    for row in ablation.rows:
-        names += [name for name in methods if split_name(name).method == row]
+    for method in ablation.rows:
+        names += [name for name in methods if split_name(name).method == method]
     return names
 
 
 def _compared_seeds(outcomes: TextOutcomes, names: Sequence[str]) -> pd.DataFrame:
-    """Return the scores of the rows ``names`` by seed, and their averages over tasks or pairs.
+    """Return the scores of the rows ``names`` by seed, and their averages over scopes.
 
-    Rows are compared if they have the same protocol, domain, model and scope. A group of such rows
-    is left out if it lacks the baseline or has no ablated row. All rows of a group have the same
-    seeds.
+    The rows of a group (:data:`_KEYS_OF_GROUP`) keep the seeds that all of them have. A group
+    without the baseline or without an ablated row is left out.
     """
     scores = outcomes.seeds
     is_shown = (
@@ -99,7 +98,7 @@ def _compared_seeds(outcomes: TextOutcomes, names: Sequence[str]) -> pd.DataFram
     # scores on single tasks or pairs of tasks
     single = scores[is_shown]
     with_averages = pd.concat([single, _averages(single)])
-    seeds = with_averages[[*_ROW, "seed", "value"]]
+    seeds = with_averages[[*_KEYS_OF_ROW, "seed", "value"]]
 
     # other tables show the groups that have only main rows
     ablated = [name for name in names if _is_ablated(outcomes, name)]
@@ -109,8 +108,8 @@ def _compared_seeds(outcomes: TextOutcomes, names: Sequence[str]) -> pd.DataFram
         has_baseline = group["method"].eq(outcomes.baseline).any()
         return bool(has_ablated and has_baseline)
 
-    compared = seeds.groupby(_GROUP, sort=False).filter(has_comparison)
-    return shared_pairs(compared, _GROUP, ["method"], "seed")
+    compared = seeds.groupby(_KEYS_OF_GROUP, sort=False).filter(has_comparison)
+    return shared_pairs(compared, table=_KEYS_OF_GROUP, row=["method"], pair="seed")
 
 
 def _is_ablated(outcomes: TextOutcomes, name: str) -> bool:
@@ -119,15 +118,17 @@ def _is_ablated(outcomes: TextOutcomes, name: str) -> bool:
 
 
 def _summarise(seeds: pd.DataFrame, references: Iterable[tuple[str, str | None]]) -> pd.DataFrame:
-    """Compute the mean, deviation and paired difference of each row.
+    """Compute the mean, deviation and paired difference of each row over seeds.
 
     ``references`` are the pairs of rows to compare, see
     :func:`~benchmarks.harness.report.common.summarize`.
     """
-    rows = summarize(seeds, _ROW, references).drop(columns="pairs")
-    # ablations show pandas' grouped means, which differ from summarize's in the last digit
-    grouped = seeds.groupby(_ROW, sort=False)["value"]
-    rows[["mean", "std"]] = grouped.agg(["mean", "std"]).to_numpy()
+    summaries = summarize(seeds, cell=_KEYS_OF_ROW, references=references).drop(columns="pairs")
+    # ablations show pandas' grouped statistics, which differ from summarize's in the last digit
+    by_row = seeds.groupby(_KEYS_OF_ROW, sort=False)["value"]
+    by_keys = summaries.set_index(_KEYS_OF_ROW)
+    rows = by_keys.assign(mean=by_row.mean(), std=by_row.std()).reset_index()
+    # the sample deviation, or the population deviation for the authors' selection
     return rows.assign(std=shown_deviation(rows))
 
 
@@ -137,23 +138,24 @@ def _sort_rows(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     Rows that only the paper has come last.
     """
     scopes = list(rows["scope"].unique())
-    keys = [
-        (
+
+    def sort_key(row: Any) -> tuple[Any, ...]:
+        return (
             not row.is_ours,  # False comes before True
             row.model,
             row.protocol,
             row.domain,
-            scopes.index(row.scope),
+            scopes.index(row.scope),  # in the order of occurrence
             _method_key(ablation, row.method),
         )
-        for row in rows.itertuples()
-    ]
-    order = sorted(range(len(rows)), key=lambda number: keys[number])
-    return rows.iloc[order].reset_index(drop=True)
+
+    # a frame cannot be sorted by tuples, so sort its rows, and take their index in this order
+    in_order = sorted(rows.reset_index(drop=True).itertuples(), key=sort_key)
+    return rows.iloc[[row.Index for row in in_order]].reset_index(drop=True)
 
 
 def _method_key(ablation: Ablation, name: str) -> tuple[int, list[float], str]:
-    """Return the sort key of a row: its place in the ablation, then the numbers of its setting."""
+    """Return the sort key of a row name: its place in the ablation, then the setting's numbers."""
     method, setting = split_name(name)
     place = ablation.rows.index(method)
     # by number, so that N8 comes before N16
@@ -162,30 +164,35 @@ def _method_key(ablation: Ablation, name: str) -> tuple[int, list[float], str]:
 
 
 def _averages(seeds: pd.DataFrame) -> pd.DataFrame:
-    """Average the scores of each row and seed over scopes (tasks, or pairs of tasks).
+    """Average the scores of each method and seed over scopes (tasks, or pairs of tasks).
 
-    Rows of the same protocol, domain and model are averaged over the scopes that all of them have.
-    There is no average over fewer than two scopes.
+    Methods of the same protocol, domain and model are averaged over the scopes that all of them
+    have. There is no average over fewer than two scopes.
     """
-    averages = [seeds.iloc[:0]]
+    averages = [seeds.iloc[:0]]  # no rows, but the columns, if there is no average
     keys = ["protocol", "domain", "model"]
     for (protocol, domain, model), group in seeds.groupby(keys, sort=False):
-        # averages over different scopes could not be compared
-        methods_by_scope = group.groupby("scope", sort=False)["method"].nunique()
-        has_all_methods = methods_by_scope == group["method"].nunique()
-        shared = list(methods_by_scope[has_all_methods].index)
+        shared = _scopes_of_all_methods(group)
         if len(shared) < 2:
             continue
-
-        # rows: method and seed, columns: scopes; a seed that lacks a scope has no average
+        # rows: method and seed, columns: scopes
         by_scope = group[group["scope"].isin(shared)].pivot_table(
             index=["method", "seed"], columns="scope", values="value", sort=False
         )
-        means = by_scope.dropna().mean(axis=1).rename("value").reset_index()
+        # a seed that lacks a scope has no average
+        complete = by_scope.dropna()
+        means = complete.mean(axis=1).rename("value").reset_index()
         noun = "tasks" if domain == ID else "pairs"
         scope = _AVERAGE_OF + name_or_count(shared, noun)
         averages.append(means.assign(protocol=protocol, domain=domain, model=model, scope=scope))
     return pd.concat(averages)
+
+
+def _scopes_of_all_methods(scores: pd.DataFrame) -> list[str]:
+    """List the scopes for which every method has a score."""
+    methods_by_scope = scores.groupby("scope", sort=False)["method"].nunique()
+    has_all_methods = methods_by_scope == scores["method"].nunique()
+    return list(methods_by_scope[has_all_methods].index)
 
 
 def _join_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
@@ -204,10 +211,7 @@ def _join_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) 
 
 
 def _read_paper(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
-    """Read the paper's numbers of an ablation, and turn points into shares.
-
-    If the ablation has no file of the paper's numbers, the frame has no rows.
-    """
+    """Read the paper's numbers of an ablation, as shares; no rows if it has no such file."""
     if ablation.paper:
         published = read_published(outcomes.benchmark, ablation.paper)
     else:
@@ -226,8 +230,8 @@ def _read_paper(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
 def _add_titles(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
     """Add ``is_average``, and ``method_title`` with the setting of the row.
 
-    If the rows vary k, the experts in use, then titles of main rows have N, the number of experts,
-    and k/N.
+    If settings of the rows vary k, the number of experts in use, then the rows of methods with a
+    single setting also show N, the number of experts, and k/N.
     """
     settings = [split_name(name).setting for name in rows["method"]]
     k_varies = any("k" in setting_values(setting) for setting in settings)
@@ -235,6 +239,7 @@ def _add_titles(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
     titles = []
     for row in rows.itertuples():
         method, setting = split_name(row.method)
+        # the paper's rows have no run, and so no configuration
         if k_varies and not setting and row.is_ours:
             setting = _main_setting(configs[row.model, row.method])
         title = outcomes.title("method", method)
@@ -263,7 +268,6 @@ def _main_setting(config: Mapping[str, Any]) -> str:
 def ablation_table(outcomes: TextOutcomes, name: str) -> Table:
     """Make the table of the ablation ``name``: scores, differences, and the paper's numbers."""
     definition: Ablation = outcomes.benchmark.definition.ablations[name]
-    reference = "row above" if definition.steps else "first row"
     rows = ablation_rows(outcomes, definition)
     frame = rows.assign(
         verdict=_or_dash(rows["verdict"]),
@@ -275,11 +279,7 @@ def ablation_table(outcomes: TextOutcomes, name: str) -> Table:
     )
     return Table(
         definition.title,
-        f"{definition.question} Score (%): mean ± standard deviation over the n seeds that all "
-        f"rows of a set and selection share. Δ is the difference to the {reference}, paired by "
-        "seed, with a 95 % confidence interval (Student's t). p is from the paired t-test, "
-        "corrected with Holm's procedure over the rows of a set and selection; the verdict uses it "
-        "at 5 %. The paper's numbers are for its own models and tasks.",
+        _table_caption(definition),
         {
             "model_title": "Model",
             "selection": "Selection",
@@ -298,6 +298,18 @@ def ablation_table(outcomes: TextOutcomes, name: str) -> Table:
         frame,
         notes={"verdict": "Verdict", "status": "Status", "source": "Source of the paper's number"},
         origins=outcomes.ablated.origins,
+    )
+
+
+def _table_caption(ablation: Ablation) -> str:
+    """Write the caption of the table of an ablation."""
+    reference = "row above" if ablation.steps else "first row"
+    return (
+        f"{ablation.question} Score (%): mean ± standard deviation over the n seeds that all "
+        f"rows of a set and selection share. Δ is the difference to the {reference}, paired by "
+        "seed, with a 95 % confidence interval (Student's t). p is from the paired t-test, "
+        "corrected with Holm's procedure over the rows of a set and selection; the verdict uses it "
+        "at 5 %. The paper's numbers are for its own models and tasks."
     )
 
 
@@ -324,14 +336,16 @@ def ablation_figure(outcomes: TextOutcomes, name: str) -> Figure:
 
 
 def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
-    """Draw the differences of the ablation ``name`` to the baseline as a forest plot.
+    """Draw the differences of the ablation ``name`` as a forest plot.
 
-    With ``steps``, they are differences to the row above. Each panel is a model, under the first
-    protocol that it has. Each line is a method. A mark is a difference in domain or out of domain,
-    averaged over sets if there are several. It has a 95 % interval if there are three seeds.
+    They are differences to the baseline or, with ``steps``, to the row above. Each panel is a
+    model, under the first protocol that it has. Each line is a method. A mark is a difference in
+    domain or out of domain, averaged over sets if there are several. It has a 95 % interval if
+    there are three seeds.
     """
     definition: Ablation = outcomes.benchmark.definition.ablations[name]
     rows = ablation_rows(outcomes, definition)
+    # a panel for each model; rows without a model are the paper's
     with_panels = rows.assign(panel=rows["model_title"].replace("", "the paper"))
     ours = with_panels[with_panels["is_ours"] & with_panels["delta"].notna()]
     if ours.empty:
@@ -353,23 +367,25 @@ def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
 
 def _first_selection(rows: pd.DataFrame) -> pd.DataFrame:
     """Keep the rows of each model that have its first protocol."""
-    first = rows.groupby("model")["protocol"].transform("first")
-    return rows[rows["protocol"] == first]
+    # beside each row: the protocol of the model's first row
+    first_protocol = rows.groupby("model")["protocol"].transform("first")
+    return rows[rows["protocol"] == first_protocol]
 
 
 def _shown_differences(ours: pd.DataFrame) -> pd.DataFrame:
     """Keep the averages of each panel and domain, or all its rows if it has no average."""
     rows = _first_selection(ours)
-    # where a panel and domain has averages, keep only them; elsewhere, no row is an average
+    # beside each row: whether its panel and domain has an average
     has_average = rows.groupby(["panel", "domain"])["is_average"].transform("any")
-    return rows[rows["is_average"] == has_average]
+    return rows[rows["is_average"] | ~has_average]
 
 
 def _paper_differences(rows: pd.DataFrame) -> pd.DataFrame:
     """Average the paper's differences over scopes, by panel, domain and method."""
     published = rows[rows["paper_delta"].notna()]
     by_mark = published.groupby(["panel", "domain", "method", "method_title"], sort=False)
-    return by_mark["paper_delta"].mean().rename("delta").reset_index().assign(is_ours=False)
+    means = by_mark["paper_delta"].mean().rename("delta").reset_index()
+    return means.assign(is_ours=False)
 
 
 def _mark_style(outcomes: TextOutcomes, mark: Any) -> MethodStyle:

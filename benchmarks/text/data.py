@@ -44,7 +44,7 @@ _DEV_SHARE = 0.15
 _TEST_SHARE = 0.15
 
 _NO_LABEL = {"", "-1", "nan", "none", "null"}  # missing labels, unless the task has such a class
-# a whole number with zeros after the point, such as 1.0
+# a whole number with zeros after the point, such as 1.0; the group is the part before the point
 _WHOLE = re.compile(r"^(-?\d+)\.0*$")
 
 
@@ -69,9 +69,9 @@ class TextSplit:
         return len(self.texts)
 
     def sample(self, rows: int | None, seed_name: str) -> TextSplit:
-        """Draw ``rows`` random rows, the same in every run; None keeps all rows.
+        """Sample ``rows`` random rows, the same in every run; None keeps all rows.
 
-        ``seed_name`` determines the draw. The rows keep their order.
+        ``seed_name`` seeds the random numbers. The rows keep their order.
         """
         if rows is None or rows >= len(self):
             return self
@@ -82,7 +82,7 @@ class TextSplit:
     def hold_out(self, share: float, seed_name: str) -> tuple[TextSplit, TextSplit]:
         """Hold out a share of random rows, the same in every run.
 
-        ``seed_name`` determines the draw.
+        ``seed_name`` seeds the random numbers.
 
         Returns:
             The kept rows, and the held-out rows.
@@ -101,10 +101,11 @@ class TextSplit:
         return self._rows(kept), self._rows(sorted(held_out))
 
     def stratified_sample(self, share: float, seed_name: str) -> TextSplit:
-        """Draw a share of the rows of every class, the same rows in every run.
+        """Sample a share of the rows of every class, the same rows in every run.
 
-        ``seed_name`` determines the draw. In a regression, rounded scores serve as classes. Every
-        class keeps at least one row. The rows of a smaller share are among those of a larger one.
+        The rows of a smaller share are among those of a larger one. Every class keeps at least one
+        row. In a regression, rounded scores serve as classes. ``seed_name`` seeds the random
+        numbers.
         """
         by_class: dict[int, list[int]] = {}
         for row, label in enumerate(self.labels):
@@ -376,11 +377,13 @@ def _read_folder(folder: Path, task: RunTask, split: str) -> list[_Table]:
     # on the hub, the files of a configuration are in a folder of that name, or in `data`
     if task.source.config:
         folders += [folder / task.source.config, folder / "data"]
+    # the first folder and format with files of the split
     for subfolder in folders:
         for suffix in _BUILDERS:
             files = _find_files(subfolder, split, suffix)
             if files:
                 return [_read_file(file, folders, task) for file in files]
+    # no file was found
     wanted = ", ".join(f"{split}.{suffix}" for suffix in _BUILDERS)
     advice = ""
     if task.raw_formats:
@@ -396,17 +399,18 @@ def _find_files(folder: Path, split: str, suffix: str) -> list[Path]:
     Raises:
         DataError: A piece is missing.
     """
-    pieces = f"{split}-*-of-*"
-    # the last pattern is that of the hub's conversion to Parquet
-    for pattern in (split, pieces, f"{split}/[0-9]*"):
-        files = sorted(folder.glob(f"{pattern}.{suffix}"))
-        if not files:
-            continue
+    whole = sorted(folder.glob(f"{split}.{suffix}"))
+    if whole:
+        return whole
+    # such as train-00000-of-00002.parquet
+    pieces = sorted(folder.glob(f"{split}-*-of-*.{suffix}"))
+    if pieces:
         # the name of each piece ends with the number of pieces
-        if pattern == pieces and not files[0].stem.endswith(f"-of-{len(files):05}"):
+        if not pieces[0].stem.endswith(f"-of-{len(pieces):05}"):
             raise DataError(f"{folder} lacks a piece of the split '{split}'")
-        return files
-    return []
+        return pieces
+    # the hub's conversion to Parquet writes files such as train/0000.parquet
+    return sorted(folder.glob(f"{split}/[0-9]*.{suffix}"))
 
 
 def _read_file(file: Path, folders: Sequence[Path], task: RunTask) -> _Table:
@@ -439,6 +443,7 @@ def _documented_class_names(
     for folder in folders:
         infos = DatasetInfosDict.from_directory(str(folder))
         info = infos.get(task.source.config) or infos.get("default")
+        # no metadata in this folder, or none on columns
         if not info or not info.features:
             continue
         feature = info.features.get(table.column(task.label, task))
@@ -488,7 +493,7 @@ def _csv_split(file: Path, task: RunTask, split: str) -> _Table:
 def _split_by_hash(text: str) -> str:
     """Choose ``train``, ``dev`` or ``test`` by a hash of the text.
 
-    So a row stays in its split if other rows are added.
+    The choice does not depend on other rows, so a row keeps its split if rows are added.
     """
     digest = hashlib.sha256(text.encode()).digest()
     # the first 48 bits, as a number from 0 to 1
@@ -501,7 +506,7 @@ def _split_by_hash(text: str) -> str:
 
 
 def _to_table(dataset: Any, source: str, task: RunTask) -> _Table:
-    """Convert a set of the library ``datasets``, with its class names if it has any."""
+    """Convert a data set of the library ``datasets`` to a table, with the class names it stores."""
     # batches of arrow tables also work for a streamed set, which has no length
     batches = list(dataset.with_format("arrow").iter(batch_size=10_000))
     cells = pa.concat_tables(batches, promote_options="default").to_pydict()
@@ -593,9 +598,9 @@ def _complete_rows(table: _Table, task: RunTask) -> Iterator[tuple[tuple[str, ..
         if texts is None or label in labels.unlabelled:
             continue
         number = labels.number(label)
-        # a missing label drops the row; an unknown label is an error
         if number is not None:
             yield texts, number
+        # a missing label drops the row; an unknown label is an error
         elif label.casefold() not in _NO_LABEL:
             raise DataError(
                 f"{table.source}, row {row + 1}: '{label}' is no label of task '{task.name}'"
@@ -623,25 +628,28 @@ def label_text(value: object) -> str:
 
 
 def _class_numbers(table: _Table, task: RunTask) -> dict[str, int]:
-    """Map each spelling of a label to its class number; empty for a regression.
+    """Map each spelling of a label to its class number; empty for a regression."""
+    class_names = _class_names_by_spelling(table, task)
+    return {label_text(text): task.labels.index(name) for text, name in class_names.items()}
 
-    Spellings are class names, and class numbers as text. Class numbers are left out if the task's
-    class names are numbers, too. They are also left out if the table stores real class names.
+
+def _class_names_by_spelling(table: _Table, task: RunTask) -> dict[str, str]:
+    """Map each spelling of a label, a class name or a class number as text, to the class name.
+
+    Class numbers are left out if the task's class names are numbers, too. They are also left out if
+    the table stores real class names.
     """
     by_number = {str(number): name for number, name in enumerate(task.labels)}
     if any(_is_number(name) for name in (*task.labels, *task.label_names)):
         by_number = {}
     by_name = {**task.label_names, **{name: name for name in task.labels}}
 
-    # class names by spelling
     if table.class_names is None:
-        spellings = {**by_number, **by_name}
-    elif by_number and _are_numbers_from_0(table.class_names):
+        return {**by_number, **by_name}
+    if by_number and _are_numbers_from_0(table.class_names):
         # the stored names are only numbers
-        spellings = by_number
-    else:
-        spellings = {**_makers_spellings(task), **by_name}
-    return {label_text(text): task.labels.index(name) for text, name in spellings.items()}
+        return by_number
+    return {**_makers_spellings(task), **by_name}
 
 
 def _is_number(name: str) -> bool:

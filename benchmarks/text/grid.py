@@ -56,6 +56,7 @@ from benchmarks.text.definition import (
 
 _SCORES = Domain(("score",), selections=(CLEAN, PUBLISHED))
 DOMAINS = {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}
+# keys of a grid point besides model, task, method and the settings in the name of a variant
 _OTHER_AXES = (*TRAINING_KEYS, "protocol", "learning_rate", "seed")
 
 
@@ -126,8 +127,8 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         benchmark = cls(name, definition, tasks, DOMAINS)
         check_ablations(benchmark)
         task_file = benchmark.folder / definition.tasks
-        for task in benchmark.tasks:
-            _check_task(Location(task_file, f"tasks.{task}"), task, benchmark.tasks)
+        for task_name in benchmark.tasks:
+            _check_task(Location(task_file, f"tasks.{task_name}"), task_name, benchmark.tasks)
         return benchmark
 
     def specs(
@@ -150,16 +151,17 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
                 continue
             task = self.tasks[point["task"]]
             settings: TextTraining = model_settings(point["model"])
-            method_specs = self._method_specs(methods, point, settings, where)
+            method_sections = self._method_sections(methods, point, settings, where)
             protocol = _protocol(task, point, where)
             training = run_training(settings, task, point, protocol)
-            method = MethodSpec(**method_specs["method"])
+            # no method may convert or train a frozen layer
+            method = MethodSpec(**method_sections["method"])
             check_frozen(training.get("frozen_layers"), method, str(where))
             ood = []
             if _evaluates_ood(settings, point["method"]):
                 ood = [self.tasks[name].spec() for name in task.ood if name not in exclude]
             yield self.spec(
-                method_specs["method"]["variant"],
+                method.variant,
                 protocol=protocol,
                 model=load_models()[point["model"]].spec(point["model"]),
                 task=task.spec(),
@@ -167,7 +169,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
                 training=training,
                 learning_rate=float(point["learning_rate"]),
                 seed=point["seed"],
-                **method_specs,
+                **method_sections,
             )
 
     def _trainable_tasks(self) -> list[str]:
@@ -175,7 +177,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         tasks = self.tasks.items()
         return [name for name, task in tasks if task.splits.train and task.splits.dev]
 
-    def _method_specs(
+    def _method_sections(
         self,
         methods: Mapping[str, Method],
         point: Mapping[str, Any],
@@ -198,12 +200,13 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
             with_method = {**point, "method": name}
             return method_spec(methods, with_method, point["seed"], settings.lora, where)
 
-        specs: dict[str, Any] = {"method": resolved(point["method"])}
+        sections: dict[str, Any] = {"method": resolved(point["method"])}
+        # at most one row, because a method is converted only once
         for name, row in self.definition.transformed.items():
             if row.trained == point["method"]:
                 target = resolved(row.used_as)
-                specs["used_as"] = {"name": name, "config": target["config"]}
-        return specs
+                sections["used_as"] = {"name": name, "config": target["config"]}
+        return sections
 
     def _check_training(self, part: Part[TextPart]) -> None:
         """Check that the training settings of a suite name existing things and fit together.
@@ -266,7 +269,7 @@ def _evaluates_ood(settings: TextTraining, method: str) -> bool:
 def transformed_rows(
     transformed: Mapping[str, Transformed], definition: MethodsDefinition, file: Path
 ) -> dict[str, Method]:
-    """Make a method of each row of ``transformed``. It has the settings of the trained method.
+    """Make a method of each row of ``transformed``, with the settings of the trained method.
 
     Args:
         transformed: The rows that are trained as one method and evaluated as another, by name.
@@ -274,7 +277,7 @@ def transformed_rows(
         file: The file of the rows, for messages.
 
     Raises:
-        DefinitionError: A row has the name of a method. Or it names a method that does not exist,
+        DefinitionError: A row has the name of a method, or it names a method that does not exist,
             is only for ablations, or has weights that do not fit other methods.
     """
     check_rows(definition, file)
@@ -302,19 +305,19 @@ def transformed_rows(
 def _has_portable_weights(method: Method) -> bool:
     """Return True if a method's trained weights fit a dense model, and EMoE with other experts."""
     settings = method.given()
+    # the other model would lack the weights of a learned router
     has_learned_router = settings.get("router", "avg_k") != "avg_k"
     # these experts depend on the activations of the run's data, not only on the weights
     has_experts_from_data = settings.get("partition") == "coactivation"
-    if has_learned_router or has_experts_from_data or method.kind == "gmoe":
-        return False
+    # GMoE's experts have weights of their own, not slices of a dense layer
+    is_gmoe = method.kind == "gmoe"
     # both rows must train the same parameters
-    return not method.tune and not method.also_train
+    trains_only_a_part = method.tune or method.also_train
+    return not (has_learned_router or has_experts_from_data or is_gmoe or trains_only_a_part)
 
 
 def check_ablations(benchmark: AnyBenchmark) -> None:
-    """Check the rows of ablations: all exist, and the first one is the baseline.
-
-    Also check the files with the paper's numbers.
+    """Check that the rows of ablations exist, that the first is the baseline, and the paper's csvs.
 
     Raises:
         DefinitionError: A check failed. The error names the file and the key.
@@ -359,7 +362,8 @@ def _check_task(where: Location, name: str, tasks: Mapping[str, TaskEntry]) -> N
 
 def _check_classes_fit(task: TaskEntry, other: TaskEntry) -> None:
     """Raise a DefinitionError if classes must be merged, and no ``label_map`` says how."""
-    # with equal numbers of classes, class i of one task is class i of the other
+    # with equal numbers of classes, class i of one task is class i of the other;
+    # otherwise merged_classes raises if the task with more classes has no label_map
     if len(task.labels) > len(other.labels):
         merged_classes(task, other)
     elif len(other.labels) > len(task.labels):
@@ -406,9 +410,9 @@ def run_training(
 
 
 def _advice(name: str, task: TaskEntry, problem: str) -> str:
-    """Return a message on a set that cannot be loaded, with instructions to get it.
+    """Return a message on a set that cannot be loaded: how to get it, if it is missing.
 
-    A set that exists, but is broken, gets only ``problem``.
+    If the set exists, but is broken, the message is only ``problem``.
     """
     source = task.source.model_dump()
     # the set exists: in a package, a csv or the user's folder

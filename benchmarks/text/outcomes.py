@@ -33,9 +33,10 @@ CHOICE = ["variant", "learning_rate"]  # the hyper-parameters that are chosen in
 PROTOCOLS = {CLEAN: "clean", PUBLISHED: "authors'"}  # their titles
 DOMAINS = {ID: "in domain", OOD: "out of domain"}  # their titles
 ARROW = " → "  # between the titles of training set and evaluation set
-_PAIR = ["model", "task", "eval_task"]
-_SET = ["protocol", "domain", *_PAIR, "scope"]  # rows with the same values are compared
-_ROW = [*_SET, "method"]
+_MODEL_AND_TASKS = ["model", "task", "eval_task"]
+# rows with the same values of these keys are compared
+_KEYS_OF_SET = ["protocol", "domain", *_MODEL_AND_TASKS, "scope"]
+_KEYS_OF_ROW = [*_KEYS_OF_SET, "method"]
 
 
 class RowName(NamedTuple):
@@ -67,26 +68,28 @@ def shown_deviation(rows: pd.DataFrame) -> pd.Series[float]:
 def selection_scores(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
     """Return the dev score of every run, for the choice of hyper-parameters under a protocol.
 
-    For the protocol ``published``, a task with a test split has no runs of its own. Then the score
-    is that of the best dev epoch in the clean runs.
+    A task with a test split has only clean runs. For the protocol ``published``, their score is
+    that of the best dev epoch.
     """
     dev = scores_of(records[records["protocol"] == protocol], "dev")
     if protocol == CLEAN:
         return dev
+    # only clean runs of a task with a test split have the part `dev_best`
     return pd.concat([dev, scores_of(records, "dev_best")])
 
 
 def choices(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
     """Average the dev score of every choice (variant and learning rate) over seeds.
 
-    A cell is a model, task and method. ``chosen`` is True for the best choice of each cell, or the
-    first of equally good ones. The other columns are :data:`CELL`, :data:`CHOICE`, ``mean``,
-    ``std`` and ``n``.
+    Returns:
+        One row per choice of each cell (model, task and method), with the columns :data:`CELL`,
+        :data:`CHOICE`, ``mean``, ``std``, ``n``, and ``chosen``. ``chosen`` is True for the best
+        choice of the cell, or the first of equally good ones.
     """
     scores = selection_scores(records, protocol)
     by_choice = scores.groupby([*CELL, *CHOICE], sort=False)["value"]
     table = by_choice.agg(mean="mean", std="std", n="count").reset_index()
-    # idxmax returns the first of equal means
+    # the index of the best choice of each cell; idxmax returns the first of equal means
     best = table.groupby(CELL, sort=False)["mean"].idxmax()
     return table.assign(chosen=table.index.isin(best))
 
@@ -99,6 +102,7 @@ def select_runs(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
     """
     table = choices(records, protocol)
     chosen = table.loc[table["chosen"], [*CELL, *CHOICE]]
+    # only runs with a dev score under the protocol can be chosen
     candidates = selection_scores(records, protocol)["run_id"]
     of_candidates = records[records["run_id"].isin(candidates)]
     selected = of_candidates.merge(chosen, on=[*CELL, *CHOICE], how="inner")
@@ -108,12 +112,13 @@ def select_runs(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
 def reported_scores(chosen: pd.DataFrame) -> pd.DataFrame:
     """Return the in-domain scores that are reported, a row per protocol, cell and seed.
 
-    A score is on the reported split. Only the protocol ``published`` for a task with a test split
-    reports the dev score of the best epoch.
+    They are scores on the reported split. If a task has a test split, the protocol ``published``
+    reports the dev score of the best epoch instead.
 
     Args:
         chosen: The records from :func:`select_runs`.
     """
+    # a clean run that the protocol `published` chooses has no reported score of this protocol
     has_own_protocol = chosen["run_protocol"] == chosen["protocol"]
     test = scores_of(chosen[has_own_protocol], "test")
     dev_best = scores_of(chosen[chosen["protocol"] == PUBLISHED], "dev_best")
@@ -134,8 +139,8 @@ class TextOutcomes(Outcomes):
         seeds: The scores of the chosen runs, a row for each protocol, ``domain`` (``id``, ``ood``,
             ``ood_mean``), model, training task, evaluation task, method and seed. ``scope`` is the
             title of both tasks.
-        shared: The part of ``seeds`` with the seeds that all methods have which are compared, for
-            each protocol, domain, model, training task and evaluation task.
+        shared: The scores in ``seeds`` whose seed all methods have, for each protocol, domain,
+            model, training task and evaluation task.
         protocols: The protocols that have scores.
         run_protocols: The protocols under which runs were trained.
         rows: The statistics of :func:`~benchmarks.harness.report.common.summarize` over ``shared``;
@@ -160,12 +165,18 @@ class TextOutcomes(Outcomes):
         if not include_ablations:
             kept = [name for name, method in methods.items() if method.role != ABLATION]
         shown = [record.run for record in finished if record.run.method in kept]
-        super().__init__(benchmark, shown, ["method", *_PAIR, "protocol"], protocol=PROTOCOLS)
+        super().__init__(
+            benchmark,
+            runs=shown,
+            keys=["method", *_MODEL_AND_TASKS, "protocol"],
+            protocol=PROTOCOLS,
+        )
         self._include_ablations = include_ablations
         self._finished = finished
         if records is None:
             records = tabulate_numbers(finished)
         self._all_records = records
+        # each of the following attributes is computed from those before it
         self.records = self._shown_records(kept)
         if include_ablations:
             self._split_settings()
@@ -173,7 +184,7 @@ class TextOutcomes(Outcomes):
         self.seeds = self._with_scopes(self._seeds())
         self.protocols = _protocols_of(self.seeds)
         self.run_protocols = _protocols_of(self.records)
-        self.shared = shared_pairs(self.seeds, _SET, ["method"], "seed")
+        self.shared = shared_pairs(self.seeds, table=_KEYS_OF_SET, row=["method"], pair="seed")
         self.rows = self._rows()
         self.tests = self._tests()
 
@@ -185,9 +196,9 @@ class TextOutcomes(Outcomes):
         )
 
     def _shown_records(self, methods: Sequence[str]) -> pd.DataFrame:
-        """Return the numbers of the shown runs that belong to ``methods``.
+        """Return the numbers of the shown runs, and of their models after a conversion.
 
-        They include the numbers of models that were converted to one of these methods.
+        Numbers of other methods than ``methods`` are left out.
         """
         run_ids = {run.id for run in self.runs}
         of_runs = self._all_records[self._all_records["run_id"].isin(run_ids)]
@@ -205,45 +216,50 @@ class TextOutcomes(Outcomes):
     def _split_settings(self) -> None:
         """Give each setting of an ablation, and of a row with several variants, its own row name.
 
-        ``records`` get the new names, and ``methods`` get their methods.
+        ``records`` get the new names, and ``methods`` get a method for each new name.
         """
         records = self.records
-        is_ablation = records["method"].map(self.role).eq(ABLATION)
-        settings = self._settings(is_ablation)
         methods = records["method"]
-        names = methods.where(settings == "", methods + SETTING + settings)
-        of_settings = {name: self.methods[split_name(name).method] for name in names.unique()}
-        self.methods = {**self.methods, **of_settings}
-        # these variants have rows of their own now, so none of them is to be chosen
-        is_no_choice = is_ablation | methods.ne(names)
-        self.records = records.assign(
-            method=names, variant=records["variant"].mask(is_no_choice, "")
-        )
+        is_ablation = methods.map(self.role).eq(ABLATION)
+        settings = self._settings(is_ablation)
+        has_setting = settings.ne("")
+        names = methods.mask(has_setting, methods + SETTING + settings)
+        methods_by_name = {name: self.methods[split_name(name).method] for name in names.unique()}
+        self.methods = {**self.methods, **methods_by_name}
+        # the variants of these rows are not to be chosen: each has a row of its own
+        has_own_row = is_ablation | has_setting
+        variants = records["variant"].mask(has_own_row, "")
+        self.records = records.assign(method=names, variant=variants)
 
     def _settings(self, is_ablation: pd.Series[bool]) -> pd.Series[str]:
-        """Return for each record the setting to add to its row name, or an empty text.
+        """Return the setting to add to the row name of each record, or an empty text.
 
-        For a row with several variants, that is the variant. For an ablation, it is the variant
-        without the settings that all main rows of the model share.
+        A row with several variants gets the variant. An ablation gets the variant without the
+        settings that all main rows of the model share.
         """
         records = self.records
         cells = records.groupby(["protocol", "model", "task", "method"])
-        variants = cells["variant"].transform("nunique")
-        settings = records["variant"].where(variants > 1, "")
+        # beside each record: the number of variants of its row
+        num_variants = cells["variant"].transform("nunique")
 
         # the settings that the main rows of each model share, such as the converted layers
-        usual = {}
+        usual_by_model = {}
         for model, rows in records[~is_ablation].groupby("model", sort=False):
-            usual[model] = self._usual_settings(rows)
-        of_ablations = records[is_ablation]
-        settings[is_ablation] = [
-            remove_settings(variant, usual.get(model, set()))
-            for model, variant in zip(of_ablations["model"], of_ablations["variant"], strict=True)
-        ]
-        return settings
+            usual_by_model[model] = self._usual_settings(rows)
+
+        settings = []
+        variants = zip(records["model"], records["variant"], is_ablation, num_variants, strict=True)
+        for model, variant, of_ablation, count in variants:
+            if of_ablation:
+                settings.append(remove_settings(variant, usual_by_model.get(model, set())))
+            elif count > 1:
+                settings.append(variant)
+            else:
+                settings.append("")
+        return pd.Series(settings, records.index, dtype=str)
 
     def _usual_settings(self, records: pd.DataFrame) -> set[str]:
-        """Return the settings that are in every variant with experts, such as the layers."""
+        """Return the settings that all variants with experts share, such as the layers."""
         has_experts = records["method"].map(lambda name: self.methods[name].kind != "dense")
         settings = []
         for variant in records.loc[has_experts, "variant"].unique():
@@ -265,17 +281,17 @@ class TextOutcomes(Outcomes):
         return self.chosen.merge(self.shared[keys].drop_duplicates(), on=keys)
 
     def training(self) -> Iterator[tuple[Any, Metrics]]:
-        """Yield the names and the metrics of each chosen run under the first protocol with runs.
+        """Yield each chosen run under the first protocol with runs, and its ``metrics.json``.
 
-        The names are a named tuple with ``model``, ``task``, ``method``, ``seed`` and their titles.
-        The metrics are the content of ``metrics.json``.
+        A run is a named tuple with ``model``, ``task``, ``method``, ``seed`` and their titles.
         """
-        by_id = {record.run.id: record.metrics for record in self._finished}
-        first = self.run_protocols[:1]  # empty without runs
-        of_first = self.chosen[self.chosen["protocol"].isin(first)]
+        metrics_by_id = {record.run.id: record.metrics for record in self._finished}
+        first_protocol = self.run_protocols[:1]  # a list of one, or empty without runs
+        of_first = self.chosen[self.chosen["protocol"].isin(first_protocol)]
+        # a run has many records, one for each number
         runs = of_first.drop_duplicates("run_id")
-        for record in self.order(runs, [*CELL, "seed"]).itertuples():
-            yield record, by_id[str(record.run_id)]
+        for run in self.order(runs, [*CELL, "seed"]).itertuples():
+            yield run, metrics_by_id[str(run.run_id)]
 
     def _chosen(self, protocol: str) -> pd.DataFrame:
         """Return the records of the runs that ``protocol`` chooses."""
@@ -287,37 +303,46 @@ class TextOutcomes(Outcomes):
 
     def _seeds(self) -> pd.DataFrame:
         """Return the scores of the chosen runs, as :attr:`seeds` without ``scope``."""
-        has_own_protocol = self.chosen["run_protocol"] == self.chosen["protocol"]
-        records = self.chosen[has_own_protocol]
         scores = []
         # a benchmark that evaluates trained runs shows in-domain scores only in its ablations
         if self._include_ablations or self.benchmark.evaluates is None:
             scores.append(reported_scores(self.chosen).assign(domain=ID))
+        # a clean run that the protocol `published` chooses has no OOD score of this protocol
+        has_own_protocol = self.chosen["run_protocol"] == self.chosen["protocol"]
+        records = self.chosen[has_own_protocol]
         for domain in (OOD, OOD_MEAN):
             scores.append(scores_of(records, domain).assign(domain=domain))
-        seeds = pd.concat(scores)[["protocol", "domain", *_PAIR, "method", "seed", "value"]]
+        seeds = pd.concat(scores)[
+            ["protocol", "domain", *_MODEL_AND_TASKS, "method", "seed", "value"]
+        ]
         return seeds.sort_values("protocol", kind="stable")
 
     def _rows(self) -> pd.DataFrame:
         """Compute :attr:`rows`."""
-        statistics = summarize(self.shared, _ROW, [(self.baseline, None)]).drop(columns="p")
+        # None: all methods are compared with the baseline
+        references = [(self.baseline, None)]
+        summaries = summarize(self.shared, cell=_KEYS_OF_ROW, references=references)
         # a row without shared seeds stays, without numbers
-        all_rows = self.seeds[_ROW].drop_duplicates()
-        rows = all_rows.merge(statistics, how="left", on=_ROW)
-        return self._by_set(rows.fillna({"n": 0}).astype({"n": int}))
+        all_rows = self.seeds[_KEYS_OF_ROW].drop_duplicates()
+        rows = all_rows.merge(summaries.drop(columns="p"), how="left", on=_KEYS_OF_ROW)
+        with_counts = rows.fillna({"n": 0}).astype({"n": int})
+        return self._by_set(with_counts)
 
     def _tests(self) -> pd.DataFrame:
         """Compute :attr:`tests`."""
         scores = self.seeds[self.seeds["domain"].isin([ID, OOD])]
-        differences = paired_differences(scores, _ROW, {"method": self.baseline}, "seed")
+        differences = paired_differences(
+            scores, cell=_KEYS_OF_ROW, reference={"method": self.baseline}, pair="seed"
+        )
         return self._by_set(with_verdicts(differences.drop(columns="values")))
 
     def _by_set(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Group the compared rows, in the order in which they occur, and sort each group by method.
+        """Group the rows that are compared, sort each group by method, and add titles.
 
-        Also add titles.
+        The groups keep the order in which they occur.
         """
-        numbered = rows.assign(set_number=rows.groupby(_SET, sort=False).ngroup())
+        # a number for each combination of these keys
+        numbered = rows.assign(set_number=rows.groupby(_KEYS_OF_SET, sort=False).ngroup())
         return self.order(numbered, ["set_number", "method"]).drop(columns="set_number")
 
     def of(self, domain: str, protocol: str) -> pd.DataFrame:
@@ -327,9 +352,9 @@ class TextOutcomes(Outcomes):
         return self.rows[has_domain & has_protocol]
 
     def claim_numbers(self) -> pd.DataFrame:
-        """Return the scores of every seed and the parameter counts, for the check of claims.
+        """Return the scores of every seed and the parameter counts, also of the rows of ablations.
 
-        They include the rows of ablations. The columns are those of
+        Claims are checked against them. The columns are those of
         :func:`~benchmarks.harness.report.common.join_claim_numbers`.
         """
         scores = self.seeds.rename(columns={"protocol": "selection"}).assign(metric="score")
@@ -349,13 +374,13 @@ class TextOutcomes(Outcomes):
         return pd.concat([numbers, with_ablations[~is_known]], ignore_index=True)
 
     def with_titles(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Add the columns of titles. The one of protocols is called ``selection``."""
+        """Add the columns of titles; the titles of protocols are in the column ``selection``."""
         return super().with_titles(frame).rename(columns={"protocol_title": "selection"})
 
     def pair_title(self, task: str, eval_task: str) -> str:
         """Return the titles of a training and an evaluation task, such as ``SST-2 → IMDB``.
 
-        If there is no other ``eval_task``, return only the title of the training task.
+        If both are the same task, or ``eval_task`` is empty, return one title.
         """
         trained = self.title("task", task)
         # a mean over sets has no evaluation task
@@ -371,12 +396,16 @@ def _protocols_of(frame: pd.DataFrame) -> list[str]:
 
 
 def add_transformed_rows(records: pd.DataFrame) -> pd.DataFrame:
-    """Give the numbers of models that were converted after training to their new method.
+    """Assign the numbers of models that were converted after training to the new method.
 
     The new method also gets a copy of the run's dev scores, for the choice of hyper-parameters.
 
     Args:
         records: The numbers of runs, see :func:`.records.tabulate_numbers`.
+
+    Returns:
+        The numbers of the trained models, the copied dev scores, and the numbers of the converted
+        models.
     """
     parts = []
     methods = []
@@ -385,11 +414,13 @@ def add_transformed_rows(records: pd.DataFrame) -> pd.DataFrame:
         part, _, method = name.partition(AS)
         parts.append(part)
         methods.append(method)
+    # `methods` has an empty text for the number of a model that was not converted
     is_transformed = pd.Series(methods, records.index, dtype=str) != ""
     trained = records[~is_transformed]
     transformed = records.assign(part=parts, method=methods)[is_transformed]
 
-    converted_runs = transformed[["run_id", "method"]].drop_duplicates()
+    # the dev scores of the runs with a conversion, under the new method
+    new_methods = transformed[["run_id", "method"]].drop_duplicates()
     dev = trained[trained["part"] == "dev"].drop(columns="method")
-    copied = dev.merge(converted_runs, on="run_id")
-    return pd.concat([trained, copied, transformed], ignore_index=True)
+    copied_dev = dev.merge(new_methods, on="run_id")
+    return pd.concat([trained, copied_dev, transformed], ignore_index=True)

@@ -60,9 +60,11 @@ def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
     # evaluate the trained model again as another method
     transformed = {}
     if spec.used_as:
-        scores_as_other = evaluated
         # a diverged model has no loss; its weights cannot be clustered, so it keeps its scores
-        if kept["loss"] is not None:
+        has_diverged = kept["loss"] is None
+        if has_diverged:
+            scores_as_other = evaluated
+        else:
             progress.say(f"evaluating as {spec.used_as.name}")
             convert_trained_(classifier.model, spec.used_as.config)
             scores_as_other = _evaluate(trainer, spec, splits.test, ood)
@@ -121,8 +123,9 @@ def _load_splits(task: RunTask, training: TextTraining, load: Callable[..., Text
     training rows, and a published run with the reported split itself.
     """
     train = load(task, "train", training.train_rows)
-    # the dev split, if the task has no test split
+    # without a test split, `load` returns the dev split
     test = load(task, "test", training.eval_rows)
+    # only a clean run of a task without a test split has this fraction
     if training.validation_fraction:
         train, dev = train.hold_out(training.validation_fraction, f"{task.name}/held out")
     elif task.splits.test:

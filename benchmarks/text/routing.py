@@ -29,9 +29,9 @@ from benchmarks.text.outcomes import CELL, KEYS, TextOutcomes
 
 _MOST_LINES = 40  # lines of sets and classes
 _MOST_PANELS = 3
-_RUN = [*CELL, "seed"]
+_KEYS_OF_RUN = [*CELL, "seed"]
 _PERIODS = 4  # quarters of the training
-_MOST_TASKS = 4  # rows of panels
+_MOST_PANEL_ROWS = 4  # each is a model and task
 _PUBLISHED_WINDOW = 100  # steps of a window in the paper's traces
 NUMBERS = ("load_entropy", "load_max_over_mean", "load_change", "load_drift", "load_drift_chance")
 
@@ -39,7 +39,7 @@ UsagePanel = tuple[str, Usage]  # the title of a panel, and the expert use that 
 
 
 def draw_usage_by_set(outcomes: TextOutcomes, path: Path) -> None:
-    """Draw which experts each data set uses, for at most three routed methods without controls.
+    """Draw which experts each data set uses, for at most three routed methods (no controls).
 
     The runs are those of the first model, task and seed with routing.
     """
@@ -48,20 +48,23 @@ def draw_usage_by_set(outcomes: TextOutcomes, path: Path) -> None:
 
 
 def _usage_panels(outcomes: TextOutcomes) -> list[UsagePanel]:
-    """Return a panel for each routed method, without controls, of the first model and task.
+    """Return a panel for each routed method of the first model and task, without controls.
 
     It shows the first seed of the method.
     """
     panels: dict[str, UsagePanel] = {}
-    drawn = None  # the first model and task
+    first_model_and_task = None
     for record, metrics in outcomes.training():
         if outcomes.role(record.method) == CONTROL:
             continue
+        # dense models and runs on a single set have no expert use to show
         if not metrics.usage or not metrics.usage.tasks:
             continue
-        if drawn is None:
-            drawn = (record.model, record.task)
-        if (record.model, record.task) != drawn or record.method in panels:
+        model_and_task = (record.model, record.task)
+        if first_model_and_task is None:
+            first_model_and_task = model_and_task
+        has_panel = record.method in panels  # of an earlier seed
+        if model_and_task != first_model_and_task or has_panel:
             continue
         title = f"{record.method_title}, {record.model_title}, trained on {record.task_title}"
         panels[record.method] = (title, _with_first_set(metrics.usage, record.task))
@@ -69,16 +72,17 @@ def _usage_panels(outcomes: TextOutcomes) -> list[UsagePanel]:
 
 
 def _with_first_set(usage: Usage, name: str) -> Usage:
-    """Return expert use with the data set ``name`` first."""
-    # the first place of a repeated key counts
+    """Return the same expert use, with the data set ``name`` first."""
+    # a dictionary keeps the first place of a repeated key
     in_order = {name: usage.tasks[name], **usage.tasks}
     return usage.model_copy(update={"tasks": in_order})
 
 
 def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> None:
-    """Draw expert use as heatmaps, one panel below the other: lines are sets, columns are experts.
+    """Draw expert use as heatmaps, one panel below the other.
 
-    Below each set are the lines of its classes, if the lines of all panels fit in the figure.
+    Lines are data sets, columns are experts. Below each set are lines for its classes, if all
+    panels then fit in the figure.
     """
     if not panels:
         plots.placeholder_figure(path)
@@ -97,7 +101,8 @@ def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> 
         axes,
     ):
         for axis, (title, usage) in zip(axes[:, 0], panels, strict=True):
-            _draw_use(axis, usage, _use_lines(outcomes, usage, with_classes=shows_classes))
+            lines = _use_lines(outcomes, usage, with_classes=shows_classes)
+            _draw_use(axis, usage, lines)
             axis.set_title(title, fontsize=7.5)
         axes[-1, 0].set_xlabel("experts")
         figure.colorbar(
@@ -141,10 +146,10 @@ def _use_lines(outcomes: Outcomes, usage: Usage, *, with_classes: bool) -> list[
 
 
 def _draw_use(axis: Any, usage: Usage, lines: Sequence[_Line]) -> None:
-    """Draw one panel: the expert shares of each line over the mean of all sets.
+    """Draw one panel: the expert shares of each line, divided by their mean over all sets.
 
-    Triangles mark the experts that a set uses more or less than by chance. Dots mark experts that
-    all sets share.
+    Triangles mark the experts that a set uses more or less than by chance. Dots below the last line
+    mark the experts that all sets share.
     """
     mean = np.mean([use.shares for use in usage.tasks.values()], axis=0)  # [experts]
     shares = np.array([line.shares for line in lines])  # [lines, experts]
@@ -159,8 +164,8 @@ def _draw_use(axis: Any, usage: Usage, lines: Sequence[_Line]) -> None:
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
 
-    for number, line in enumerate(lines):
-        _draw_marks(axis, number, line.marks or ())
+    for place, line in enumerate(lines):
+        _draw_marks(axis, place, line.marks or ())  # classes have no marks
     # without shared experts, an empty plot would be drawn in the figure's corner
     if usage.shared:
         below_last_line = [len(lines) - 0.15] * len(usage.shared)
@@ -176,6 +181,17 @@ def _draw_marks(axis: Any, line: int, marks: Sequence[int]) -> None:
         axis.plot(expert, line, triangle, ms=4, color="black", mec="white", mew=0.4)
 
 
+_USAGE_CAPTION = (
+    "Mutual information, in bits, of a token's expert (last converted layer) with the set of its "
+    "row, and with the row's class (within a set, mean over the sets), on 200 rows per set. "
+    f"Chance: mean and 95 % quantile of {PERMUTATIONS} shuffles of rows over the sets, or within "
+    "their set. Specialised experts: a set uses them more than by chance (5 %, over all experts "
+    "and sets). Shared experts: every set uses them above 1/N, and no set differs from chance. "
+    "Means over n seeds ± standard deviation. The benchmark modularity measures the same before "
+    "training."
+)
+
+
 def usage_table(outcomes: TextOutcomes) -> Table:
     """Make a table of the mutual information of experts with data set, and with class.
 
@@ -184,7 +200,7 @@ def usage_table(outcomes: TextOutcomes) -> Table:
     information = information_numbers("task", "class")
     numbers = [*information, "specialised_experts", "shared_experts"]
     measured = pd.DataFrame(_usage_rows(outcomes, information), columns=[*CELL, *numbers])
-    means = average_over_seeds(measured, CELL, numbers).astype({"n": str})
+    means = average_over_seeds(measured, cell=CELL, numbers=numbers).astype({"n": str})
     deviations = [f"{name}_std" for name in information]
     columns = []
     for name in numbers:
@@ -193,13 +209,7 @@ def usage_table(outcomes: TextOutcomes) -> Table:
         columns.append(Column(name, name, std=std))
     return Table(
         "Information in the choice of an expert after training",
-        "Mutual information, in bits, of a token's expert (last converted layer) with the set of "
-        "its row, and with the row's class (within a set, mean over the sets), on 200 rows per "
-        "set. Chance: mean and 95 % quantile of "
-        f"{PERMUTATIONS} shuffles of rows over the sets, or within their set. Specialised experts: "
-        "a set uses them more than by chance (5 %, over all experts and sets). Shared experts: "
-        "every set uses them above 1/N, and no set differs from chance. Means over n seeds ± "
-        "standard deviation. The benchmark modularity measures the same before training.",
+        _USAGE_CAPTION,
         {**KEYS, "n": "n"},
         columns,
         outcomes.order(means[[*CELL, *numbers, *deviations, "n"]], CELL),
@@ -241,17 +251,10 @@ def trace_numbers(trace: pd.DataFrame) -> dict[str, float]:
 
     Returns:
         - ``windows``: the number of windows
-        - ``load_entropy``: the entropy of the shares, divided by ln N, its maximum; a mean over
+        - ``load_entropy``: the entropy of the shares over its maximum ln N, a mean over windows
+        - ``load_max_over_mean``: the load of the busiest expert over the mean load, a mean over
           windows
-        - ``load_max_over_mean``: the load of the busiest expert, divided by the mean load; a mean
-          over windows
-        - ``load_change``: the mean L1 distance between the shares of consecutive windows; it grows
-          if windows have fewer tokens, so compare it only within a run
-        - ``load_drift``: the L1 distance between the mean shares of the first and the last quarter
-        - ``load_drift_chance``: the drift to expect by chance: the distance between the even and
-          the odd windows of the first two quarters, averaged with that of the last two
-
-        Change, drift and chance of a single window are nan.
+        - ``load_change``, ``load_drift`` and ``load_drift_chance``, see :func:`_change_numbers`
     """
     # [windows, experts]; sums depend on the memory layout in the last digit
     shares = np.ascontiguousarray(trace)
@@ -274,16 +277,24 @@ def _entropies(shares: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _change_numbers(shares: NDArray[np.float64]) -> dict[str, float]:
-    """Return the change, the drift and the drift by chance of shares ``[windows, experts]``.
+    """Measure how shares ``[windows, experts]`` change over training, by L1 distances.
 
-    They are defined in :func:`trace_numbers`.
+    Returns:
+        - ``load_change``: the mean distance between consecutive windows; it grows if windows have
+          fewer tokens, so compare it only within a run
+        - ``load_drift``: the distance between the means of the first and the last quarter
+        - ``load_drift_chance``: the drift to expect by chance: the distance between the even and
+          the odd windows of the first half, averaged with that of the second half
+
+        All are nan for a single window.
     """
     windows = len(shares)
     if windows < 2:
         return {"load_change": math.nan, "load_drift": math.nan, "load_drift_chance": math.nan}
     changes = np.abs(np.diff(shares, axis=0)).sum(1)  # [windows - 1]
     quarter = max(windows // _PERIODS, 1)
-    # the even windows of a half are as many as the windows of a quarter, and so are the odd ones
+    # the even windows of a half are as many as the windows of a quarter, and so are the odd ones,
+    # so these means have as much noise as those of the drift
     first_half = shares[: 2 * quarter]
     last_half = shares[-2 * quarter :]
     chances = [_distance(half[::2], half[1::2]) for half in (first_half, last_half)]
@@ -310,14 +321,14 @@ def traces(outcomes: TextOutcomes) -> pd.DataFrame:
     for record, metrics in outcomes.training():
         if metrics.routing is None or metrics.routing.windows is None:
             continue
-        run = {key: getattr(record, key) for key in _RUN}
+        run = {key: getattr(record, key) for key in _KEYS_OF_RUN}
         windows = metrics.routing.windows
         for layer, loads in windows.loads.items():
             counts = np.asarray(loads, dtype=np.float64)  # [windows, experts]
             totals = np.maximum(counts.sum(1, keepdims=True), 1)  # no division by 0
             trace = pd.DataFrame(counts / totals, windows.ends)
             rows.append({**run, "layer": layer, "trace": trace})
-    return outcomes.with_titles(pd.DataFrame(rows, columns=[*_RUN, "layer", "trace"]))
+    return outcomes.with_titles(pd.DataFrame(rows, columns=[*_KEYS_OF_RUN, "layer", "trace"]))
 
 
 def published_traces(outcomes: TextOutcomes) -> dict[str, pd.DataFrame]:
@@ -335,41 +346,51 @@ def published_traces(outcomes: TextOutcomes) -> dict[str, pd.DataFrame]:
     return published
 
 
+_TRACES_CAPTION = (
+    "Loads of training batches without padding, in windows of 100 steps as in the authors' code "
+    "(shorter if a run would have less than 20 windows). Means over layers and n seeds ± standard "
+    "deviation. Entropy and busiest expert over the mean are 1 for balanced loads. Change is the "
+    "L1 distance between the shares of consecutive windows; it grows if windows have fewer "
+    "tokens. Drift is the distance between the first and the last quarter of training. Routing "
+    "changes if this drift exceeds the drift within quarters."
+)
+
+
 def trace_table(outcomes: TextOutcomes) -> Table:
     """Make a table of how balanced the expert loads are over training, and how they change.
 
-    It has a row per model, task and routed method, and the rows of the paper's traces.
+    It has a row per model, task and routed method, and a row for each of the paper's traces.
     """
     numbers = ["windows", *NUMBERS]
-    by_layer = traces(outcomes)
-    measured = pd.DataFrame([trace_numbers(trace) for trace in by_layer["trace"]], columns=numbers)
-    # the mean over layers
-    runs = by_layer[_RUN].join(measured).groupby(_RUN, sort=False)
-    by_run = runs.mean().reset_index()
-    ours = outcomes.order(average_over_seeds(by_run, CELL, numbers), CELL)
+    frame = _our_trace_numbers(outcomes, numbers)
     published = published_traces(outcomes)
-    frame = ours
     if published:
-        frame = pd.concat([ours, _paper_rows(outcomes, published)], ignore_index=True)
+        frame = pd.concat([frame, _paper_trace_numbers(outcomes, published)], ignore_index=True)
     shown = frame.assign(
         n=frame["n"].astype(int).astype(str), windows=frame["windows"].map("{:.0f}".format)
     )
     deviations = [f"{name}_std" for name in NUMBERS]
     return Table(
         "Shares of experts over training",
-        "Loads of training batches without padding, in windows of 100 steps as in the authors' "
-        "code (shorter if a run would have less than 20 windows). Means over layers and n seeds ± "
-        "standard deviation. Entropy and busiest expert over the mean are 1 for balanced loads. "
-        "Change is the L1 distance between the shares of consecutive windows; it grows if windows "
-        "have fewer tokens. Drift is the distance between the first and the last quarter of "
-        "training. Routing changes if this drift exceeds the drift within quarters.",
+        _TRACES_CAPTION,
         {**KEYS, "n": "n", "windows": "Windows"},
         [Column(name, name, std=f"{name}_std") for name in NUMBERS],
         shown[[*KEYS, "method", "n", *numbers, *deviations]],
     )
 
 
-def _paper_rows(outcomes: TextOutcomes, published: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+def _our_trace_numbers(outcomes: TextOutcomes, numbers: Sequence[str]) -> pd.DataFrame:
+    """Average the numbers of our traces over layers, then over the seeds of each cell."""
+    by_layer = traces(outcomes)
+    measured = pd.DataFrame([trace_numbers(trace) for trace in by_layer["trace"]], columns=numbers)
+    layers_of_run = by_layer[_KEYS_OF_RUN].join(measured).groupby(_KEYS_OF_RUN, sort=False)
+    by_run = layers_of_run.mean().reset_index()
+    return outcomes.order(average_over_seeds(by_run, cell=CELL, numbers=numbers), CELL)
+
+
+def _paper_trace_numbers(
+    outcomes: TextOutcomes, published: Mapping[str, pd.DataFrame]
+) -> pd.DataFrame:
     """Return the table rows of the paper's traces. The paper does not name their model."""
     rows = [{"method": name, **trace_numbers(trace)} for name, trace in published.items()]
     task = outcomes.title("task", outcomes.benchmark.definition.published_traces.task)
@@ -397,13 +418,7 @@ def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
     Each row of panels is a model and task, and each panel a method. At most four rows are ours,
     those of the paper's task first. The last row is the paper's.
     """
-    rows = _our_trace_rows(outcomes)[:_MOST_TASKS]
-    published = published_traces(outcomes)
-    if published:
-        panels = []
-        for name, trace in published.items():
-            panels.append(_TracePanel(outcomes.title("method", name), trace))
-        rows.append(_TraceRow("the paper's", panels))
+    rows = _our_trace_rows(outcomes)[:_MOST_PANEL_ROWS] + _paper_trace_rows(outcomes)
     if not rows:
         plots.placeholder_figure(path)
         return
@@ -416,14 +431,25 @@ def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
         axes,
     ):
         for axis_row, row in zip(axes, rows, strict=True):
-            # a row may have fewer panels than axes
+            # not strict: a row may have fewer panels than axes
             for axis, panel in zip(axis_row, row.panels, strict=False):
                 _draw_trace(axis, panel.trace)
                 axis.set_title(plots.wrap_text(panel.title, title_width, 7), fontsize=7)
             last_step = max(panel.trace.index[-1] for panel in row.panels)
-            axis_row[0].set_ylim(last_step, 0)
+            axis_row[0].set_ylim(last_step, 0)  # the first step is at the top
             axis_row[0].set_ylabel(f"{plots.wrap_text(row.title, 1.6, 7)}\nstep")
         figure.colorbar(plots.USE, ax=axes, shrink=0.6, label="load ÷ mean load", extend="max")
+
+
+def _paper_trace_rows(outcomes: TextOutcomes) -> list[_TraceRow]:
+    """Return one row of panels with the paper's traces; an empty list if there are none."""
+    published = published_traces(outcomes)
+    if not published:
+        return []
+    panels = []
+    for name, trace in published.items():
+        panels.append(_TracePanel(outcomes.title("method", name), trace))
+    return [_TraceRow("the paper's", panels)]
 
 
 def _our_trace_rows(outcomes: TextOutcomes) -> list[_TraceRow]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import pandas as pd
@@ -24,7 +24,7 @@ from benchmarks.text.outcomes import (
 )
 
 RANK = "OOD Friedman rank"  # scope of the paper's ranks
-_ROW = ["model", "protocol", "method"]
+_KEYS_OF_ROW = ["model", "protocol", "method"]  # of a table over all training tasks
 # headings of the columns that identify a row of a table over all training tasks
 BY_SELECTION = {"model_title": "Model", "selection": "Selection", "method_title": "Method"}
 _SELECTIONS = (
@@ -71,15 +71,29 @@ class _ResultBlock(NamedTuple):
 
 
 _RESULT_BLOCKS = (
-    _ResultBlock("id", ID, CLEAN, "ID", "Δ ID", "std"),
-    _ResultBlock("ood", OOD_MEAN, CLEAN, "OOD", "Δ OOD", "std"),
     _ResultBlock(
-        "published",
-        ID,
-        PUBLISHED,
-        "ID, authors' selection",
-        "Δ, authors' selection",
-        "population_std",
+        prefix="id",
+        domain=ID,
+        protocol=CLEAN,
+        score_heading="ID",
+        delta_heading="Δ ID",
+        std="std",
+    ),
+    _ResultBlock(
+        prefix="ood",
+        domain=OOD_MEAN,
+        protocol=CLEAN,
+        score_heading="OOD",
+        delta_heading="Δ OOD",
+        std="std",
+    ),
+    _ResultBlock(
+        prefix="published",
+        domain=ID,
+        protocol=PUBLISHED,
+        score_heading="ID, authors' selection",
+        delta_heading="Δ, authors' selection",
+        std="population_std",
     ),
 )
 
@@ -89,29 +103,42 @@ def results_table(outcomes: TextOutcomes) -> Table:
 
     It has a row per model, training task and method.
     """
-    frame = outcomes.order(common.format_counts(outcomes.rows, CELL), CELL)
-    numbers = ["mean", "std", "population_std", "delta", "low", "high"]
     columns = []
     for block in _RESULT_BLOCKS:
-        rows = outcomes.of(block.domain, block.protocol)
-        frame = common.with_numbers(frame, CELL, rows[[*CELL, *numbers]], f"{block.prefix}_")
         columns += block.columns
     return Table(
         f"Scores under both selections, and differences to {outcomes.baseline_title}",
-        f"{_DEVIATION} Differences are paired by seed, with a 95 % confidence interval (Student's "
-        f"t), not corrected for multiple tests. {outcomes.shared_note} ID is the training task, "
-        f"OOD the mean over the other sets, without further training. {_SELECTIONS} Bold marks the "
-        f"best method, without controls. {_metric_note(outcomes)}",
+        _results_caption(outcomes),
         {**KEYS, "n": "n"},
         columns,
-        frame,
+        _result_rows(outcomes),
         group=("model", "task"),
         origins=outcomes.shared_origins,
     )
 
 
+def _result_rows(outcomes: TextOutcomes) -> pd.DataFrame:
+    """Return the rows of :func:`results_table`, with the numbers of all blocks side by side."""
+    numbers = ["mean", "std", "population_std", "delta", "low", "high"]
+    frame = outcomes.order(common.format_counts(outcomes.rows, CELL), CELL)
+    for block in _RESULT_BLOCKS:
+        of_block = outcomes.of(block.domain, block.protocol)[[*CELL, *numbers]]
+        frame = common.with_numbers(frame, on=CELL, numbers=of_block, prefix=f"{block.prefix}_")
+    return frame
+
+
+def _results_caption(outcomes: TextOutcomes) -> str:
+    """Write the caption of :func:`results_table`."""
+    return (
+        f"{_DEVIATION} Differences are paired by seed, with a 95 % confidence interval (Student's "
+        f"t), not corrected for multiple tests. {outcomes.shared_note} ID is the training task, "
+        f"OOD the mean over the other sets, without further training. {_SELECTIONS} Bold marks the "
+        f"best method, without controls. {_metric_note(outcomes)}"
+    )
+
+
 def tasks_table(outcomes: TextOutcomes, domain: str = ID) -> Table:
-    """Make a table of scores like the paper's, with a column per task and their average.
+    """Make a table of scores in the paper's layout: a column per task, and their average.
 
     Out of domain, a column is a pair of training and evaluation task. The table has a row per
     model, protocol and method.
@@ -120,9 +147,13 @@ def tasks_table(outcomes: TextOutcomes, domain: str = ID) -> Table:
     rows = of_domain.assign(std=shown_deviation(of_domain))
     # the title of a task (or pair of tasks) is the heading of its column
     headings = {scope: scope for scope in rows["scope"].unique()}
-    numbers = rows[["scope", *_ROW, "mean", "std"]]
-    counts = common.format_counts(rows, _ROW)
-    frame, columns = common.with_columns(counts, _ROW, numbers, headings, "score")
+    frame, columns = common.with_columns(
+        common.format_counts(rows, _KEYS_OF_ROW),
+        on=_KEYS_OF_ROW,
+        numbers=rows[["scope", *_KEYS_OF_ROW, "mean", "std"]],
+        headings=headings,
+        metric="score",
+    )
     # the average of a single column would repeat it
     if len(columns) > 1:
         frame, columns = common.with_average(frame, columns, "score")
@@ -148,29 +179,37 @@ def tests_table(outcomes: TextOutcomes) -> Table:
         "method_title": "Method",
         "n": "n",
     }
-    return common.tests_table(
-        outcomes.baseline_title,
+    caption = (
         f"Differences to {outcomes.baseline_title}, paired by seed, over all n seeds of both rows. "
-        f"Other tables use the seeds that all their rows share. {_SELECTIONS}",
-        keys,
-        "score",
-        outcomes.tests.drop(columns="scope"),
+        f"Other tables use the seeds that all their rows share. {_SELECTIONS}"
+    )
+    return common.tests_table(
+        against=outcomes.baseline_title,
+        caption=caption,
+        keys=keys,
+        metric="score",
+        frame=outcomes.tests.drop(columns="scope"),
     )
 
 
 def ood_table(outcomes: TextOutcomes) -> Table:
-    """Make a table of scores under the clean protocol, with a column per evaluation task.
+    """Make a table of clean scores on the training task and each OOD set, one column per set.
 
     It has a row per model, training task and method.
     """
     is_clean = outcomes.rows["protocol"] == CLEAN
-    is_single_set = outcomes.rows["domain"].isin([ID, OOD])
     # a mean over OOD sets has no column
+    is_single_set = outcomes.rows["domain"].isin([ID, OOD])
     rows = outcomes.rows[is_clean & is_single_set]
     headings = {name: outcomes.title("task", name) for name in rows["eval_task"].unique()}
-    numbers = rows[["eval_task", *CELL, "mean", "std"]]
-    counts = outcomes.order(common.format_counts(rows, CELL), CELL)
-    frame, columns = common.with_columns(counts, CELL, numbers, headings, "score", joint="_")
+    frame, columns = common.with_columns(
+        outcomes.order(common.format_counts(rows, CELL), CELL),
+        on=CELL,
+        numbers=rows[["eval_task", *CELL, "mean", "std"]],
+        headings=headings,
+        metric="score",
+        joint="_",  # the frame has columns such as `imdb_mean`
+    )
     return Table(
         "Scores by evaluation set",
         "Clean selection. Mean ± sample standard deviation over n seeds. The column of the "
@@ -188,40 +227,34 @@ def cost_table(outcomes: TextOutcomes) -> Table:
 
     It has a row per model, training task and method.
     """
-    # the clean runs of a cell, or its published runs if it has no clean ones
+    # the clean runs of a cell, or its published runs if it has no clean ones: clean rows come first
     records = outcomes.origins
     first_protocol = records.groupby(CELL)["protocol"].transform("first")
     of_first = records[records["protocol"] == first_protocol]
     # mutual information is in the table of expert use
     is_information = of_first["metric"].str.contains("_information")
+    cells = outcomes.rows[CELL].drop_duplicates()
     return common.cost_table(
-        KEYS,
-        outcomes.order(outcomes.rows[CELL].drop_duplicates(), CELL),
-        CELL,
-        of_first[~is_information],
+        keys=KEYS,
+        frame=outcomes.order(cells, CELL),
+        cell=CELL,
+        records=of_first[~is_information],
         averaged="Means over seeds of the chosen runs",
         measured_on="the ID test split without padding",
     )
 
 
 def choices_table(outcomes: TextOutcomes) -> Table:
-    """Make a table of all choices of hyper-parameters, with their dev scores and the chosen ones.
+    """Make a table of the tried hyper-parameters, variant and learning rate, with their dev scores.
 
-    A choice is a variant and a learning rate.
+    The chosen ones have a mark.
     """
-    tables = []
-    candidates = []
     # without scores there is no protocol, but the table must have its columns
-    for protocol in outcomes.protocols or PROTOCOLS:
-        tables.append(choices(outcomes.records, protocol).assign(protocol=protocol))
-        scores = selection_scores(outcomes.records, protocol)
-        candidates.append(scores.assign(protocol=protocol))
-    table = outcomes.with_titles(pd.concat(tables, ignore_index=True))
-    shown = table.assign(
-        variant_shown=table["variant"].replace("", MISSING),
-        mark=table["chosen"].map({True: "✓", False: ""}),
-        rate=table["learning_rate"].map("{:.1e}".format),
-    )
+    protocols = outcomes.protocols or list(PROTOCOLS)
+    dev_scores = []  # of all runs that could be chosen
+    for protocol in protocols:
+        of_protocol = selection_scores(outcomes.records, protocol)
+        dev_scores.append(of_protocol.assign(protocol=protocol))
     return Table(
         "Hyper-parameters, and the choice",
         "The choice (✓) has the best mean dev score over n seeds. A method with more choices has "
@@ -229,7 +262,7 @@ def choices_table(outcomes: TextOutcomes) -> Table:
         f"the converted layers. {_SELECTIONS}",
         {
             "model_title": "Model",
-            "selection": "Selection",
+            "selection": "Selection",  # after the model, before the other keys
             **KEYS,
             "variant_shown": "Variant",
             "rate": "Learning rate",
@@ -237,13 +270,26 @@ def choices_table(outcomes: TextOutcomes) -> Table:
             "mark": "Chosen",
         },
         [Column("score", "mean", "Dev score", std="std")],
-        shown,
-        origins=pd.concat(candidates),
+        _choice_rows(outcomes, protocols),
+        origins=pd.concat(dev_scores),
+    )
+
+
+def _choice_rows(outcomes: TextOutcomes, protocols: Iterable[str]) -> pd.DataFrame:
+    """Return the rows of :func:`choices_table`: the choices under each protocol, as texts."""
+    tables = []
+    for protocol in protocols:
+        tables.append(choices(outcomes.records, protocol).assign(protocol=protocol))
+    table = outcomes.with_titles(pd.concat(tables, ignore_index=True))
+    return table.assign(
+        variant_shown=table["variant"].replace("", MISSING),
+        mark=table["chosen"].map({True: "✓", False: ""}),
+        rate=table["learning_rate"].map("{:.1e}".format),
     )
 
 
 def verdicts(outcomes: TextOutcomes) -> Iterator[str]:
-    """Yield a sentence on the differences to the baseline for each model, method and protocol.
+    """Yield a sentence for each model, method and protocol, on its differences to the baseline.
 
     Controls have no sentence.
     """
@@ -263,16 +309,16 @@ def verdicts(outcomes: TextOutcomes) -> Iterator[str]:
 
 
 def _differences_text(differences: pd.DataFrame) -> str:
-    """Describe the differences of a method on one or several tasks, in points.
+    """Describe the differences of a method to the baseline on one or several tasks, in points.
 
-    Several differences are averaged, and the text sums up their verdicts.
+    Several differences are averaged, and their verdicts are listed or counted.
     """
     if len(differences) == 1:
         only = differences.iloc[0]
         return f"{common.difference_text(only)} ({only['scope']}, n = {only['n']})"
 
     mean = differences["delta"].mean() * 100
-    parts = [f"{mean:+z.1f} on average"]
+    parts = [f"{mean:+z.1f} on average"]  # z: no minus sign for a number that rounds to 0
     for verdict in ("better", "worse", "within noise", "equal"):
         scopes = differences.loc[differences["verdict"] == verdict, "scope"]
         if not len(scopes):
@@ -286,7 +332,7 @@ def _differences_text(differences: pd.DataFrame) -> str:
 
 
 def _metric_note(outcomes: TextOutcomes, domain: str = ID) -> str:
-    """Return a sentence that lists each metric, with the tasks (or OOD sets) that it scores."""
+    """Return a sentence with each metric, and the tasks (or OOD sets) whose scores it is."""
     rows = outcomes.rows[outcomes.rows["domain"] == domain]
     titles_by_metric: dict[str, list[str]] = {}
     for name in rows["eval_task"].unique():
@@ -308,7 +354,7 @@ def _metric_of(task: TaskEntry, domain: str) -> str:
     return task.ood_metrics[0]
 
 
-_PUBLISHED_KEY = list(PAPER_COLUMNS)
+_PUBLISHED_KEY = list(PAPER_COLUMNS)  # model, scope (task or pair of tasks), method
 
 
 def paper_table(outcomes: TextOutcomes, domain: str = ID) -> Table:
@@ -316,29 +362,42 @@ def paper_table(outcomes: TextOutcomes, domain: str = ID) -> Table:
 
     It has a row per model, method and task (or pair of tasks).
     """
-    frame = _published_scores(outcomes)
-    columns = [
-        Column("score", "value", "Paper", decimals=2),
-        Column("score", "paper_delta", "Δ paper", signed=True, decimals=2),
-    ]
-    # an outer join keeps the rows that only the paper has, and those that only we have
-    for protocol in (PUBLISHED, CLEAN):
-        ours = _our_scores(outcomes, domain, protocol)
-        frame = frame.merge(ours, on=_PUBLISHED_KEY, how="outer", sort=False)
-        columns += _our_columns(protocol)
     return Table(
         "The paper's numbers beside ours",
+        _paper_caption(outcomes),
+        {"model_title": "Model", "scope": "Task", "method_title": "Method"},
+        [
+            Column("score", "value", "Paper", decimals=2),
+            Column("score", "paper_delta", "Δ paper", signed=True, decimals=2),
+            *_our_columns(PUBLISHED),
+            *_our_columns(CLEAN),
+        ],
+        _paper_rows(outcomes, domain),
+        notes={"status": "Status", "source": "Source of the paper's number"},
+        origins=outcomes.shared_origins,
+    )
+
+
+def _paper_caption(outcomes: TextOutcomes) -> str:
+    """Write the caption of :func:`paper_table`."""
+    return (
         f"Δ is the difference to {outcomes.baseline_title}. Ours is paired by seed, with a 95 % "
         f"confidence interval for single tasks. {outcomes.shared_note} Status: published (from the "
         "authors' notebooks or quoted from the paper), inferred (published, but the row is our "
         "interpretation), unknown (in the paper, but unavailable). A dash: unavailable, or not run "
-        "by this suite.",
-        {"model_title": "Model", "scope": "Task", "method_title": "Method"},
-        columns,
-        _shown_rows(outcomes, frame),
-        notes={"status": "Status", "source": "Source of the paper's number"},
-        origins=outcomes.shared_origins,
+        "by this suite."
     )
+
+
+def _paper_rows(outcomes: TextOutcomes, domain: str) -> pd.DataFrame:
+    """Return the rows of :func:`paper_table`: the paper's scores, and ours under each protocol."""
+    published = _published_scores(outcomes)
+    ours_published = _our_scores(outcomes, domain, PUBLISHED)
+    ours_clean = _our_scores(outcomes, domain, CLEAN)
+    # an outer join keeps the rows that only the paper has, and those that only we have
+    joined = published.merge(ours_published, on=_PUBLISHED_KEY, how="outer", sort=False)
+    frame = joined.merge(ours_clean, on=_PUBLISHED_KEY, how="outer", sort=False)
+    return _sort_known_rows(outcomes, frame)
 
 
 def _published_scores(outcomes: TextOutcomes) -> pd.DataFrame:
@@ -369,21 +428,22 @@ def _our_columns(protocol: str) -> list[Column]:
     ]
 
 
-def _shown_rows(outcomes: TextOutcomes, frame: pd.DataFrame) -> pd.DataFrame:
+def _sort_known_rows(outcomes: TextOutcomes, frame: pd.DataFrame) -> pd.DataFrame:
     """Keep the rows with a score of the paper or of ours, sort them, and add titles."""
+    # the columns of scores: the paper's, and ours under each protocol
     has_number = frame[["value", PUBLISHED, CLEAN]].notna().any(axis=1)
     places = {name: place for place, name in enumerate(outcomes.methods)}
 
     def sort_key(column: pd.Series) -> pd.Series:
-        # methods in the order of the definition, models and tasks by name
+        # pandas calls this for each key: methods in the order of the definition, others by name
         return column.map(places) if column.name == "method" else column
 
     known = frame[has_number].reset_index(drop=True)
     in_order = known.sort_values(_PUBLISHED_KEY, key=sort_key, kind="stable")
     titled = outcomes.with_titles(in_order)
-    notes = ["status", "source"]
-    titled[notes] = titled[notes].fillna(MISSING).replace("", MISSING)
-    return titled
+    # a dash where the paper's number has no status or source, or there is no such number
+    notes = titled[["status", "source"]].fillna("").replace("", MISSING)
+    return titled.assign(status=notes["status"], source=notes["source"])
 
 
 def _our_scores(outcomes: TextOutcomes, domain: str, protocol: str) -> pd.DataFrame:
@@ -396,27 +456,33 @@ def _our_scores(outcomes: TextOutcomes, domain: str, protocol: str) -> pd.DataFr
     numbers = ["mean", "delta", "low", "high", "n"]
     ours = rows[[*_PUBLISHED_KEY, *numbers]]
     if domain == ID:
-        ours = pd.concat([ours, _averages(outcomes, rows)])
-    names = {name: f"{protocol}_{name}" for name in numbers}
-    names["mean"] = protocol  # the score itself
-    return ours.rename(columns=names)
+        ours = pd.concat([ours, _task_averages(outcomes, rows)])
+    return ours.rename(
+        columns={
+            "mean": protocol,
+            "delta": f"{protocol}_delta",
+            "low": f"{protocol}_low",
+            "high": f"{protocol}_high",
+            "n": f"{protocol}_n",
+        }
+    )
 
 
-def _averages(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
-    """Average scores over all tasks of the paper, for each model and method that ran all of them.
+def _task_averages(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
+    """Average scores and differences over the paper's tasks, for each model and method.
 
-    The rows have the scope ``average``.
+    A model and method that did not run all these tasks is left out. The scope is ``average``.
     """
-    tasks_of_paper = []
     # the paper trains on sets of the hub; the others are our additions
+    tasks_of_paper = []
     for name, task in outcomes.benchmark.tasks.items():
         if task.splits.train and task.source.hub:
             tasks_of_paper.append(name)
     is_of_paper = rows["task"].isin(tasks_of_paper)
     by_method = rows[is_of_paper].groupby(["model", "method"], sort=False)
-    ran_all = by_method.size() == len(tasks_of_paper)
-    averages = by_method[["mean", "delta"]].mean()[ran_all]
-    return averages.reset_index().assign(scope="average")
+    averages = by_method[["mean", "delta"]].mean()
+    ran_all_tasks = by_method.size() == len(tasks_of_paper)
+    return averages[ran_all_tasks].reset_index().assign(scope="average")
 
 
 TABLES = {

@@ -59,7 +59,7 @@ class TokenisedRows(Dataset[dict[str, Any]]):
     def _prefix_states(self, prefix: Prefix, collate: DataCollatorWithPadding) -> PrefixStates:
         """Return the outputs of the frozen layers for all rows.
 
-        They are stored under a digest of the tokens, so that other runs can use them again.
+        They are stored under a digest of the tokens, so that other runs can read them.
         """
         # join the tokens of all rows, to compute the digest
         columns = {}

@@ -83,17 +83,18 @@ def score_and_loss(
     """
     head_classes = len(trained.labels)
     set_classes = len(evaluated.labels)
-    merged_head = None
     # merge the side with more classes: the labels of the data set, or the predictions
+    known_labels = labels
+    merged_head = None
     if head_classes < set_classes:
-        merged_labels = np.asarray(merged_classes(evaluated, trained))
-        labels = merged_labels[labels]
+        new_numbers = np.asarray(merged_classes(evaluated, trained))  # by class of the data set
+        known_labels = new_numbers[labels]
     elif head_classes > set_classes:
         merged_head = merged_classes(trained, evaluated)
 
     scores: dict[str, float | None] = {}
     for name in metrics:
-        scores[name] = score(name, logits, labels, merged_head)
+        scores[name] = score(name, logits, known_labels, merged_head)
     if head_classes == set_classes:
         scores["loss"] = finite_or_none(mean_loss(logits, labels))
     return scores
@@ -248,8 +249,8 @@ def kept_epoch(epochs: list[Epoch], best: str | None) -> Epoch:
 class Patience(TrainerCallback):
     """Stops training after a number of epochs without a new best dev score above 0.
 
-    So do the authors. A resumed run stops at the same epoch, because epochs are counted in the log
-    of Trainer, which checkpoints contain.
+    The authors' code does the same. A resumed run stops at the same epoch, because epochs are
+    counted in Trainer's log, which checkpoints contain.
 
     Args:
         metric: The metric of the dev score.
@@ -263,9 +264,9 @@ class Patience(TrainerCallback):
     def is_over(self, log: list[dict[str, float]]) -> bool:
         """Return True if the last ``epochs`` evaluations in a log have no new best score."""
         evaluations = [entry[self._metric] for entry in log if self._metric in entry]
-        # before the first epoch, the best score is 0
+        # before the first epoch, the best score is 0; so an epoch is its index in this list
         scores = [0.0, *evaluations]
-        best_epoch = scores.index(max(scores))
+        best_epoch = scores.index(max(scores))  # the first of equal scores
         epochs_since_best = len(evaluations) - best_epoch
         return epochs_since_best >= self._epochs
 
@@ -314,7 +315,7 @@ class TextTrainer(SplitEvaluator):
             prefix=classifier.prefix,
         )
         rows = tokenise(train, by_length=False)
-        self._dev = tokenise(dev, by_length=True)
+        self._dev = tokenise(dev, by_length=True)  # `_scores` needs its labels, too
         collate = padding_collator(tokenizer, self._precision)
         # the model before training, on the same rows in every run
         self.probe.observe(classifier.model, collate(fixed_rows(rows)))
@@ -370,7 +371,7 @@ class TextTrainer(SplitEvaluator):
         checkpoint = resume(self.trainer, self._say)
         if self._patience and self._patience.is_over(self.trainer.state.log_history):
             # training had already stopped early when the run was killed
-            self.trainer._load_best_model()
+            self.trainer._load_best_model()  # what Trainer does at the end of training
         else:
             self.trainer.train(resume_from_checkpoint=checkpoint)
 

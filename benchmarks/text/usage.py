@@ -78,9 +78,9 @@ def class_information(
 def mark_experts(loads: Loads, tasks: Loads, seed: int) -> Loads:
     """Mark the experts that a task uses more or less than by chance.
 
-    Chance is estimated by shuffling rows over the tasks. An expert is marked if its z-score against
-    the shuffles is so large that only 5 % of the shuffles have any z-score as large. So without a
-    real difference, about one in twenty results has a mark.
+    Chance is estimated by shuffling rows over the tasks. An expert is marked if its z-score exceeds
+    the largest z-scores of 95 % of the shuffles. So if tasks do not differ, only about one in
+    twenty results has any mark.
 
     Args:
         loads: The choices of experts, ``[rows, N]``.
@@ -91,12 +91,12 @@ def mark_experts(loads: Loads, tasks: Loads, seed: int) -> Loads:
         The marks ``[tasks, N]``: 1 for more than by chance, -1 for less, else 0.
     """
     random = np.random.default_rng(seed)
-    shares = shares_by_group(loads, tasks)
-    draws = []
+    shares = shares_by_group(loads, tasks)  # [tasks, N]
+    shares_by_chance = []
     for _ in range(PERMUTATIONS):
         shuffled_tasks = random.permutation(tasks)
-        draws.append(shares_by_group(loads, shuffled_tasks))
-    shuffled = np.stack(draws)  # [PERMUTATIONS, tasks, N]
+        shares_by_chance.append(shares_by_group(loads, shuffled_tasks))
+    shuffled = np.stack(shares_by_chance)  # [PERMUTATIONS, tasks, N]
     mean = shuffled.mean(0)
     deviation = shuffled.std(0)
 
@@ -157,16 +157,16 @@ def describe_usage(sets: Mapping[str, SetLoads]) -> tuple[dict[str, float], dict
     """Measure how data sets and their classes use experts. Needs at least two data sets.
 
     Returns:
-        The mutual information by metric name, and the section ``usage`` of ``metrics.json``. In
-        that section, ``tasks`` has for each set the ``shares`` of experts, their ``marks`` (see
-        :func:`mark_experts`), and their shares by class (``classes``). ``shared`` and
-        ``specialised`` are the numbers of such experts, see :func:`shared_and_specialised`.
+        The mutual information by metric name, and the section ``usage`` of ``metrics.json``. Its
+        ``tasks`` has the ``shares``, ``marks`` (:func:`mark_experts`) and ``classes`` (shares by
+        class) of each set. Its ``shared`` and ``specialised`` are the numbers of these experts
+        (:func:`shared_and_specialised`).
     """
-    # join the rows of all sets, and number the sets
+    # join the rows of all sets; the set of a row becomes a number
     loads = np.concatenate([routing.loads for routing in sets.values()])  # [rows, N]
-    classes = np.concatenate([routing.classes for routing in sets.values()])
+    classes = np.concatenate([routing.classes for routing in sets.values()])  # [rows]
     row_counts = [len(routing.loads) for routing in sets.values()]
-    tasks = np.repeat(np.arange(len(sets)), row_counts)
+    tasks = np.repeat(np.arange(len(sets)), row_counts)  # [rows]
     seed = derive_seed("shuffles")
 
     information = task_information(loads, tasks, seed).numbers("task")
@@ -178,10 +178,11 @@ def describe_usage(sets: Mapping[str, SetLoads]) -> tuple[dict[str, float], dict
     shares = shares_by_group(loads, tasks)  # [sets, N]
     shared, specialised = shared_and_specialised(shares, marked)
     by_set = {}
-    for number, (name, routing) in enumerate(sets.items()):
+    # the sets have the order of their numbers in `tasks`
+    for (name, routing), set_shares, set_marks in zip(sets.items(), shares, marked, strict=True):
         by_set[name] = {
-            "shares": shares[number].tolist(),
-            "marks": marked[number].tolist(),
+            "shares": set_shares.tolist(),
+            "marks": set_marks.tolist(),
             "classes": _shares_by_class(routing),
         }
     usage = {"tasks": by_set, "shared": shared.tolist(), "specialised": specialised.tolist()}
@@ -196,7 +197,17 @@ def _shares_by_class(routing: SetLoads) -> dict[str, list[float]]:
     return {str(label): shares[label].tolist() for label in np.unique(routing.classes)}
 
 
-_ROWS = 200  # sampled rows of each set
+_SAMPLED_ROWS = 200  # of each set
+
+
+def _routing_labels(rows: int, chosen: NDArray[np.int64]) -> torch.Tensor:
+    """Return the label of each row, under which a routing record counts its choices of experts.
+
+    A chosen row has its place among the chosen rows. All other rows have -1, which is not counted.
+    """
+    labels = torch.full((rows,), -1)
+    labels[torch.from_numpy(chosen)] = torch.arange(len(chosen))
+    return labels
 
 
 class RoutingRecorder:
@@ -221,14 +232,12 @@ class RoutingRecorder:
         if not emoe.is_converted(self._model):
             yield
             return
-        draw = np.random.default_rng(derive_seed("rows by their routing", name))
-        chosen = np.sort(draw.permutation(len(classes))[:_ROWS])
-        # the record counts choices by label: a chosen row's label is its place among the chosen
-        # rows, and the label of all other rows is -1, which is not counted
-        labels = torch.full((len(classes),), -1)
-        labels[torch.from_numpy(chosen)] = torch.arange(len(chosen))
+        random = np.random.default_rng(derive_seed("rows by their routing", name))
+        chosen = np.sort(random.permutation(len(classes))[:_SAMPLED_ROWS])
+        labels = _routing_labels(len(classes), chosen)
         seen = 0  # rows of the batches so far
 
+        # called before each forward pass of the model, with the model inputs of a batch
         def label_rows(_module: nn.Module, _args: tuple[Any, ...], given: dict[str, Any]) -> None:
             nonlocal seen
             count = len(given["input_ids"])
@@ -247,13 +256,13 @@ class RoutingRecorder:
         self._summaries[name] = routing_summary(record)
 
     def routing_of_set(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the routing summary of the data set ``name``, and the expert use of all sets.
+        """Return ``routing`` and ``usage`` of ``metrics.json``.
 
-        These are ``routing`` and ``usage`` of ``metrics.json``. The summary is that of
-        :func:`~benchmarks.harness.training.routing.routing_summary`. If several sets were recorded,
-        it also has the mutual information of :func:`describe_usage`. Otherwise the expert use is
-        empty.
+        ``routing`` is the summary of the data set ``name``. If several sets were recorded, it also
+        has the mutual information, and ``usage`` describes all sets, see :func:`describe_usage`.
+        Otherwise ``usage`` is empty.
         """
+        # a dense model has no summary, either
         if len(self._sets) < 2:
             return self._summaries.get(name, {}), {}
         information, usage = describe_usage(self._sets)
