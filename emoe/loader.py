@@ -38,7 +38,8 @@ from emoe.model_config import NEEDS_EMOE, QUANT_METHOD, Experts
 class ExpertsConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a converted checkpoint."""
 
-    dequantize = True  # after loading, transformers removes what calls the model quantised
+    # after loading, transformers must remove the marks of a quantised model
+    dequantize = True
 
     def __init__(self, **content: Any) -> None:
         self.quant_method: Any = QUANT_METHOD  # the base class knows transformers' own methods only
@@ -64,9 +65,12 @@ class ExpertsLoader(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> nn.Module:
-        """Build the experts, and find out if the weights or the extra file hold their state.
+        """Build the experts, and find out which file holds the state of their routers and biases.
 
-        Transformers calls this method. If neither holds it, raise :class:`CheckpointError`.
+        Transformers calls this method before it loads the weights.
+
+        Raises:
+            CheckpointError: neither the weights nor the extra file hold this state.
         """
         experts = self.quantization_config.experts
         self._folder: Path | None = None
@@ -90,14 +94,15 @@ class ExpertsLoader(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        """Load the experts' state that the weights do not hold, and finish the conversion.
+        """Load emoe's own files of the checkpoint, and finish the conversion.
 
-        Transformers calls this method.
+        Transformers calls this method after it has loaded the weights.
         """
         check_placement(self._layers)
         if self._folder is not None:
             if self._uses_extra_file:
                 load_extra_(self._layers, self._folder)
+            # the neurons' original order is never among the weights
             read_order_(self._layers, self._folder)
         finish_conversion_(model)
         return model
