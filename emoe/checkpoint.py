@@ -486,11 +486,11 @@ def check_placement(layers: Sequence[RoutedActivation]) -> None:
 def read_order_(layers: Sequence[RoutedActivation], folder: Path) -> None:
     """Read the original order of the neurons from the partition file into the layers.
 
-    It stays unknown if the folder has no such file.
+    If the folder has no partition file, the order stays unknown.
 
     Raises:
-        CheckpointError: the file is damaged or belongs to other weights, or is missing beside
-            ``emoe_config.json``.
+        CheckpointError: the file is damaged or belongs to other weights, or the folder has
+            ``emoe_config.json`` but no partition file.
     """
     # The model's own library writes no partition file. emoe_config.json shows that emoe saved the
     # folder: then the file must be there.
@@ -519,7 +519,7 @@ def read_order_(layers: Sequence[RoutedActivation], folder: Path) -> None:
 
 
 def _stored_num_experts(tensors: Mapping[str, Tensor]) -> int | None:
-    """Return the number of experts in a partition file, None if it is missing or not one number."""
+    """Return the number of experts in a partition file, None if the file has no such number."""
     number = tensors.get("num_experts")
     if number is None or number.numel() != 1:
         return None
@@ -549,18 +549,22 @@ def _check_key_norms(ffn: FFN, saved: Tensor, path: Path) -> None:
 
 
 def load_extra_(layers: Sequence[RoutedActivation], folder: Path) -> None:
-    """Load from the extra file what the dense model lacks, for example the routers.
+    """Load from the extra file what the dense model lacks: routers, experts' biases, GMoE's copies.
+
+    If experts have their own output biases, the dense output bias becomes zero.
 
     Raises:
         CheckpointError: the file is damaged, or lacks a tensor.
     """
     path = folder / EXTRA_FILE
+    # Experts without state of their own have no extra file. If the file is missing by mistake, the
+    # first tensor that is not found below raises the error.
     tensors = {}
     if path.exists():
         tensors = files.read_tensors(path)
     for layer in layers:
-        # The dense model's weights have one bias for all experts. It must not be added to the
-        # experts' own biases, which are loaded below.
+        # The dense model's weights have one output bias for all experts. It must not be added to
+        # the experts' own biases, which are loaded below.
         if layer.output_bias is not None:
             cast(Tensor, layer.ffn.proj_out.bias).zero_()
         for module_key, module in _modules_with_state(layer):
@@ -574,7 +578,8 @@ def _load_routing_(
 ) -> None:
     """Load the state of routers and experts' biases from a folder's weights.
 
-    Transformers has loaded the rest of the model, but did not know the experts.
+    Transformers has loaded the rest of the model, but not this state, because it built the model
+    without experts.
     """
     matches = stored_routing(layers, weights.files)
     for layer in layers:
@@ -618,9 +623,9 @@ def stored_routing(
 ) -> dict[tuple[RoutedActivation, str], str]:
     """Find the tensors of the routers and experts' biases among the tensors of a checkpoint.
 
-    A checkpoint's names may have another prefix than the model's, and transformers renames parts of
-    some prefixes. But both end with the activation's path and the name in the layer, and the layers
-    are in the same order.
+    A checkpoint's names may have another prefix than the model's names, and transformers renames
+    parts of some prefixes. But the names of both end with the activation's path and the tensor's
+    name in the layer, and the layers are in the same order.
 
     Args:
         layers: routed FFNs of the model.
@@ -659,7 +664,7 @@ def check_routing_is_stored(
 ) -> None:
     """Raise :class:`CheckpointError` if a checkpoint lacks state of a router or experts' biases.
 
-    Transformers would only warn, and leave it as uninitialised memory.
+    Transformers would only warn, and leave the missing tensors as uninitialised memory.
     """
     matches = stored_routing(layers, stored)
     for layer in layers:
