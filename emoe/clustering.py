@@ -16,6 +16,9 @@ from torch.nn import functional as F
 _LLOYD_ITERATIONS = 30
 # Lloyd iterations end if the score grows by less than this share
 _LLOYD_TOLERANCE = 1e-6
+# Rows have length 1. Equal rows then have computed squared distances of about 1e-7, which are
+# rounding errors. Below this sum over all rows, the distances are taken for such errors.
+_ROUNDING_ERRORS = 1e-3
 # rows per ordered pair of clusters that may be exchanged
 _SWAP_CANDIDATES = 2
 _SWAP_ROUNDS = 500
@@ -145,9 +148,10 @@ def _sum_of_squares(sums: Tensor) -> float:
 
 
 def _initial_centres(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
-    """Draw rows as centres ``[clusters, h]`` as k-means++ does, with a seeded CPU generator.
+    """Draw different rows as the first centres ``[clusters, h]``, in the way of k-means++.
 
-    A row is drawn with a probability proportional to its squared distance to the nearest centre.
+    The first row is drawn uniformly. Each later one is drawn with a probability proportional to its
+    squared distance to the nearest centre so far.
     """
     generator = torch.Generator().manual_seed(seed)
     first = int(torch.randint(rows.shape[0], (1,), generator=generator))
@@ -157,11 +161,11 @@ def _initial_centres(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
     distance = _squared_distances(rows, squares, first)
     for _ in range(num_clusters - 1):
         weights = distance.double().cpu().clamp(min=0)
-        # no row is drawn twice
+        # weight 0, so that no row is drawn twice
         weights[chosen] = 0
-        # If only duplicates of chosen rows are left, the distances are rounding errors. Then all
-        # rows that are left have the same probability.
-        if float(weights.sum()) < 1e-3:
+        # If all other rows equal a chosen one, their distances say nothing. Then they all get the
+        # same probability.
+        if float(weights.sum()) < _ROUNDING_ERRORS:
             weights.fill_(1)
             weights[chosen] = 0
         new = int(torch.multinomial(weights, 1, generator=generator))
@@ -262,11 +266,11 @@ def _swap(rows: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
     change places, the score rises by 2 (g_i + g_j) + 2 |x_i - x_j|^2. The gains are
     g_i = (S_b - S_a) x_i and g_j = (S_a - S_b) x_j.
 
-    The search has three stages. At first, a round makes many exchanges at once. Those of the same
-    cluster influence each other, so their gains are estimates. When a round raises the score little
-    or not at all, the next rounds make one exchange per cluster, whose gain is exact. When no
-    exchange is found, the last stage searches all pairs of clusters. A negligible rise of the score
-    ends the search.
+    The search has three stages. At first, a round makes many exchanges at once. Exchanges of the
+    same cluster influence each other, so their gains are estimates. When a round raises the score
+    little or not at all, the next rounds make one exchange per cluster, whose gain is exact. When
+    no exchange is found, the last stage searches all pairs of clusters. A negligible rise of the
+    score ends the search.
 
     Args:
         rows: rows ``[n, h]``.
