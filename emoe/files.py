@@ -105,7 +105,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def read_metadata(path: Path) -> dict[str, str]:
     """Read the metadata of a safetensors file (raises :class:`CheckpointError`).
 
-    It is empty if the file has none.
+    The result is empty if the file has no metadata.
     """
     with _readable(path), safe_open(path, framework="pt") as file:
         return file.metadata() or {}
@@ -133,7 +133,8 @@ def tensor_digest(tensor: Tensor) -> str:
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files that hold a folder's weights: one file, or all shards.
 
-    Raises :class:`CheckpointError` if there are none, or the index of the shards is damaged.
+    Raises :class:`CheckpointError` if the folder has no such files, or if the index of the shards
+    is damaged.
     """
     single_name, index_name = WEIGHT_FILES
     single = folder / single_name
@@ -147,18 +148,18 @@ def weight_files(folder: Path) -> list[Path]:
 
     file_of_tensor = read_object(index).get("weight_map")
     if not isinstance(file_of_tensor, dict):
-        raise _unsafe_name(index, "")
+        raise _index_error(index, "")  # it names no file
     names = sorted({str(name) for name in file_of_tensor.values()})
     for name in names:
         # a path could lead out of the folder
         is_path = Path(name).name != name
         if is_path or not name.endswith(".safetensors"):
-            raise _unsafe_name(index, name)
+            raise _index_error(index, name)
     return [folder / name for name in names]
 
 
-def _unsafe_name(index: Path, name: str) -> CheckpointError:
-    """Return the error that an index of shards names something else than a file of its folder."""
+def _index_error(index: Path, name: str) -> CheckpointError:
+    """Make the error that a name in an index of shards is not a safetensors file of its folder."""
     return CheckpointError(
         f"{index} names '{name:.80}', which must be a .safetensors file of this folder"
     )
@@ -167,7 +168,7 @@ def _unsafe_name(index: Path, name: str) -> CheckpointError:
 def tensor_files(paths: Iterable[Path]) -> dict[str, Path]:
     """Map each tensor's name to the safetensors file that holds it.
 
-    If several files hold a name, the last one counts. A damaged file raises
+    If several files hold a tensor of the same name, the last file counts. A damaged file raises
     :class:`CheckpointError`.
     """
     file_of_tensor = {}
@@ -316,7 +317,7 @@ def load_stock(
         loader: transformers class, ``timm.create_model`` or function that builds a plain module.
         folder: folder of the checkpoint.
         restored: function that returns the names of the model's tensors that :mod:`emoe.loader`
-            reads from another file of the folder. All others must be stored.
+            reads from another file of the folder. All other tensors must be stored.
         new_head: accept a transformers checkpoint without the weights of the model's head.
         **options: options of the loader. ``ignore_mismatched_sizes`` accepts a head of another
             shape, timm's ``num_classes`` a new head.
@@ -416,8 +417,9 @@ def _load_with_transformers(
 ) -> Any:
     """Load a checkpoint with transformers, and check that its weights are complete.
 
-    Only tensors that ``restored`` names, and a head that the caller accepts as new, may be missing
-    or have another shape. See :func:`load_stock` for the arguments and the result.
+    Two kinds of tensors may be missing or have another shape: tensors that ``restored`` names, and
+    tensors of a head that the caller accepts as new. See :func:`load_stock` for the arguments and
+    the result.
     """
     loader_options = {
         "trust_remote_code": False,
@@ -499,7 +501,7 @@ def load_state_(
 ) -> None:
     """Load stored tensors into a plain or timm model.
 
-    Raise :class:`CheckpointError` if a tensor of the model is not stored, or in another shape.
+    Raise :class:`CheckpointError` if a tensor of the model is missing or has another shape.
     Tensors whose names are in ``restored`` may be missing, because the caller loads them later.
     """
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -539,9 +541,9 @@ def quiet() -> Iterator[None]:
 
 
 def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-    """Save a model with its own library. Of a plain module, save the tensors.
+    """Save a transformers model with ``save_pretrained``, and other models as one file of tensors.
 
-    A timm model's folder also gets a ``config.json``, with which timm builds the model.
+    The folder of a timm model also gets a ``config.json``, from which timm builds the model.
 
     Args:
         model: model to save.
@@ -549,7 +551,7 @@ def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None
         state: tensors to write instead of the model's own state.
 
     Raises:
-        ConversionError: the weights are offloaded, other than by ``device_map``.
+        ConversionError: something else than ``device_map`` has offloaded weights.
         CheckpointError: the folder cannot be written.
     """
     if state is None:
@@ -603,8 +605,9 @@ def check_new(folder: Path) -> None:
 def new_folder(folder: Path, source: Path) -> Iterator[Path]:
     """Yield a temporary folder to write a model to, and rename it to ``folder`` at the end.
 
-    It already holds copies of the settings, tokenizer and templates in ``source``. An error leaves
-    ``folder`` as it was. Raises :class:`CheckpointError` if ``folder`` is neither new nor empty.
+    The temporary folder already holds copies of the settings, tokenizer and templates in
+    ``source``. An error leaves ``folder`` as it was. Raises :class:`CheckpointError` if ``folder``
+    exists and is not an empty folder.
     """
     check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
