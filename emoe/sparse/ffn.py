@@ -27,27 +27,30 @@ def sparse_ffn(
     mask: Tensor,
     weights: Tensor | None,
 ) -> Tensor:
-    """Sum the outputs of the chosen experts, without the output bias.
+    """Sum the outputs of each token's chosen experts, without the output bias.
+
+    N is the number of experts, s the number of neurons of an expert.
 
     Args:
         x: FFN inputs ``[T, h]``.
-        inputs: weight ``[N, s, h]`` and bias ``[N, s]`` of the in-projection and, if gated, of the
-            up-projection.
-        values: values ``[N, s, h]``.
+        inputs: weight ``[N, s, h]`` and bias ``[N, s]`` of the in-projection and, if the FFN is
+            gated, of the up-projection.
+        values: weight of the out-projection, one row for each neuron ``[N, s, h]``.
         activation: elementwise function that does not write over its input.
         mask: chosen experts ``[T, N]`` bool.
         weights: expert weights ``[T, N]``, None if all chosen experts have weight 1.
 
     Returns:
-        Outputs ``[T, h]`` in the dtype of ``x``, or in autocast's.
+        Outputs ``[T, h]`` in the dtype of ``x``, or under autocast in the dtype of autocast.
     """
-    # flat, as the autograd function takes them: weight, bias, weight, bias
+    # weight, bias, weight, bias: autograd takes tensors only as single arguments, not in lists
     in_projections: list[Tensor | None] = []
     for weight, bias in inputs:
         in_projections += [weight, bias]
     device_type = x.device.type
+    # autocast is off inside the autograd function, so cast what autocast would cast for linear
+    # layers
     if torch.is_autocast_enabled(device_type):
-        # autograd functions compute without autocast
         dtype = torch.get_autocast_dtype(device_type)
         x = x.to(dtype)
         values = values.to(dtype)
@@ -101,9 +104,9 @@ class _NeededGradients(NamedTuple):
 class _SparseFFN(torch.autograd.Function):
     """Sum the outputs of the chosen experts, with a backward pass. See :func:`sparse_ffn`.
 
-    Two arguments of ``forward`` differ from those: ``per_pair`` are the expert weights of the
-    chosen ``pairs``, and ``in_projections`` are each in-projection's weight and bias, one after
-    another.
+    Two arguments of ``forward`` replace arguments of that function: ``per_pair`` are the expert
+    weights of the chosen ``pairs``, and ``in_projections`` are each in-projection's weight and
+    bias, one after another.
     """
 
     @staticmethod

@@ -82,7 +82,10 @@ def pairs_of(mask: Tensor, x: Tensor) -> Pairs:
 
 
 def _number_of_chunks(num_tokens: int) -> int:
-    """Return the number of chunks, a multiple of the threads. It determines the order of sums."""
+    """Return the number of chunks of tokens, a multiple of the number of threads.
+
+    The number of chunks determines the order in which the kernels sum.
+    """
     threads = torch.get_num_threads()
     chunks_per_thread = _divide_up(num_tokens, threads * _TOKENS_PER_CHUNK)
     return threads * max(1, chunks_per_thread)
@@ -127,6 +130,7 @@ def gather_mm(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs) -> T
 def _gather_mm_grouped(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs) -> Tensor:
     """Compute :func:`gather_mm` with one grouped product."""
     expert_size = weight.shape[1]
+    # zeros pad the s rows of each weight, so the product has columns of zeros after its s columns
     padded_weight = pad_rows(weight).transpose(1, 2)  # [N, h, padded s]
     padded_product = F.grouped_mm(x[pairs.token], padded_weight, offs=pairs.ends)
     product = padded_product[:, :expert_size]
@@ -155,14 +159,17 @@ def scatter_mm(a: Tensor, weight: Tensor, pairs: Pairs) -> Tensor:
         )
     sum_dtype = torch.promote_types(a.dtype, torch.float32)
     width = weight.shape[2]
-    out = torch.zeros(pairs.num_tokens, width, dtype=sum_dtype, device=a.device)
+    sums = torch.zeros(pairs.num_tokens, width, dtype=sum_dtype, device=a.device)
     if can_group(weight):
-        product = F.grouped_mm(pad_rows(a), pad_rows(weight), offs=pairs.ends)
-        return out.index_add_(0, pairs.token, product.to(sum_dtype)).to(a.dtype)
-    for block in _blocks(pairs, a):
-        product = block.per_pair @ weight[block.expert]
-        out.index_add_(0, block.tokens, product.to(sum_dtype))
-    return out.to(a.dtype)
+        # Zeros pad the s columns of `a` and the s rows of each weight. The product sums over s, so
+        # the zeros change neither its shape [P, h] nor its values.
+        products = F.grouped_mm(pad_rows(a), pad_rows(weight), offs=pairs.ends)
+        sums.index_add_(0, pairs.token, products.to(sum_dtype))
+    else:
+        for block in _blocks(pairs, a):
+            products = block.per_pair @ weight[block.expert]
+            sums.index_add_(0, block.tokens, products.to(sum_dtype))
+    return sums.to(a.dtype)
 
 
 def outer_mm(a: Tensor, x: Tensor, pairs: Pairs, weight: Tensor) -> Tensor:
@@ -185,10 +192,11 @@ def outer_mm(a: Tensor, x: Tensor, pairs: Pairs, weight: Tensor) -> Tensor:
         compiled.outer_mm(a.contiguous(), x.contiguous(), pairs.token, pairs.starts, out)
         return out
     if can_group(x):
+        # zeros pad the s columns of `a`, so each sum has rows of zeros after its s rows
         padded_sums = F.grouped_mm(pad_rows(a).t(), x[pairs.token], offs=pairs.ends)
         expert_size = a.shape[1]
         return out.copy_(padded_sums[:, :expert_size])
-    # the loop does not reach experts without pairs
+    # the loop below does not reach experts without pairs: their sums are 0
     out[pairs.starts.diff() == 0] = 0
     for block in _blocks(pairs, a):
         inputs = x.index_select(0, block.tokens)

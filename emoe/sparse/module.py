@@ -34,7 +34,7 @@ NOT_CALLED = "not called yet"
 class _Replacement(nn.Module):
     """A module that replaces a projection, with the same parameters and buffers.
 
-    They keep their names.
+    The parameters and buffers keep their names.
     """
 
     def __init__(self, projection: nn.Module) -> None:
@@ -56,13 +56,13 @@ class _Replacement(nn.Module):
 class PassThrough(_Replacement):
     """A replacement of an in- or up-projection that has its parameters, but does not use them.
 
-    It lets the FFN's input through to the out-projection.
+    Its output lets the FFN's input through to the out-projection.
 
     Args:
         projection: projection to replace.
         output: what the replacement returns: ``input`` for its input, or ``one`` for the number 1.
-            A fused projection's output has two halves: with ``first`` or ``last``, this half is the
-            input, and the other half is 1.
+            The output of a fused projection has two halves: ``first`` or ``last`` names the half
+            that is the input, and the other half is 1.
     """
 
     def __init__(self, projection: nn.Module, output: str) -> None:
@@ -88,10 +88,11 @@ class SparseFFN(_Replacement):
     """A replacement of an out-projection that computes the whole FFN from its input.
 
     Attributes:
-        serves: few tokens without gradient use the layout of :mod:`emoe.sparse.serving`
-            (:func:`emoe.for_inference_`).
+        serves: True after :func:`emoe.for_inference_`: few tokens without gradient use the layout
+            of :mod:`emoe.sparse.serving`.
         always: use the sparse products even if they do not pay off.
-        last_path: products of the last forward pass; if they were the masked ones, also the reason.
+        last_path: products of the last forward pass. If it computed the masked products, also the
+            reason.
     """
 
     def __init__(self, layer: RoutedActivation) -> None:
@@ -176,7 +177,7 @@ class SparseFFN(_Replacement):
     def _current_layout(self, rows: Tensor) -> Layout | None:
         """Return the layout of the current weights, None if this forward pass does not use one.
 
-        Make a new layout if the weights have changed.
+        If the weights have changed, a new layout is made.
         """
         if not self.serves:
             return None
@@ -297,10 +298,10 @@ class SparseFFN(_Replacement):
         return f"{super().extra_repr()}, last_path={self.last_path!r}"
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode; training ends serving (:func:`emoe.for_inference_`)."""
+        """Set the training or evaluation mode. Training undoes :func:`emoe.for_inference_`."""
         if mode:
             self.serves = False
-            self._layout = None
+            self._layout = None  # frees the memory of its copies
         return super().train(mode)
 
     def forget_layout_(self) -> None:
