@@ -102,7 +102,8 @@ def setting_text(variant: str, layers: Iterable[str] = ()) -> str:
 
     Args:
         variant: The variant.
-        layers: The layer numbers, if they are known. They replace a request such as ``last:2``.
+        layers: The layer numbers, which replace a request such as ``last:2``; empty if they are
+            unknown.
 
     >>> setting_text("N32-k0.5-L28::2-D0.8")
     'N 32, k/N 0.5, layers 28::2, 80 % of the rows'
@@ -122,13 +123,18 @@ def setting_text(variant: str, layers: Iterable[str] = ()) -> str:
 
 
 def _layers_text(request: str, layers: Iterable[str]) -> str:
-    """Describe the layers of a variant: known numbers, or else the request of the variant."""
-    chosen = ", ".join(layers)
-    if not chosen:
-        chosen = request.replace("+", ", ")
-    if chosen.isdigit():  # a single layer
-        return f"layer {chosen}"
-    return f"layers {chosen}"
+    """Describe the layers of a variant, such as ``layer 3``, ``layers 3, 5`` or ``layers last:2``.
+
+    Args:
+        request: The layers as the variant has them: ``3+5``, or a request such as ``last:2``.
+        layers: The layer numbers, which replace the request; empty if they are unknown.
+    """
+    text = ", ".join(layers)
+    if not text:
+        text = request.replace("+", ", ")
+    if text.isdigit():  # a single layer
+        return f"layer {text}"
+    return f"layers {text}"
 
 
 def remove_settings(variant: str, usual: Collection[str]) -> str:

@@ -1,4 +1,4 @@
-"""Check the names of benchmarks and suites: the workflow and the commands use some themselves."""
+"""Check the names of benchmarks and suites: the workflow and the commands reserve some names."""
 
 from __future__ import annotations
 
@@ -33,10 +33,13 @@ _LISTS = ("benchmarks", "claims", "methods", "metrics", "models", "suites", "tas
 
 
 def check_name(name: str, file: Path | None = None) -> None:
-    """Refuse a name for a benchmark or suite that the workflow or a command uses itself.
+    """Raise if a benchmark or suite must not have a name.
+
+    A name is not valid if it has other characters than lower-case letters, digits and ``_``, or if
+    a folder, the workflow or a command already uses it.
 
     Args:
-        name: The name.
+        name: The name of a benchmark or suite.
         file: The file of the benchmark or suite, for the message; None if there is none yet.
 
     Raises:
