@@ -94,7 +94,14 @@ def build_classifier(
         pad_token_id=tokenizer.pad_token_id,
     )
     source = source_of(spec.model, model)
-    return _make_trainable(model, model, source, spec, calibration, partition)
+    return _make_trainable(
+        model,
+        network=model,
+        source=source,
+        spec=spec,
+        calibration=calibration,
+        partition=partition,
+    )
 
 
 def build_image_classifier(
@@ -117,7 +124,7 @@ def build_image_classifier(
         seed=derive_seed("head", spec.seed),
         dropout=dropout,
     )
-    return _make_trainable(model, model.network, model.source, spec)
+    return _make_trainable(model, network=model.network, source=model.source, spec=spec)
 
 
 def build_language_model(
@@ -147,7 +154,14 @@ def build_language_model(
     is_quantized = spec.model.quantize is not None
     # the digest of quantised weights depends on the machine; empty weights have none
     source = source_of(spec.model, model, with_digest=not is_quantized and not empty)
-    trainable = _make_trainable(model, model, source, spec, calibration, partition)
+    trainable = _make_trainable(
+        model,
+        network=model,
+        source=source,
+        spec=spec,
+        calibration=calibration,
+        partition=partition,
+    )
     # only now, because the weights are clustered in their own type
     _set_types_(model, is_quantized=is_quantized)
     if is_quantized:
@@ -173,7 +187,7 @@ def build_seq2seq(spec: TrainedSpec) -> Trainable:
     """Load and convert an encoder-decoder model. It has no adapters; all parameters are trained."""
     model = load_seq2seq(spec.model)
     source = source_of(spec.model, model)
-    return _make_trainable(model, model, source, spec)
+    return _make_trainable(model, network=model, source=source, spec=spec)
 
 
 def _make_trainable(
@@ -188,7 +202,7 @@ def _make_trainable(
 
     Args:
         model: The model that is called.
-        network: The module that contains the FFNs: the model itself, or one of its modules.
+        network: The module that is converted: the model itself, or the network that it wraps.
         source: The source of the weights and their digest, for ``metrics.json``.
         spec: The spec of the training run.
         calibration: Batches of training rows, for a co-activation partition or fixed experts.

@@ -63,7 +63,10 @@ class ImageClassifier(nn.Module):
 
 
 def load_image_network(model: ModelSpec) -> nn.Module:
-    """Load the pre-trained network to cluster its neurons, which do not depend on its head."""
+    """Load the pre-trained network whose neurons are clustered.
+
+    It has an unused head: the partition of the neurons does not depend on the head.
+    """
     classifier = load_image_classifier(model, num_classes=2, image_size=None, drop_path=0.0, seed=0)
     return classifier.network
 
@@ -106,7 +109,7 @@ def load_image_classifier(
 
 
 def _resizing_options(config: Any, image_size: int | None) -> dict[str, bool]:
-    """Return the arguments that each call of a network of transformers needs for its image size.
+    """Return the arguments with which a transformers network takes images of a size.
 
     Args:
         config: The configuration of the network, with the image size of the pre-training.
@@ -170,7 +173,7 @@ def _load_timm(
     network = _load_timm_backbone(model, drop_path)
     repository = f"timm/{model.timm}"
     commit = cached_commit(repository, WEIGHT_FILES[0], model.revision)
-    # the digest is that of the pre-trained weights, before the next lines change them
+    # computed first, because the next lines change the pre-trained weights
     source = {"from": describe(model, commit), "weights": weights_digest(network)}
     if image_size is not None:
         network.set_input_size(img_size=image_size)  # resamples the positions
@@ -183,7 +186,9 @@ def _load_timm(
 
 
 def _load_timm_backbone(model: ModelSpec, drop_path: float) -> Any:
-    """Load a network of timm without a head: random, from the user's folder, or from the hub.
+    """Load a timm network that has no head.
+
+    Its weights are random, or come from the user's folder or the hub.
 
     Raises:
         DataError: The weights are missing or damaged.
@@ -206,11 +211,11 @@ def _load_timm_backbone(model: ModelSpec, drop_path: float) -> Any:
 
 
 def _load_weights_(network: nn.Module, folder: Path, name: str) -> None:
-    """Load the weights in a user's folder into a network of timm without a head.
+    """Load the user's own weights into a timm network that has no head.
 
     Args:
         network: The network.
-        folder: The folder with the file of weights.
+        folder: The user's folder with the file of weights.
         name: The name of the model, for messages.
 
     Raises:

@@ -92,12 +92,12 @@ class Prefix:
         self.names = _parameters_at(network, paths)
 
         modules = dict(network.named_modules())
-        self._blocks = [modules[path] for path in frozen_paths.layers]
+        self._frozen_layers = [modules[path] for path in frozen_paths.layers]
         # other paths are those of parameters, such as timm's cls_token
-        self._modules = [modules[path] for path in paths if path in modules]
+        self._prefix_modules = [modules[path] for path in paths if path in modules]
         # Part of the digest. It may contain irrelevant settings, such as the path of the weights.
         # If only these differ, the states are needlessly computed again, but never wrong.
-        described = [type(network).__name__, getattr(network, "config", ""), *self._modules]
+        described = [type(network).__name__, getattr(network, "config", ""), *self._prefix_modules]
         self._description = "\n".join(str(item) for item in described)
 
     def freeze_(self) -> None:
@@ -105,7 +105,7 @@ class Prefix:
         for name in self.names:
             self._network.get_parameter(name).requires_grad_(False)
         # with prefix states in a call, the layers return them instead of computing
-        for block in self._blocks:
+        for block in self._frozen_layers:
             cast(Any, block).forward = partial(self._forward, block)
         self._model.register_forward_pre_hook(self._take_states, with_kwargs=True)
         self._model.register_forward_hook(self._forget_states, always_call=True)
@@ -136,7 +136,7 @@ class Prefix:
         started = time.perf_counter()
         moved_inputs = {name: value.to(device) for name, value in inputs.items()}
         # the hook of the last frozen layer raises _Stopped, so the layers above do not run
-        hook = self._blocks[-1].register_forward_hook(_stop)
+        hook = self._frozen_layers[-1].register_forward_hook(_stop)
         try:
             self._model(**moved_inputs)
         except _Stopped as stopped:
@@ -151,11 +151,12 @@ class Prefix:
     def _take_states(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Keep the prefix states of a call, and return the arguments without them (a pre-hook).
+        """Keep the prefix states of a call, and return the other arguments (a pre-hook).
 
         Also sets the prefix to eval mode.
         """
-        for module in self._modules:  # the model may have been set to training mode
+        # a call of model.train() may have set the prefix to training mode
+        for module in self._prefix_modules:
             module.eval()
         self._states = kwargs.get(STATES)
         other_arguments = {name: value for name, value in kwargs.items() if name != STATES}
