@@ -279,18 +279,10 @@ def _with_comparison(row: ClaimRow, compare: Comparison, paper: PaperEffect) -> 
     other_title = benchmark.row_titles[compare.against]
     contrast = f"{title} against {other_title}"
 
-    # parameters are counted in every run, without pairs
-    is_of_counts = compare.direction == "equal"
-    pair = "run" if is_of_counts else benchmark.domains[compare.domain].pair
-
-    # a difference of percentages is in points
-    names_of_units = {"%": "points", "M": "parameters"}
-    unit = names_of_units.get(metric.unit, metric.unit)
-
-    # effects in different units cannot be compared
-    effect = math.nan
-    if paper.effect is not None and paper.unit == unit:
-        effect = float(paper.effect)
+    # the direction "equal" is only for numbers of parameters, which each run has without a pair
+    compares_counts = compare.direction == "equal"
+    pair = "run" if compares_counts else benchmark.domains[compare.domain].pair
+    unit = _unit_of_difference(metric)
 
     return replace(
         row,
@@ -304,9 +296,25 @@ def _with_comparison(row: ClaimRow, compare: Comparison, paper: PaperEffect) -> 
         pair=pair,
         unit=unit,
         margin=_margin_of(metric) * metric.scale,
-        effect=effect,
+        effect=_paper_effect(paper, unit),
         compare=compare,
     )
+
+
+def _unit_of_difference(metric: Metric) -> str:
+    """Return the unit of a difference between two numbers of a metric."""
+    if metric.unit == "%":
+        return "points"
+    if metric.unit == "M":
+        return "parameters"
+    return metric.unit
+
+
+def _paper_effect(paper: PaperEffect, unit: str) -> float:
+    """Return the paper's effect; nan if the paper gives none, or gives it in another unit."""
+    if paper.effect is None or paper.unit != unit:
+        return math.nan
+    return float(paper.effect)
 
 
 def _margin_of(metric: Metric) -> float:
@@ -320,7 +328,8 @@ def _with_evidence(row: ClaimRow, compare: Comparison, evidence: Evidence) -> Cl
     metric = load_metrics()[compare.metric]
     difference = evidence.difference  # as runs store it, such as a share
 
-    # scores are scaled for printing, such as shares to points; counts and ratios are not
+    # Scores are scaled for printing, such as shares to points. Numbers of parameters ("equal") and
+    # ratios of times ("near") are not.
     is_paired = compare.direction not in ("equal", "near")
     scale = metric.scale if is_paired else 1
     scaled = difference.scaled(scale)

@@ -33,8 +33,12 @@ _MAIN_STYLES = {"gmoe": GMOE, "emoe": EMOE}
 def write_paper_items(suite: Suite, presentation: Presentation) -> None:
     """Write our versions of the paper's tables and figures into ``results/<suite>/paper/``.
 
-    The files are named after the paper's, such as ``table_4``. Tables keep only the rows that the
-    paper has. Figures are copied, so those of the benchmark or set must be drawn already.
+    The files are named after the paper's numbers, such as ``table_4``. Tables keep only the rows
+    that the paper has. Figures are copied, so ``results/<suite>/figures/`` must already have them.
+
+    Args:
+        suite: The suite.
+        presentation: The tables and figures of a benchmark, or of one of its data sets.
     """
     folder = paths.RESULTS / suite.name / "paper"
     figures = paths.RESULTS / suite.name / "figures"
@@ -57,7 +61,7 @@ def _copy_figure(source: Path, target: Path) -> None:
 
 
 def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite) -> Table:
-    """Make the version of our table that has the paper's title and only the paper's rows."""
+    """Return a copy of our table with the paper's title and only the rows that the paper has."""
     of_methods = _select_methods(table.frame, output.part.rows)
     frame = _select_protocol(of_methods, output.part.benchmark, suite)
     is_shorter = len(frame) < len(table.frame)
@@ -87,9 +91,9 @@ def _select_methods(frame: pd.DataFrame, methods: Sequence[str] | None) -> pd.Da
 
 
 def _select_protocol(frame: pd.DataFrame, benchmark: str, suite: Suite) -> pd.DataFrame:
-    """Keep our rows of one protocol: the authors' if the suite runs it, else the clean one.
+    """Keep our rows of one protocol: the published one if the suite runs it, else the clean one.
 
-    Rows with the paper's own numbers stay.
+    Rows with the paper's own numbers are always kept.
     """
     if "protocol" not in frame:
         return frame
@@ -182,6 +186,7 @@ def _our_rows(average: MainAverage, model: str, numbers: pd.DataFrame) -> list[d
     """
     evidence_by_method = {}
     for method in _MAIN_TITLES:
+        # the fields `gmoe` and `emoe` have the names of the two methods in the benchmark
         name_in_benchmark = getattr(average.of, method)
         comparison = average.of.comparison(name_in_benchmark)
         evidence = find_evidence(numbers, comparison)

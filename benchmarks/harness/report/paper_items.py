@@ -87,7 +87,7 @@ class MainNumbers(Strict):
     """The row of EMoE."""
 
     def comparison(self, method: str) -> Comparison:
-        """Return the comparison of a method with the dense model, as claims have it."""
+        """Return the comparison of a method with the dense model, in the form of a claim's."""
         numbers = self.model_dump(exclude={"dense", "gmoe", "emoe"})
         return Comparison(**numbers, method=method, against=self.dense, direction="higher")
 
@@ -168,11 +168,12 @@ def load_paper() -> PaperFile:
     for item_name, item in content.items.items():
         for number, part in enumerate(item.parts or ()):
             check_part(part, Location(file, f"items.{item_name}.parts[{number}]"))
-    # both methods of a main average are compared with the dense model
+    # a main average compares GMoE and EMoE with the dense model
     for average_name, average in content.main.items():
-        for method in (average.of.gmoe, average.of.emoe):
-            comparison = average.of.comparison(method)
-            check_comparison(comparison, file, f"main.{average_name}.of")
+        our_numbers = average.of
+        for method in (our_numbers.gmoe, our_numbers.emoe):
+            comparison = our_numbers.comparison(method)
+            check_comparison(comparison, file, at=f"main.{average_name}.of")
     return content
 
 
@@ -222,12 +223,12 @@ def item_benchmarks(item: PaperItem) -> list[str]:
 
 
 def paper_outputs() -> Iterator[PaperOutput]:
-    """Yield what we can write for all items of the paper, whether a suite runs it or not."""
+    """Yield our versions of all the paper's tables and figures, also those that no suite runs."""
     for name, item in load_paper().items.items():
         parts = item.parts or []
         stems = _part_stems(name, len(parts))
         for stem, part in zip(stems, parts, strict=True):
-            # a table of a set is written once per set
+            # `set_table` names a kind of table, of which each data set has one
             if part.set_table:
                 for task in load_benchmark(part.benchmark).tasks:
                     yield PaperOutput(f"{stem}_{task}", name, part, task)
