@@ -19,15 +19,16 @@ class Recorded(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_null(cls, content: Any) -> Any:
-        """Return the content, or raise if an optional key is null."""
-        # pydantic itself refuses what is not a mapping
+        """Return the content unchanged, or raise if an optional key is null."""
+        # pydantic refuses other types than a dictionary after this validator
         if not isinstance(content, dict):
             return content
         for key, field in cls.model_fields.items():
-            # the default None stands for a missing key; pydantic refuses null for other defaults
-            is_missing_if_none = not field.is_required() and field.default is None
+            # Such a field has the type `... | None`, so pydantic would accept null for it. For all
+            # other fields, pydantic itself decides by the type whether null is valid.
+            none_marks_missing_key = not field.is_required() and field.default is None
             is_null = key in content and content[key] is None
-            if is_missing_if_none and is_null:
+            if none_marks_missing_key and is_null:
                 raise refusal(f"'{key}' is null")
         return content
 

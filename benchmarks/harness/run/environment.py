@@ -89,9 +89,9 @@ def capture() -> dict[str, Any]:
 
 
 def fingerprint(captured: Mapping[str, Any]) -> dict[str, str]:
-    """Describe all that can change the last digit of a number: packages, hardware, variables.
+    """Describe the packages, hardware and variables on which the numbers of a run depend.
 
-    If a run is repeated with an equal fingerprint, its numbers are equal.
+    If a run is repeated with an equal fingerprint, its numbers are equal to the last digit.
 
     Args:
         captured: The result of :func:`capture`.

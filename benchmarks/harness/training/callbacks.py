@@ -44,8 +44,8 @@ class Stopwatch(SavedCallback):
     """A callback that measures the seconds of training steps and of evaluations.
 
     Attributes:
-        seconds: The time of all training steps.
-        steps: The number of training steps.
+        seconds: The time of all measured training steps.
+        steps: The number of measured training steps.
         evaluation: The time of all evaluations and predictions.
     """
 
@@ -58,9 +58,14 @@ class Stopwatch(SavedCallback):
         self._start = 0.0
 
     def cost(self, steps: int) -> dict[str, float]:
-        """Return the mean seconds of a step, and the seconds of ``steps`` steps of that length.
+        """Return the time of the training for the ``cost`` section of ``metrics.json``.
 
-        The keys are ``steps``, ``step_seconds`` and ``train_seconds``, as in ``metrics.json``.
+        Args:
+            steps: The number of steps of the training.
+
+        Returns:
+            ``steps``, ``step_seconds`` (the mean time of a measured step) and ``train_seconds``
+            (the mean time, multiplied by ``steps``).
         """
         step_seconds = self.seconds / max(self.steps, 1)
         return {
@@ -91,7 +96,8 @@ class Stopwatch(SavedCallback):
 class SetEpochs(TrainerCallback):
     """A callback that sets the epoch of the row order at the start of each epoch.
 
-    accelerate does not set it in a resumed run on several processes.
+    The callback is needed for a resumed run on several processes, where accelerate does not set the
+    epoch.
 
     Args:
         order: A sampler with the method ``set_epoch``.
@@ -114,10 +120,7 @@ class UpdateGates(TrainerCallback):
 
 
 def fixed_rows(rows: Any) -> list[Any]:
-    """Return the first four rows of a data set, or all if it has fewer.
-
-    They are the batch of :meth:`Probe.observe`.
-    """
+    """Return the rows for :meth:`Probe.observe`: the first four of a data set, or all of fewer."""
     count = min(len(rows), _FIXED_ROWS)
     return [rows[number] for number in range(count)]
 
@@ -150,7 +153,8 @@ def summarise_logits(logits: Tensor) -> dict[str, float]:
 class Probe(SavedCallback):
     """A recorder of numbers that barely differ between machines.
 
-    They are the first losses of the training, and the logits and loads of a fixed batch.
+    The numbers are the first losses of the training, and the logits and expert loads of a fixed
+    batch.
 
     Attributes:
         losses: The losses of the first training batches.
