@@ -250,7 +250,7 @@ def _best_rate_runs(finished: Sequence[Record]) -> list[Record]:
     runs = pd.DataFrame(rows, columns=[*CELL, "rate", "loss", "record"])
     # a row per cell and learning rate, with the mean over seeds
     mean_losses = runs.groupby([*CELL, "rate"], sort=False)["loss"].mean().reset_index()
-    # the first row of each cell is now its best rate; of equal losses, the earlier row stays first
+    # sorted by loss, the first row of a cell is its best rate; of equal losses, the earlier row
     by_loss = mean_losses.sort_values("loss", kind="stable")
     best_rates = by_loss.drop_duplicates(CELL)[[*CELL, "rate"]]
     # the runs that have the best rate of their cell; an inner join keeps the order of the runs
