@@ -139,12 +139,14 @@ class EnvironmentBatches(Sampler[Draw]):
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixedEnvironment(Environment):
-    """An environment with the outputs of a model's frozen layers for some of its rows.
+    """An environment that also has, for some rows, the output of a model's frozen layers.
+
+    A model that gets this output needs no pixels.
 
     Attributes:
-        states: The outputs, ``[tokens, width]`` for each of these rows.
-        indices: The index of each of these rows in ``states``.
-        blank: The placeholder pixels ``[3, size, size]``, which the model ignores.
+        states: The output ``[tokens, width]`` for each of these rows.
+        indices: The index in ``states`` of each of these rows.
+        blank: Placeholder pixels ``[3, size, size]``, which the model ignores.
     """
 
     states: PrefixStates
@@ -159,30 +161,55 @@ class PrefixedEnvironment(Environment):
 def with_prefix(
     environment: Environment, prefix: Prefix, rows: Sequence[int], size: int
 ) -> PrefixedEnvironment:
-    """Return the environment with the outputs of a model's frozen layers for distinct rows.
+    """Run the frozen layers of a model on some images, and add their output to the environment.
 
-    The images are resized to ``size`` × ``size`` pixels and not augmented. If the outputs were
-    computed before, they are read from a file.
+    The images are not augmented. If their output was computed before, it is read from a file.
+
+    Args:
+        environment: The environment.
+        prefix: The frozen layers.
+        rows: The indices of the images, each once.
+        size: The height and the width of the resized images.
+
+    Returns:
+        A new environment with the same images and labels.
     """
-    transform = evaluation_transform(size)
-
-    def batch(indices: Sequence[int]) -> dict[str, Tensor]:
-        """Return the model inputs of the rows at these indices of ``rows``."""
-        # the transform is not random, so the seed has no effect
-        pixels = [load_pixels(environment, rows[index], transform, seed=0) for index in indices]
-        return {"pixel_values": torch.stack(pixels)}
-
-    # all images have the same number of tokens
-    first_output = prefix.output(batch([0]))
+    model_inputs = partial(_model_inputs, environment, rows, evaluation_transform(size))
+    # all images have the same number of tokens, so count those of the first
+    first_output = prefix.output(model_inputs([0]))
     tokens = first_output.shape[1]
-    digest = _digest_images(environment, rows, size)
-    states = PrefixStates(prefix, digest, [tokens] * len(rows), batch)
-    indices = {row: index for index, row in enumerate(rows)}
-    # a view of a single zero, so that it takes no memory
+    states = PrefixStates(
+        prefix,
+        rows=_digest_images(environment, rows, size),
+        lengths=[tokens] * len(rows),
+        batch=model_inputs,
+    )
+    # expand repeats a single zero without copies, so the placeholder takes no memory
     blank = torch.zeros(1).expand(3, size, size)
-    # the same images and labels, with the outputs beside them
-    fields = vars(environment)
-    return PrefixedEnvironment(**fields, states=states, indices=indices, blank=blank)
+    return PrefixedEnvironment(
+        name=environment.name,
+        labels=environment.labels,
+        open=environment.open,
+        states=states,
+        indices={row: index for index, row in enumerate(rows)},
+        blank=blank,
+    )
+
+
+def _model_inputs(
+    environment: Environment, rows: Sequence[int], transform: Transform, indices: Sequence[int]
+) -> dict[str, Tensor]:
+    """Return the pixels of several images as the inputs of a model.
+
+    Args:
+        environment: The environment of the images.
+        rows: Rows of the environment.
+        transform: A transform that is not random.
+        indices: The indices in ``rows`` of the images to load.
+    """
+    # without randomness, the seed has no effect
+    pixels = [load_pixels(environment, rows[index], transform, seed=0) for index in indices]
+    return {"pixel_values": torch.stack(pixels)}
 
 
 def _digest_images(environment: Environment, rows: Sequence[int], size: int) -> str:

@@ -121,32 +121,36 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
             part: The benchmark's section of the suite.
             settings: The training settings of the model.
             methods: The methods of the benchmark, by name.
-            point: The names of model, set and method, and a value for each key of
-                :data:`_AXES` that the block has.
+            point: The names of the run's ``model``, ``task`` (image set) and ``method``, and its
+                value for each key of :data:`_AXES` that the block has.
             where: The location of the block in the suite's file, for messages.
+
+        Raises:
+            DefinitionError: A setting of the method or a hyper-parameter is not valid, or frozen
+                layers do not fit the method or the augmentation.
         """
-        name = point["task"]
-        task = self.tasks[name]
+        task_name = point["task"]
+        task = self.tasks[task_name]
         test_envs = point["test_envs"]
         hparams_seed = point["hparams_seed"]
         seed = point["seed"]
 
         hparams = self._hyper_parameters(part, settings, task, hparams_seed, seed)
-        eval_every = settings.eval_every or task.eval_every
         method = method_spec(methods, point, seed, settings.lora, where)
         check_frozen(settings.frozen_layers, MethodSpec(**method), str(where))
-        # MNIST's digits are never augmented
-        is_augmented = hparams["data_augmentation"] and not task.source.mnist
-        if settings.frozen_layers and is_augmented:
-            setting = part.where("training", "frozen_layers")
-            raise DefinitionError(
-                f"{setting} needs hparams.data_augmentation: false, because augmented images "
-                "differ at every step"
-            )
+        if settings.frozen_layers:
+            _check_not_augmented(hparams, task, part.where("training", "frozen_layers"))
+
+        environments = list(task.environments)
+        variant = _variant(method["variant"], environments, test_envs, hparams_seed)
+        eval_every = settings.eval_every or task.eval_every
+        # DomainBed's seed of the baseline, so that all methods see the same digits
+        data_seed = sweep_seed(task.domainbed, BASELINE, test_envs, hparams_seed, seed)
+        model_name = point["model"]
         return self.spec(
-            _variant(method["variant"], list(task.environments), test_envs, hparams_seed),
-            model=load_models()[point["model"]].spec(point["model"]),
-            task=task.spec(name),
+            variant,
+            model=load_models()[model_name].spec(model_name),
+            task=task.spec(task_name),
             ood=[],
             method=method,
             test_envs=list(test_envs),
@@ -155,8 +159,7 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
             sweep=_sweep(self.definition.version, methods[point["method"]], settings),
             training={**settings.spec(), "eval_every": eval_every},
             learning_rate=float(hparams["lr"]),
-            # DomainBed's seed of the baseline, so that all methods see the same digits
-            data_seed=sweep_seed(task.domainbed, BASELINE, test_envs, hparams_seed, seed),
+            data_seed=data_seed,
             seed=seed,
         )
 
@@ -171,6 +174,9 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         """Return a run's hyper-parameters: those of DomainBed or of the EMoE authors' fork.
 
         ``settings.hparams`` overrides them.
+
+        Raises:
+            DefinitionError: A name or a value in ``settings.hparams`` is not valid.
         """
         registry = settings.registry or "domainbed"
         of_registry = hyper_parameters(registry, task.domainbed, hparams_seed, seed)
@@ -209,6 +215,25 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
             )
         total = image_set.num_images
         yield SetPart(name, ALL, total, expected=entry.images, source=image_set.source)
+
+
+def _check_not_augmented(hparams: Mapping[str, Any], task: SetEntry, where: Location) -> None:
+    """Raise a DefinitionError if a run with frozen layers augments its images.
+
+    Their output is computed once per image, but augmented images differ at every step.
+
+    Args:
+        hparams: The hyper-parameters of the run.
+        task: The image set.
+        where: The location of ``frozen_layers`` in the suite's file, for the message.
+    """
+    # MNIST's digits are never augmented
+    is_augmented = hparams["data_augmentation"] and not task.source.mnist
+    if is_augmented:
+        raise DefinitionError(
+            f"{where} needs hparams.data_augmentation: false, because augmented images "
+            "differ at every step"
+        )
 
 
 def _test_env_tuples(

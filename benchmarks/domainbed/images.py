@@ -114,6 +114,11 @@ def open_image(file: Path | bytes, where: str, truncated: str) -> Image.Image:
 def load_folders(task: RunImageSet, truncated: str) -> ImageSet:
     """Load a set from its folder below the data root (``EMOE_DATA_ROOT``), else from the hub.
 
+    Args:
+        task: The set.
+        truncated: What to do with a file that ends early when it is opened: ``refuse`` or ``load``,
+            see :func:`open_image`.
+
     Raises:
         DataError: The set is missing or cannot be downloaded, a folder is empty, or classes differ
             between environments.
@@ -131,11 +136,14 @@ def load_folders(task: RunImageSet, truncated: str) -> ImageSet:
 
 
 def _from_disk(task: RunImageSet, root: Path, truncated: str) -> ImageSet:
-    """Load a set from ``<environment>/<class>/<image>`` below a folder."""
+    """List the images of a set in ``<environment>/<class>/<image>`` below the folder ``root``.
+
+    The arguments are those of :func:`load_folders`.
+    """
     folder_names = _in_domainbeds_order(_folders(root), task, str(root))
     folders = [root / name for name in folder_names]
+    # all environments must have the classes of the first
     classes = _folders(folders[0])
-    class_numbers = {class_name: number for number, class_name in enumerate(classes)}
     environments = []
     for (name, _), folder in zip(task.environments, folders, strict=True):
         unshared = set(_folders(folder)).symmetric_difference(classes)
@@ -144,21 +152,44 @@ def _from_disk(task: RunImageSet, root: Path, truncated: str) -> ImageSet:
                 f"classes differ between environments: '{min(unshared)}' is only in one of "
                 f"{folders[0]}, {folder}"
             )
-        try:
-            # torchvision's order of images, which is DomainBed's
-            rows = ImageFolder.make_dataset(str(folder), class_numbers, is_valid_file=_is_image)
-        except FileNotFoundError as error:  # a class without images
-            raise DataError(f"{folder}: {error}; images are {', '.join(IMG_EXTENSIONS)}") from error
-        paths = [path for path, _ in rows]
-        labels = [label for _, label in rows]
-        environments.append(Environment(name, labels, partial(_open_file, paths, truncated)))
+        environments.append(_environment_from_disk(name, folder, classes, truncated))
     return ImageSet(environments, classes, str(root))
 
 
+def _environment_from_disk(
+    name: str, folder: Path, classes: list[str], truncated: str
+) -> Environment:
+    """List the images of one environment in ``<class>/<image>`` below ``folder``.
+
+    Args:
+        name: DomainBed's name of the environment.
+        folder: The folder of the environment.
+        classes: The names of the classes, in the order of their numbers.
+        truncated: As in :func:`open_image`, which opens the images later.
+
+    Raises:
+        DataError: A class has no image.
+    """
+    class_numbers = {class_name: number for number, class_name in enumerate(classes)}
+    try:
+        # torchvision's order of images, which is DomainBed's
+        images = ImageFolder.make_dataset(str(folder), class_numbers, is_valid_file=_is_image)
+    except FileNotFoundError as error:  # a class without images
+        raise DataError(f"{folder}: {error}; images are {', '.join(IMG_EXTENSIONS)}") from error
+    paths = [path for path, _ in images]
+    labels = [label for _, label in images]
+    return Environment(name, labels, open=partial(_open_file, paths, truncated))
+
+
 def _in_domainbeds_order(present: list[str], task: RunImageSet, where: str) -> list[str]:
-    """Sort the names of environments, as they are on disk or on the hub, in DomainBed's order.
+    """Sort the names of environments in DomainBed's order.
 
     Case and punctuation may differ from the names in ``sets.yaml`` (:func:`normalize_name`).
+
+    Args:
+        present: The names of the environments on disk or on the hub.
+        task: The set, whose environments are in DomainBed's order.
+        where: The folder or the set on the hub, for messages.
 
     Raises:
         DataError: An environment is missing, or there is one too many.
@@ -201,14 +232,18 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _open_file(paths: list[str], truncated: str, row: int) -> Image.Image:
-    """Open the image of an environment's row; ``paths`` lists the file of every row."""
+    """Open the image of an environment's row with :func:`open_image`.
+
+    ``paths`` lists the file of every row.
+    """
     return open_image(Path(paths[row]), paths[row], truncated)
 
 
 def _from_hub(task: RunImageSet, truncated: str) -> ImageSet:
-    """Load a set from the hub.
+    """Load a set from the hub. The arguments are those of :func:`load_folders`.
 
-    Each environment is sorted by class, and within a class in the order of the hub.
+    The column ``domain`` has the environment of each row. Each environment is sorted by class, and
+    within a class in the order of the hub.
     """
     import datasets
 
@@ -238,6 +273,7 @@ def _from_hub(task: RunImageSet, truncated: str) -> ImageSet:
                 f"{where}: the domain '{domain}' has no image of the class '{min(absent)}'"
             )
         class_numbers = [classes.index(label) for label in labels_in_domain]
+        # takes an index of the environment, and opens the image when it is needed
         open_row = partial(_open_row, images, indices, where, truncated)
         environments.append(Environment(name, class_numbers, open_row))
     source = hub_name(where, task.source.revision, commit_of(splits))
@@ -273,9 +309,10 @@ def _column_texts(rows: Any, column: str) -> list[str]:
 
 
 def _open_row(rows: Any, indices: list[int], where: str, truncated: str, row: int) -> Image.Image:
-    """Open the image of an environment's row.
+    """Open the image of an environment's row with :func:`open_image`.
 
-    ``rows`` is the whole set from the hub. ``indices`` lists which of its rows the environment has.
+    ``rows`` is the whole set from the hub. ``indices`` has the index in ``rows`` of every row of
+    the environment.
     """
     index = indices[row]
     content = rows[index]["image"]

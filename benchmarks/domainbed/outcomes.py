@@ -42,8 +42,9 @@ class DomainOutcomes(Outcomes):
             set keeps only the trials that have every method and environment.
         differences: The differences to the baseline in ``shared``, one row for each :data:`CELL`.
             They are paired by trial, and averaged over environments.
-        tests: The same for ``cells``, over all trials and environments that a method shares with
-            the baseline, with verdicts. p is Holm-corrected over all rows.
+        tests: The differences to the baseline in ``cells``, with verdicts, one row for each
+            :data:`CELL`. They are over all trials and environments that a method shares with the
+            baseline. p is Holm-corrected over all rows.
     """
 
     pair = "trial"  # texts use DomainBed's word for a seed
@@ -76,8 +77,8 @@ class DomainOutcomes(Outcomes):
         """Compute the mean difference between each method and the baseline.
 
         Accuracies are averaged over the held-out environments of a trial, and trials are paired.
-        ``cells`` is a frame like :attr:`cells`. Returns one row for each selection, model, image
-        set and method.
+        The argument has the columns of :attr:`cells`, but maybe fewer rows. Returns one row for
+        each selection, model, image set and method.
         """
         scores = cells[[*CELL, "eval_task", "seed", "value"]]
         # sums of floats depend on the order, so it is fixed
@@ -135,9 +136,9 @@ class DomainOutcomes(Outcomes):
         """
         choices = self._distinct_choices(runs)
         candidates = [self._run_records(run, choices) for run in runs]
-        names = runs[0]  # all runs have the same model, set, method and trial
+        any_run = runs[0]  # all runs have the same model, set, method and trial
         for name, selection in SELECTIONS.items():
-            for env, env_name in enumerate(self.environments(names.task)):
+            for env, env_name in enumerate(self.environments(any_run.task)):
                 chosen = selection.choose(candidates, env)
                 # the environment was not held out, or leave-one-domain-out lacks pairs
                 if chosen is None:
@@ -145,11 +146,11 @@ class DomainOutcomes(Outcomes):
                 choice = choices[chosen.choice]  # the candidates have the number of their choice
                 yield {
                     "selection": name,
-                    "model": names.model,
-                    "task": names.task,
-                    "method": names.method,
+                    "model": any_run.model,
+                    "task": any_run.task,
+                    "method": any_run.method,
                     "eval_task": env_name,
-                    "seed": names.seed,
+                    "seed": any_run.seed,
                     "value": chosen.test_accuracy(env),
                     "chosen_by": chosen.value,
                     "step": chosen.record["step"],
@@ -158,7 +159,7 @@ class DomainOutcomes(Outcomes):
                 }
 
     def _run_records(self, run: Run, choices: Sequence[_Choice]) -> RunRecords:
-        """Return what a selection reads of a run. ``choices`` numbers the choices of all runs."""
+        """Return the accuracies of a run, with the place of its hyper-parameters in ``choices``."""
         records = self.finished[run.id].metrics.records or ()
         return RunRecords(
             test_envs=tuple(self.specs[run.id].test_envs),

@@ -259,9 +259,9 @@ def _split(spec: ImageSpec, image_set: ImageSet) -> list[Split]:
 def _add_prefixes(
     prefix: Prefix, spec: ImageSpec, environments: Sequence[Environment], splits: Sequence[Split]
 ) -> list[Environment]:
-    """Return the environments with the outputs of the model's frozen layers (the prefix).
+    """Add the output of the model's frozen layers (the prefix) to each environment.
 
-    The outputs are computed for all rows that training or evaluation reads.
+    It is computed for all images that training or evaluation reads.
     """
     training = spec.training
     prefixed = list(environments)

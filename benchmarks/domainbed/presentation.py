@@ -69,7 +69,7 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
     """
     accuracies, columns = _with_accuracies(outcomes, name)
     differences = outcomes.differences[[*CELL, "delta", "low", "high"]]
-    with_differences = common.with_numbers(accuracies, CELL, differences)
+    with_differences = common.with_numbers(accuracies, on=CELL, numbers=differences)
     delta = Column(
         "accuracy",
         "delta",
@@ -105,7 +105,7 @@ def _with_accuracies(outcomes: DomainOutcomes, name: str) -> tuple[pd.DataFrame,
     envs = [env for env in outcomes.environments(name) if env in held_out]
     headings = {env: outcomes.env_title(name, env) for env in envs}
     with_envs, env_columns = common.with_columns(
-        trials, CELL, numbers, headings, metric="accuracy", std="error"
+        trials, on=CELL, numbers=numbers, headings=headings, metric="accuracy", std="error"
     )
     return common.with_average(with_envs, env_columns, metric="accuracy")
 
@@ -145,17 +145,22 @@ def choices(outcomes: DomainOutcomes, name: str) -> Table:
         keys["variant"] = "Variant"
     return Table(
         f"{outcomes.title('task', name)}: choices",
-        _sentences(
-            "Step and draw of hyper-parameters (DomainBed's hparams_seed) that each selection "
-            "chose, by held-out environment and trial; the selection's value, and the reported "
-            "accuracy on the held-out environment.",
-            _selections_note(outcomes, [name]),
-        ),
+        _choices_caption(outcomes, name),
         keys,
         [Column("accuracy", "chosen_by", "Chosen by"), Column("accuracy", "value", "Accuracy")],
         frame,
         # a row lists the runs of all trials and held-out environments
         origins=outcomes.records.drop(columns="seed"),
+    )
+
+
+def _choices_caption(outcomes: DomainOutcomes, name: str) -> str:
+    """Return the caption of :func:`choices`."""
+    return _sentences(
+        "Step and draw of hyper-parameters (DomainBed's hparams_seed) that each selection chose, "
+        "by held-out environment and trial; the selection's value, and the reported accuracy on "
+        "the held-out environment.",
+        _selections_note(outcomes, [name]),
     )
 
 
@@ -170,12 +175,25 @@ def summary(outcomes: DomainOutcomes) -> Table:
     counts = common.format_counts(means, keys)
     headings = {name: outcomes.title("task", name) for name in outcomes.sets}
     frame, columns = common.with_columns(
-        counts, keys, numbers, headings, metric="accuracy", std="error"
+        counts, on=keys, numbers=numbers, headings=headings, metric="accuracy", std="error"
     )
     # one set needs no average
     if len(columns) > 1:
         frame, columns = common.with_average(frame, columns, metric="accuracy")
-    caption = _sentences(
+    return Table(
+        "Accuracy on held-out environments, by set",
+        _summary_caption(outcomes),
+        {**_HEADINGS_OF_SET, "n": "n"},
+        columns,
+        outcomes.order(frame, _ORDER_OF_SET),
+        group=("model", "selection"),
+        origins=outcomes.shared_origins,
+    )
+
+
+def _summary_caption(outcomes: DomainOutcomes) -> str:
+    """Return the caption of :func:`summary`."""
+    return _sentences(
         "Mean over the held-out environments of a trial, then over n trials.",
         f"{_ERROR_NOTE}.",
         outcomes.shared_note,
@@ -183,15 +201,6 @@ def summary(outcomes: DomainOutcomes) -> Table:
         "The average needs a row with all sets.",
         _selections_note(outcomes, outcomes.sets),
         _experts_note(outcomes, outcomes.sets),
-    )
-    return Table(
-        "Accuracy on held-out environments, by set",
-        caption,
-        {**_HEADINGS_OF_SET, "n": "n"},
-        columns,
-        outcomes.order(frame, _ORDER_OF_SET),
-        group=("model", "selection"),
-        origins=outcomes.shared_origins,
     )
 
 

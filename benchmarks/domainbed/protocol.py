@@ -20,25 +20,25 @@ BASELINE = "ERM"
 SMALL_IMAGES = ("Debug28", "RotatedMNIST", "ColoredMNIST")
 Registry = Literal["domainbed", "emoe"]
 
-_LR = 5e-5  # DomainBed's default for images
+_DOMAINBED_DEFAULT_LR = 5e-5  # for images, except small ones
 
 
 class _ForkDefaults(NamedTuple):
-    """The defaults of a data set in the authors' fork."""
+    """The default learning rate and weight decay of a data set in the authors' fork."""
 
     lr: float
     weight_decay: float
 
 
-# for GMoE and EMoE
-_FORK: Mapping[str, _ForkDefaults] = {
+# the data sets with defaults of their own in the fork, which it uses for GMoE and EMoE
+_FORK_DEFAULTS: Mapping[str, _ForkDefaults] = {
     "VLCS": _ForkDefaults(3e-5, 1e-6),
     "PACS": _ForkDefaults(3e-5, 1e-6),
     "OfficeHome": _ForkDefaults(1e-5, 1e-6),
     "TerraIncognita": _ForkDefaults(5e-5, 1e-4),
     "DomainNet": _ForkDefaults(5e-5, 0.0),
 }
-_FORK_LR = 3e-5  # the fork's default for other data sets
+_FORK_DEFAULT_LR = 3e-5  # the fork's default for other data sets, except small images
 
 
 def seed_hash(*parts: object) -> int:
@@ -151,7 +151,11 @@ class _HyperParameter(NamedTuple):
 
 
 def _definitions(registry: Registry, dataset: str) -> dict[str, _HyperParameter]:
-    """Return the definition of every hyper-parameter, by name."""
+    """Return the definition of every hyper-parameter, by name.
+
+    The ranges of the random values are DomainBed's and the fork's. The arguments are those of
+    :func:`hyper_parameters`.
+    """
     definitions = {
         "data_augmentation": _fixed(True),
         "resnet18": _fixed(False),
@@ -166,19 +170,33 @@ def _definitions(registry: Registry, dataset: str) -> dict[str, _HyperParameter]
         definitions["weight_decay"] = _fixed(0.0)
         definitions["batch_size"] = _HyperParameter(64, _log2_uniform(3, 9))
         return definitions
-    # the logarithm of the largest batch; DomainNet's is smaller
+    # the base-2 logarithm of the largest batch, which is smaller for DomainNet
     log2_largest = 5 if dataset == "DomainNet" else 5.5
     definitions["batch_size"] = _HyperParameter(32, _log2_uniform(3, log2_largest))
-    if registry == "emoe" and dataset in _FORK:
-        defaults = _FORK[dataset]
-        definitions["lr"] = _HyperParameter(defaults.lr, _log10_uniform(-4.5, -2.5))
-        # the fork has a weight decay by default, but none among its random values
-        definitions["weight_decay"] = _HyperParameter(defaults.weight_decay, lambda _: 0.0)
-        return definitions
-    default_lr = _FORK_LR if registry == "emoe" else _LR
-    definitions["lr"] = _HyperParameter(default_lr, _log10_uniform(-5, -3.5))
-    definitions["weight_decay"] = _HyperParameter(0.0, _log10_uniform(-6, -2))
+    if registry == "domainbed":
+        lr, weight_decay = _of_large_images(_DOMAINBED_DEFAULT_LR)
+    elif dataset in _FORK_DEFAULTS:
+        lr, weight_decay = _of_fork(_FORK_DEFAULTS[dataset])
+    else:
+        lr, weight_decay = _of_large_images(_FORK_DEFAULT_LR)
+    definitions["lr"] = lr
+    definitions["weight_decay"] = weight_decay
     return definitions
+
+
+def _of_large_images(default_lr: float) -> tuple[_HyperParameter, _HyperParameter]:
+    """Define the learning rate and the weight decay, with DomainBed's ranges for large images."""
+    lr = _HyperParameter(default_lr, _log10_uniform(-5, -3.5))
+    weight_decay = _HyperParameter(0.0, _log10_uniform(-6, -2))
+    return lr, weight_decay
+
+
+def _of_fork(defaults: _ForkDefaults) -> tuple[_HyperParameter, _HyperParameter]:
+    """Define the learning rate and the weight decay of a data set with defaults in the fork."""
+    lr = _HyperParameter(defaults.lr, _log10_uniform(-4.5, -2.5))
+    # the fork has a weight decay by default, but none among its random values
+    weight_decay = _HyperParameter(defaults.weight_decay, draw=lambda _: 0.0)
+    return lr, weight_decay
 
 
 def _fixed(value: Any) -> _HyperParameter:

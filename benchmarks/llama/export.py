@@ -98,20 +98,24 @@ def _read_spec(run: Run, folder: Path) -> InstructionSpec:
 
 
 def _load_trained(run: Run, spec: InstructionSpec, folder: Path) -> PreTrainedModel:
-    """Load the trained model of a run, unquantised and with merged adapters.
+    """Load the trained model of a run from the run's ``folder``.
 
-    Args:
-        run: The run.
-        spec: The spec of the run.
-        folder: The folder of the run.
+    The weights are not quantised, even if they were in training. Adapters are merged into them.
     """
     # adapters cannot be merged into quantised weights
     unquantised_model = spec.model.model_copy(update={"quantize": None})
     unquantised_spec = spec.model_copy(update={"model": unquantised_model})
-    runs_folder = folder.parents[1]  # above the folders of the run and of its benchmark
-    recorded_digest = read_record(run, runs_folder).metrics.weights  # of the pre-trained weights
-    trained = reopen(build_language_model, unquantised_spec, recorded_digest, folder / _WEIGHTS)
-    # an exported model needs no peft
+    # a run's folder is <runs>/<benchmark>/<run>
+    benchmark_folder = folder.parent
+    record = read_record(run, benchmark_folder.parent)
+    trained = reopen(
+        build_language_model,
+        unquantised_spec,
+        # the digest of the pre-trained weights: they must not have changed since the training
+        weights=record.metrics.weights,
+        folder=folder / _WEIGHTS,
+    )
+    # merge, so that the exported model can be loaded without peft
     if trained.adapters is not None:
         trained.adapters.merge_and_unload(safe_merge=True)
     return cast(PreTrainedModel, trained.model)

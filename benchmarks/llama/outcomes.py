@@ -237,27 +237,25 @@ def format_task(task: str) -> str:
 
 
 def _best_rate_runs(finished: Sequence[Record]) -> list[Record]:
-    """Keep the runs that have the best learning rate of their cell.
+    """Keep the runs with the best learning rate of each cell, in the given order.
 
-    The best rate has the lowest held-out loss, averaged over its seeds.
+    The best rate of a cell has the lowest held-out loss, averaged over seeds.
     """
     rows = []
     for record in finished:
-        cell_and_rate = {**cell_of(record.run), "rate": record.run.learning_rate}
-        rows.append({**cell_and_rate, "loss": _held_out_loss(record)})
-    losses = pd.DataFrame(rows, columns=[*CELL, "rate", "loss"])
-    mean_losses = losses.groupby([*CELL, "rate"], sort=False)["loss"].mean().reset_index()
-
-    # idxmin returns the row of the lowest mean of each cell; the first row wins a tie
-    best_rows = mean_losses.groupby(CELL, sort=False)["loss"].idxmin()
-    best_rates = mean_losses.loc[best_rows].set_index(CELL)["rate"]
-    best_rate_of_cell = best_rates.to_dict()
-    chosen = []
-    for record in finished:
-        cell = tuple(cell_of(record.run).values())
-        if record.run.learning_rate == best_rate_of_cell[cell]:
-            chosen.append(record)
-    return chosen
+        cell = cell_of(record.run)
+        loss = _held_out_loss(record)
+        rows.append({**cell, "rate": record.run.learning_rate, "loss": loss, "record": record})
+    # a row per run
+    runs = pd.DataFrame(rows, columns=[*CELL, "rate", "loss", "record"])
+    # a row per cell and learning rate, with the mean over seeds
+    mean_losses = runs.groupby([*CELL, "rate"], sort=False)["loss"].mean().reset_index()
+    # sorted by loss, the first row of a cell is its best rate; of equal losses, the earlier row
+    by_loss = mean_losses.sort_values("loss", kind="stable")
+    best_rates = by_loss.drop_duplicates(CELL)[[*CELL, "rate"]]
+    # the runs that have the best rate of their cell; an inner join keeps the order of the runs
+    chosen = runs.merge(best_rates, on=[*CELL, "rate"], how="inner")
+    return list(chosen["record"])
 
 
 def _held_out_loss(record: Record) -> float:

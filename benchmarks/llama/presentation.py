@@ -35,26 +35,26 @@ _LIKELIHOOD_NOTE = (
 _LONGEST = 300  # letters of a text in a table
 
 
-class _TestTexts(NamedTuple):
-    """The texts of a table of tests that depend on the metric.
+class _MetricTexts(NamedTuple):
+    """The texts of :func:`tests_table` that depend on the metric.
 
     Attributes:
-        metric: The metric in words.
-        title_end: The end of the title.
-        note: The first sentence of the caption.
+        description: The metric in words.
+        title_end: The end of the table's title.
+        caption_start: The first sentence of the caption, with a blank after it; may be empty.
     """
 
-    metric: str
+    description: str
     title_end: str
-    note: str
+    caption_start: str
 
 
 _TEXTS_OF_METRIC = {
-    ACCURACY: _TestTexts("accuracy", "", ""),
-    NATS: _TestTexts(
-        "the right answers' nats per byte (negative log-likelihood divided by bytes)",
-        ", by nats per byte",
-        "Less is better. ",
+    ACCURACY: _MetricTexts(description="accuracy", title_end="", caption_start=""),
+    NATS: _MetricTexts(
+        description="the right answers' nats per byte (negative log-likelihood divided by bytes)",
+        title_end=", by nats per byte",
+        caption_start="Less is better. ",
     ),
 }
 
@@ -155,18 +155,16 @@ def _mean_and_std(values: pd.Series[float], name: str) -> pd.DataFrame:
 
 
 def tests_table(outcomes: InstructionOutcomes, metric: str) -> Table:
-    """Make a table of tests paired by question, for ``accuracy`` or ``nats_per_byte``.
+    """Make a table of the paired t-tests of one metric, ``accuracy`` or ``nats_per_byte``.
 
-    Each method is compared with the baseline of the same tuning, and with itself before tuning.
+    Each method is tested against the baseline of the same tuning, and against itself before tuning.
+    The tests pair the values of the same question.
     """
     tests = outcomes.order(outcomes.tests[metric], CELL)
-    # titles instead of names
-    titled_tests = tests.assign(
-        against=tests["against"].map(_reference_titles(outcomes)),
-        eval_task_title=tests["eval_task"].map(format_task),
-    )
-    texts = _TEXTS_OF_METRIC[metric]
-    baseline = outcomes.baseline_title
+    # replace the names of references by titles, and add the titles of tasks
+    reference_titles = tests["against"].map(_reference_titles(outcomes))
+    task_titles = tests["eval_task"].map(format_task)
+    titled_tests = tests.assign(against=reference_titles, eval_task_title=task_titles)
     keys = {
         **_key_headings(outcomes),
         "against": "Against",
@@ -174,15 +172,27 @@ def tests_table(outcomes: InstructionOutcomes, metric: str) -> Table:
         "questions": "Questions",
         "seeds": "Seeds",
     }
+    title_end = _TEXTS_OF_METRIC[metric].title_end
     return common.tests_table(
-        against=f"{baseline}, and against the untuned model{texts.title_end}",
-        caption=f"{texts.note}Differences of {texts.metric} to the equally tuned {baseline} "
-        "and to the same untuned method, paired by question. Each question is averaged over the "
-        "seeds that both have. A test over questions generalises to other questions, not to other "
-        "seeds.",
+        against=f"{outcomes.baseline_title}, and against the untuned model{title_end}",
+        caption=_tests_caption(metric, outcomes.baseline_title),
         keys=keys,
         metric=metric,
         frame=titled_tests,
+    )
+
+
+def _tests_caption(metric: str, baseline: str) -> str:
+    """Return the beginning of the caption of :func:`tests_table`.
+
+    ``baseline`` is the title of the baseline.
+    """
+    texts = _TEXTS_OF_METRIC[metric]
+    return (
+        f"{texts.caption_start}Differences of {texts.description} to the equally tuned {baseline} "
+        "and to the same untuned method, paired by question. Each question is averaged over the "
+        "seeds that both have. A test over questions generalises to other questions, not to other "
+        "seeds."
     )
 
 

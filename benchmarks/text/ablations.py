@@ -211,20 +211,29 @@ def _join_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) 
 
 
 def _read_paper(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
-    """Read the paper's numbers of an ablation, as shares; no rows if it has no such file."""
+    """Read the paper's scores of an ablation from the csv that the ablation names.
+
+    Without such a csv, the frame has no rows.
+
+    Returns:
+        The columns of the csv, with row names in ``method``. Added columns are ``protocol``, the
+        score ``paper`` as a share, and ``paper_delta``, its difference to the baseline's score.
+    """
     if ablation.paper:
         published = read_published(outcomes.benchmark, ablation.paper)
     else:
         published = pd.DataFrame(columns=[*ABLATION_COLUMNS, *NUMBER_COLUMNS])
-    # name the rows like ours: method|setting
+    # our rows are named `method|setting`, or only `method` if they have no setting
     methods = published["method"]
     settings = published["setting"].astype(str)
-    named = published.assign(
-        method=methods.where(settings.eq(""), methods + SETTING + settings),
-        value=published["value"].astype(float) / 100,
-        protocol=PUBLISHED,
-    )
-    return named.assign(paper=named["value"], paper_delta=published_delta(named, outcomes.baseline))
+    names_with_setting = methods + SETTING + settings
+    has_setting = settings != ""
+    row_names = names_with_setting.where(has_setting, methods)
+
+    shares = published["value"].astype(float) / 100  # published in percent
+    scores = published.assign(method=row_names, value=shares, protocol=PUBLISHED)
+    deltas = published_delta(scores, outcomes.baseline)
+    return scores.assign(paper=shares, paper_delta=deltas)
 
 
 def _add_titles(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:

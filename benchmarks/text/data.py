@@ -229,13 +229,16 @@ def load_part(
 
 
 def load_split(task: RunTask, part: str) -> TextSplit:
-    """Load all rows of the ``train``, ``dev`` or ``test`` part of a task.
+    """Load the ``train``, ``dev`` or ``test`` part of a task.
+
+    Rows without a text or a gold label are left out. :attr:`TextSplit.dropped` counts them.
 
     Rows come from a package or a csv if the task names one. Else they come from the set's folder
     below the data root (``EMOE_DATA_ROOT``), or, without that folder, from the hub.
 
     Raises:
-        DataError: The set, a column or a split is missing, or a label is not one of the task's.
+        DataError: The set, a column or a split is missing, a label is not one of the task's, or no
+            row has a text and a label.
     """
     split: str | None = getattr(task.splits, part)
     if split is None:
@@ -251,16 +254,17 @@ def load_split(task: RunTask, part: str) -> TextSplit:
             texts.append(row_texts)
             labels.append(label)
     source = ", ".join(table.source for table in tables)
-    total = sum(len(table.cells) for table in tables)
+    stored_rows = sum(len(table.cells) for table in tables)
     if not texts:
-        raise DataError(f"{source} has no row with text and label ({total} without)")
-    return TextSplit(texts, labels, total - len(texts), source)
+        raise DataError(f"{source} has no row with text and label ({stored_rows} without)")
+    return TextSplit(texts, labels, dropped=stored_rows - len(texts), source=source)
 
 
 def _load_vader_split(domain: str, label: str | None, split: str) -> TextSplit:
     """Load a domain, such as tweets, of the data set inside the package vaderSentiment.
 
-    The label is the sign of a rating. With the ``label`` "strength", it is weak or strong.
+    The label of a text is the sign of its rating. If ``label`` is "strength", the label is weak or
+    strong.
     """
     texts, labels, dropped = load_vader(domain, split, strength=label == "strength")
     name = f"{domain}, {split}"
@@ -529,11 +533,12 @@ def _name_file_in_errors(path: Path) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Labels:
-    """The rules that turn the labels in a table into class numbers or scores.
+class _LabelReader:
+    """Reads the labels of a table: turns each into a class number, or a score in a regression.
 
     Attributes:
-        class_names: The stored class names by class number (as text); empty if none are stored.
+        class_names: The class names that the table stores, by class number as text; empty if it
+            stores none.
         unlabelled: The label texts that mean that a row has no gold label.
         classes: The class number of each spelling of a label; empty for a regression.
         low: The lowest score of a regression.
@@ -547,8 +552,8 @@ class _Labels:
     high: float
 
     @classmethod
-    def of(cls, table: _Table, task: RunTask) -> _Labels:
-        """Return the rules for a table with rows of a task."""
+    def for_table(cls, table: _Table, task: RunTask) -> _LabelReader:
+        """Return a reader of the labels in ``table``, which has rows of ``task``."""
         low, high = task.range or (-math.inf, math.inf)
         stored_names = table.class_names or ()
         return cls(
@@ -589,22 +594,22 @@ def _complete_rows(table: _Table, task: RunTask) -> Iterator[tuple[tuple[str, ..
     Raises:
         DataError: The table lacks a column, or a label is not one of the task's.
     """
-    labels = _Labels.of(table, task)
+    reader = _LabelReader.for_table(table, task)
     columns = [table.column(name, task) for name in (*task.fields, task.label)]
     # each row is its index, its one or two texts, and its label
     for row, *cells, value in table.cells[columns].itertuples(name=None):
         texts = _row_texts(cells)
-        label = labels.text(value)
-        if texts is None or label in labels.unlabelled:
+        label = reader.text(value)
+        if texts is None or label in reader.unlabelled:
             continue
-        number = labels.number(label)
+        number = reader.number(label)
         if number is not None:
             yield texts, number
         # a missing label drops the row; an unknown label is an error
         elif label.casefold() not in _NO_LABEL:
             raise DataError(
                 f"{table.source}, row {row + 1}: '{label}' is no label of task '{task.name}'"
-                f"{labels.hint(label)}"
+                f"{reader.hint(label)}"
             )
 
 

@@ -269,11 +269,14 @@ def _evaluates_ood(settings: TextTraining, method: str) -> bool:
 def transformed_rows(
     transformed: Mapping[str, Transformed], definition: MethodsDefinition, file: Path
 ) -> dict[str, Method]:
-    """Make a method of each row of ``transformed``, with the settings of the trained method.
+    """Return a method for each row of ``transformed``, so that tables can show the row.
+
+    A row shows models that are trained as one method and evaluated as another. Its method has the
+    settings of the trained method, the title of the row, and the role ``ablation``.
 
     Args:
-        transformed: The rows that are trained as one method and evaluated as another, by name.
-        definition: The definition of the methods that the rows name.
+        transformed: The rows by name.
+        definition: The methods of the benchmark.
         file: The file of the rows, for messages.
 
     Raises:
@@ -282,24 +285,42 @@ def transformed_rows(
     """
     check_rows(definition, file)
     resolved = resolve_methods(definition)
-    usual = [name for name, method in resolved.items() if method.role != ABLATION]
-    rows: dict[str, Method] = {}
+    usual_methods = {name: method for name, method in resolved.items() if method.role != ABLATION}
+    methods: dict[str, Method] = {}
     for name, row in transformed.items():
         where = Location(file, f"transformed.{name}")
         if name in definition.methods:
             raise DefinitionError(f"{where} has the name of a method; choose another name")
-        # the weights of one method are used in a model of the other
-        for key, used in (("trained", row.trained), ("used_as", row.used_as)):
-            check_names(where.at(key), [used], usual)
-            if not _has_portable_weights(resolved[used]):
-                raise DefinitionError(
-                    f"{where.at(key)} is '{resolved[used].title}', whose weights fit no other row"
-                )
-        # a method without the key `method` has the settings of its own name in methods.yaml; the
-        # row has another name, so that it needs the key
-        settings = {"method": row.trained, **definition.methods[row.trained].given()}
-        rows[name] = Method(**{**settings, "title": row.title, "role": ABLATION})
-    return rows
+        _check_transformed_row(row, usual_methods, where)
+        given = definition.methods[row.trained].given()
+        # the key `method` names the entry of methods.yaml, by default the method's own name; the
+        # new method has another name, so it needs the key
+        entry = given.get("method", row.trained)
+        changes = {"method": entry, "title": row.title, "role": ABLATION}
+        methods[name] = Method(**{**given, **changes})
+    return methods
+
+
+def _check_transformed_row(
+    row: Transformed, usual_methods: Mapping[str, Method], where: Location
+) -> None:
+    """Check that the two methods of a row exist and can exchange weights.
+
+    Args:
+        row: The row.
+        usual_methods: The methods that a row may name: all that are not only for ablations.
+        where: The location of the row, for messages.
+
+    Raises:
+        DefinitionError: A check failed.
+    """
+    for key, name in (("trained", row.trained), ("used_as", row.used_as)):
+        check_names(where.at(key), [name], usual_methods)
+        method = usual_methods[name]
+        if not _has_portable_weights(method):
+            raise DefinitionError(
+                f"{where.at(key)} is '{method.title}', whose weights fit no other row"
+            )
 
 
 def _has_portable_weights(method: Method) -> bool:

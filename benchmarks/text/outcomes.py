@@ -95,10 +95,10 @@ def choices(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
 
 
 def select_runs(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
-    """Return the records of the runs with the hyper-parameters that a protocol chooses.
+    """Return the records of the runs with the hyper-parameters that ``protocol`` chooses.
 
-    In the result, the column ``protocol`` is the protocol of the choice. ``run_protocol`` is the
-    protocol of the run.
+    A run may be chosen under another protocol than its own. The column ``protocol`` of the result
+    has the argument ``protocol``; the new column ``run_protocol`` has the run's own.
     """
     table = choices(records, protocol)
     chosen = table.loc[table["chosen"], [*CELL, *CHOICE]]
@@ -106,7 +106,9 @@ def select_runs(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
     candidates = selection_scores(records, protocol)["run_id"]
     of_candidates = records[records["run_id"].isin(candidates)]
     selected = of_candidates.merge(chosen, on=[*CELL, *CHOICE], how="inner")
-    return selected.assign(run_protocol=selected["protocol"], protocol=protocol)
+    # keep the run's own protocol in a new column before its column is overwritten
+    with_run_protocol = selected.assign(run_protocol=selected["protocol"])
+    return with_run_protocol.assign(protocol=protocol)
 
 
 def reported_scores(chosen: pd.DataFrame) -> pd.DataFrame:
@@ -352,9 +354,9 @@ class TextOutcomes(Outcomes):
         return self.rows[has_domain & has_protocol]
 
     def claim_numbers(self) -> pd.DataFrame:
-        """Return the scores of every seed and the parameter counts, also of the rows of ablations.
+        """Return the numbers that claims may compare: scores by seed, and parameter counts.
 
-        Claims are checked against them. The columns are those of
+        They include the rows of ablations. The columns are those of
         :func:`~benchmarks.harness.report.common.join_claim_numbers`.
         """
         scores = self.seeds.rename(columns={"protocol": "selection"}).assign(metric="score")

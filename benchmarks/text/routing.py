@@ -193,34 +193,41 @@ _USAGE_CAPTION = (
 
 
 def usage_table(outcomes: TextOutcomes) -> Table:
-    """Make a table of the mutual information of experts with data set, and with class.
+    """Make a table of what the choice of an expert says about a token's data set and class.
 
-    It has a row per model, training task and method.
+    It shows their mutual information, and the counts of specialised and shared experts: means over
+    seeds, with a row per model, training task and method.
     """
-    information = information_numbers("task", "class")
-    numbers = [*information, "specialised_experts", "shared_experts"]
-    measured = pd.DataFrame(_usage_rows(outcomes, information), columns=[*CELL, *numbers])
-    means = average_over_seeds(measured, cell=CELL, numbers=numbers).astype({"n": str})
-    deviations = [f"{name}_std" for name in information]
-    columns = []
-    for name in numbers:
-        # chance, its quantile and the counts of experts have no deviation
-        std = f"{name}_std" if name.endswith("_information") else None
-        columns.append(Column(name, name, std=std))
+    # for the data set and for the class: the information, and its mean and quantile by chance
+    information_names = information_numbers("task", "class")
+    numbers = [*information_names, "specialised_experts", "shared_experts"]
+    by_run = pd.DataFrame(_usage_rows(outcomes, information_names), columns=[*CELL, *numbers])
+    means = average_over_seeds(by_run, cell=CELL, numbers=numbers)
+    # the count of seeds is one of the table's text columns
+    rows = means.astype({"n": str})
+    # the deviations of the counts of experts are left out
+    deviations = [f"{name}_std" for name in information_names]
     return Table(
         "Information in the choice of an expert after training",
         _USAGE_CAPTION,
         {**KEYS, "n": "n"},
-        columns,
-        outcomes.order(means[[*CELL, *numbers, *deviations, "n"]], CELL),
+        [_usage_column(name) for name in numbers],
+        outcomes.order(rows[[*CELL, *numbers, *deviations, "n"]], CELL),
     )
 
 
-def _usage_rows(outcomes: TextOutcomes, information: Sequence[str]) -> list[dict[str, Any]]:
-    """Return a table row for each chosen run that recorded the use of experts.
+def _usage_column(name: str) -> Column:
+    """Return the column of :func:`usage_table` for one number. Only information has a deviation."""
+    if name in ("task_information", "class_information"):
+        return Column(name, name, std=f"{name}_std")
+    return Column(name, name)
 
-    A row has the columns :data:`CELL`, the metrics ``information`` of mutual information, and the
-    counts of specialised and shared experts.
+
+def _usage_rows(outcomes: TextOutcomes, information_names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return a dictionary for each chosen run that recorded the use of experts.
+
+    It has the columns :data:`CELL`, the recorded metrics ``information_names``, and the counts of
+    specialised and shared experts.
     """
     rows = []
     for record, metrics in outcomes.training():
@@ -229,7 +236,7 @@ def _usage_rows(outcomes: TextOutcomes, information: Sequence[str]) -> list[dict
         rows.append(
             {
                 **{key: getattr(record, key) for key in CELL},
-                **{name: getattr(metrics.routing, name) for name in information},
+                **{name: getattr(metrics.routing, name) for name in information_names},
                 "specialised_experts": len(metrics.usage.specialised),
                 "shared_experts": len(metrics.usage.shared),
             }
