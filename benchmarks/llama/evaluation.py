@@ -291,7 +291,8 @@ def _summarise_categories(
     members_of_group = result.get("group_subtasks", {})
     for group in members_of_group:
         leaves = [leaf for leaf in _leaves(group, members_of_group) if leaf in subjects.counts]
-        has_all_tasks = len(leaves) == len(subjects.counts)
+        # more leaves than tasks if a task is in two groups below this one
+        has_all_tasks = len(leaves) >= len(subjects.counts)
         if leaves and not has_all_tasks:
             categories[_title(result, group)] = {
                 metric: subjects.mean(metric, leaves),

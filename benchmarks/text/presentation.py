@@ -12,10 +12,11 @@ from benchmarks.harness.results.records import Record
 from benchmarks.text.ablations import ablation_figure, ablation_table
 from benchmarks.text.outcomes import TextOutcomes
 from benchmarks.text.routing import TRACES, USAGE, trace_table, usage_table
-from benchmarks.text.tables import TABLES as SCORE_TABLES
-from benchmarks.text.tables import verdicts
+from benchmarks.text.tables import TABLES, verdicts
 
-TABLES = {**SCORE_TABLES, "usage": usage_table, "traces": trace_table}
+# the dictionary of tables.py itself, because plugins add their tables to it, also later
+TABLES["usage"] = usage_table
+TABLES["traces"] = trace_table
 FIGURES = {"usage": USAGE, "traces": TRACES}
 
 

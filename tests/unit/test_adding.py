@@ -171,6 +171,16 @@ def test_snakemake_plans_all_of_it(project: Path) -> None:
     assert "Run minilm-topics-emoe-lr0.0001-s0-" in planned
 
 
+def test_a_plugin_may_import_the_figures_before_it_adds_a_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from benchmarks.text import presentation, tables
+
+    monkeypatch.setitem(tables.TABLES, "trained", tables.TABLES["results"])
+    assert "trained" in presentation.TABLES
+    assert "usage" in tables.TABLES
+
+
 def test_its_data_router_tuning_metric_architecture_and_table_work(project: Path) -> None:
     look, printed, _, check = PAGE["An architecture"]
     imports = "import torch, emoe\nfrom benchmarks.harness.config.methods import import_plugins\nimport_plugins()\n"

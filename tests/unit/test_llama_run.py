@@ -118,6 +118,10 @@ def test_accuracies_of_groups_are_over_questions_and_over_subjects() -> None:
     assert numbers["subjects"]["first"] == {"acc": 0.5, "questions": 4}
     assert numbers["correct"] == {"first": "1010", "second": "1", "third": "00000"}
 
+    # a group of all tasks is no category, even if it has a task twice
+    result["group_subtasks"] = {"all": ["ab", "bc"], "ab": ["a", "b"], "bc": ["b", "c"]}
+    assert list(summarise(result)["categories"]) == ["ab", "bc"]
+
 
 def test_unknown_tasks_end_a_run_before_any_work() -> None:
     group, wrong = (

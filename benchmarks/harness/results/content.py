@@ -482,7 +482,7 @@ class Metrics(Recorded):
     transformed: dict[str, Transformed] = {}
     """By the method that the trained model was converted to."""
     data: dict[str, DataSummary] | None = None
-    """By split, or by ``split:task`` if a run reads several data sets."""
+    """The data that the run read, by a name such as ``train``, ``ood:imdb`` or ``A in``."""
     model: ModelNumbers | None = None
     probe: Probe | None = None
     routing: Routing | None = None

@@ -121,6 +121,8 @@ def _measure(
     startup_seconds = time.time() - started
     torch.manual_seed(derive_seed("run", run.seed))
     metrics: dict[str, Any] = pipeline.run(spec, folder, progress)
+    if not group.is_main():
+        return metrics
     job_seconds = time.time() - started  # measured before the fingerprint takes time
     metrics["cost"] = {
         **metrics.get("cost", {}),

@@ -70,7 +70,7 @@ class FindBest(TrainerCallback):
     """A callback that updates the path of the best checkpoint when training starts.
 
     Trainer saves this path in each checkpoint. If the folder of the run was moved since, Trainer
-    would not find the best weights, and would silently keep the last ones.
+    would not find the best weights. With only a warning, it would keep the last ones.
     """
 
     def on_train_begin(
