@@ -196,7 +196,7 @@ def inspect(folder: Path) -> None:
     if experts is None:
         raise CheckpointError(f"{folder} holds no experts; convert it with python -m emoe convert")
 
-    # only emoe.save_pretrained writes the partition file
+    # the model's own library does not write the partition file
     partition = folder / checkpoint.PARTITION_FILE
     tensors = {}
     if partition.exists():

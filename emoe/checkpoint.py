@@ -400,7 +400,7 @@ def _load_plain(
 
 
 def _names_not_dense(model: nn.Module, layers: Sequence[RoutedActivation]) -> set[str]:
-    """Return the names in a converted model's state dict whose tensors :func:`load_extra_` loads.
+    """Return the names in a converted model's state dict that :func:`load_extra_` sets.
 
     The dense model, whose weights the folder holds, has no such tensors, or has other values.
     """

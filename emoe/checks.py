@@ -18,7 +18,7 @@ def check_weights(model: nn.Module, ffns: Sequence[FFN]) -> None:
 
     Their weights must be ordinary matrices (see :func:`check_plain`) of matching shapes, and no
     other module may share them. The activation must have no parameters. Between it and the
-    out-projection there may only be dropouts.
+    out-projection there may only be dropouts or identities.
     """
     check_plain(ffns)
     for ffn in ffns:

@@ -552,7 +552,8 @@ def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None
 
     Raises:
         ConversionError: something else than ``device_map`` has offloaded weights.
-        CheckpointError: the folder cannot be written.
+        CheckpointError: safetensors cannot write the file.
+        OSError: the folder or another file cannot be written.
     """
     if state is None:
         state = model.state_dict()

@@ -313,7 +313,7 @@ class RoutedActivation(nn.Module):
             more than a mask of the highest or lowest scores.
         """
         keys = self.router.kept_keys()
-        if keys is None:  # in training, or the scores are not plain products with keys
+        if keys is None:
             return None
         # both need the results of route()
         if self.record is not None or self.output_bias is not None:

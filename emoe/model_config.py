@@ -115,7 +115,7 @@ def describe_experts_(model: nn.Module) -> None:
     if not _describes_experts(config):
         own_config_(model)
     layers = numbered_layers(model)
-    first, *_ = layers.values()  # all have the same configuration
+    first, *_ = layers.values()  # emoe.save_pretrained checks that all have the same configuration
     experts = Experts(first.config, tuple(sorted(layers)))
     _write(model.config, experts)
 

@@ -59,7 +59,7 @@ def partition(
 ) -> Partition:
     """Group the neurons of each selected FFN into ``num_experts`` experts of equal size.
 
-    The model is not changed. Keys are normalised to unit length. Biases are not used.
+    The model is not changed. Keys are used without biases, and normalised to unit length.
 
     >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)

@@ -109,8 +109,9 @@ class Router(nn.Module):
     def kept_keys(self) -> Tensor | None:
         """Return vectors ``[N, h]`` in float32 whose products with the input are the scores.
 
-        They are those that an earlier forward pass, in evaluation mode and without gradients, kept.
-        None if no pass kept those of the current weights, or if scores are computed differently.
+        An earlier forward pass, in evaluation mode and without gradients, has kept them. None if no
+        pass has kept those of the current weights, if the current pass trains, records a gradient
+        or is traced, or if scores are computed differently.
         """
         return None
 
