@@ -252,7 +252,7 @@ def panel_figure(
         save(figure, path)
 
 
-_PLACEHOLDER = "no run of this suite has a number of this figure"
+_PLACEHOLDER = "no data for this figure in this suite"
 
 
 def save(figure: Any, path: Path, description: str | None = None) -> None:
