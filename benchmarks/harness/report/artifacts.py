@@ -74,7 +74,7 @@ CLAIMS = Artifacts("claims", None, [""], ["", "all"])
 
 
 def numbers_file(suite: str, benchmark: str) -> str:
-    """Return the path of the file for a benchmark's numbers that claims compare."""
+    """Return the path of the JSON-lines file for the numbers of a benchmark that claims compare."""
     return str(paths.RESULTS / suite / "numbers" / f"{benchmark}.jsonl")
 
 
