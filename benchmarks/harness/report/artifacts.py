@@ -74,12 +74,12 @@ CLAIMS = Artifacts("claims", None, [""], ["", "all"])
 
 
 def numbers_file(suite: str, benchmark: str) -> str:
-    """Return the path of the JSON-lines file with a benchmark's numbers that claims compare."""
+    """Return the path of the JSON-lines file for the numbers of a benchmark that claims compare."""
     return str(paths.RESULTS / suite / "numbers" / f"{benchmark}.jsonl")
 
 
 def artifacts_of(benchmark: str, part: str | None = None) -> Artifacts:
-    """Return the tables and figures of a benchmark, or of one of its sets."""
+    """Return the names of the tables and figures of a benchmark, or of one of its sets."""
     definition = load_benchmark(benchmark).definition
     if part:
         return Artifacts(benchmark, part, definition.set_tables, definition.set_figures)
@@ -101,7 +101,7 @@ def all_artifacts() -> list[Artifacts]:
             for part in benchmark.tasks:
                 listed.append(artifacts_of(name, part))
 
-    # the workflow would write both to the same files
+    # the workflow would write a benchmark and a set with the same target to the same files
     for artifacts in listed:
         is_of_set = artifacts.part is not None
         if is_of_set and artifacts.name in benchmark_names():

@@ -32,7 +32,7 @@ class PaperEffect(Strict):
     unit: str = "points"
     """Unit of the difference, such as percentage points."""
     where: str
-    """Table, figure or section, and the averaged numbers."""
+    """Where the paper reports it: table, figure or section, and the averaged numbers."""
 
 
 class Comparison(Strict):
@@ -45,14 +45,16 @@ class Comparison(Strict):
     against: str
     """The reference method."""
     domain: str
-    """`id`, `ood`, `ood_mean` of text; `held_out` of images; `held_out`, `questions` of
-    instructions; `model` of counts; a measure of measurements."""
+    """The group of compared numbers. Text benchmarks have `id`, `ood` and `ood_mean`, images have
+    `held_out`, and instructions have `held_out` and `questions`. Counts of parameters are in
+    `model`. For measurements it is the name of a measure."""
     metric: str
     """Name in metrics.yaml."""
     direction: Literal["higher", "lower", "same", "not_lower", "equal", "near"]
-    """Claimed direction: `higher` or `lower` (paired t-test); `same` (interval within the metric's
-    margin) or `not_lower` (interval above the margin's lower end); `equal` (counts); or `near`, a
-    ratio of about 1 or less (upper end of the range within the margin)."""
+    """Claimed direction. `higher` and `lower` are tested with a paired t-test. `same` is supported
+    if the whole interval lies within the metric's margin. `not_lower` is supported if the interval
+    lies above the margin's lower end. `equal` compares counts. `near` claims a ratio of about 1 or
+    less. It is supported if the upper end of the range lies within the margin."""
     selection: str | None = optional()
     """The selection of epoch and hyper-parameters, if a benchmark reports several."""
     models: Names | None = optional()
@@ -64,8 +66,9 @@ class Comparison(Strict):
     questions: Names | None = optional()
     """Compared sets of questions, such as `mmlu 5-shot`; by default all that both methods have."""
     settings: Names | Literal["all"] | None = optional()
-    """Compared settings of a method that has several: `[D0.8]` or `all`; each pair is averaged over
-    them. By default the settings of main tables."""
+    """Compared settings of a method that has several: a list such as `[D0.8]`, or `all`. The
+    numbers of each pair, such as a seed, are averaged over these settings. By default the settings
+    of main tables are compared."""
 
 
 class ClaimTest(Strict):
@@ -135,8 +138,8 @@ def check_comparison(compare: Comparison, file: Path, at: str) -> None:
 
     Args:
         compare: The comparison.
-        file: The file of the comparison.
-        at: The key path of the comparison in the file.
+        file: The YAML file with the comparison, for messages.
+        at: The key path of the comparison in the file, for messages.
 
     Raises:
         DefinitionError: A name does not exist or does not fit. Names the file and the key.
@@ -162,7 +165,7 @@ def check_comparison(compare: Comparison, file: Path, at: str) -> None:
     tunings = getattr(benchmark.definition, "finetuning", ())
     check_names(where.at("tunings"), compare.tunings or (), tunings)
 
-    # a domain with several selections needs one; another domain must not have one
+    # a comparison names a selection exactly if its domain has several
     if domain.selections or compare.selection:
         # a missing selection is checked as an empty name, which does not exist
         selection = compare.selection or ""
@@ -172,7 +175,7 @@ def check_comparison(compare: Comparison, file: Path, at: str) -> None:
 def _comparable_metrics(compare: Comparison, domain: Domain) -> list[str]:
     """List the metrics of a domain that can test a comparison.
 
-    They need an equivalence margin in metrics.yaml, except if the claim is that counts are equal.
+    The metrics need an equivalence margin in metrics.yaml. A claim of equal counts needs none.
     """
     # counts are equal or not, so they need no margin
     needs_margin = compare.direction != "equal"

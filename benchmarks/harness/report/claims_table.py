@@ -41,7 +41,8 @@ from benchmarks.harness.report.style import MethodStyle
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.statistics import Difference, holm
 
-# one line of a file of claim numbers: each number has the columns COMPARED of :mod:`.common`
+# One line of a file of claim numbers: a number with its names. The keys are the columns COMPARED of
+# :mod:`.common`.
 _NUMBER = TypeAdapter(dict[str, str | int | float | None])
 
 CAPTION = (
@@ -107,9 +108,9 @@ class ClaimRow:
         low: The lower end of its interval.
         high: The upper end of its interval.
         n: The number of pairs.
-        p: The uncorrected p of the t-test, for claims that are tested with it.
+        p: The uncorrected p of the t-test. Only claims of a higher or lower number have one.
         margin: The largest negligible difference.
-        effect: The paper's difference, if it has the same unit.
+        effect: The paper's difference; nan if it is unknown or has another unit.
         paper: The paper's difference and where the paper reports it, as text.
         compare: The comparison; None if no suite can run the test.
         evidence: The result of the comparison; None if the suite lacks the runs.
@@ -165,7 +166,7 @@ def write_claim_numbers(suite: str, benchmark: str, numbers: pd.DataFrame) -> No
 
 def _to_json(row: Mapping[Any, Any]) -> str:
     """Format one claim number as JSON."""
-    # numpy's numbers become Python's; pandas keeps them in columns of mixed types
+    # columns of mixed types may have numbers of numpy, which `json` cannot write
     return json.dumps(row, default=lambda number: number.item(), allow_nan=False)
 
 
@@ -199,12 +200,12 @@ def judge_claims(suite: Suite, numbers: Mapping[str, pd.DataFrame]) -> pd.DataFr
 
     Args:
         suite: The suite.
-        numbers: The result of :func:`read_claim_numbers`.
+        numbers: The numbers that claims compare, by benchmark, from :func:`read_claim_numbers`.
 
     Returns:
         One row per test, in the order of ``claims.yaml``. The columns are the fields of
-        :class:`ClaimRow`, then ``p_holm`` (p, corrected over all tests) and ``verdict``, a dash if
-        all models have random weights.
+        :class:`ClaimRow`, then ``p_holm`` (p, corrected over all tests) and ``verdict``. The
+        verdict is a dash if all models have random weights.
     """
     tests = []
     for name, claim in load_claims().items():
@@ -222,7 +223,10 @@ def judge_claims(suite: Suite, numbers: Mapping[str, pd.DataFrame]) -> pd.DataFr
 
 
 def _verdict(test: ClaimRow, p_holm: float) -> Verdict:
-    """Judge a test by its corrected p or its interval; ``MISSING`` if there is no evidence."""
+    """Judge a test by its corrected p or its interval.
+
+    The verdict is ``MISSING`` if the suite has no runs for the test.
+    """
     if test.compare is None or test.evidence is None:
         return Verdict.MISSING
     margin = load_metrics()[test.metric].equivalence_margin or 0.0
@@ -234,7 +238,8 @@ def _claim_row(
 ) -> ClaimRow:
     """Make the row of a test: the paper's effect, and ours if the suite has the runs.
 
-    ``name`` is the name of the claim. ``numbers`` is the result of :func:`read_claim_numbers`.
+    ``name`` is the name of the claim. ``numbers`` are the numbers that claims compare, by
+    benchmark.
     """
     compare = test.compare
     if compare is None:
@@ -279,7 +284,7 @@ def _with_comparison(row: ClaimRow, compare: Comparison, paper: PaperEffect) -> 
     other_title = benchmark.row_titles[compare.against]
     contrast = f"{title} against {other_title}"
 
-    # the direction "equal" is only for numbers of parameters, which each run has without a pair
+    # the direction "equal" compares numbers of parameters; these are counted by runs, not by pairs
     compares_counts = compare.direction == "equal"
     pair = "run" if compares_counts else benchmark.domains[compare.domain].pair
     unit = _unit_of_difference(metric)
@@ -326,10 +331,10 @@ def _with_evidence(row: ClaimRow, compare: Comparison, evidence: Evidence) -> Cl
     """Add our difference to a row, and compare it with the margin and the paper's effect."""
     benchmark = load_benchmark(compare.benchmark)
     metric = load_metrics()[compare.metric]
-    difference = evidence.difference  # as runs store it, such as a share
+    difference = evidence.difference  # in the unit of the runs, such as a share
 
-    # Scores are scaled for printing, such as shares to points. Numbers of parameters ("equal") and
-    # ratios of times ("near") are not.
+    # Scores are scaled for printing, such as from shares to points. Numbers of parameters ("equal")
+    # and ratios of times ("near") are not scaled.
     is_paired = compare.direction not in ("equal", "near")
     scale = metric.scale if is_paired else 1
     scaled = difference.scaled(scale)
@@ -368,7 +373,11 @@ def _with_evidence(row: ClaimRow, compare: Comparison, evidence: Evidence) -> Cl
 
 
 def _runs_text(difference: Difference, unit: str, compare: Comparison, metric: Metric) -> str:
-    """Format a difference as a signed count, as a ratio of times, or with its unit and interval."""
+    """Format a difference as text.
+
+    A difference of counts gets a sign, and a ratio of times gets its range. Any other difference
+    gets its unit and interval.
+    """
     if compare.direction == "equal":
         return f"{difference.mean:+,.0f} parameters"
     if compare.direction == "near":
@@ -388,13 +397,17 @@ def _runs_text(difference: Difference, unit: str, compare: Comparison, metric: M
 
 
 def _remark(evidence: Evidence, pair: str, benchmark: AnyBenchmark) -> str:
-    """List the compared models and tasks (or count many), and count the omitted pairs."""
+    """List the compared models and tasks, and count the pairs that were left out as incomplete.
+
+    More than three models or tasks are only counted. ``pair`` is the noun for a pair, such as
+    ``seed``.
+    """
     models = [model_title(name) for name in evidence.models]
     tasks = [benchmark.task_titles.get(name, name) for name in evidence.tasks]
     texts = [name_or_count(models, "models"), name_or_count(tasks, "tasks")]
     if evidence.incomplete:
         texts.append(f"{_with_noun(evidence.incomplete, pair)} left out as incomplete")
-    # a comparison of times has no tasks
+    # a comparison of times has no tasks, so their text is empty and is skipped
     return "; ".join(text for text in texts if text)
 
 
@@ -467,7 +480,9 @@ def verdict_sentences(rows: pd.DataFrame) -> list[str]:
 
 
 def draw_claims(rows: pd.DataFrame, path: Path) -> None:
-    """Draw a forest plot of tests in points, with a panel per claim and crosses for the paper.
+    """Draw a forest plot of the tests in points, with one panel per claim.
+
+    Crosses mark the paper's effects.
 
     ``rows`` are from :func:`judge_claims`. Writes ``<path>.pdf`` and ``.png``. Tests in other
     units, and claims without evidence, appear only in the table.
@@ -489,8 +504,11 @@ def draw_claims(rows: pd.DataFrame, path: Path) -> None:
 
 
 def _our_marks(rows: pd.DataFrame) -> pd.DataFrame:
-    """Add to rows of claims the ``series`` and the ``text`` of the mark of our difference."""
-    # the legend lists the verdicts, with a name of its own for some undecided tests
+    """Add the columns ``series`` and ``text``, for the marks of our differences.
+
+    ``series`` is the entry of the legend, and ``text`` is printed beside the mark.
+    """
+    # the legend lists the verdicts; undecided tests below the paper's effect have their own entry
     verdicts = rows["verdict"].mask(_is_below_paper(rows), _SMALLER)
     series = verdicts.replace(MISSING, _NO_VERDICT)
     intervals = rows["runs_shown"].str.replace(" points", "")

@@ -70,9 +70,9 @@ def join_claim_numbers(*parts: pd.DataFrame) -> pd.DataFrame:
 
 
 def parameter_counts(records: pd.DataFrame) -> pd.DataFrame:
-    """Select the parameter counts of all runs, with the domain ``model``.
+    """Select the parameter counts of all runs, and set their ``domain`` to ``model``.
 
-    The rows fit :func:`join_claim_numbers`.
+    :func:`join_claim_numbers` accepts the result.
     """
     is_of_model = records["part"] == "model"
     is_count = records["metric"].isin(COUNTS.metrics)
@@ -138,9 +138,9 @@ class Outcomes:
 
     @property
     def origins(self) -> pd.DataFrame:
-        """Return the ``run_id`` and names of each run, which link it to rows of tables.
+        """Return the ``run_id`` and the names of each run, such as its model and method.
 
-        :func:`.presentation.with_runs` reads them.
+        :func:`.presentation.with_runs` finds the runs behind each row of a table with them.
         """
         return self.records
 
@@ -255,12 +255,13 @@ def with_columns(
     Args:
         frame: The rows of the table.
         on: The columns that link a row to its numbers.
-        numbers: The name in the first column, then the columns ``on``, ``mean`` and ``std``.
+        numbers: The numbers. The first column has the names, and the others are ``on``, ``mean``
+            and ``std``.
         headings: The heading of each name, in the order of the printed columns.
         metric: The metric of the numbers.
         std: The column of ``numbers`` with the standard deviation to print.
         best: True to mark the best number of each printed column.
-        joint: Separates the name from ``mean`` in the names of the frame's columns.
+        joint: The text between the name and ``mean`` in the names of the frame's new columns.
 
     Returns:
         The extended frame, and the printed columns.
@@ -291,7 +292,10 @@ def with_average(
 
 
 def interval_text(low: float, high: float, decimals: int = 1) -> str:
-    """Format an interval as `` [+0.1, +0.9]``, with a leading blank; empty if ``low`` is nan."""
+    """Format an interval as `` [+0.1, +0.9]``, with a leading blank.
+
+    The text is empty if ``low`` is nan.
+    """
     if math.isnan(low):
         return ""
     # z: no minus sign for a number that is rounded to 0
@@ -299,9 +303,10 @@ def interval_text(low: float, high: float, decimals: int = 1) -> str:
 
 
 def difference_text(row: Any, unit: str = "") -> str:
-    """Format a difference of shares in points, with the interval and the verdict if there are any.
+    """Format a difference of shares in points, such as ``+0.5 [+0.1, +0.9], better``.
 
-    ``row`` has ``delta``, ``low``, ``high`` and ``verdict``.
+    ``row`` has ``delta``, ``low``, ``high`` and ``verdict``. A missing interval or verdict is left
+    out.
     """
     interval = interval_text(row.low * 100, row.high * 100)
     difference = f"{row.delta * 100:+z.1f}{unit}{interval}"
@@ -413,7 +418,7 @@ def format_counts(rows: pd.DataFrame, cell: Sequence[str]) -> pd.DataFrame:
 
 
 def name_or_count(names: Sequence[str], noun: str) -> str:
-    """List up to three names, such as ``a, b``; only count more, such as ``5 tasks``."""
+    """List up to three names, such as ``a, b``. More are only counted, such as ``5 tasks``."""
     if len(names) > 3:
         return f"{len(names)} {noun}"
     return ", ".join(names)
@@ -444,13 +449,13 @@ def summarize(
     Args:
         scores: The scores, one row per seed.
         cell: The columns that identify a cell; ``method`` is one of them.
-        references: Each reference method, with the method to compare with it; None for all other
-            methods.
+        references: Pairs of a reference method and the method that is compared with it. None
+            compares all other methods with the reference.
 
     Returns:
-        One row per cell with ``mean``, ``std`` (sample), ``population_std`` and ``n``. The
-        difference to the reference is ``delta``, ``low``, ``high``, ``p`` (uncorrected), and the
-        number of paired seeds is ``pairs``.
+        One row per cell with ``mean``, ``std`` (sample), ``population_std`` and ``n``. The columns
+        ``delta``, ``low``, ``high`` and ``p`` (uncorrected) describe the difference to the
+        reference. ``pairs`` is the number of paired seeds.
     """
     rows = []
     for key, values in scores.groupby(list(cell), sort=False)["value"]:
@@ -487,7 +492,7 @@ def cost_table(
         keys: The headings of the text columns, by column of ``frame``.
         frame: One row per cell, with the columns ``cell``.
         cell: The columns that identify a cell.
-        records: The rows of :func:`.records.tabulate_numbers`.
+        records: The numbers of all runs, from :func:`.records.tabulate_numbers`.
         averaged: The beginning of the caption, which names the averaged runs.
         measured_on: The data on which loads are measured, for the caption.
     """

@@ -12,10 +12,11 @@ import pandas as pd
 from benchmarks.harness.report.claims import Comparison
 from benchmarks.harness.results.statistics import SIGNIFICANCE, Difference, mean_difference
 
-# scores are compared if these columns are equal: a model, and what it was trained and tested on
+# two scores are compared if they are equal in these columns: the model, and what it was trained and
+# tested on
 _COMPARED_COLUMNS = ["model", "task", "eval_task", "tuning"]
-# the columns that identify a pair: a seed (without a question), or a question (without a seed,
-# because its numbers are averaged over seeds)
+# The columns that identify a pair, which is a seed or a question. A question has no seed, because
+# its numbers are averaged over seeds.
 _PAIR_COLUMNS = ["seed", "question"]
 
 
@@ -34,9 +35,10 @@ class Evidence:
     """The result of one comparison of two methods.
 
     Attributes:
-        difference: The difference between the methods. For a ratio: median − 1, and the range over
-            rounds.
-        incomplete: The number of omitted pairs, which lack a model, task, set or setting.
+        difference: The difference between the methods. For ratios, the mean is the median − 1, and
+            the interval is the range over rounds.
+        incomplete: The number of pairs that are left out, because they lack a model, task, set or
+            setting.
         models: The models that both methods have.
         tasks: The tasks that both methods have.
     """
@@ -76,7 +78,7 @@ def _select_methods(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame:
     The method is compared in the settings that the comparison names, by default in its main one.
     The reference is compared in its main setting, or in the same settings if it has no main one.
     """
-    is_main = numbers["setting"].eq("")  # only other settings have a name
+    is_main = numbers["setting"].eq("")  # the main setting has no name
     if compare.settings == "all":
         is_compared = ~is_main
     else:
@@ -145,9 +147,9 @@ def _compare_pairs(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None:
 def _compare_counts(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None:
     """Find the largest difference between one of our counts and one of the other method's.
 
-    Only counts of the same model, task and tuning are compared; each run has one. They do not vary
-    by chance, so both ends of the interval are the difference, and p is nan. ``n`` counts our runs.
-    Returns None if no counts can be compared.
+    Each run has one count. Two counts are compared if they have the same model, task and tuning.
+    Counts do not vary by chance, so both ends of the interval are the difference, and p is nan.
+    ``n`` counts our runs. Returns None if no counts can be compared.
     """
     same = ["model", "task", "tuning"]
     our_counts = ours.groupby(same, sort=False)["value"].agg(least="min", most="max", runs="size")
@@ -201,7 +203,10 @@ def _values_of(rows: pd.DataFrame, metric: str) -> pd.Series[float]:
 
 
 def is_within(difference: Difference, least: float, most: float) -> bool:
-    """Return True if the whole interval of a difference lies between two bounds; False for nan."""
+    """Return True if the whole interval of a difference lies between two bounds.
+
+    An interval of nan gives False.
+    """
     return least <= difference.low and difference.high <= most
 
 
@@ -258,9 +263,10 @@ def _judge_by_test(compare: Comparison, difference: Difference, p: float) -> Ver
 
 
 def _judge_by_interval(compare: Comparison, difference: Difference, margin: float) -> Verdict:
-    """Judge a claim that a difference has certain bounds, by where the interval lies.
+    """Judge a claim that a difference lies within certain bounds, by its interval.
 
-    Supported: the whole interval is within the bounds. Contradicted: it is outside.
+    The claim is supported if the whole interval is within the bounds. It is contradicted if the
+    whole interval is outside.
     """
     if math.isnan(difference.low):
         return Verdict.UNTESTABLE

@@ -28,7 +28,7 @@ def suite_rows(runs: Iterable[Run]) -> list[Row]:
 
     rows = []
     for (benchmark, model), members in groups.items():
-        # an evaluation has the learning rate 0, which is no setting
+        # an evaluation trains nothing, so its learning rate of 0 is not listed
         trained = [run for run in members if run.is_trained]
         row = {
             "benchmark": benchmark,
@@ -63,7 +63,7 @@ def format_rows(rows: Sequence[Row]) -> str:
 
 
 def _cell(value: object) -> object:
-    """Format a table cell: join a list, or show the first values and the length of a long one."""
+    """Format a table cell. A long list is shortened to its first values and its length."""
     if not isinstance(value, list):
         return value
     if len(value) <= _MOST_VALUES:

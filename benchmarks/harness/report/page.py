@@ -112,7 +112,10 @@ class _Page:
         }
 
     def drawn_figure(self, path: Path, caption: str) -> dict[str, str]:
-        """Return :meth:`figure`, or an empty dictionary if the figure is only a placeholder."""
+        """Return a written figure as an image with caption and link, as :meth:`figure` does.
+
+        The dictionary is empty if the figure is only a placeholder.
+        """
         if not is_drawn(path):
             return {}
         return self.figure(path, caption)
@@ -134,7 +137,10 @@ class _Page:
         }
 
     def tables_and_figures(self, section: Section) -> dict[str, Any]:
-        """Return the ``tables`` and ``figures`` of a section, and the titles of ``empty`` ones."""
+        """Return the ``tables`` and ``figures`` of a section that have content.
+
+        ``empty`` has the titles of the other tables and figures.
+        """
         tables = []
         figures = []
         empty = []
@@ -201,9 +207,9 @@ class _Page:
     def paper_items(self) -> list[dict[str, Any]]:
         """List the paper's tables and figures with links to our versions.
 
-        Each row is one of :func:`.paper.paper_index`, with ``files`` replaced by pairs of file name
-        and link. The link is empty for a missing file. The list is empty if the suite makes no
-        version of any of them.
+        The rows have the keys of :func:`.paper.paper_index`, such as ``title`` and ``status``. But
+        ``files`` has pairs of a file name and the link to the file. The link is empty for a missing
+        file. The list is empty if the suite makes none of our versions.
         """
         items = []
         has_files = False
@@ -244,7 +250,7 @@ def _distinct(texts: Iterable[str]) -> list[str]:
 
 
 def _models_text(sections: Iterable[Section]) -> str:
-    """List the titles of the models in some sections, or count them if there are many."""
+    """List the titles of the models in some sections. More than three are only counted."""
     names: list[str] = []
     for section in sections:
         names += section.models
@@ -271,7 +277,7 @@ def caption_title(caption: str) -> str:
 
 def _are_random(sections: Iterable[Section]) -> bool:
     """Return True if all models of all sections have random weights."""
-    # measurements have no method, so their weights do not matter
+    # a section of measurements has None, because its weights do not matter
     known = [section.random_weights for section in sections if section.random_weights is not None]
     if not known:
         return False
@@ -309,5 +315,8 @@ def _sum_machines(sections: Iterable[Section]) -> list[Machine]:
 
 
 def _read_trusted(path: Path) -> Markup:
-    """Read a stylesheet, a script, or a rendered table (its cells are escaped) as safe HTML."""
+    """Read a stylesheet, a script or a rendered table as HTML that templates do not escape.
+
+    The cells of a rendered table are already escaped.
+    """
     return Markup(path.read_text(encoding="utf-8"))  # noqa: S704

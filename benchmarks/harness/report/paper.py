@@ -1,4 +1,7 @@
-"""Write our versions of the paper's tables and figures under its numbers, and draw Fig. 2."""
+"""Write our versions of the paper's tables and figures, and draw Fig. 2.
+
+The files are named after the paper's numbers, such as ``table_4``.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from benchmarks.harness.report.table import Table
 
 _PROTOCOLS = ("published", "clean")  # in order of preference
 
-# the methods of the main averages, by the names of paper.yaml
+# the titles of the methods in the main figure, by their keys in paper.yaml
 _MAIN_TITLES: dict[Literal["gmoe", "emoe"], str] = {"gmoe": "GMoE", "emoe": "EMoE"}
 _MAIN_STYLES = {"gmoe": GMOE, "emoe": EMOE}
 
@@ -83,7 +86,10 @@ def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite) -> Table
 
 
 def _select_methods(frame: pd.DataFrame, methods: Sequence[str] | None) -> pd.DataFrame:
-    """Keep the rows of some methods, with every setting; keep all rows if no method is named."""
+    """Keep the rows of the named methods in all settings.
+
+    All rows are kept if no method is named.
+    """
     if not methods or "method" not in frame:
         return frame
     names_without_setting = frame["method"].str.split(SETTING, regex=False).str[0]
@@ -112,9 +118,10 @@ def paper_index(suite: Suite) -> list[dict[str, Any]]:
     """List the paper's tables and figures, and our version of each in a suite.
 
     Returns:
-        One row per item, a table or figure of the paper: ``item`` (the name), ``title``, ``naacl``
-        (the number in the NAACL version), ``command`` (makes our version; empty if there is none),
-        ``files`` (of our version) and ``status``.
+        One row per item, which is a table or figure of the paper. ``item`` is its name, ``title``
+        its title, and ``naacl`` its number in the NAACL version. ``command`` makes our version, and
+        is empty if there is none. ``files`` are the files of our version to show, and ``status``
+        says whether they exist, or why not.
     """
     rows: list[dict[str, Any]] = []
     for name, item in paper_items.load_paper().items.items():
@@ -152,7 +159,7 @@ def _shown_files(item: PaperItem, files: Sequence[str]) -> tuple[list[str], str]
     if num_existing < len(files):
         return shown, f"{num_existing} of {len(files)} files"
 
-    # a table is always shown, a figure only if it is no placeholder
+    # a table is always shown, but a figure only if it is not a placeholder
     drawn = [file for file in shown if file.endswith(".md") or plots.is_drawn(Path(file))]
     if not drawn:
         return drawn, "no run of this suite is of it"
@@ -163,7 +170,8 @@ def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Compare GMoE and EMoE with the dense model in each main average, such as the mean over GLUE.
 
     Args:
-        numbers: The result of :func:`.claims_table.read_claim_numbers`.
+        numbers: The numbers that claims compare, by benchmark, from
+            :func:`.claims_table.read_claim_numbers`.
 
     Returns:
         Rows for :func:`.plots.draw_forest`, with ``method`` (``gmoe`` or ``emoe``) and ``is_ours``.
@@ -210,7 +218,7 @@ def _our_rows(average: MainAverage, model: str, numbers: pd.DataFrame) -> list[d
 
 
 def _published_rows(average: MainAverage) -> list[dict[str, Any]]:
-    """Make the rows with the paper's numbers of an average: crosses without intervals."""
+    """Make the rows with the paper's numbers of an average, drawn as crosses without intervals."""
     rows = []
     for model, scores in average.paper.items():
         for method in _MAIN_TITLES:
@@ -228,7 +236,10 @@ def _published_rows(average: MainAverage) -> list[dict[str, Any]]:
 
 
 def _line_title(average: MainAverage, model: str, evidence: Sequence[Evidence]) -> str:
-    """Return the title of a model, with the compared tasks and the number of pairs."""
+    """Return the title of a line in the figure: the model, the compared tasks, and the pairs.
+
+    More than three tasks are only counted, and pairs are always only counted.
+    """
     titles = load_benchmark(average.of.benchmark).task_titles
     tasks: list[str] = []
     for found in evidence:
@@ -244,8 +255,12 @@ def _line_title(average: MainAverage, model: str, evidence: Sequence[Evidence]) 
 def draw_main(numbers: Mapping[str, pd.DataFrame], path: Path) -> None:
     """Draw the paper's main figure: how GMoE and EMoE differ from the dense model.
 
-    Each main average has a panel, and each model a line. ``numbers`` is as in :func:`main_rows`,
-    and ``path`` has no ending. Without numbers of ours, a placeholder is drawn.
+    Each main average has a panel, and each model a line. Without numbers of ours, a placeholder is
+    drawn.
+
+    Args:
+        numbers: The numbers that claims compare, by benchmark.
+        path: The path without ending.
     """
     rows = main_rows(numbers)
     if rows["is_ours"].any():

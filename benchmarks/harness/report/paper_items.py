@@ -36,11 +36,11 @@ class PaperPart(Strict):
     benchmark: str
     """A folder of benchmarks/."""
     table: str | None = optional()
-    """One of its `tables`."""
+    """Name of one of the benchmark's `tables`."""
     set_table: str | None = optional()
-    """One of its `set_tables`, for every set that the suite runs."""
+    """Name of one of the benchmark's `set_tables`. Every set that the suite runs has this table."""
     figure: str | None = optional()
-    """One of its `figures`."""
+    """Name of one of the benchmark's `figures`."""
     rows: Names | None = optional()
     """The methods that the paper shows; by default all rows."""
 
@@ -76,7 +76,7 @@ class MainNumbers(Strict):
     selection: str
     """The selection of epoch and hyper-parameters."""
     domain: str
-    """The domain, as in claims.yaml."""
+    """The group of numbers, such as `id` or `held_out`, as in claims.yaml."""
     metric: str
     """Name in metrics.yaml."""
     dense: str
@@ -87,7 +87,7 @@ class MainNumbers(Strict):
     """The row of EMoE."""
 
     def comparison(self, method: str) -> Comparison:
-        """Return the comparison of a method with the dense model, in the form of a claim's."""
+        """Return the comparison of a method with the dense model, in the form that claims use."""
         numbers = self.model_dump(exclude={"dense", "gmoe", "emoe"})
         return Comparison(**numbers, method=method, against=self.dense, direction="higher")
 
@@ -102,9 +102,9 @@ class MainAverage(Strict):
     """
 
     title: str
-    """The sets of the average."""
+    """Title of the panel, which says what is averaged."""
     of: MainNumbers
-    """Our numbers."""
+    """The source of our numbers."""
     paper: dict[str, Published] = Field({})
     """The paper's scores in percent, by model."""
 
@@ -131,7 +131,7 @@ class PaperOutput:
         name: The name of the files without ending: ``table_4``, ``table_3b``, ``table_8_pacs``.
         item: The paper's table or figure, by its name in ``paper.yaml``.
         part: Our table or figure.
-        of_set: The data set, if the table is of one.
+        of_set: The data set of a table of one set; None for all other tables and figures.
     """
 
     name: str
@@ -195,8 +195,8 @@ def check_part(part: PaperPart, where: Location) -> None:
         name = getattr(part, kind)
         known = getattr(benchmark.definition, f"{kind}s", ())
         if name and name not in known:
-            # if the mistake is in benchmark.yaml instead, this raises an error that names it;
-            # it is only called for wrong names, because the import takes a second
+            # The mistake may be in benchmark.yaml instead. Then this raises an error that names it.
+            # It is called only for unknown names, because its import takes a second.
             benchmark.checked_presentation()
             check_names(where.at(kind), [name], known)
     check_names(where.at("rows"), part.rows or (), benchmark.row_titles)
@@ -223,7 +223,7 @@ def item_benchmarks(item: PaperItem) -> list[str]:
 
 
 def paper_outputs() -> Iterator[PaperOutput]:
-    """Yield our versions of all the paper's tables and figures, also those that no suite runs."""
+    """Yield our versions of all the paper's tables and figures, even if no suite makes them."""
     for name, item in load_paper().items.items():
         parts = item.parts or []
         stems = _part_stems(name, len(parts))
@@ -240,13 +240,13 @@ def _part_stems(item: str, count: int) -> list[str]:
     """Return one file name per part of an item: ``table_3``, or ``table_3a`` and ``table_3b``."""
     if count == 1:
         return [item]
-    # a letter follows a number directly, but not a word
+    # a letter follows a number directly, but a word with an underscore
     stem = item if item[-1].isdigit() else f"{item}_"
     return [f"{stem}{letter}" for letter in string.ascii_lowercase[:count]]
 
 
 def outputs_of(artifacts: Artifacts) -> list[PaperOutput]:
-    """List what we write for the paper from the tables and figures of a benchmark or data set."""
+    """List the paper's tables and figures that we make from those of a benchmark or data set."""
     outputs = []
     for output in paper_outputs():
         is_of_benchmark = output.part.benchmark == artifacts.benchmark
@@ -256,7 +256,7 @@ def outputs_of(artifacts: Artifacts) -> list[PaperOutput]:
 
 
 def files_of(artifacts: Artifacts, suite: str) -> list[str]:
-    """List the paths of all files of :func:`outputs_of`."""
+    """List the files of the paper's tables and figures made from a benchmark or data set."""
     files = []
     for output in outputs_of(artifacts):
         files += output.files(suite)
@@ -290,9 +290,9 @@ def paper_files(suite: Suite, item: str | None = None) -> list[str]:
     all_items = load_paper().items
     asked = list(all_items) if item is None else [item]
     files = []
-    # the main figure first
+    # the main figure comes first
     for name, paper_item in all_items.items():
-        # one benchmark of the main averages is enough for their figure
+        # it is made if the suite runs at least one benchmark of the main averages
         if name in asked and paper_item.main and _runs_any(suite, item_benchmarks(paper_item)):
             files += main_files(suite.name)
     for output in paper_outputs():

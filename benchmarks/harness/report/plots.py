@@ -29,8 +29,8 @@ from matplotlib import pyplot as plt
 
 REFERENCE = "#444444"  # the colour of reference lines
 _BAND = "#dceaf5"  # the colour of margins
-# the use of an expert divided by its mean use: 1 is white; the colour-blind can distinguish purple
-# and orange
+# The colours of the use of an expert, divided by its mean use. White means 1. The colour-blind can
+# distinguish purple and orange.
 USE = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 2), "PuOr_r")
 STYLE: Any = {
     "font.size": 8,
@@ -47,17 +47,17 @@ HEATMAP = {**STYLE, "axes.grid": False, "font.size": 7}
 
 WIDTH = 6.9  # inches of a page's text, the largest width of a figure
 FEW = 3  # minimum number of pairs for drawing an interval
-# inches of a forest plot
+# sizes in a forest plot, in inches
 _FOREST_WIDTH = 6.0
 _LINE_HEIGHT = 0.26
 _TITLE_WIDTH = 3.5
-_TITLE_HEIGHT = 0.3  # of a panel
-_LEGEND_LINE_HEIGHT = 0.07  # of a series in the legend
+_TITLE_HEIGHT = 0.3  # the title of a panel
+_LEGEND_LINE_HEIGHT = 0.07  # added for each series in the legend
 _AXIS_HEIGHT = 0.5  # the axis at the bottom and its label
-# a line of a forest plot has height 1
+# sizes in a panel of a forest plot, in lines
 _MARKED_SHARE = 0.8  # the part of a line's height where its marks are spread
-_PANEL_BORDER = 0.6  # lines of space above and below the lines of a panel, together
-_LONG_SERIES = 30  # letters; the legend has one column if a name is as long, else three
+_PANEL_BORDER = 0.6  # the space above and below the lines of a panel, together
+_LONG_SERIES = 30  # letters; with a name of this length the legend has one column, else three
 
 
 def count_text(counts: Iterable[float], unit: str = "seeds") -> str:
@@ -78,11 +78,11 @@ def draw_forest(rows: pd.DataFrame, path: Path, label: str, *, zero: bool = True
     """Draw a forest plot: marks with 95 % intervals, one panel below the other.
 
     Args:
-        rows: One row per mark. The columns are the titles ``panel``, ``line`` (vertical position)
-            and ``series`` (legend), the ``style``, the value ``delta``, and its interval from
-            ``low`` to ``high``, which is drawn if ``n`` is at least :data:`FEW`. Optional columns:
-            ``margin`` shades the panel around zero, and ``text`` is printed beside the mark.
-            Numbers are shares and are drawn in points.
+        rows: One row per mark. ``panel``, ``line`` (the vertical position) and ``series`` (the
+            entry of the legend) are titles. ``style`` is the style of the mark, and ``delta`` its
+            value. The interval from ``low`` to ``high`` is drawn if ``n`` is at least :data:`FEW`.
+            Two columns are optional: ``margin`` shades the panel around zero, and ``text`` is
+            printed beside the mark. Numbers are shares and are drawn in points.
         path: The path without ending.
         label: The label of the axis.
         zero: True to draw a line at zero.
@@ -120,7 +120,8 @@ def _draw_panel(axis: Any, rows: pd.DataFrame, title: str) -> None:
     axis.set_title(wrap_text(title, _TITLE_WIDTH), fontsize=8)
     lines = rows["line"].unique()
     axis.set_yticks(range(len(lines)), lines, fontsize=7)
-    # heights grow downwards, so the first line is at the top
+    # Heights grow downwards, so the first line is at the top. There are 0.6 lines of space from the
+    # middle of the first and of the last line to the border.
     top = -0.6
     bottom = len(lines) - 0.4
     axis.set_ylim(bottom, top)
@@ -195,10 +196,15 @@ def legend_below(figure: Any, axes: Iterable[Any], columns: int) -> None:
 
 
 def wrap_text(text: str, inches: float, size: float = 8) -> str:
-    """Break a text into lines of at most ``inches``, estimated for letters of ``size`` points."""
-    # an inch has 72 points; a letter is about 0.58 times as wide as high
+    """Break a text into lines of at most ``inches``, estimated for letters of ``size`` points.
+
+    A line has room for at least 8 letters.
+    """
+    # An inch has 72 points. In matplotlib's font, a letter is on average 0.50 to 0.56 times as wide
+    # as the font size, so 0.58 is on the safe side.
     letters = max(8, int(inches * 72 / (0.58 * size)))
-    # keep a parameter count with its unit, such as "7 B)"
+    # A parameter count stays with its unit, such as "22 M" in "ViT-S/14 (22 M)". The blank between
+    # a digit and "M)" or "B)" becomes a no-break space.
     unbroken = re.sub(r"(?<=\d) (?=[MB]\))", "\u00a0", text)
     lines = []
     for line in unbroken.split("\n"):
@@ -215,7 +221,10 @@ def show_use(axis: Any, use: NDArray[np.float64], **options: Any) -> None:
 
 
 def divide_by_mean(shares: NDArray[np.float64], mean: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Divide each row of expert shares by the mean shares, for :data:`USE`; 1 if a mean is zero."""
+    """Divide each row of expert shares by the mean shares, to draw them in the colours ``USE``.
+
+    The quotient is 1 where the mean is zero.
+    """
     quotients = np.ones_like(shares)
     # where a mean is zero, the quotient keeps the 1
     return np.divide(shares, mean, out=quotients, where=mean > 0)
@@ -263,7 +272,8 @@ def save(figure: Any, path: Path, description: str | None = None) -> None:
     with atomic_write(path.with_suffix(".png")) as temporary:
         metadata = {"Software": None, "Description": description}
         figure.savefig(temporary, format="png", dpi=160, metadata=metadata)
-    figure.set_layout_engine("none")  # a second layout would take as long as drawing
+    # keep the present layout, because a second layout would take as long as drawing
+    figure.set_layout_engine("none")
     with atomic_write(path.with_suffix(".pdf")) as temporary:
         figure.savefig(temporary, format="pdf", metadata={"CreationDate": None})
     plt.close(figure)

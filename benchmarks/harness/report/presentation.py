@@ -65,10 +65,11 @@ class Presentation:
         benchmark: The benchmark.
         table_functions: The functions that make tables, by name. They are called with ``outcomes``,
             and with ``part`` if there is one.
-        figure_functions: The figures by name. Their functions are called with a path, too.
+        figure_functions: The figures by name. Their functions are called with the same arguments,
+            and with a path at the end.
         outcomes: The results of the finished runs, mostly :class:`.common.Outcomes`. It has
-            ``runs``, ``origins`` (which link runs to table rows), and if claims compare the
-            methods, ``claim_numbers()`` (a frame of :func:`.common.join_claim_numbers`).
+            ``runs`` and ``origins`` (which link runs to table rows). If claims compare the methods,
+            it also has ``claim_numbers()``, a frame of :func:`.common.join_claim_numbers`.
         part: The data set, for tables and figures of one set; else None.
         verdicts: Sentences on differences to the dense model.
         note: An explanation of the verdicts.
@@ -103,7 +104,8 @@ class Presentation:
     def figures(self) -> dict[str, Figure]:
         """Return the figures by file name without ending.
 
-        The only argument of their ``draw`` is the path, because the results are bound to it.
+        Their ``draw`` takes only a path. The results, and the data set if there is one, are already
+        filled in.
         """
         figures = {}
         for name in self.artifacts.figures:
@@ -115,7 +117,10 @@ class Presentation:
 
     @property
     def _arguments(self) -> list[Any]:
-        """Return the first arguments of every function of a table or figure."""
+        """Return the first arguments of every function that makes a table or figure.
+
+        These are the results, and the data set if there is one.
+        """
         if self.part:
             return [self.outcomes, self.part]
         return [self.outcomes]
@@ -126,7 +131,7 @@ class Presentation:
         If all models have random weights, the caption says so, and verdicts and bold are removed.
         """
         table = self.table_functions[name](*self._arguments)
-        # a table of only some runs, or of others, has its own origins
+        # a table has its own origins if it shows only some of the runs, or other runs
         origins = self.outcomes.origins if table.origins is None else table.origins
         table_with_runs = with_runs(table, origins, self.benchmark.name)
         complete_table = replace(table_with_runs, name=self.artifacts.stem(name))
@@ -157,14 +162,16 @@ def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
     columns = list(keys)
     if "run_id" not in columns:
         columns.append("run_id")
+    # the runs that may belong to a row, one line per run and combination of names
     candidates = origins[columns].astype(str).drop_duplicates(ignore_index=True)
 
-    # tables have many rows, so look up once, by column and name, which candidates have the name
+    # For each column and name, find the line numbers of the candidates that have this name. This is
+    # done only once, because tables have many rows.
     places_by_name = {key: candidates.groupby(key).indices for key in keys}
     names_of_rows = table.frame[keys].fillna("").astype(str).to_dict("records")
     folders_of_rows = []
     for names in names_of_rows:
-        # keep the candidates that match the row in every column
+        # begin with all candidates, and keep those that match the row in every column
         matching = set(candidates.index)
         for key, name in names.items():
             if name:
@@ -185,7 +192,10 @@ def has_random_weights(runs: Sequence[Run]) -> bool:
 
 
 def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
-    """Make the presentation of a benchmark's finished runs, with the module of its kind."""
+    """Prepare the tables, figures and sentences of a benchmark's finished runs.
+
+    The module ``presentation`` of the benchmark's kind makes them.
+    """
     presentation: Presentation = benchmark.checked_presentation().present(benchmark, records)
     return presentation
 

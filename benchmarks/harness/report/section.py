@@ -27,7 +27,7 @@ _FEW_LABELS = 10  # more labels are only counted
 
 
 class ShownTable(Strict):
-    """A written table, as the section lists it."""
+    """The name and title of a written table."""
 
     name: str
     """Name of its files without ending."""
@@ -36,7 +36,7 @@ class ShownTable(Strict):
 
 
 class ShownFigure(Strict):
-    """A written figure, as the section lists it."""
+    """The name and caption of a written figure."""
 
     name: str
     """Name of its files without ending."""
@@ -58,11 +58,11 @@ class DataRow(Strict):
 
 
 class Setting(Strict):
-    """A training setting."""
+    """A training setting, such as the number of epochs."""
 
     name: str
     value: str
-    """Its values as text; up to three if runs differ."""
+    """Its value as text. If runs differ, up to three values are listed; more are only counted."""
 
 
 class Machine(Strict):
@@ -71,7 +71,7 @@ class Machine(Strict):
     runs: int
     """Runs that it executed."""
     facts: dict[str, str]
-    """Texts by name."""
+    """Facts on the machine as text, by name, such as `processor`."""
 
 
 class Section(Strict):
@@ -179,7 +179,9 @@ def _data_rows(records: Sequence[Record]) -> list[DataRow]:
 
 
 def _data_row(key: str, summary: DataSummary, task_of_run: str) -> DataRow | None:
-    """Describe one split that a run read; None for instructions, which have no labels or scores.
+    """Describe one split that a run read.
+
+    Returns None for instructions, because they have no labels or scores.
 
     ``key`` is the name of the split, or ``split:task`` if the run reads several data sets.
     """
@@ -187,7 +189,7 @@ def _data_row(key: str, summary: DataSummary, task_of_run: str) -> DataRow | Non
     if not labels:
         return None
     split, _, task = key.partition(":")
-    # out of domain, runs read the test split of the other task
+    # the split `ood` is the test split of another task
     if split == "ood":
         split = "test"
     return DataRow(
@@ -200,7 +202,10 @@ def _data_row(key: str, summary: DataSummary, task_of_run: str) -> DataRow | Non
 
 
 def _label_text(summary: DataSummary) -> str:
-    """List the number of rows by label, or the range of a regression; only count many labels."""
+    """List the number of rows by label, or the range of a regression's scores.
+
+    If there are many labels, they are only counted.
+    """
     if summary.range:
         lowest, highest = summary.range
         return f"from: {lowest}, to: {highest}"
@@ -211,14 +216,19 @@ def _label_text(summary: DataSummary) -> str:
 
 
 def _training_settings(records: Sequence[Record]) -> list[Setting]:
-    """List the training settings of all runs. If runs differ, up to three values are named."""
+    """List the training settings of all runs.
+
+    If runs differ in a setting, :func:`.common.name_or_count` lists up to three values, and only
+    counts more.
+    """
     rows = []
     for record in records:
         spec = record.run.spec
-        hyper_parameters = spec.get("hparams", {})  # of images
+        hyper_parameters = spec.get("hparams", {})  # only runs on images (DomainBed) have them
         rows.append({**spec["training"], **hyper_parameters})
 
-    # a run that lacks a setting has a dash, which needs columns of objects
+    # A dash stands for a setting that a run lacks. The columns become columns of objects first,
+    # because a column of numbers cannot hold a dash.
     settings = pd.DataFrame(rows)
     with_dashes = settings.astype(object).where(settings.notna(), MISSING)
     texts = with_dashes.astype(str)
@@ -245,7 +255,7 @@ def _environment_texts(environment: Environment) -> dict[str, str]:
     texts = {}
     # pydantic models iterate over (key, value)
     for key, value in sorted(environment):
-        # the fingerprint is for `check`
+        # the fingerprint is only for the command `check`
         if key != "fingerprint":
             texts[key.replace("_", " ")] = _fact_text(value) or "none"
     return texts

@@ -1,4 +1,7 @@
-"""Colours and markers of methods. They follow from settings, so all figures show a method alike."""
+"""Colours and markers of methods.
+
+They depend only on the settings of a method, so all figures show the method alike.
+"""
 
 from __future__ import annotations
 
@@ -52,23 +55,27 @@ GMOE = MethodStyle("#d55e00", "s")
 EMOE = MethodStyle("#0072b2", "D")
 _LEARNED = MethodStyle("#009e73", "^")
 _RANDOM = MethodStyle("#cc79a7", "v")
-_OTHER_NEURONS = MethodStyle("#56b4e9", "P")  # contiguous, by co-activation
-_OTHER_EXPERTS = MethodStyle("#e69f00", "<")  # not the top k; crosses are published numbers
-_OTHER_DENSE = MethodStyle("#8c6d31", "p")  # single blocks, noise
+_OTHER_NEURONS = MethodStyle("#56b4e9", "P")  # experts of contiguous or co-activated neurons
+_OTHER_EXPERTS = MethodStyle("#e69f00", "<")  # experts that are not the top k
+_OTHER_DENSE = MethodStyle("#8c6d31", "p")  # dense models that tune only blocks, or with noise
 _CONTROL = MethodStyle("#999999", "h")
 _DASHES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)))
 
 
 def style_of(method: Method) -> MethodStyle:
     """Return the style of a method, the same for LoRA and full fine-tuning."""
-    # a hollow marker is for the authors' own settings; of the LoRA methods, only theirs also train
-    # parameters outside the adapters and blocks (``also_train``)
+    # A hollow marker shows that a method has the authors' own settings. Of the LoRA methods, only
+    # theirs also train parameters outside the adapters and blocks (``also_train``).
     is_authors_setting = bool(method.as_published or method.also_train)
     return replace(_filled_style(method), hollow=is_authors_setting)
 
 
 def _filled_style(method: Method) -> MethodStyle:
-    """Return the style of a method, not hollow: by its kind, then by its difference to EMoE."""
+    """Return the style of a method with a filled marker.
+
+    The kind of the method decides. If it is an EMoE, its first difference to the default settings
+    decides.
+    """
     if method.kind == "gmoe":
         return GMOE
     if method.kind == "dense":
@@ -76,7 +83,7 @@ def _filled_style(method: Method) -> MethodStyle:
             return _OTHER_DENSE
         return DENSE
 
-    # an EMoE: its first difference to the default settings decides
+    # the method is an EMoE, so its first difference to the default settings decides
     config = method.config_values()
     partition = config.get("partition", "kmeans")
     if partition == "random":

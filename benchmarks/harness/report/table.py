@@ -134,13 +134,14 @@ class Table:
         keys: The headings of the text columns that identify a row, by column of the frame.
         columns: The columns of numbers.
         frame: The rows with unformatted numbers. It may have columns that are not printed.
-        group: The columns that define groups of rows. In each group the best number is marked,
-            without controls (``is_method`` is False). Without columns, all rows are one group.
+        group: The columns that define groups of rows. In each group the best number is marked.
+            Controls (``is_method`` is False) are never marked. Without columns, all rows are one
+            group.
         notes: The headings of the text columns after the numbers, by column of the frame.
         name: The file name without ending.
         wraps: True if cells have long texts that a page must wrap.
-        origins: The runs behind the rows, as :func:`.presentation.with_runs` takes them; None for
-            all finished runs.
+        origins: The ``run_id`` and names of the runs behind the rows, for
+            :func:`.presentation.with_runs`. None stands for all finished runs.
     """
 
     title: str
@@ -250,8 +251,8 @@ class Table:
     def html(self) -> str:
         """Render an unstyled HTML ``<figure>``.
 
-        The script of the page also finds in it the values that sort each column of numbers, and the
-        folders of the runs behind each row.
+        It also has data for the script of the page: the values that sort each column of numbers,
+        and the folders of the runs behind each row.
         """
         texts = self.texts()
         constants = self._constant_texts(texts)
@@ -295,9 +296,9 @@ class Table:
         return constants
 
     def with_random_weights_note(self) -> Table:
-        """Remove verdicts and bold numbers, because with random weights they mean nothing.
+        """Remove verdicts and bold numbers, and say in the caption that they would mean nothing.
 
-        The caption says so. A table that has neither is returned as it is.
+        A table that has neither is returned as it is.
         """
         has_marks = any(column.best for column in self.columns)
         if "verdict" not in self.notes and not has_marks:
@@ -337,7 +338,7 @@ def _sort_value(value: float) -> str:
 
 def code_as_html(text: str) -> Markup:
     """Escape a text for HTML, and turn backticks into ``<code>``."""
-    escaped = str(escape(text))  # first, because it would escape the tags, too
+    escaped = str(escape(text))  # first, because later it would escape the tags, too
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped))  # noqa: S704 -- it is escaped
 
 
@@ -353,8 +354,8 @@ TEMPLATES.filters["code"] = code_as_html
 def escape_markdown(text: str) -> str:
     """Escape cell borders, tags and links in a text, and join its lines, for Markdown."""
     backslash_or_border = r"[\\|]"
-    begin_of_tag = r"<(?=[A-Za-z/!?])"
-    end_of_link_text = r"\](?=[(\[:])"
+    begin_of_tag = r"<(?=[A-Za-z/!?])"  # the `<` of `<b>`, `</b>` or `<!--`, but not of `p < 5`
+    end_of_link_text = r"\](?=[(\[:])"  # the first `]` of `[text](link)` or `[text][link]`
     special = f"{backslash_or_border}|{begin_of_tag}|{end_of_link_text}"
     escaped = re.sub(special, r"\\\g<0>", text)  # a backslash before each
     return re.sub(r"\s*\n\s*", " ", escaped)

@@ -54,12 +54,13 @@ from benchmarks.harness.results.reference import bless_advice, read_origin
 
 KEYS = ["run", "seed", "part", "eval_task", "metric"]
 _COLUMNS = [*KEYS, "value", "machine"]
-# Tolerances of numbers that runs record only for this check, measured like those in metrics.yaml.
+# Tolerances of numbers that runs record only for this check. They were measured like those in
+# metrics.yaml.
 _TOLERANCES = {
     "content": 0.0,
     "conversion": 0.0,
     "trained": 0.0,
-    **{f"loss_{step}": 0.007 for step in range(1, 9)},
+    **{f"loss_{step}": 0.007 for step in range(1, 9)},  # of the first training steps
     "logits": 4e-5,
     "trained_logits": 0.02,  # logits of a model from another run
     "loads": 0.05,
@@ -77,7 +78,7 @@ class Numbers:
         rows: One row per number, with the columns :data:`KEYS`, ``value`` (text with all digits)
             and ``machine``.
         machines: The fingerprints of the machines, by the names in ``rows``.
-        code: The :func:`code_digest` at the time of the runs.
+        code: The digest of the code that numbers depend on, from :func:`code_digest`.
     """
 
     rows: pd.DataFrame
@@ -158,7 +159,7 @@ def values_agree(before: str, after: str, tolerance: float) -> bool:
         new = np.array(after.split(), dtype=float)
     except ValueError:  # a damaged number is a difference
         return False
-    # so is another count of numbers, and one that is infinite or nan
+    # another count of numbers is a difference, and so is an infinite number or nan
     if old.shape != new.shape or not np.isfinite([old, new]).all():
         return False
     largest_difference = np.abs(old - new).max()
@@ -204,9 +205,9 @@ def _join_numbers(before: Numbers, after: Numbers, suite: str) -> pd.DataFrame:
     """Join old and new numbers of metrics that are compared, with their tolerance.
 
     The columns are :data:`KEYS`, ``value_before``, ``value_after``, ``machine_before``,
-    ``machine_after``, ``tolerance``, and ``status``. The status is ``missing`` without a new
-    number, ``new`` without an old one, else ``changed``, even if both numbers agree. The absent
-    number and its machine are empty texts.
+    ``machine_after``, ``tolerance``, and ``status``. The status is ``missing`` if there is no new
+    number, and ``new`` if there is no old one. With both numbers it is ``changed``, even if they
+    agree. The absent number and its machine are empty texts.
     """
     joined = before.rows.merge(
         after.rows, on=KEYS, how="outer", suffixes=("_before", "_after"), indicator="sides"
@@ -236,7 +237,7 @@ def _rows_agree(rows: pd.DataFrame) -> pd.Series[bool]:
 def _machine_sentences(
     rows: pd.DataFrame, before: Numbers, after: Numbers, *, elsewhere: bool
 ) -> list[str]:
-    """Say for each pair of machines how many numbers were compared, and how."""
+    """Write a sentence per pair of old and new machine: how many numbers were compared, and how."""
     on_both_sides = rows[rows["status"] == "changed"]
     counts = on_both_sides.groupby(["machine_before", "machine_after"]).size()
     sentences = []
@@ -289,7 +290,9 @@ def code_digest() -> str:
 
 
 def check_numbers(records: Iterable[Record]) -> Numbers:
-    """Collect the numbers of finished runs that the check compares, which are all but costs.
+    """Collect the numbers of finished runs that the check compares.
+
+    Costs and the best epoch on the dev split are left out.
 
     Raises:
         DefinitionError: Two runs have the same name.
@@ -306,7 +309,7 @@ def check_numbers(records: Iterable[Record]) -> Numbers:
             numbers.append((name, run.seed, part, data_set, metric, value, machine))
     rows = pd.DataFrame(numbers, columns=_COLUMNS)
 
-    # else the comparison would join one run with another
+    # the comparison would join the numbers of two runs with the same keys
     repeated = rows[rows.duplicated(KEYS)]
     if len(repeated):
         first = " ".join(str(repeated.iloc[0][key]) for key in KEYS)
@@ -323,7 +326,7 @@ def _machine_name(fingerprint: Mapping[str, str]) -> str:
 
 
 def _group_name(run: Run) -> str:
-    """Join the settings of a run in one text, without the seed."""
+    """Join the settings of a run in one text. The seed is left out."""
     texts = []
     for key, value in run_keys(run).items():
         if key == "learning_rate":
@@ -342,7 +345,10 @@ def _numbers_of(record: Record) -> list[RunNumber]:
 
 
 def _scores(run: Run, metrics: Metrics) -> Iterator[RunNumber]:
-    """Yield the compared numbers that tables show: all except costs and the best dev epoch."""
+    """Yield the compared numbers that tables show.
+
+    Costs and the best epoch on the dev split are not compared.
+    """
     for part, task, metric, number in run_numbers(run, metrics):
         is_known = metric in load_metrics()
         # costs vary from run to run
@@ -351,7 +357,7 @@ def _scores(run: Run, metrics: Metrics) -> Iterator[RunNumber]:
 
 
 def _number_text(metric: str, value: float) -> str:
-    """Format a number with all its digits, and a count without a point."""
+    """Format a number with all its digits, and a count without a decimal point."""
     # counts are whole numbers that are compared exactly
     is_count = value.is_integer() and tolerance_of(metric) == 0
     return repr(int(value)) if is_count else repr(value)
@@ -363,7 +369,8 @@ def _other_numbers(run: Run, metrics: Metrics) -> Iterator[RunNumber]:
     They describe the first training steps (the probe), the model and the data.
     """
     if metrics.probe:
-        # an evaluation has the logits of a model that another run trained
+        # A run with candidates (trained runs to choose from) is an evaluation. Its logits are those
+        # of a model that another run trained.
         is_evaluation = "candidates" in run.spec
         logits_metric = "trained_logits" if is_evaluation else "logits"
         yield from _probe_numbers(metrics.probe, logits_metric)
@@ -551,7 +558,7 @@ def verify(suite: Suite, count: int, say: Callable[[str], None]) -> CheckResult:
 def bless(suite: Suite, say: Callable[[str], None]) -> Path:
     """Write the present numbers as the new blessed ones, if reruns repeat them exactly.
 
-    One run of each benchmark is rerun, the fastest. ``say`` prints a line about each rerun, and the
+    The fastest run of each benchmark is rerun. ``say`` prints a line about each rerun, and the
     differences if there are any. Returns the path of the written csv.
 
     Raises:
@@ -563,7 +570,7 @@ def bless(suite: Suite, say: Callable[[str], None]) -> Path:
     check_finished(suite.runs, f"of the suite '{suite.name}'", f"make run SUITE={suite.name}")
 
     records: list[Record] = []
-    fastest: list[Record] = []  # of each benchmark, to save time
+    fastest: list[Record] = []  # one run per benchmark, to save time
     for name in suite.settings.benchmarks:
         benchmark_records = read_records(suite, name)
         records += benchmark_records
@@ -590,7 +597,7 @@ def clean_commit() -> str:
     Changes to blessed numbers are allowed.
 
     Raises:
-        DefinitionError: Another file is not committed.
+        DefinitionError: Another file has changes that are not committed.
     """
     status = git(ROOT, "status", "--porcelain", "--", ".", ":(exclude)results/reference")
     # one line per file, which ends with its path

@@ -20,12 +20,12 @@ class Recorded(BaseModel):
     @classmethod
     def _refuse_null(cls, content: Any) -> Any:
         """Return the content unchanged, or raise if an optional key is null."""
-        # pydantic refuses other types than a dictionary after this validator
+        # if it is no dictionary, pydantic refuses it after this validator
         if not isinstance(content, dict):
             return content
         for key, field in cls.model_fields.items():
-            # Such a field has the type `... | None`, so pydantic would accept null for it. For all
-            # other fields, pydantic itself decides by the type whether null is valid.
+            # An optional field has the type `... | None`, so pydantic would accept null for it. For
+            # all other fields, pydantic itself decides by the type whether null is valid.
             none_marks_missing_key = not field.is_required() and field.default is None
             is_null = key in content and content[key] is None
             if none_marks_missing_key and is_null:
@@ -55,8 +55,8 @@ Loss = float | None  # null if the model diverged
 NumberText = Annotated[str, AfterValidator(_check_number)]  # a number with all its digits
 Digits = Annotated[str, Field(pattern="^[0-9]+$")]
 Layer = Digits  # the number of a layer
-Loads = Annotated[list[Count], Field(min_length=1)]  # choices by expert
-Shares = Annotated[list[float], Field(min_length=1)]  # share of the choices, by expert
+Loads = Annotated[list[Count], Field(min_length=1)]  # how often each expert was chosen
+Shares = Annotated[list[float], Field(min_length=1)]  # the share of the choices of each expert
 LoadRows = Annotated[list[Loads], Field(min_length=1), AfterValidator(_check_same_lengths)]
 ByMetric = Annotated[dict[str, Loss], Field(min_length=1)]
 Scores = dict[str, dict[str, ByMetric]]  # by part (such as test or ood), data set and metric
@@ -68,7 +68,7 @@ class Cost(Recorded):
     job_seconds: float
     """The whole job, from the start of its process."""
     startup_seconds: float
-    """The part before the first row is read."""
+    """The time before the first row is read."""
     peak_memory_mb: float
     precision: str | None = None
     steps: Count | None = None
@@ -333,7 +333,8 @@ class Usage(Recorded):
     tasks: dict[str, SetUsage] = {}
     """By data set."""
     shared: list[Count] = []
-    """Experts with a share above 1/N in every data set, and no mark."""
+    """Experts with a share above 1/N in every data set, where N is the number of experts. None of
+    them has a mark."""
     specialised: list[Count] = []
     """Experts that some data set uses more than by chance."""
 
@@ -386,9 +387,11 @@ class QuestionResult(Recorded):
     subjects: dict[str, dict[str, float]]
     """All metrics and number of questions, by subject."""
     correct: dict[str, Annotated[str, Field(pattern="^[01]*$")]]
-    """A digit for each question by subject; empty without a binary accuracy."""
+    """By subject, one digit for each question: 1 if it was answered correctly, else 0. Empty if the
+    task has no binary accuracy."""
     nats_per_byte: dict[str, list[Loss]] = {}
-    """For each right answer, by subject; empty if questions do not have several answers."""
+    """By subject, one number for each right answer. Empty if questions do not have several
+    answers."""
     source: list[str] = []
     """Origin of the questions."""
 
@@ -418,7 +421,10 @@ class Transformed(Recorded):
 
 
 class Epoch(Recorded):
-    """An epoch of text training, with its loss and scores under the names of metrics or sets."""
+    """An epoch of text training.
+
+    It has its loss and scores under the names of metrics or data sets.
+    """
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Loss]  # all keys besides the fields
@@ -478,9 +484,10 @@ class Metrics(Recorded):
         Annotated[dict[str, Annotated[dict[str, float], Field(min_length=1)]], Field(min_length=1)]
         | None
     ) = None
-    """Measured numbers, by candidate and metric."""
+    """Numbers of a measurement by candidate and metric. A candidate is something that it compares,
+    such as an implementation."""
     transformed: dict[str, Transformed] = {}
-    """By the method that the trained model was converted to."""
+    """Scores after a conversion, by the method that the trained model was converted to."""
     data: dict[str, DataSummary] | None = None
     """The data that the run read, by a name such as ``train``, ``ood:imdb`` or ``A in``."""
     model: ModelNumbers | None = None
@@ -489,7 +496,7 @@ class Metrics(Recorded):
     usage: Usage | None = None
     matrix: Matrix | None = None
     tasks: dict[str, QuestionResult] | None = None
-    """By title of the evaluated task."""
+    """Results by the title of the evaluated task."""
     answers: list[Answer] | None = None
     chosen: Chosen | None = None
     epochs: list[Epoch] = []

@@ -19,24 +19,25 @@ from benchmarks.harness import base as paths
 from benchmarks.harness.base import RunError, first_line, hide_passwords
 from benchmarks.harness.results.records import GROUP_KEYS, Record, run_keys, run_numbers
 
-# tag with the digest of a run's metrics.json, set when the run is complete
+# the tag with the digest of a run's metrics.json, which is set when the run is completely written
 _DIGEST = "emoe.digest"
 _SQLITE = "sqlite:///"
 _POSTGRESQL = "postgresql"
-# of the mirrors' lock in a PostgreSQL database; any number that nobody else locks
+# Names the lock of this module in a PostgreSQL database. Any number works that no other program
+# locks.
 _LOCK_NUMBER = 231_010_908
-# MLflow then lists training runs on the experiment's first page
+# with this tag, MLflow lists training runs on the experiment's first page
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
-_MOST_RUNS = 50_000  # stored runs that MLflow returns at once
+_MOST_RUNS = 50_000  # the most stored runs that MLflow returns at once
 _FILES = ("run.json", "metrics.json", paths.LOG)
 
 
 def mirror(records: Sequence[Record], uri: str) -> dict[str, int]:
     """Write the runs that are new or have changed numbers to an MLflow store.
 
-    A benchmark is an experiment. Runs that differ only in their seed have the same tag ``setting``;
-    MLflow's page groups by it to show means. Concurrent calls for one results folder, SQLite file
-    or PostgreSQL database wait for each other.
+    A benchmark is an experiment. Runs that differ only in their seed have the same tag ``setting``,
+    by which MLflow's page can group them to show means. Two calls at the same time wait for each
+    other if they have the same results folder, SQLite file or PostgreSQL database.
 
     Returns:
         The counts of the ``added``, ``replaced`` and ``unchanged`` runs.
@@ -48,7 +49,8 @@ def mirror(records: Sequence[Record], uri: str) -> dict[str, int]:
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
-    # the lock is beside the SQLite file, or in the results folder for any other store
+    # The lock file of a SQLite store is beside the database: `.x.db.lock` for `x.db`. The lock file
+    # of any other store is in the results folder.
     is_file = uri.startswith(_SQLITE)
     locked = Path(uri.removeprefix(_SQLITE)) if is_file else paths.RESULTS / "mlflow"
     locked.parent.mkdir(parents=True, exist_ok=True)
@@ -56,16 +58,21 @@ def mirror(records: Sequence[Record], uri: str) -> dict[str, int]:
         if is_file:
             locked.touch()  # so that the file has the permissions of the umask
         try:
+            # mirrors of other results folders may write to the same PostgreSQL database
             with _database_lock(uri):
                 return _write_all(records, uri)
         except Exception as error:  # MLflow passes on errors of databases, drivers and servers
+            # the store may stand in MLflow's message, too, with its password
             hidden = hide_passwords(uri)
             reason = hide_passwords(_problem(error).replace(uri, hidden))
             raise RunError(f"MLflow at {hidden}: {reason}") from None
 
 
 def _write_all(records: Sequence[Record], uri: str) -> dict[str, int]:
-    """Write the runs of all benchmarks, and count them as :func:`mirror` does."""
+    """Write the runs of all benchmarks.
+
+    Returns the counts of the ``added``, ``replaced`` and ``unchanged`` runs.
+    """
     by_benchmark: dict[str, list[Record]] = {}
     for record in records:
         by_benchmark.setdefault(record.run.benchmark, []).append(record)
@@ -93,18 +100,18 @@ def _database_lock(uri: str) -> Iterator[None]:
     if not uri.startswith(_POSTGRESQL):
         yield
         return
-    # without a pool, so that the connection closes after the block, which frees the lock
+    # without a pool the connection closes after the block, and this frees the lock
     engine = create_engine(uri, poolclass=NullPool, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
-        # without the lock, two processes may create MLflow's tables at once, which fails, or store
-        # the same run twice
+        # Without the lock, two processes may create MLflow's tables at once, which fails. They may
+        # also store the same run twice.
         connection.execute(text("SELECT pg_advisory_lock(:number)"), {"number": _LOCK_NUMBER})
         yield
 
 
 def _problem(error: Exception) -> str:
     """Describe MLflow's error in one line."""
-    # SQLAlchemy's message may have this in a later line
+    # SQLAlchemy's message may have these words after the first line
     if "database is locked" in str(error):
         return "the database is locked; end the other process that uses it, and repeat"
     return first_line(error)
@@ -126,7 +133,7 @@ def _experiment(client: MlflowClient, benchmark: str, *, has_files: bool) -> str
 
 
 def _write(client: MlflowClient, experiment: str, record: Record, stored: Any) -> str:
-    """Write a run, unless the stored one has the same numbers.
+    """Write a run. It is left as it is if the stored run has the same numbers.
 
     Args:
         client: The store.
@@ -159,7 +166,7 @@ def _write(client: MlflowClient, experiment: str, record: Record, stored: Any) -
         params.append(Param(_plain(key), str(value)))
     client.log_batch(identifier, list(_numbers(record, ended)), params)
     client.set_terminated(identifier, end_time=ended)
-    # last, so that a run that was cut off is written again
+    # the tag comes last, so that the next mirror writes a run again that was cut off
     client.set_tag(identifier, _DIGEST, record.digest)
     return "replaced" if stored else "added"
 
@@ -170,7 +177,7 @@ def _tags(record: Record) -> dict[str, str]:
     keys = run_keys(record.run)
     settings = []
     for key in GROUP_KEYS:
-        # the benchmark is the experiment
+        # the benchmark is left out, because it is the experiment
         if key != "benchmark" and keys[key] != "":
             settings.append(str(keys[key]))
     return {
@@ -185,7 +192,8 @@ def _tags(record: Record) -> dict[str, str]:
 def _numbers(record: Record, time: int) -> Iterator[Metric]:
     """Yield the numbers of a run, and its training curves with their steps.
 
-    ``time`` is the run's end in milliseconds, because runs record no time of a step.
+    All of them have the same ``time``, the run's end in milliseconds. Runs record no times of
+    single steps.
     """
     metrics = record.metrics
     for part, data_set, metric, value in run_numbers(record.run, metrics):
@@ -205,7 +213,7 @@ def _point(
 ) -> Iterator[Metric]:
     """Yield the numbers of one point of a curve, without missing ones."""
     for key, value in numbers.items():
-        if value is not None:  # the loss of a model that diverged
+        if value is not None:  # None is the loss of a model that diverged
             yield Metric(_plain(f"{curve}.{key}"), float(value), time, step)
 
 
@@ -221,5 +229,5 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _plain(name: str) -> str:
-    """Replace each character that MLflow rejects in names by ``_``, such as ``%``."""
+    """Replace each character that MLflow rejects in names, such as ``%``, by ``_``."""
     return re.sub(r"[^\w\-. :/]", "_", name)

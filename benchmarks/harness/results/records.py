@@ -5,19 +5,20 @@ records of a benchmark in one file, so that each ``metrics.json`` is read once.
 
 Each number of a run belongs to a part:
 
-- ``dev``: the kept epoch on the split that selects epoch and hyper-parameters. It is the dev split,
-  and for tasks without a test split held-out training rows or the reported split.
+- ``dev``: the kept epoch on the split that selects epoch and hyper-parameters. This is the dev
+  split. Tasks without a test split use held-out training rows or the reported split instead.
 - ``dev_best``: the best epoch on the dev split, for tasks with a test split.
 - ``test``: the reported split of the training task. ``ood``: each other task.
 - ``ood_mean``: the mean of the scores over the other tasks (metric ``score``).
-- ``test as <method>``, ``ood as <method>``, ``ood_mean as <method>``: the same after converting to
-  another method.
+- ``test as <method>``, ``ood as <method>``, ``ood_mean as <method>``: the same numbers after the
+  trained model was converted to another method.
 - ``cost``, ``model``, ``routing``: the cost of the run, the sizes of its model and its expert
   loads.
 
-For domain generalisation, accuracies come from the record that training-domain validation selects:
-``dev`` is the mean over the *out* splits of the training environments, and ``test`` the *in* split
-of each held-out environment. A measurement has one part, named after its measure.
+For domain generalisation, accuracies come from one evaluation during the training, which
+training-domain validation selects. There ``dev`` is the mean over the *out* splits of the training
+environments, and ``test`` is the *in* split of each held-out environment. A measurement has one
+part, named after its measure.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ from benchmarks.harness.results.statistics import information_numbers
 
 RUN_KEYS = ["benchmark", "model", "task", "method", "protocol", "variant", "learning_rate", "seed"]
 GROUP_KEYS = [key for key in RUN_KEYS if key != "seed"]
-AS = " as "  # in a part: separates it from the method that the model was converted to
-_MAY_DIVERGE = ("loss", "nats_per_byte")  # null if the model diverged
-_ROUNDING = 1e-6  # tolerance of range checks
+AS = " as "  # in names of parts, it stands before the method that the model was converted to
+_MAY_DIVERGE = ("loss", "nats_per_byte")  # these metrics are null if the model diverged
+_ROUNDING = 1e-6  # a number may be outside its range by this much
 ROUTING = (*LOADS, *information_numbers("class", "environment", "task"))
 
 
@@ -77,7 +78,8 @@ class RunNumber(NamedTuple):
 
     Attributes:
         part: The group of the number, such as ``test`` or ``cost``. The module lists them.
-        data_set: The name of the data set, or of a measured candidate; empty for the whole run.
+        data_set: The name of the data set. Measurements have the name of the candidate, which is
+            one of the compared things. The text is empty for numbers of the whole run.
         metric: The name of the metric.
         value: The number.
     """
@@ -130,7 +132,7 @@ def collect(suite: Suite, benchmark: str, part: str | None = None) -> list[Path]
     for file_part in _parts_with_files(suite, benchmark, part):
         path = records_file(suite.name, benchmark, file_part)
         runs = suite.runs_of(benchmark, file_part)
-        # one record at a time in memory
+        # a generator, so that only one record at a time is in memory
         write_lines(path, (_to_line(read_record(run)) for run in runs))
         files.append(path)
     return files
@@ -160,7 +162,7 @@ def read_records(suite: Suite, benchmark: str, part: str | None = None) -> list[
 
     Raises:
         DataError: A file of records is missing or damaged, or its runs are not those that the suite
-            plans. Names the file.
+            plans. The message names the file.
     """
     records_by_folder: dict[str, Record] = {}
     for file_part in _parts_with_files(suite, benchmark, part):
@@ -178,7 +180,7 @@ def _read_file(path: Path, runs: Sequence[Run], advice: str) -> dict[str, Record
     """Read a file of records. Map the folder of each run to its record.
 
     Raises:
-        DataError: The file cannot be read, is damaged, or has not exactly the records of ``runs``.
+        DataError: The file cannot be read, is damaged, lacks one of ``runs``, or has another run.
     """
     # a record names its run by the folder, which has the run's id
     runs_by_folder = {run.folder: run for run in runs}
@@ -227,7 +229,7 @@ def check_finished(runs: Sequence[Run], which: str, command: str) -> None:
         command: The command that finishes them, for the message.
 
     Raises:
-        DefinitionError: Some runs are not finished. Counts them.
+        DefinitionError: Some runs are not finished. The message counts them.
     """
     missing = [run for run in runs if not run.metrics_file.exists()]
     if not missing:
@@ -251,8 +253,8 @@ def check_metrics(run: Run, content: bytes, path: Path) -> Metrics:
 
     Raises:
         DataError: The file is damaged, belongs to another run, lacks a section that its benchmark
-            must record, or has a number out of the range in metrics.yaml. Names the file, and the
-            section or number.
+            must record, or has a number out of the range in metrics.yaml. The message names the
+            file, and the section or number.
     """
     advice = rerun_advice(path)
     try:
@@ -274,7 +276,7 @@ def _check_ranges(numbers: Iterable[RunNumber], path: Path) -> None:
     """Check that the numbers of a ``metrics.json`` are in the ranges of metrics.yaml.
 
     Raises:
-        DataError: A number is out of its range. Names the file and the number.
+        DataError: A number is out of its range. The message names the file and the number.
     """
     for number in numbers:
         low, high = _range_of(number.metric)
@@ -288,7 +290,10 @@ def _check_ranges(numbers: Iterable[RunNumber], path: Path) -> None:
 
 
 def _range_of(metric: str) -> tuple[float, float]:
-    """Return the smallest and the largest possible value of a metric; infinite if unlimited."""
+    """Return the smallest and the largest possible value of a metric.
+
+    A value without a limit is infinite.
+    """
     metrics = load_metrics()
     low: float | None = None
     high: float | None = None
@@ -329,9 +334,10 @@ def _check_parts(run: Run, metrics: Metrics) -> None:
 def tabulate_numbers(records: Iterable[Record]) -> pd.DataFrame:
     """Tabulate the numbers of finished runs, one row per number.
 
-    The columns are :data:`RUN_KEYS`, ``run_id``, ``part`` (see the module), ``eval_task`` (a data
-    set or a measured candidate), ``metric``, ``value``, and ``is_score`` (True for the main metric
-    of a text task).
+    The columns are :data:`RUN_KEYS`, ``run_id``, ``part``, ``eval_task``, ``metric``, ``value`` and
+    ``is_score``. ``part`` is one of the groups that the module lists. ``eval_task`` is a data set,
+    or a candidate that a measurement compares. ``is_score`` is True for the main metric of a text
+    task.
     """
     rows = []
     for record in records:
@@ -379,7 +385,7 @@ def run_numbers(run: Run, metrics: Metrics) -> Iterator[RunNumber]:
     Raises:
         LookupError: A score is missing that the run must have.
     """
-    # a measurement has no other numbers
+    # a measurement has only its measured numbers
     if metrics.measured is not None:
         for candidate, values in metrics.measured.items():
             for name, value in values.items():

@@ -10,7 +10,7 @@ from benchmarks.harness.base import read_json
 
 
 class Origin(BaseModel):
-    """The origin of blessed numbers."""
+    """The origin of blessed numbers: the commit, the machines and the code that made them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 

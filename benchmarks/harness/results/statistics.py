@@ -35,8 +35,9 @@ def information_numbers(*names: str) -> list[str]:
 class Difference:
     """The mean of paired differences, with a confidence interval and a test.
 
-    With one pair, or if all differences are equal, ``low``, ``high`` and ``p`` are nan. If several
-    differences are all 0, ``low`` and ``high`` are 0. Without pairs, ``mean`` is nan, too.
+    With one pair, ``low``, ``high`` and ``p`` are nan. The same holds if all differences are equal
+    and not 0. If several differences are all 0, ``low`` and ``high`` are 0, and ``p`` is nan.
+    Without pairs, all numbers except ``n`` are nan.
 
     Attributes:
         mean: The mean over ``n`` pairs.
@@ -174,7 +175,10 @@ def shared_pairs(
 
 
 def holm(p: pd.Series[float]) -> pd.Series[float]:
-    """Correct the p values of one family by Holm's step-down procedure; nan is left out."""
+    """Correct the p values of one family by Holm's step-down procedure.
+
+    Values of nan are no tests. They are not counted, and they stay nan.
+    """
     # statsmodels' multipletests collects garbage at every call, which takes longer than the rest
     ordered = p.dropna().sort_values()
     # the smallest is multiplied by the number of tests, the next by one less, and so on
@@ -247,8 +251,9 @@ def critical_difference(methods: int, sets: int) -> float:
 def mutual_information(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     """Compute the mutual information of expert and label in bits, ``[...]``.
 
-    Independent experts and labels also have a value above 0 by chance, a larger one with many
-    experts and labels and few rows. :func:`shuffled_information` estimates it.
+    Even if experts and labels are independent, the value is above 0 by chance. It is larger with
+    more experts and labels, and with fewer rows. :func:`shuffled_information` estimates the value
+    by chance.
 
     Args:
         counts: The choices by label and expert, ``[..., labels, experts]``.
@@ -262,7 +267,7 @@ def mutual_information(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     expert_entropy = special.entr(expert_shares).sum(-1)
     joint_entropy = special.entr(shares).sum((-2, -1))
     nats = label_entropy + expert_entropy - joint_entropy
-    # not below 0 by rounding
+    # rounding must not make it negative
     return np.maximum(nats / math.log(2), 0.0)
 
 
@@ -277,7 +282,7 @@ def shuffled_information(
     Args:
         loads: How often each row chooses each expert, ``[rows, layers, experts]``.
         labels: The label of each row, from 0.
-        strata: The stratum of each row, within which labels are shuffled.
+        strata: The stratum of each row. Labels are shuffled only within a stratum.
         seed: The seed of the shuffles.
 
     Returns:
