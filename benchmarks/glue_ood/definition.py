@@ -34,7 +34,8 @@ class EvaluationPart(SuitePart):
 class EvaluationFile(Definition, Ablated):
     """The ``benchmark.yaml`` of a benchmark that evaluates the chosen runs of another benchmark.
 
-    They are evaluated on their training task and on the OOD sets of this task. Nothing is trained.
+    The chosen runs are evaluated on their training task, and on the out-of-distribution (OOD) sets
+    of this task. Nothing is trained.
     """
 
     evaluates: str
@@ -47,24 +48,25 @@ class EvaluationFile(Definition, Ablated):
 
 
 class EvaluationDefinition(EvaluationFile, MethodsDefinition):
-    """The content of the file, completed with methods and baseline of the evaluated benchmark."""
+    """The content of ``benchmark.yaml``, with methods and baseline of the evaluated benchmark."""
 
 
 class EvaluationSpec(RunSpec):
-    """The settings that determine the numbers of a run that evaluates a run of another benchmark.
+    """The spec of a run that evaluates a run of another benchmark.
 
-    The evaluated run is chosen among candidates, which differ in learning rate, variant and seed.
+    A spec has all settings that determine the numbers of a run. The evaluated run is chosen among
+    candidates: runs of the other benchmark that differ in learning rate, variant and seed.
     """
 
     protocol: Protocol
-    """The protocol that chose among the candidates."""
+    """The protocol that chooses among the candidates."""
     task: RunTask
     """The task that the candidates were trained on."""
     ood: list[RunTask]
     """The other sets that the chosen run is evaluated on."""
     transform: Literal["dense", "emoe"] | None = optional()
-    """Conversion of the chosen model before its evaluation, with ``method.config``; by default
-    none."""
+    """What the chosen model is converted to before its evaluation: a dense model, or EMoE with the
+    configuration ``method.config``. By default it is not converted."""
     evaluation: Evaluation
     """The evaluation."""
     candidates: list[str]

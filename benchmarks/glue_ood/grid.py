@@ -24,7 +24,11 @@ from benchmarks.text.grid import DOMAINS, TextBenchmark, TextSets, check_ablatio
 
 
 class _Cell(NamedTuple):
-    """The names that candidate runs share. For each seed, one of the candidates is evaluated."""
+    """A group of runs of the evaluated benchmark, by the names that they share.
+
+    The runs of a cell differ in learning rate, variant and seed. For each seed, one of them is
+    chosen and evaluated.
+    """
 
     model: str
     task: str
@@ -33,15 +37,15 @@ class _Cell(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """One row of the tables, which evaluates chosen runs of one cell.
+    """One row of the tables, which shows the evaluations of chosen runs of one cell.
 
-    The chosen models may be converted to another method before the evaluation.
+    The chosen models may be converted to another method before the evaluation. Then they take the
+    configuration of the runs of this other method.
 
     Attributes:
         name: The name of the method, or of the row with converted models.
-        candidates: The folders of the cell's runs, among which runs are chosen.
-        used_as: The folders of the runs of the method that models are converted to; empty without
-            conversion.
+        candidates: The folders of all runs of the cell. The evaluated runs are chosen among them.
+        used_as: The folders of the runs of the other method; empty without a conversion.
     """
 
     name: str
@@ -116,7 +120,7 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
     def _candidates(
         self, part: Part[EvaluationPart], others: Sequence[Run]
     ) -> dict[_Cell, list[str]]:
-        """Group the folders of the other benchmark's runs by cell, without its ablations.
+        """Group the folders of the other benchmark's runs by cell. Its ablations are left out.
 
         Raises:
             DefinitionError: A run does not keep its weights.
@@ -139,7 +143,7 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
 
 
 def _main_rows(benchmark: TextBenchmark) -> dict[str, Method]:
-    """Return the methods of a benchmark as ``benchmark.yaml`` defines them, without ablations."""
+    """Return the methods of a benchmark as its ``benchmark.yaml`` gives them, without ablations."""
     roles = {name: method.role for name, method in benchmark.methods().items()}
     given = benchmark.definition.methods
     return {name: method for name, method in given.items() if roles[name] != ABLATION}
@@ -148,7 +152,8 @@ def _main_rows(benchmark: TextBenchmark) -> dict[str, Method]:
 def _rows(definition: EvaluationDefinition, cells: Mapping[_Cell, list[str]]) -> Iterator[_Row]:
     """Yield a row for each cell, then a row for each cell whose models are converted.
 
-    A conversion needs runs of the method that models are converted to.
+    A row with converted models needs runs of the method that they are converted to, with the same
+    model, task and protocol. Without such runs, the row is left out.
     """
     for cell, folders in cells.items():
         yield _Row(cell.method, folders, used_as=[])
@@ -165,17 +170,18 @@ def _rows(definition: EvaluationDefinition, cells: Mapping[_Cell, list[str]]) ->
 def _methods_by_seed(
     row: _Row, trained: Mapping[str, Run], file: Path
 ) -> dict[int, dict[str, Any]]:
-    """Return the sections of a row's specs that depend on the method, by seed.
+    """Return the keys ``method`` and ``transform`` of the specs of a row, by seed.
 
-    These are ``method`` and, for a conversion, ``transform``.
+    A row has one spec for each seed. The key ``transform`` exists only if models are converted.
 
     Args:
-        row: The row.
+        row: The row of the tables for which runs are planned.
         trained: The runs of the evaluated benchmark, by folder.
-        file: The file of the benchmark, for messages.
+        file: The ``benchmark.yaml``, which the error names.
 
     Raises:
-        DefinitionError: The method that models are converted to has several settings.
+        DefinitionError: Models are converted to a method that was trained with several
+            configurations for the same seed.
     """
     # each seed once, in the order of the runs
     seeds = dict.fromkeys(trained[folder].seed for folder in row.candidates)
@@ -191,9 +197,10 @@ def _methods_by_seed(
 def _conversions_by_seed(
     row: _Row, trained: Mapping[str, Run], file: Path
 ) -> dict[int, dict[str, Any]]:
-    """Return the sections ``transform`` and ``method`` of the specs of a conversion, by seed.
+    """Return the keys ``transform`` and ``method`` of the specs of a row with converted models.
 
-    The configuration is that of the runs ``row.used_as`` with the same seed.
+    The result has an entry for each seed. Its configuration is the one of the runs in
+    ``row.used_as`` with this seed.
 
     Raises:
         DefinitionError: Runs of the same seed have different configurations.

@@ -37,11 +37,11 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
     Args:
         spec: The settings of the run.
         folder: The folder of the run.
-        progress: The progress line.
+        progress: The progress line, which also shows messages.
 
     Returns:
-        The content of ``metrics.json``, without the sections that the harness adds. ``chosen`` is
-        the evaluated run.
+        The content of ``metrics.json``, without the sections that the harness adds. ``chosen``
+        names the evaluated run, with its learning rate and variant.
     """
     settings = spec.evaluation
     load = partial(
@@ -161,7 +161,8 @@ def _chosen(spec: EvaluationSpec) -> Run:
     """
     candidates = [read_run(RUNS / candidate / "run.json") for candidate in spec.candidates]
     numbers = tabulate_numbers(read_record(candidate) for candidate in candidates)
-    # the candidates are of one cell, so all selected records have the same hyper-parameters
+    # the candidates share model, task, protocol and method; so only one choice is made, and all
+    # selected records have the same hyper-parameters
     selected = select_runs(numbers, spec.protocol).iloc[0]
     for candidate in candidates:
         has_choice = (

@@ -16,7 +16,8 @@ from benchmarks.text.definition import OOD
 from benchmarks.text.outcomes import PROTOCOLS, TextOutcomes
 from benchmarks.text.tables import BY_SELECTION, RANK
 
-Scores = dict[tuple[str, str], pd.DataFrame]  # by protocol and model, [methods, data sets]
+# for each protocol and model, a frame [methods, data sets]
+Scores = dict[tuple[str, str], pd.DataFrame]
 # the columns of the table, before titles are added
 _RANK_COLUMNS = ["protocol", "model", "method", "rank", "sets", "ranked", "paper"]
 
@@ -37,9 +38,9 @@ def ranked_scores(outcomes: TextOutcomes) -> Scores:
         by_seed = group.pivot_table(
             index="method", columns=["scope", "seed"], values="value", sort=False
         )
-        # only the seeds of a data set that every method has
+        # keep the seeds of each data set for which every method has a score
         complete = by_seed.dropna(axis=1)
-        # the mean over seeds; transposed, because groups are made of rows
+        # the mean over seeds; transposed twice, because pandas groups rows, not columns
         by_set = complete.T.groupby(level="scope", sort=False).mean().T
         in_order = [name for name in methods if name in by_set.index]
         table = by_set.loc[in_order]

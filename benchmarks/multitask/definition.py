@@ -25,7 +25,8 @@ class MultitaskTraining(EpochTraining):
     """Training settings; a suite may override them."""
 
     rows_per_epoch: Count | None
-    """Maximum rows of a task per epoch. The next epoch continues with the next rows. Null: all."""
+    """Maximum rows of a task per epoch; null for all. The next epoch continues with the next
+    rows."""
     dev_rows: Count | None
     """Rows of every dev split; null for all. The mean dev score over the tasks selects epoch and
     hyper-parameters."""
@@ -38,7 +39,7 @@ class MultitaskBlock(VariantAxes):
     """
 
     mixture: Names
-    """Names of mixtures, or of tasks, which are then learned alone."""
+    """Names of mixtures, or of single tasks. A run of a single task learns only this task."""
     learning_rate: Positives
     """Peak learning rates."""
     seed: Wholes
@@ -60,9 +61,10 @@ class MultitaskDefinition(MethodsDefinition):
     tasks: str
     """File with the task definitions, in the benchmark's folder."""
     mixtures: Annotated[dict[Key, Mixture], Field(min_length=1)]
-    """Tasks that are learned at once, by name."""
+    """Mixtures by name: each has the tasks that are learned at once."""
     prefixes: dict[str, str] = Field({})
-    """Prefix of the rows of a task, by task; by default its name. Tasks may share a prefix."""
+    """Beginning of the text of every row of a task, by task. The default is the task's name. Tasks
+    may share a prefix."""
     training: MultitaskTraining
     """Training settings of every run; a suite may override them."""
 
@@ -82,7 +84,7 @@ class OtherTask(RunTask):
 
 
 class RunMixture(Strict):
-    """The tasks that a run learns at once, or a single task."""
+    """The tasks that a run learns at once, or the single task that it learns."""
 
     name: str
     """Name of the mixture, or of the single task."""
@@ -94,7 +96,7 @@ class MultitaskSpec(RunSpec):
     """The settings that determine the numbers of a run on several tasks."""
 
     protocol: Literal["clean"]
-    """The selection of epoch and hyper-parameters, by rows that are not reported."""
+    """The protocol ``clean``: rows that are not reported choose epoch and hyper-parameters."""
     task: RunMixture
     """Training tasks."""
     ood: list[OtherTask]

@@ -47,7 +47,7 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
             )
         for row, method in benchmark.methods().items():
             trains_only_a_part = method.tune or method.also_train
-            # a run of this benchmark has no calibration rows for such groups
+            # such groups need calibration rows, which runs of this benchmark do not have
             groups_by_coactivation = method.given().get("partition") == "coactivation"
             if trains_only_a_part or groups_by_coactivation:
                 raise DefinitionError(
@@ -56,7 +56,7 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
         return benchmark
 
     def trainable(self) -> list[str]:
-        """Return the tasks that a run can learn: with classes, and with train and dev splits."""
+        """Return the tasks that a run can learn: they have classes, a train and a dev split."""
         return [
             name
             for name, task in self.tasks.items()
@@ -74,7 +74,7 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
         }
         names = {"model": model_names("seq2seq"), "mixture": tasks_of_mixture, "method": methods}
         axes = (*names, *VARIANT_KEYS, "learning_rate", "seed")
-        # by model, because a suite may change the settings of single models
+        # computed once for each model, because a suite may change the settings of single models
         training_settings = functools.cache(functools.partial(self.settings, "training", part))
         for where, point in part.grid_points(names, axes):
             tasks = tasks_of_mixture[point["mixture"]]
@@ -102,13 +102,13 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
         return specs
 
     def _ood_sets(self, tasks: Collection[str], exclude: Collection[str]) -> list[dict[str, Any]]:
-        """Make the specs of the OOD sets of learned tasks, without excluded and learned sets.
+        """Make the specs of the OOD sets of learned tasks.
 
-        A set is read as the first task that lists it: with the prefix, field names and answers of
-        this task.
+        Sets that are excluded or learned are left out. A set is read as the first task that lists
+        it. It gets the prefix, field names and answers of this task.
 
         Raises:
-            DefinitionError: A set has another number of fields than the task.
+            DefinitionError: A set and a task that lists it have different numbers of text fields.
         """
         read_as: dict[str, str] = {}
         for name in tasks:

@@ -57,7 +57,7 @@ def run(spec: MultitaskSpec, folder: Path, progress: Progress) -> dict[str, Any]
         progress: The progress line.
 
     Returns:
-        The content of ``metrics.json`` without the harness's part.
+        The content of ``metrics.json``, without the sections that the harness adds.
 
     Raises:
         DataError: Data or the model are missing, or two classes of a task have the same tokens.
@@ -74,7 +74,7 @@ def run(spec: MultitaskSpec, folder: Path, progress: Progress) -> dict[str, Any]
     test_scores, routing = evaluate_with_routing(
         trainable.model, partial(trainer.score_tasks, "test")
     )
-    # before `trainer.cost`, which includes all evaluations
+    # all sets are scored before `trainer.cost` is read, because the cost includes evaluations
     scores = {
         "dev": trainer.score_tasks("dev"),
         "test": test_scores,
@@ -97,8 +97,9 @@ def _splits(
 ) -> dict[str, TextSplit]:
     """Load the splits of a task: ``train``, ``dev`` (for selection) and ``test`` (reported).
 
-    A task without a test split reports the dev split, and selects with held-out training rows.
-    ``load`` loads a split, given the task, the name and the maximum number of rows.
+    If a task has no test split, its dev split is reported. Then held-out training rows are used for
+    selection. The function ``load`` gets the task, the name of a split and the maximum number of
+    rows.
     """
     train = load(task, "train", None)
     test = load(task, "test", training.eval_rows)
@@ -219,18 +220,18 @@ class MixedOrder(EpochOrder):
                 rows.append(start + row)
                 self._lengths.append(lengths[row])
             start += len(lengths)
-        order = super().__iter__()  # indices in `rows`
+        order = super().__iter__()  # indices of the list `rows`
         return (rows[index] for index in order)
 
     def _rows_of_epoch(self, name: str) -> list[int]:
         """Return the rows of a task in this epoch.
 
-        Passes over all rows, each in a new random order, follow each other without end. An epoch
-        has the next rows of this sequence.
+        The task's rows form an endless sequence of passes. Each pass has all rows once, in a new
+        random order. An epoch takes the next rows of this sequence.
         """
         rows = len(self._tasks[name])
         rows_per_epoch = self._rows_per_epoch[name]
-        # the rows of the earlier epochs: complete passes, and the first rows of the next pass
+        # the earlier epochs used `first_pass` complete passes, and `start` rows of the next pass
         first_pass, start = divmod(self._epoch * rows_per_epoch, rows)
         # an epoch spans at most two passes
         sequence: list[int] = []
@@ -261,7 +262,7 @@ def log_likelihoods(
     rows = len(batch["input_ids"])
     count = len(answers)
     longest = max(len(answer) for answer in answers)
-    # shorter answers are padded with labels that have no loss
+    # pad shorter answers with labels that add nothing to the loss
     padded = []
     for answer in answers:
         padding = [_IGNORED] * (longest - len(answer))
@@ -296,7 +297,8 @@ class MultitaskTrainer(RoutedTrainer):
         progress: The progress line.
 
     Attributes:
-        probe: The recorder of the first losses.
+        probe: The recorder of the first losses, and of the logits and expert loads of a fixed
+            batch.
     """
 
     def __init__(
@@ -328,10 +330,10 @@ class MultitaskTrainer(RoutedTrainer):
 
         learned = self._learned_rows()
         lengths = {name: task_rows.lengths for name, task_rows in learned.items()}
-        # MixedOrder indexes the tasks in this order
+        # the tasks are concatenated in the order in which MixedOrder counts their rows
         rows: ConcatDataset[dict[str, Any]] = ConcatDataset(learned.values())
         collate = DataCollatorForSeq2Seq(tokenizer, model=self._network)
-        # before training, on the same rows in every run
+        # observe the model before training, on the same rows in every run
         self.probe.observe(self._network, collate(fixed_rows(rows)))
         super().__init__(
             args=epoch_arguments(
@@ -400,7 +402,7 @@ class MultitaskTrainer(RoutedTrainer):
         metrics = {f"eval_{name}": value for name, value in scores.items()}
         metrics[f"eval_{_MEAN}"] = mean
         self.log(metrics)
-        # what Trainer's own method does at its end
+        # Trainer's own method also calls the callbacks at its end
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )

@@ -20,15 +20,15 @@ ID_MEAN = "id_mean"
 TRANSFER = "transfer"
 # the domains of means, each with the domain of the averaged sets
 _MEANS = {ID_MEAN: ID, OOD_MEAN: OOD}
-_KEYS_OF_GAIN = [*CELL, "domain"]  # the columns that identify a row of the table of gains
+_KEYS_OF_GAIN = [*CELL, "domain"]  # the columns that identify a row of the table `gains`
 
 
 class MultitaskOutcomes(TextOutcomes):
     """The results of finished multi-task runs, with two more groups of scores (domains).
 
     The column ``task`` has the mixture, or the task that is learned alone. The domain ``id_mean``
-    is the mean over the tasks of a mixture. The domain ``transfer`` is the score of a task in a
-    mixture minus the score of the same task if it is learned alone.
+    has the mean score over the tasks of a mixture. The domain ``transfer`` has the score of a task
+    in a mixture, minus the score of the same task if it is learned alone.
     """
 
     def select_mixtures(self, frame: pd.DataFrame) -> pd.DataFrame:
@@ -67,9 +67,10 @@ class MultitaskOutcomes(TextOutcomes):
 
 
 def gains(outcomes: MultitaskOutcomes) -> Table:
-    """Make a table of mean scores over sets, the set with the largest gain, and the paper's gains.
+    """Make a table of mean scores over sets, and of the gains over the baseline.
 
-    It has a row for each mixture and method, in domain and out of domain.
+    It has a row for each mixture and method, in domain and out of domain. A row also shows the set
+    with the largest gain, and the gain that the paper reports.
     """
     return Table(
         "Means over tasks and over other sets, and the paper's best gains",
@@ -112,11 +113,11 @@ def _gains_caption(outcomes: MultitaskOutcomes) -> str:
 def _gain_rows(outcomes: MultitaskOutcomes) -> pd.DataFrame:
     """Compute the rows of :func:`gains`, not yet in order."""
     rows = outcomes.select_mixtures(outcomes.rows)
-    # the means over sets, with the domain of the averaged sets instead of the domain of means
+    # the means over sets; their domain is replaced with the domain of the averaged sets
     numbers = ["mean", "std", "n", "delta", "low", "high"]
     is_mean = rows["domain"].isin(_MEANS)
     means = rows.loc[is_mean, [*_KEYS_OF_GAIN, *numbers]].replace({"domain": _MEANS})
-    # the sets themselves: their number, and the set with the largest gain
+    # the number of sets in each row, and the set with the largest gain
     sets = rows[rows["domain"].isin(DOMAINS)]
     set_counts = sets.groupby(_KEYS_OF_GAIN, sort=False).size().rename("sets").reset_index()
     best_sets = _best_sets(sets)
@@ -164,7 +165,7 @@ def transfer(outcomes: MultitaskOutcomes) -> Table:
                 signed=True,
             ),
         ],
-        differences.assign(**{RUNS: run_folders}),  # the rows link to both compared runs
+        differences.assign(**{RUNS: run_folders}),  # each row links to the runs that it compares
     )
 
 
@@ -209,12 +210,12 @@ TABLES = {
 
 
 def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
-    """Present the finished runs of the benchmark."""
+    """Make the tables and verdicts of a benchmark's finished runs. It has no figures."""
     outcomes = MultitaskOutcomes(benchmark, records)
     return Presentation(
         benchmark,
         TABLES,
-        {},
+        {},  # no figures
         outcomes,
         verdicts=list(verdicts(outcomes)),
         note=NOTE,

@@ -15,7 +15,7 @@ MEASURES = ("layer", "step", "forward", "generate", "partition")
 
 
 class Settings(Strict):
-    """All settings of measurements, in their order in a run's name.
+    """All settings of measurements. A run's name lists them in this order.
 
     A measure uses only the settings that its entry below `measures` has.
     """
@@ -23,19 +23,20 @@ class Settings(Strict):
     layers: Layers = "all"
     """Converted layers."""
     num_experts: Count
-    """N."""
+    """Number of experts, N, or of clusters."""
     top_k_fraction: Share = 1.0
-    """k / N."""
+    """Share of the experts that each token uses, k / N."""
     batch_size: Count = 1
     """Rows of a training step, or prompts that are answered together."""
     tokens: Count = 1
     """Number of tokens of a forward pass, a training row, or a prompt."""
     threads: Count
-    """Threads of PyTorch."""
+    """CPU threads of PyTorch."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights."""
     candidates: Names
-    """Compared candidates, in addition to the dense model if there is one."""
+    """Names of the compared implementations (candidates). All measures except `partition` also
+    measure the dense model."""
 
 
 class Measure(Entry):
@@ -81,7 +82,8 @@ class MeasurementDefinition(Definition):
     """
 
     models: dict[str, dict[str, Any] | None]
-    """Models by name: a configuration (random weights), or null for a model of models.yaml."""
+    """Models by name: a configuration for a model with random weights, or null for a model of
+    models.yaml."""
     candidates: dict[str, str]
     """Titles of the candidates, by name, in the order of table columns."""
     measures: dict[Annotated[str, registered(MEASURES)], Measure]

@@ -84,7 +84,7 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
                 )
 
     def _known_models(self) -> list[str]:
-        """Return the models that can be built: with a configuration, or known in models.yaml."""
+        """Return the models that can be built: they have a configuration or are in models.yaml."""
         names = []
         for name, config in self.definition.models.items():
             if config or name in load_models():
@@ -113,7 +113,7 @@ def _variant(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
     """Name the settings that differ from their defaults, such as ``tokens=64-threads=2``."""
     changed = []
     for key, value in settings.items():
-        # candidates do not name a run, because each run measures several of them
+        # candidates are no part of the name, because each run measures several of them
         if key != "candidates" and value != defaults[key]:
             changed.append(f"{key}={value}")
     return "-".join(changed)

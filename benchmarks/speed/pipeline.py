@@ -24,7 +24,7 @@ from emoe.architectures import find_ffns
 from emoe.clustering import balanced_kmeans, explained_variance_ratio
 
 _ROUNDS = 5
-_MIN_SECONDS = 0.1  # time of a candidate per round
+_MIN_SECONDS = 0.1  # in each round, a candidate is measured at least as long
 # the timed statement of each measure; `variables` returns the values of the names in it
 _STATEMENTS = {
     "layer": "net.zero_grad(); net.layers[0].mlp(x.detach().requires_grad_()).backward(x)",
@@ -50,8 +50,8 @@ def run(spec: MeasurementSpec, _folder: Path, progress: Progress) -> dict[str, A
         progress: The progress line.
 
     Returns:
-        The content of ``metrics.json`` without the harness's part: ``measured`` has the numbers of
-        each candidate, and ``cost`` is empty.
+        The content of ``metrics.json``, without the sections that the harness adds. ``measured``
+        has the numbers of each candidate, and ``cost`` is empty.
     """
     measure = spec.task.name
     settings = spec.settings
@@ -155,14 +155,15 @@ def time_in_turn(timers: Mapping[str, Timer]) -> dict[Any, Any]:
         timers: The timers of the candidates, by name. One of them is ``dense``.
 
     Returns:
-        For each candidate, the median ``seconds``, and the time as a ratio to the dense time in the
-        same round: the median ``ratio``, and the extremes ``ratio_low`` and ``ratio_high``.
+        The numbers of each candidate. ``seconds`` is the median time. ``ratio`` is the median, over
+        rounds, of the time divided by the dense time in the same round. ``ratio_low`` and
+        ``ratio_high`` are the lowest and the highest of these ratios.
     """
     rounds = []
     for _ in range(_ROUNDS):
         seconds_of_round = {}
         for name, timer in timers.items():
-            # begins with a warm-up
+            # this call begins with a warm-up
             measurement = timer.blocked_autorange(min_run_time=_MIN_SECONDS)
             seconds_of_round[name] = measurement.median
         rounds.append(seconds_of_round)
@@ -184,12 +185,12 @@ def time_in_turn(timers: Mapping[str, Timer]) -> dict[Any, Any]:
 def measure_partition(net: Any, settings: Settings) -> dict[str, dict[str, float]]:
     """Measure the balanced clustering of the neurons in the last FFN, by their keys.
 
-    A key is the in-projection's weight vector of a neuron. The candidates are EMoE's clustering
-    (``emoe``) and that of the authors (``kmeans_constrained``).
+    The key of a neuron is its weight vector in the FFN's in-projection. The candidates are EMoE's
+    clustering (``emoe``) and the authors' clustering (``kmeans_constrained``).
 
     Returns:
-        For each candidate, ``seconds`` and ``inertia``: the share of the variance that the clusters
-        do not explain.
+        For each candidate, the time ``seconds`` and the ``inertia``. The inertia is the share of
+        the variance that the clusters do not explain.
     """
     last_ffn = find_ffns(net)[-1]
     keys = last_ffn.keys().detach().float()
@@ -217,7 +218,7 @@ def _kmeans_constrained(keys: Tensor, num_clusters: int) -> Tensor:
     from k_means_constrained import KMeansConstrained
 
     size = len(keys) // num_clusters
-    # ten starts are the default
+    # the default is ten starts
     clusterer = KMeansConstrained(
         n_clusters=num_clusters, size_min=size, size_max=size, random_state=0
     )

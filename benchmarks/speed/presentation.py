@@ -36,7 +36,7 @@ class Measurements:
         """Return the ratios of every setting to the dense time, for claims."""
         is_ratio = self.origins["metric"].str.startswith("ratio")
         ratios = self.origins[is_ratio].drop(columns="method")
-        # claims compare methods in a domain; here these are the candidates of a measure
+        # a claim compares methods in a domain; here it compares the candidates of a measure
         named = ratios.rename(columns={"task": "domain", "eval_task": "method"})
         return join_claim_numbers(named)
 
@@ -78,12 +78,13 @@ def _settings_of_runs(runs: Sequence[Run], measure: str, keys: Sequence[str]) ->
 
 
 def _numbers_of_runs(origins: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """Return the numbers of a measure, with a row for each run, by ``run_id``.
+    """Return the numbers of a measure, with a row for each run.
 
-    It has a column for each number of a candidate, such as ``sparse_ratio``.
+    The index is ``run_id``. There is a column for each number of a candidate, such as
+    ``sparse_ratio``.
 
     Args:
-        origins: A row for each number of a run. See :class:`Measurements`.
+        origins: A row for each number of a run, as in :class:`Measurements`.
         measure: The name of the measure.
     """
     numbers = origins[origins["task"] == measure]
@@ -94,7 +95,7 @@ def _numbers_of_runs(origins: pd.DataFrame, measure: str) -> pd.DataFrame:
 def _candidate_columns(candidate: str, title: str) -> list[Column]:
     """Return all columns that a candidate can have in a table: time, ratio, inertia.
 
-    A measure has only some of them.
+    The table of a measure has only those whose numbers the measure records.
     """
     interval = (f"{candidate}_ratio_low", f"{candidate}_ratio_high")
     return [
@@ -108,7 +109,7 @@ TABLES = {name: partial(measure_table, name) for name in MEASURES}
 
 
 def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
-    """Present the finished runs of the benchmark."""
+    """Make the tables of a benchmark's finished runs: one for each measure. It has no figures."""
     runs = [record.run for record in records]
     measured = Measurements(benchmark.definition, runs, tabulate_numbers(records))
     return Presentation(benchmark, TABLES, {}, measured)

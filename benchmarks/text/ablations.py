@@ -34,7 +34,8 @@ from benchmarks.text.definition import ABLATION_COLUMNS, ID, OOD, PUBLISHED, Abl
 from benchmarks.text.outcomes import ARROW, DOMAINS, TextOutcomes, shown_deviation, split_name
 
 _AVERAGE_OF = "average of "
-# a group: the rows that are compared with each other; a scope is a task, a pair or an average
+# Rows with the same values in these columns form a group, and are compared with each other. A scope
+# is a task, a pair of tasks, or an average.
 _KEYS_OF_GROUP = ["protocol", "domain", "model", "scope"]
 _KEYS_OF_ROW = [*_KEYS_OF_GROUP, "method"]
 
@@ -46,13 +47,17 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     only in the method are compared with each other.
 
     Returns:
-        The five keys and their titles, ``mean``, ``std`` and ``n`` over seeds, ``active_neurons``,
-        the paper's numbers (``paper``, ``paper_delta``, ``status``, ``source``), ``is_ours`` (False
-        for rows that only the paper has) and ``is_average``. The paired difference to the baseline,
-        or to the row above if the ablation has ``steps``, is ``delta``, ``low``, ``high``, ``p``,
-        ``p_holm`` and ``verdict``.
+        A frame with these columns:
+
+        - the five keys and their titles
+        - ``mean``, ``std`` and ``n`` over seeds, and ``active_neurons``
+        - ``delta``, ``low``, ``high``, ``p``, ``p_holm`` and ``verdict``: the paired difference to
+          the baseline, or to the row above if the ablation has ``steps``
+        - ``paper``, ``paper_delta``, ``status`` and ``source``: the paper's numbers
+        - ``is_ours``: False for rows that only the paper has
+        - ``is_average``: True if the scope is an average
     """
-    # these outcomes have a row for every setting; the main ones only for the best
+    # `ablated` has a row for every setting of a method; `outcomes` has only the best setting
     ablated = outcomes.ablated
     names = _row_names(ablation, ablated.methods)
     seeds = _compared_seeds(ablated, names)
@@ -86,8 +91,9 @@ def _row_names(ablation: Ablation, methods: Iterable[str]) -> list[str]:
 def _compared_seeds(outcomes: TextOutcomes, names: Sequence[str]) -> pd.DataFrame:
     """Return the scores of the rows ``names`` by seed, and their averages over scopes.
 
-    The rows of a group (:data:`_KEYS_OF_GROUP`) keep the seeds that all of them have. A group
-    without the baseline or without an ablated row is left out.
+    A group has the rows that are compared with each other (:data:`_KEYS_OF_GROUP`). Only the seeds
+    that all rows of a group have are kept. A group without the baseline or without an ablated row
+    is left out.
     """
     scores = outcomes.seeds
     is_shown = (
@@ -113,15 +119,15 @@ def _compared_seeds(outcomes: TextOutcomes, names: Sequence[str]) -> pd.DataFram
 
 
 def _is_ablated(outcomes: TextOutcomes, name: str) -> bool:
-    """Return True if a row is one of several settings, or its role is ablation or control."""
+    """Return True if a row is a setting of a method, or its role is ablation or control."""
     return bool(split_name(name).setting) or outcomes.role(name) in (ABLATION, CONTROL)
 
 
 def _summarise(seeds: pd.DataFrame, references: Iterable[tuple[str, str | None]]) -> pd.DataFrame:
     """Compute the mean, deviation and paired difference of each row over seeds.
 
-    ``references`` are the pairs of rows to compare, see
-    :func:`~benchmarks.harness.report.common.summarize`.
+    Each pair in ``references`` has a reference row, and the row that is compared with it. None in
+    the second place means that all other rows are compared with the reference.
     """
     summaries = summarize(seeds, cell=_KEYS_OF_ROW, references=references).drop(columns="pairs")
     # ablations show pandas' grouped statistics, which differ from summarize's in the last digit
@@ -158,7 +164,7 @@ def _method_key(ablation: Ablation, name: str) -> tuple[int, list[float], str]:
     """Return the sort key of a row name: its place in the ablation, then the setting's numbers."""
     method, setting = split_name(name)
     place = ablation.rows.index(method)
-    # by number, so that N8 comes before N16
+    # the numbers of N16-k0.25 are 16 and 0.25; sorted by number, N8 comes before N16
     numbers = [float(number) for number in re.findall(r"\d+\.?\d*", setting)]
     return place, numbers, setting
 
@@ -179,7 +185,7 @@ def _averages(seeds: pd.DataFrame) -> pd.DataFrame:
         by_scope = group[group["scope"].isin(shared)].pivot_table(
             index=["method", "seed"], columns="scope", values="value", sort=False
         )
-        # a seed that lacks a scope has no average
+        # a method and seed without a score in one of the scopes has no average
         complete = by_scope.dropna()
         means = complete.mean(axis=1).rename("value").reset_index()
         noun = "tasks" if domain == ID else "pairs"
@@ -204,7 +210,8 @@ def _join_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) 
     on = ["protocol", "model", "scope", "method"]
     numbers = published[[*on, "paper", "paper_delta", "status", "source"]]
     joined = rows.merge(numbers, on=on, how="outer", sort=False)
-    # rows that only the paper has lack a domain; a scope with an arrow is a pair of tasks
+    # Rows that only the paper has lack a domain. A scope with an arrow is a pair of tasks, so it is
+    # out of domain.
     is_pair = joined["scope"].str.contains(ARROW, regex=False)
     domains = is_pair.map({True: OOD, False: ID})
     return joined.assign(domain=joined["domain"].fillna(domains))
@@ -239,8 +246,8 @@ def _read_paper(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
 def _add_titles(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
     """Add ``is_average``, and ``method_title`` with the setting of the row.
 
-    If settings of the rows vary k, the number of experts in use, then the rows of methods with a
-    single setting also show N, the number of experts, and k/N.
+    Some ablations vary k, the number of experts in use. There, our rows without a setting also show
+    N, the number of experts, and k/N.
     """
     settings = [split_name(name).setting for name in rows["method"]]
     k_varies = any("k" in setting_values(setting) for setting in settings)
@@ -260,7 +267,7 @@ def _add_titles(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _configs(outcomes: TextOutcomes) -> dict[tuple[str, str], dict[str, Any]]:
-    """Map each model and method to the expert settings of its first run; empty if it is dense."""
+    """Map each model and method to the expert settings of its first run, empty without experts."""
     by_run = {run.id: run.config for run in outcomes.runs}
     first_runs = outcomes.records.drop_duplicates(["model", "method"])
     return {(run.model, run.method): by_run[run.run_id] for run in first_runs.itertuples()}
@@ -347,14 +354,14 @@ def ablation_figure(outcomes: TextOutcomes, name: str) -> Figure:
 def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
     """Draw the differences of the ablation ``name`` as a forest plot.
 
-    They are differences to the baseline or, with ``steps``, to the row above. Each panel is a
-    model, under the first protocol that it has. Each line is a method. A mark is a difference in
-    domain or out of domain, averaged over sets if there are several. It has a 95 % interval if
-    there are three seeds.
+    They are differences to the baseline or, if the ablation has ``steps``, to the row above. Each
+    panel shows the runs of one model under the first protocol that the model has. Each line is a
+    method. A mark is a difference in domain or out of domain, averaged over sets if there are
+    several. With three or more seeds, it has a 95 % interval.
     """
     definition: Ablation = outcomes.benchmark.definition.ablations[name]
     rows = ablation_rows(outcomes, definition)
-    # a panel for each model; rows without a model are the paper's
+    # each model has a panel; rows without the title of a model are the paper's
     with_panels = rows.assign(panel=rows["model_title"].replace("", "the paper"))
     ours = with_panels[with_panels["is_ours"] & with_panels["delta"].notna()]
     if ours.empty:

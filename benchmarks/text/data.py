@@ -43,7 +43,8 @@ _BUILDERS = {
 _DEV_SHARE = 0.15
 _TEST_SHARE = 0.15
 
-_NO_LABEL = {"", "-1", "nan", "none", "null"}  # missing labels, unless the task has such a class
+# a row with one of these labels has no gold label, unless the task has a class of this name
+_NO_LABEL = {"", "-1", "nan", "none", "null"}
 # a whole number with zeros after the point, such as 1.0; the group is the part before the point
 _WHOLE = re.compile(r"^(-?\d+)\.0*$")
 
@@ -103,9 +104,8 @@ class TextSplit:
     def stratified_sample(self, share: float, seed_name: str) -> TextSplit:
         """Sample a share of the rows of every class, the same rows in every run.
 
-        The rows of a smaller share are among those of a larger one. Every class keeps at least one
-        row. In a regression, rounded scores serve as classes. ``seed_name`` seeds the random
-        numbers.
+        A larger share contains all rows of a smaller one. Every class keeps at least one row. In a
+        regression, rounded scores serve as classes. ``seed_name`` seeds the random numbers.
         """
         by_class: dict[int, list[int]] = {}
         for row, label in enumerate(self.labels):
@@ -140,7 +140,7 @@ class TextSplit:
         return np.asarray(self.labels, dtype=np.int64)
 
     def summary(self) -> dict[str, Any]:
-        """Return ``data`` of ``metrics.json``: source, digest, and numbers of rows.
+        """Describe the split for ``data`` in ``metrics.json``: source, digest, and numbers of rows.
 
         ``labels`` counts the rows of each class. A regression has the ``range`` of its scores
         instead.
@@ -164,7 +164,7 @@ class TextSplit:
 
 
 def resolve_part(splits: Splits, part: str) -> str:
-    """Return the part to read: ``part``, but ``dev`` instead of a missing ``test`` split."""
+    """Return the part to read: ``dev`` if the ``test`` split is missing, else ``part`` itself."""
     if part == "test" and splits.test is None:
         return "dev"
     return part
@@ -175,7 +175,7 @@ def describe_rows(name: str, part: str, split: TextSplit, entry: TaskEntry) -> S
 
     Args:
         name: The name of the task.
-        part: The part.
+        part: The name of the part.
         split: The rows of the part.
         entry: The task, with the row counts that its makers and the paper's authors report.
     """
@@ -211,7 +211,7 @@ def load_part(
     If the task has no test split, its dev split is the test part.
 
     Args:
-        task: The task.
+        task: The task whose rows are loaded.
         part: The name of the part.
         rows: The number of sampled rows; None keeps all.
         entries: The tasks of ``tasks.yaml``, with the row counts that are expected.
@@ -220,7 +220,7 @@ def load_part(
     """
     read_part = resolve_part(task.splits, part)
     split = load_split(task, read_part)
-    # a copy of the set may be incomplete
+    # warn if the row count is unexpected, because a copy of the set may be incomplete
     if say and entries and task.name in entries:
         note = describe_rows(task.name, read_part, split, entries[task.name]).note
         if note:
@@ -233,8 +233,9 @@ def load_split(task: RunTask, part: str) -> TextSplit:
 
     Rows without a text or a gold label are left out. :attr:`TextSplit.dropped` counts them.
 
-    Rows come from a package or a csv if the task names one. Else they come from the set's folder
-    below the data root (``EMOE_DATA_ROOT``), or, without that folder, from the hub.
+    If the task names a package or a csv, the rows come from there. Otherwise they come from the
+    set's folder below the data root (``EMOE_DATA_ROOT``). Without that folder, they come from the
+    hub.
 
     Raises:
         DataError: The set, a column or a split is missing, a label is not one of the task's, or no
@@ -357,7 +358,8 @@ def _read_saved(folder: Path, task: RunTask, splits: Sequence[str]) -> list[_Tab
     The folder may hold a single set without splits, if the task has no training split.
 
     Raises:
-        DataError: The folder cannot be read, or has no splits but the task needs several.
+        DataError: The folder cannot be read, lacks a split, or has a set without splits although
+            the task has a training split.
     """
     with _name_file_in_errors(folder):
         saved: Any = datasets.load_from_disk(str(folder))
@@ -378,7 +380,7 @@ def _read_folder(folder: Path, task: RunTask, split: str) -> list[_Table]:
         DataError: The folder has no file of the split, or a file cannot be read.
     """
     folders = [folder]
-    # on the hub, the files of a configuration are in a folder of that name, or in `data`
+    # on the hub, the files of a configuration are in a folder with its name, or in `data`
     if task.source.config:
         folders += [folder / task.source.config, folder / "data"]
     # the first folder and format with files of the split
@@ -442,7 +444,7 @@ def _documented_class_names(
 ) -> Sequence[str] | None:
     """Find the class names in README.md or ``dataset_infos.json`` of the folders.
 
-    Returns None if neither file has them.
+    Return None if no folder has them.
     """
     for folder in folders:
         infos = DatasetInfosDict.from_directory(str(folder))
@@ -573,7 +575,7 @@ class _LabelReader:
         """Return the class number or the score of a label; None if the task has no such label."""
         if self.classes:
             return self.classes.get(label)
-        # a text that is not a number becomes nan, which is in no range
+        # a text that is not a number becomes nan, which is outside of every range
         score = float(pd.to_numeric(label, errors="coerce"))
         if self.low <= score <= self.high:
             return score
@@ -639,10 +641,11 @@ def _class_numbers(table: _Table, task: RunTask) -> dict[str, int]:
 
 
 def _class_names_by_spelling(table: _Table, task: RunTask) -> dict[str, str]:
-    """Map each spelling of a label, a class name or a class number as text, to the class name.
+    """Map each spelling of a label to the class name.
 
-    Class numbers are left out if the task's class names are numbers, too. They are also left out if
-    the table stores real class names.
+    A spelling is a class name, or a class number as text. Class numbers are left out if one of the
+    task's class names is a number, too. They are also left out if the table stores real class
+    names.
     """
     by_number = {str(number): name for number, name in enumerate(task.labels)}
     if any(_is_number(name) for name in (*task.labels, *task.label_names)):
@@ -663,14 +666,14 @@ def _is_number(name: str) -> bool:
 
 
 def _are_numbers_from_0(names: Sequence[str]) -> bool:
-    """Return True if the class names are the numbers from 0, as if there were no names."""
+    """Return True if the class names are only numbers from 0, such as ``0``, ``1`` and ``2``."""
     return set(names) == {str(number) for number in range(len(names))}
 
 
 def _makers_spellings(task: RunTask) -> dict[str, str]:
     """Map the labels in the files of the set's makers to class names, for all file layouts."""
     spellings = {}
-    # an earlier layout has precedence, so it comes last
+    # an earlier layout has precedence, so it comes last and overwrites later ones
     for layout in reversed(task.raw_formats or []):
         spellings.update(layout.label_names)
     return spellings

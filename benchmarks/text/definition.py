@@ -89,15 +89,15 @@ class TextTraining(EpochTraining):
     train_rows: Count | None
     """Training rows, taken from the shuffled training split; null for all."""
     train_share: Share | None = optional()
-    """Share of these rows, sampled per class; smaller shares are subsets of larger ones. Default:
-    all."""
+    """Share of the training rows, sampled per class. A larger share contains the rows of a smaller
+    one. Default: all."""
     dev_rows: Count | None = optional()
     """Rows of the dev split, for tasks with a test split; null or omitted: `eval_rows`."""
     ood_rows: Count | None = optional()
     """Rows of every OOD set; null or omitted: `eval_rows`."""
     patience: Count | None
-    """Stop after this many epochs without a new best score above 0 (needs checkpoint_selection:
-    best); null: never stop."""
+    """Stop after this many epochs without a new best score above 0; null: never stop. A number
+    needs `checkpoint_selection: best`."""
     frozen_layers: Whole | None = optional_zero()
     """Number of first layers that are frozen with the embeddings, without dropout and stochastic
     depth. Their output for a row is computed once and kept (`resources/prefixes/`). Only later
@@ -107,15 +107,18 @@ class TextTraining(EpochTraining):
     keep_weights: bool
     """Keep the trained weights in the run's folder, for benchmarks that evaluate them."""
     evaluate_ood: bool | Names | None = optional()
-    """Evaluate all runs, or the runs of these methods, on the task's OOD sets at the end; not part
-    of a run's spec. Use a benchmark that evaluates only chosen runs for large sets."""
+    """Evaluate all runs, or the runs of these methods, on the task's OOD sets at the end. This key
+    is not part of a run's spec. For large sets, use a benchmark that evaluates only chosen runs."""
     epochs_by_task: dict[str, Positive] | None = optional()
-    """Epochs of single tasks; not part of a run's spec."""
+    """Number of epochs for single tasks, instead of `epochs`. This key is not part of a run's
+    spec."""
 
 
 class TextBlock(VariantAxes):
-    """One block of a grid: every combination of its lists is a run. Varied method settings name the
-    variant."""
+    """One block of a grid: every combination of its lists is a run.
+
+    Method settings that a block varies are part of a run's name, such as ``N16``.
+    """
 
     model: Names
     """Names in models.yaml."""
@@ -128,9 +131,10 @@ class TextBlock(VariantAxes):
     seed: Wholes
     """Seeds."""
     train_share: Shares | None = optional()
-    """Shares of the training rows, for rows with `role: ablation`."""
+    """Shares of the training rows. Only methods with `role: ablation` may vary them."""
     epochs_factor: Positives | None = optional()
-    """Factors on the usual epochs, for rows with `role: ablation`."""
+    """Factors by which the usual epochs are multiplied. Only methods with `role: ablation` may vary
+    them."""
     protocol: Annotated[list[Protocol], Field(min_length=1), UNIQUE] | None = optional()
     """Selection of epoch and hyper-parameters. published: with the dev split, which is also
     reported. clean: with a split that is not reported. Left out: clean for tasks with a test split,
@@ -166,8 +170,8 @@ class Ablation(Strict):
     question: str
     """Question of the ablation, and the paper's answer."""
     rows: Annotated[Names, UNIQUE]
-    """Compared rows; the first one is the baseline. Every setting is a separate row, for rows with
-    `role: ablation` or several variants."""
+    """Names of the compared methods; the first is the baseline. If a method has `role: ablation` or
+    several variants, each of its settings is a separate row."""
     steps: Literal[True] | None = optional()
     """Compare each row with the row above it, instead of with the baseline."""
     paper: str | None = optional()
@@ -179,7 +183,7 @@ class Ablated(Strict):
     """The settings of a text benchmark for its ablations."""
 
     ablations: dict[Key, Ablation] = Field({})
-    """Ablations by name; `tables` and `figures` list the ones to show."""
+    """Ablations by name. The lists `tables` and `figures` name the ablations that are shown."""
     transformed: dict[Key, Transformed] = Field({})
     """Rows for ablations that are trained as one method and evaluated as another, by name."""
 
@@ -190,8 +194,8 @@ class PublishedTraces(Strict):
     task: str
     """Training task."""
     rows: dict[str, str]
-    """CSV of each method, in the benchmark's folder: one row per window, one column per expert's
-    share."""
+    """CSV of each method, in the benchmark's folder. A row has the shares of all experts in one
+    window of training steps, one column per expert."""
 
 
 class TextDefinition(MethodsDefinition, Ablated):
@@ -220,16 +224,17 @@ class TextSource(Strict):
     folder: str | None = optional()
     """Name of the set's folder below data_root."""
     csv: str | None = optional()
-    """A csv in this project. Its column `split` names the split of each row; without it, a hash of
-    the text chooses it."""
+    """A csv in this project. Its column `split` names the split of each row. Without this column, a
+    hash of the text chooses the split."""
     vader_sentiment: str | None = optional()
-    """A domain of the human-rated sentiment set."""
+    """A domain, such as tweets, of the human-rated sentiment set in the package vaderSentiment."""
     vader_label: Literal["strength"] | None = optional()
-    """Label by the strength of the rating (weak, strong); by default by its sign."""
+    """The label is the strength of the rating (weak or strong). By default, it is the sign of the
+    rating."""
 
 
 class Splits(Strict):
-    """Split names by part; `a+b` is both."""
+    """Split names by part. The name `a+b` stands for the rows of `a`, followed by those of `b`."""
 
     train: str | None = None
     """Training split."""
@@ -254,8 +259,8 @@ class FileLayout(Strict):
     header: bool = True
     """True if the first line names the columns."""
     where: dict[str, Any] | None = optional()
-    """If one file holds several splits: the `column` that names the split, and its `values` by
-    split."""
+    """How to separate the splits, if one file holds several. `column` is the column that names the
+    split, and `values` has its value for each split."""
     label_names: dict[str, str] = Field({})
     """Class names by the labels of these files; other labels are errors."""
 
@@ -272,7 +277,7 @@ class RunTask(Strict):
     label: str = "label"
     """Column with the label."""
     column_aliases: dict[str, str] = Field({})
-    """Column names, by the names in other copies of the set."""
+    """Names of columns in other copies of the set, each with the name that is used here."""
     labels: list[str] = Field([])
     """Names of the classes in the order of their numbers; empty for a regression. Class i of a
     model corresponds to class i of any other set with as many classes."""
@@ -284,16 +289,17 @@ class RunTask(Strict):
     """Label values that mark a row without a gold label, in addition to -1, null, nan and an empty
     cell. These rows are dropped and counted, as are rows without text."""
     label_map: dict[Annotated[str, Field(pattern="^[0-9]+$")], list[Whole]] = Field({})
-    """Merged classes, for models or sets with fewer classes. The key is their number of classes,
-    the value the new number of each class."""
+    """How classes are merged, for models or sets with fewer classes. The key is this smaller number
+    of classes. The value is a list with the new class number of each class."""
     metric: str
     """Metric for selection and report, if a model is trained on the task; a name in
     metrics.yaml."""
     ood_metrics: Names = Field(default_factory=lambda data: [data["metric"]])
-    """Metrics of models trained on another task; the first is the paper's. Default: metric."""
+    """Metrics if the model was trained on another task; the first is the paper's. Default:
+    metric."""
     splits: Splits
-    """Split names by part. The dev part is for selection; the test part is reported (without it,
-    dev). Sets without train and dev are only for evaluation."""
+    """Split names by part. The dev part is for selection, and the test part is reported. Without a
+    test part, the dev part is reported. Sets without train and dev are only for evaluation."""
     raw_formats: Annotated[list[FileLayout], Field(min_length=1)] | None = optional()
     """Layouts of the makers' files, for `tools/convert_glue_x.py`, which uses the first one whose
     file exists."""
@@ -332,7 +338,8 @@ class TaskEntry(RunTask, Entry):
     """Row counts of each part according to the makers, including rows without a gold label; for
     sets of GLUE-X's authors, the counts in their result files."""
     published_rows: PublishedRows | None = optional()
-    """Different row count of the test part in the paper's evaluation, with source and reason."""
+    """Row count of the test part in the paper's evaluation, if it differs, with source and
+    reason."""
     download_instructions: str | None = optional()
     """Source and file name, for sets that must be downloaded by hand."""
     ood: list[str] = Field([])
@@ -387,4 +394,4 @@ class TextSpec(RunSpec):
     training: TextTraining
     """The training."""
     used_as: UsedAs | None = optional()
-    """Target method of a final conversion and second evaluation; by default none."""
+    """Method that the trained model is converted to for a second evaluation; by default none."""

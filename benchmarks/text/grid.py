@@ -56,7 +56,7 @@ from benchmarks.text.definition import (
 
 _SCORES = Domain(("score",), selections=(CLEAN, PUBLISHED))
 DOMAINS = {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}
-# keys of a grid point besides model, task, method and the settings in the name of a variant
+# the keys of a grid point, except model, task, method and the method settings (VARIANT_KEYS)
 _OTHER_AXES = (*TRAINING_KEYS, "protocol", "learning_rate", "seed")
 
 
@@ -121,7 +121,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         given = parse(content, TextDefinition, str(file))
         rows = transformed_rows(given.transformed, given, file)
         _check_trained_once(given.transformed, file)
-        # a transformed row is a method, too, for the tables
+        # tables show a transformed row like a method, so it is added to the methods
         definition = given.model_copy(update={"methods": {**given.methods, **rows}})
         tasks = read(file.parent / definition.tasks, TaskFile).tasks
         benchmark = cls(name, definition, tasks, DOMAINS)
@@ -142,7 +142,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
             # a transformed row is trained as another method
             "method": [name for name in methods if name not in self.definition.transformed],
         }
-        # the settings of a model are the same at all its grid points
+        # computed once for each model, because all its grid points have the same settings
         model_settings = functools.cache(functools.partial(self.settings, "training", part))
         for where, point in part.grid_points(names, (*names, *VARIANT_KEYS, *_OTHER_AXES)):
             _check_training_keys(point, methods, where)
@@ -184,13 +184,14 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         settings: TextTraining,
         where: Location,
     ) -> dict[str, Any]:
-        """Return the sections ``method`` and, if any, ``used_as`` of a run's spec.
+        """Return the keys ``method`` and ``used_as`` of a run's spec.
 
         ``used_as`` is the method that the trained model is converted to for a second evaluation.
+        This key is missing if the model is not converted.
 
         Args:
             methods: The methods of the suite.
-            point: The point of the grid.
+            point: The point of the grid: one value for each key of a block.
             settings: The training settings of the suite for the run's model.
             where: The place of the point in the file, for messages.
         """
@@ -201,7 +202,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
             return method_spec(methods, with_method, point["seed"], settings.lora, where)
 
         sections: dict[str, Any] = {"method": resolved(point["method"])}
-        # at most one row, because a method is converted only once
+        # at most one row fits, because the models of a method are converted only once
         for name, row in self.definition.transformed.items():
             if row.trained == point["method"]:
                 target = resolved(row.used_as)
@@ -280,7 +281,7 @@ def transformed_rows(
         file: The file of the rows, for messages.
 
     Raises:
-        DefinitionError: A row has the name of a method, or it names a method that does not exist,
+        DefinitionError: A row has the name of a method. Or one of its two methods does not exist,
             is only for ablations, or has weights that do not fit other methods.
     """
     check_rows(definition, file)
@@ -308,7 +309,7 @@ def _check_transformed_row(
 
     Args:
         row: The row.
-        usual_methods: The methods that a row may name: all that are not only for ablations.
+        usual_methods: The methods that a row may name. Those for ablations only are left out.
         where: The location of the row, for messages.
 
     Raises:
@@ -338,7 +339,10 @@ def _has_portable_weights(method: Method) -> bool:
 
 
 def check_ablations(benchmark: AnyBenchmark) -> None:
-    """Check that the rows of ablations exist, that the first is the baseline, and the paper's csvs.
+    """Check the ablations of a benchmark.
+
+    The rows of an ablation must exist, and the first one must be the baseline. If an ablation names
+    a csv with the paper's numbers, the csv must exist and have the right columns.
 
     Raises:
         DefinitionError: A check failed. The error names the file and the key.
@@ -383,8 +387,8 @@ def _check_task(where: Location, name: str, tasks: Mapping[str, TaskEntry]) -> N
 
 def _check_classes_fit(task: TaskEntry, other: TaskEntry) -> None:
     """Raise a DefinitionError if classes must be merged, and no ``label_map`` says how."""
-    # with equal numbers of classes, class i of one task is class i of the other;
-    # otherwise merged_classes raises if the task with more classes has no label_map
+    # With equal numbers of classes, class i of one task is class i of the other. Otherwise
+    # merged_classes raises an error if the task with more classes has no fitting label_map.
     if len(task.labels) > len(other.labels):
         merged_classes(task, other)
     elif len(other.labels) > len(task.labels):
@@ -402,7 +406,7 @@ def _protocol(task: TaskEntry, point: Mapping[str, Any], where: Location) -> str
         raise DefinitionError(
             f"{where.at('protocol')}: '{PUBLISHED}' is for tasks without a test split"
         )
-    # with a test split, the dev split is not reported, so selection with it is clean
+    # if a task has a test split, its dev split is not reported, so selection with it is clean
     default = CLEAN if has_test else PUBLISHED
     return str(point.get("protocol", default))
 
@@ -431,9 +435,10 @@ def run_training(
 
 
 def _advice(name: str, task: TaskEntry, problem: str) -> str:
-    """Return a message on a set that cannot be loaded: how to get it, if it is missing.
+    """Return a message on a set that cannot be loaded.
 
-    If the set exists, but is broken, the message is only ``problem``.
+    If the set is missing, the message says how to get it. Otherwise it says what the ``problem``
+    is.
     """
     source = task.source.model_dump()
     # the set exists: in a package, a csv or the user's folder

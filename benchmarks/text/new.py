@@ -22,7 +22,7 @@ from benchmarks.text.data import label_text, read_csv
 from emoe.errors import did_you_mean
 
 _TEMPLATE = Path(__file__).with_name("template")
-_NO_LABEL = {"", "nan", "null"}  # but -1 and none may be classes
+_NO_LABEL = {"", "nan", "null"}  # missing labels; -1 and none are not here: they may be classes
 
 
 def new_benchmark(name: str, file: Path, text: str = "text", label: str = "label") -> None:
@@ -35,7 +35,7 @@ def new_benchmark(name: str, file: Path, text: str = "text", label: str = "label
         label: The column of the label.
 
     Raises:
-        DefinitionError: The name is taken, or the workflow uses it.
+        DefinitionError: The name is invalid or taken, or the workflow uses it.
         DataError: The file cannot be read, lacks a column, or has fewer than two labels.
     """
     _check_name(name)
@@ -76,7 +76,7 @@ def _check_name(name: str) -> None:
         if path.exists():
             raise DefinitionError(f"{path} exists; choose another name than '{name}'")
     targets = [artifacts.name for artifacts in all_artifacts()]
-    # the workflow has a target for each benchmark and each set with tables of its own
+    # the workflow has a target for each benchmark, and for each data set with its own tables
     if name in targets:
         raise DefinitionError(f"'{name}' is the target of a set's tables; choose another name")
 

@@ -23,15 +23,16 @@ from benchmarks.harness.results.records import AS, Record, scores_of, tabulate_n
 from benchmarks.harness.results.statistics import paired_differences, shared_pairs, with_verdicts
 from benchmarks.text.definition import CLEAN, ID, OOD, PUBLISHED
 
-CELL = ["model", "task", "method"]  # what is compared; a cell has runs of several choices and seeds
+# A cell is what tables compare. It has runs of several hyper-parameters and seeds.
+CELL = ["model", "task", "method"]
 KEYS = {  # headings of the columns that identify a row
     "model_title": "Model",
     "task_title": "Trained on",
     "method_title": "Method",
 }
 CHOICE = ["variant", "learning_rate"]  # the hyper-parameters that are chosen in each cell
-PROTOCOLS = {CLEAN: "clean", PUBLISHED: "authors'"}  # their titles
-DOMAINS = {ID: "in domain", OOD: "out of domain"}  # their titles
+PROTOCOLS = {CLEAN: "clean", PUBLISHED: "authors'"}  # the protocols with their titles
+DOMAINS = {ID: "in domain", OOD: "out of domain"}  # the domains with their titles
 ARROW = " → "  # between the titles of training set and evaluation set
 _MODEL_AND_TASKS = ["model", "task", "eval_task"]
 # rows with the same values of these keys are compared
@@ -68,8 +69,8 @@ def shown_deviation(rows: pd.DataFrame) -> pd.Series[float]:
 def selection_scores(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
     """Return the dev score of every run, for the choice of hyper-parameters under a protocol.
 
-    A task with a test split has only clean runs. For the protocol ``published``, their score is
-    that of the best dev epoch.
+    A task with a test split has only clean runs. Under the protocol ``published``, the score of
+    such a run is the dev score of its best epoch.
     """
     dev = scores_of(records[records["protocol"] == protocol], "dev")
     if protocol == CLEAN:
@@ -79,12 +80,12 @@ def selection_scores(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
 
 
 def choices(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
-    """Average the dev score of every choice (variant and learning rate) over seeds.
+    """Average the dev score of every choice over seeds. A choice is a variant and a learning rate.
 
     Returns:
         One row per choice of each cell (model, task and method), with the columns :data:`CELL`,
         :data:`CHOICE`, ``mean``, ``std``, ``n``, and ``chosen``. ``chosen`` is True for the best
-        choice of the cell, or the first of equally good ones.
+        choice of the cell. If several choices are equally good, it is True for the first.
     """
     scores = selection_scores(records, protocol)
     by_choice = scores.groupby([*CELL, *CHOICE], sort=False)["value"]
@@ -132,23 +133,27 @@ class TextOutcomes(Outcomes):
 
     Args:
         records: The numbers of the runs; None to read them.
-        include_ablations: True to add the rows of ablations. If a row has several variants, each
-            setting becomes a separate row ``<row>|<setting>``. Otherwise there is only the best.
+        include_ablations: True to add the rows of ablations. Then each setting of a row with
+            several variants becomes a separate row ``<row>|<setting>``. If False, a row has only
+            its best variant.
 
     Attributes:
-        records: Every number of the shown runs, see :func:`.records.tabulate_numbers`.
+        records: Every number of the shown runs, a row for each, as in
+            :func:`.records.tabulate_numbers`.
         chosen: The records of the runs with chosen hyper-parameters, see :func:`select_runs`.
         seeds: The scores of the chosen runs, a row for each protocol, ``domain`` (``id``, ``ood``,
-            ``ood_mean``), model, training task, evaluation task, method and seed. ``scope`` is the
-            title of both tasks.
-        shared: The scores in ``seeds`` whose seed all methods have, for each protocol, domain,
-            model, training task and evaluation task.
+            ``ood_mean``), model, training task, evaluation task, method and seed. The column
+            ``scope`` has the titles of both tasks.
+        shared: The rows of ``seeds`` that can be compared. For each protocol, domain, model,
+            training task and evaluation task, only the seeds that all methods have are kept.
         protocols: The protocols that have scores.
         run_protocols: The protocols under which runs were trained.
-        rows: The statistics of :func:`~benchmarks.harness.report.common.summarize` over ``shared``;
-            ``n`` is 0 without shared seeds.
-        tests: The paired differences to the baseline in and out of domain, over all seeds that the
-            two methods share. Each row has a verdict. p is Holm-corrected over all rows.
+        rows: Mean, deviation and difference to the baseline of the scores in ``shared``, from
+            :func:`~benchmarks.harness.report.common.summarize`. A method without shared seeds has a
+            row without these numbers, and its ``n`` is 0.
+        tests: The paired differences to the baseline in and out of domain, over all seeds that a
+            method shares with the baseline. Each row has a verdict. The p values are Holm-corrected
+            over all rows.
     """
 
     benchmark: AnyBenchmark
@@ -200,11 +205,11 @@ class TextOutcomes(Outcomes):
     def _shown_records(self, methods: Sequence[str]) -> pd.DataFrame:
         """Return the numbers of the shown runs, and of their models after a conversion.
 
-        Numbers of other methods than ``methods`` are left out.
+        Only the numbers of ``methods`` are kept.
         """
         run_ids = {run.id for run in self.runs}
         of_runs = self._all_records[self._all_records["run_id"].isin(run_ids)]
-        # a shown run may be evaluated as an ablation, which is not shown
+        # a shown run may also be evaluated as a method that is not shown, such as an ablation
         records = add_transformed_rows(of_runs)
         return records[records["method"].isin(methods)].reset_index(drop=True)
 
@@ -212,7 +217,7 @@ class TextOutcomes(Outcomes):
         """Add ``scope``, the title of training and evaluation task, and renumber the rows."""
         pairs = zip(scores["task"], scores["eval_task"], strict=True)
         scopes = [self.pair_title(task, eval_task) for task, eval_task in pairs]
-        # with a type, because there may be no scores
+        # the type is given, because pandas cannot infer it if there are no scores
         return scores.reset_index(drop=True).assign(scope=pd.Series(scopes, dtype=str))
 
     def _split_settings(self) -> None:
@@ -228,7 +233,7 @@ class TextOutcomes(Outcomes):
         names = methods.mask(has_setting, methods + SETTING + settings)
         methods_by_name = {name: self.methods[split_name(name).method] for name in names.unique()}
         self.methods = {**self.methods, **methods_by_name}
-        # the variants of these rows are not to be chosen: each has a row of its own
+        # clear the variants of these rows, so that none is chosen: each has a row of its own
         has_own_row = is_ablation | has_setting
         variants = records["variant"].mask(has_own_row, "")
         self.records = records.assign(method=names, variant=variants)
@@ -304,9 +309,13 @@ class TextOutcomes(Outcomes):
         return of_protocol.assign(run_protocol=protocol)
 
     def _seeds(self) -> pd.DataFrame:
-        """Return the scores of the chosen runs, as :attr:`seeds` without ``scope``."""
+        """Return the scores of the chosen runs under each protocol, a row for each set and seed.
+
+        The scores are in domain, out of domain, and means over the OOD sets. The columns are the
+        protocol, ``domain``, model, training task, evaluation task, method, ``seed`` and ``value``.
+        """
         scores = []
-        # a benchmark that evaluates trained runs shows in-domain scores only in its ablations
+        # a benchmark that evaluates the runs of another shows in-domain scores only in ablations
         if self._include_ablations or self.benchmark.evaluates is None:
             scores.append(reported_scores(self.chosen).assign(domain=ID))
         # a clean run that the protocol `published` chooses has no OOD score of this protocol
@@ -320,7 +329,10 @@ class TextOutcomes(Outcomes):
         return seeds.sort_values("protocol", kind="stable")
 
     def _rows(self) -> pd.DataFrame:
-        """Compute :attr:`rows`."""
+        """Summarise the shared scores of each row, and compare them with the baseline's.
+
+        A row without shared seeds has no numbers, and its ``n`` is 0.
+        """
         # None: all methods are compared with the baseline
         references = [(self.baseline, None)]
         summaries = summarize(self.shared, cell=_KEYS_OF_ROW, references=references)
@@ -331,7 +343,10 @@ class TextOutcomes(Outcomes):
         return self._by_set(with_counts)
 
     def _tests(self) -> pd.DataFrame:
-        """Compute :attr:`tests`."""
+        """Test the differences of methods to the baseline, in domain and out of domain.
+
+        They are paired by seed. The p values are Holm-corrected over all rows.
+        """
         scores = self.seeds[self.seeds["domain"].isin([ID, OOD])]
         differences = paired_differences(
             scores, cell=_KEYS_OF_ROW, reference={"method": self.baseline}, pair="seed"
@@ -343,12 +358,12 @@ class TextOutcomes(Outcomes):
 
         The groups keep the order in which they occur.
         """
-        # a number for each combination of these keys
+        # number the groups in the order in which they occur
         numbered = rows.assign(set_number=rows.groupby(_KEYS_OF_SET, sort=False).ngroup())
         return self.order(numbered, ["set_number", "method"]).drop(columns="set_number")
 
     def of(self, domain: str, protocol: str) -> pd.DataFrame:
-        """Return the part of :attr:`rows` with one domain and one protocol."""
+        """Return the statistics in :attr:`rows` that are of one domain and one protocol."""
         has_domain = self.rows["domain"] == domain
         has_protocol = self.rows["protocol"] == protocol
         return self.rows[has_domain & has_protocol]
@@ -403,7 +418,7 @@ def add_transformed_rows(records: pd.DataFrame) -> pd.DataFrame:
     The new method also gets a copy of the run's dev scores, for the choice of hyper-parameters.
 
     Args:
-        records: The numbers of runs, see :func:`.records.tabulate_numbers`.
+        records: The numbers of runs, a row for each, as in :func:`.records.tabulate_numbers`.
 
     Returns:
         The numbers of the trained models, the copied dev scores, and the numbers of the converted

@@ -41,7 +41,7 @@ def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
     ood = {other.name: load(other, "test", ood_rows) for other in spec.ood}
 
     tokenizer = load_tokenizer(spec.model)
-    # rows for a partition by co-activation, which needs activations
+    # a partition by co-activation measures the activations of these rows
     calibration = calibration_batches(
         splits.train, tokenizer, training.max_length, training.eval_batch_size
     )
@@ -60,7 +60,8 @@ def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
     # evaluate the trained model again as another method
     transformed = {}
     if spec.used_as:
-        # a diverged model has no loss; its weights cannot be clustered, so it keeps its scores
+        # A diverged model has no loss, and its weights cannot be clustered. So it is not converted,
+        # and the other method gets the same scores.
         has_diverged = kept["loss"] is None
         if has_diverged:
             scores_as_other = evaluated
@@ -109,7 +110,7 @@ def _evaluate(
 
 
 class _Splits(NamedTuple):
-    """The rows of the training task that a run trains on, selects with, and reports."""
+    """The splits of the training task: for training, for selection, and for the report."""
 
     train: TextSplit
     dev: TextSplit  # for the selection of epoch and hyper-parameters
@@ -132,7 +133,7 @@ def _load_splits(task: RunTask, training: TextTraining, load: Callable[..., Text
         dev = load(task, "dev", training.dev_rows or training.eval_rows)
     else:
         dev = test
-    # only now, so that the held-out rows are the same for every share
+    # the share is sampled only now, so that the held-out rows are the same for every share
     if training.train_share:
         train = train.stratified_sample(training.train_share, f"{task.name}/train")
     return _Splits(train, dev, test)

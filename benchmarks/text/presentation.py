@@ -14,7 +14,8 @@ from benchmarks.text.outcomes import TextOutcomes
 from benchmarks.text.routing import TRACES, USAGE, trace_table, usage_table
 from benchmarks.text.tables import TABLES, verdicts
 
-# the dictionary of tables.py itself, because plugins add their tables to it, also later
+# These lines change the dictionary of tables.py itself instead of a copy, because plugins may add
+# tables to it at any time.
 TABLES["usage"] = usage_table
 TABLES["traces"] = trace_table
 FIGURES = {"usage": USAGE, "traces": TRACES}
@@ -37,9 +38,9 @@ def present_text(
     """Make the tables, figures and verdicts of a text benchmark, and add those of its ablations.
 
     Args:
-        benchmark: The benchmark.
+        benchmark: The benchmark, whose definition has the ablations.
         records: The finished runs.
-        tables: The functions that make tables of :class:`TextOutcomes`, by name.
+        tables: The functions that make a table of :class:`TextOutcomes`, by name.
         figures: The figures, by name.
         optimizer: A description of the optimizer, for the page; empty without training.
     """

@@ -27,11 +27,11 @@ from benchmarks.harness.results.statistics import PERMUTATIONS, information_numb
 from benchmarks.text.definition import TaskEntry
 from benchmarks.text.outcomes import CELL, KEYS, TextOutcomes
 
-_MOST_LINES = 40  # lines of sets and classes
-_MOST_PANELS = 3
+_MOST_LINES = 40  # of the figure of expert use; with more lines, classes are left out
+_MOST_PANELS = 3  # of the figure of expert use
 _KEYS_OF_RUN = [*CELL, "seed"]
 _PERIODS = 4  # quarters of the training
-_MOST_PANEL_ROWS = 4  # each is a model and task
+_MOST_PANEL_ROWS = 4  # of the figure of traces; each row shows one model and task
 _PUBLISHED_WINDOW = 100  # steps of a window in the paper's traces
 NUMBERS = ("load_entropy", "load_max_over_mean", "load_change", "load_drift", "load_drift_chance")
 
@@ -41,7 +41,7 @@ UsagePanel = tuple[str, Usage]  # the title of a panel, and the expert use that 
 def draw_usage_by_set(outcomes: TextOutcomes, path: Path) -> None:
     """Draw which experts each data set uses, for at most three routed methods (no controls).
 
-    The runs are those of the first model, task and seed with routing.
+    Only the first model and task with routing are shown, and the first seed of each method.
     """
     panels = _usage_panels(outcomes)
     draw_usage(panels[:_MOST_PANELS], outcomes, path)
@@ -81,8 +81,8 @@ def _with_first_set(usage: Usage, name: str) -> Usage:
 def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> None:
     """Draw expert use as heatmaps, one panel below the other.
 
-    Lines are data sets, columns are experts. Below each set are lines for its classes, if all
-    panels then fit in the figure.
+    Lines are data sets, columns are experts. Each set is followed by a line for each of its
+    classes. If the figure would have more than 40 lines, the classes are left out.
     """
     if not panels:
         plots.placeholder_figure(path)
@@ -116,7 +116,8 @@ class _Line(NamedTuple):
     Attributes:
         label: The title of the data set, or the name of the class.
         shares: The share of each expert.
-        marks: For each expert, use above (1) or below (-1) chance, else 0; None for a class.
+        marks: The mark of each expert: 1 for use above chance, -1 for use below chance, else 0.
+            None for a class.
     """
 
     label: str
@@ -195,8 +196,8 @@ _USAGE_CAPTION = (
 def usage_table(outcomes: TextOutcomes) -> Table:
     """Make a table of what the choice of an expert says about a token's data set and class.
 
-    It shows their mutual information, and the counts of specialised and shared experts: means over
-    seeds, with a row per model, training task and method.
+    It shows their mutual information, and the counts of specialised and shared experts. It has a
+    row per model, training task and method, with means over seeds.
     """
     # for the data set and for the class: the information, and its mean and quantile by chance
     information_names = information_numbers("task", "class")
@@ -261,16 +262,18 @@ def trace_numbers(trace: pd.DataFrame) -> dict[str, float]:
         - ``load_entropy``: the entropy of the shares over its maximum ln N, a mean over windows
         - ``load_max_over_mean``: the load of the busiest expert over the mean load, a mean over
           windows
-        - ``load_change``, ``load_drift`` and ``load_drift_chance``, see :func:`_change_numbers`
+        - ``load_change``: the mean L1 distance between the shares of consecutive windows
+        - ``load_drift``: the L1 distance between the mean shares of the first and the last quarter
+        - ``load_drift_chance``: the drift that is expected by chance
     """
-    # [windows, experts]; sums depend on the memory layout in the last digit
+    # [windows, experts], always in the same memory layout: the last digit of sums depends on it
     shares = np.ascontiguousarray(trace)
     windows, experts = shares.shape
     return {
         "windows": float(windows),
         "load_entropy": float(_entropies(shares).mean()),
         "load_max_over_mean": float(shares.max(1).mean() * experts),
-        **_change_numbers(shares),
+        **_measure_changes(shares),
     }
 
 
@@ -283,25 +286,26 @@ def _entropies(shares: NDArray[np.float64]) -> NDArray[np.float64]:
     return entropies / np.log(experts)
 
 
-def _change_numbers(shares: NDArray[np.float64]) -> dict[str, float]:
+def _measure_changes(shares: NDArray[np.float64]) -> dict[str, float]:
     """Measure how shares ``[windows, experts]`` change over training, by L1 distances.
 
     Returns:
-        - ``load_change``: the mean distance between consecutive windows; it grows if windows have
-          fewer tokens, so compare it only within a run
-        - ``load_drift``: the distance between the means of the first and the last quarter
-        - ``load_drift_chance``: the drift to expect by chance: the distance between the even and
-          the odd windows of the first half, averaged with that of the second half
+        - ``load_change``: the mean distance between consecutive windows. It grows if windows have
+          fewer tokens, so compare it only within a run.
+        - ``load_drift``: the distance between the mean shares of the first and the last quarter.
+        - ``load_drift_chance``: the drift that is expected by chance. In each half of the training,
+          it is the distance between the mean shares of the even and the odd windows. The two
+          distances are averaged.
 
-        All are nan for a single window.
+        All numbers are nan for a single window.
     """
     windows = len(shares)
     if windows < 2:
         return {"load_change": math.nan, "load_drift": math.nan, "load_drift_chance": math.nan}
     changes = np.abs(np.diff(shares, axis=0)).sum(1)  # [windows - 1]
     quarter = max(windows // _PERIODS, 1)
-    # the even windows of a half are as many as the windows of a quarter, and so are the odd ones,
-    # so these means have as much noise as those of the drift
+    # A half has as many even windows as a quarter has windows, and as many odd ones. So the means
+    # below have as much noise as the means of the quarters.
     first_half = shares[: 2 * quarter]
     last_half = shares[-2 * quarter :]
     chances = [_distance(half[::2], half[1::2]) for half in (first_half, last_half)]
@@ -413,7 +417,7 @@ class _TracePanel(NamedTuple):
 
 
 class _TraceRow(NamedTuple):
-    """One row of panels: the methods of one model and task, or those of the paper."""
+    """One row of panels: the methods of one model and task, or the methods of the paper."""
 
     title: str
     panels: list[_TracePanel]
@@ -422,8 +426,8 @@ class _TraceRow(NamedTuple):
 def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
     """Draw the expert loads over training, for the first routed layer and the first seed.
 
-    Each row of panels is a model and task, and each panel a method. At most four rows are ours,
-    those of the paper's task first. The last row is the paper's.
+    Each row of panels shows a model and task, and each panel a method. At most four rows show our
+    runs, and those with the paper's task come first. The last row shows the paper's traces.
     """
     rows = _our_trace_rows(outcomes)[:_MOST_PANEL_ROWS] + _paper_trace_rows(outcomes)
     if not rows:
@@ -432,7 +436,8 @@ def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
 
     columns = max(len(row.panels) for row in rows)
     size = (plots.WIDTH, 1.75 * len(rows) + 0.3)  # inches
-    title_width = (plots.WIDTH - 1.7) / columns  # without labels and the bar of colours
+    # inches: the labels and the colour bar take 1.7 of the width
+    title_width = (plots.WIDTH - 1.7) / columns
     with plots.panel_figure(path, len(rows), columns, size, plots.HEATMAP, sharey="row") as (
         figure,
         axes,
@@ -473,7 +478,7 @@ def _our_trace_rows(outcomes: TextOutcomes) -> list[_TraceRow]:
     )
     definition = outcomes.benchmark.definition.published_traces
     if definition is not None:
-        # False, the paper's task, comes before True
+        # the key is False for the paper's task, and False comes before True
         titled = titled.sort_values(
             "task", key=lambda tasks: tasks != definition.task, kind="stable"
         )
@@ -488,7 +493,7 @@ def _our_trace_rows(outcomes: TextOutcomes) -> list[_TraceRow]:
 def _draw_trace(axis: Any, trace: pd.DataFrame) -> None:
     """Draw a trace as a heatmap: windows from top to bottom, experts from left to right."""
     _, experts = trace.shape
-    # left, right, bottom, top: the centre of the first expert is at 0, and the y axis counts steps
+    # left, right, bottom, top; the centre of the first expert is at 0, and the y axis shows steps
     extent = (-0.5, experts - 0.5, trace.index[-1], 0)
     # a balanced load is 1 / N, so shares times N are loads over the mean load
     plots.show_use(axis, trace.to_numpy() * experts, interpolation="nearest", extent=extent)

@@ -24,8 +24,9 @@ from benchmarks.text.outcomes import (
 )
 
 RANK = "OOD Friedman rank"  # scope of the paper's ranks
-_KEYS_OF_ROW = ["model", "protocol", "method"]  # of a table over all training tasks
-# headings of the columns that identify a row of a table over all training tasks
+# the columns that identify a row of a table over all training tasks
+_KEYS_OF_ROW = ["model", "protocol", "method"]
+# the headings of these columns
 BY_SELECTION = {"model_title": "Model", "selection": "Selection", "method_title": "Method"}
 _SELECTIONS = (
     "Selection chooses epoch, learning rate and variant. Clean: with a split that is not reported "
@@ -42,7 +43,7 @@ _DEVIATION = (
 class _ResultBlock(NamedTuple):
     """Two columns of the table of results: scores, and their differences to the baseline."""
 
-    prefix: str  # of the names of the frame's columns
+    prefix: str  # the names of the frame's columns begin with it
     domain: str
     protocol: str
     score_heading: str
@@ -227,7 +228,8 @@ def cost_table(outcomes: TextOutcomes) -> Table:
 
     It has a row per model, training task and method.
     """
-    # the clean runs of a cell, or its published runs if it has no clean ones: clean rows come first
+    # Clean records come first. So the first protocol of a cell is clean if the cell has clean runs,
+    # else published.
     records = outcomes.origins
     first_protocol = records.groupby(CELL)["protocol"].transform("first")
     of_first = records[records["protocol"] == first_protocol]
@@ -247,7 +249,7 @@ def cost_table(outcomes: TextOutcomes) -> Table:
 def choices_table(outcomes: TextOutcomes) -> Table:
     """Make a table of the tried hyper-parameters, variant and learning rate, with their dev scores.
 
-    The chosen ones have a mark.
+    A mark shows which hyper-parameters are chosen.
     """
     # without scores there is no protocol, but the table must have its columns
     protocols = outcomes.protocols or list(PROTOCOLS)
@@ -276,7 +278,7 @@ def choices_table(outcomes: TextOutcomes) -> Table:
 
 
 def _choice_rows(outcomes: TextOutcomes, protocols: Iterable[str]) -> pd.DataFrame:
-    """Return the rows of :func:`choices_table`: the choices under each protocol, as texts."""
+    """Return the rows of :func:`choices_table`: the tried hyper-parameters under each protocol."""
     tables = []
     for protocol in protocols:
         tables.append(choices(outcomes.records, protocol).assign(protocol=protocol))
@@ -323,7 +325,7 @@ def _differences_text(differences: pd.DataFrame) -> str:
         scopes = differences.loc[differences["verdict"] == verdict, "scope"]
         if not len(scopes):
             continue
-        # a clear verdict names its sets, the others only count them
+        # for a clear verdict, the sets are named; for other verdicts, they are counted
         if verdict in ("better", "worse"):
             parts.append(f"{verdict} on {', '.join(scopes)}")
         else:
@@ -332,7 +334,7 @@ def _differences_text(differences: pd.DataFrame) -> str:
 
 
 def _metric_note(outcomes: TextOutcomes, domain: str = ID) -> str:
-    """Return a sentence with each metric, and the tasks (or OOD sets) whose scores it is."""
+    """Return a sentence with each metric, and the tasks (or OOD sets) that are scored with it."""
     rows = outcomes.rows[outcomes.rows["domain"] == domain]
     titles_by_metric: dict[str, list[str]] = {}
     for name in rows["eval_task"].unique():
@@ -348,7 +350,11 @@ def _metric_note(outcomes: TextOutcomes, domain: str = ID) -> str:
 
 
 def _metric_of(task: TaskEntry, domain: str) -> str:
-    """Return the metric of the score of a task: ``metric``, or the first of ``ood_metrics``."""
+    """Return the metric of a task's scores in a domain.
+
+    It is ``metric`` in domain, and the first of ``ood_metrics`` out of domain. Without
+    ``ood_metrics``, it is ``metric`` in both.
+    """
     if domain == ID or not task.ood_metrics:
         return task.metric
     return task.ood_metrics[0]
@@ -430,18 +436,19 @@ def _our_columns(protocol: str) -> list[Column]:
 
 def _sort_known_rows(outcomes: TextOutcomes, frame: pd.DataFrame) -> pd.DataFrame:
     """Keep the rows with a score of the paper or of ours, sort them, and add titles."""
-    # the columns of scores: the paper's, and ours under each protocol
+    # the paper's scores are in the column `value`, ours in a column for each protocol
     has_number = frame[["value", PUBLISHED, CLEAN]].notna().any(axis=1)
     places = {name: place for place, name in enumerate(outcomes.methods)}
 
     def sort_key(column: pd.Series) -> pd.Series:
-        # pandas calls this for each key: methods in the order of the definition, others by name
+        # pandas calls this for each key column; methods are sorted as in the definition, others by
+        # name
         return column.map(places) if column.name == "method" else column
 
     known = frame[has_number].reset_index(drop=True)
     in_order = known.sort_values(_PUBLISHED_KEY, key=sort_key, kind="stable")
     titled = outcomes.with_titles(in_order)
-    # a dash where the paper's number has no status or source, or there is no such number
+    # a dash if the paper has no such number, or the number has no status or source
     notes = titled[["status", "source"]].fillna("").replace("", MISSING)
     return titled.assign(status=notes["status"], source=notes["source"])
 

@@ -24,8 +24,8 @@ class TokenisedRows(Dataset[dict[str, Any]]):
         split: The rows.
         tokenizer: The model's tokenizer.
         max_length: The maximum number of tokens of a row.
-        by_length: True sorts the rows by length, so that evaluation batches need little padding.
-        labelled: True adds the labels to the model inputs. Then the model computes a loss.
+        by_length: True to sort the rows by length, so that evaluation batches need little padding.
+        labelled: True to add the labels to the model inputs. Then the model computes a loss.
         prefix: The frozen first layers of the model, whose outputs are added to the rows; None if
             no layer is frozen.
 
@@ -65,7 +65,7 @@ class TokenisedRows(Dataset[dict[str, Any]]):
         columns = {}
         for name in self._rows[0]:
             columns[name] = np.concatenate([row[name] for row in self._rows])
-        # with the lengths, because joined columns do not show where a row ends
+        # the lengths are added, because joined columns do not show where a row ends
         digest = columns_digest({**columns, "lengths": self._lengths})
 
         def batch(numbers: Sequence[int]) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def calibration_batches(
 ) -> Iterator[dict[str, Any]]:
     """Yield batches of model inputs without labels, from at most 256 rows of a split.
 
-    A conversion measures activations with them. The rows are the same in every run.
+    A conversion runs the model on them to measure activations. The rows are the same in every run.
     """
     rows = split.sample(_CALIBRATION_ROWS, "calibration")
     encoded = TokenisedRows(rows, tokenizer, max_length, by_length=True, labelled=False)

@@ -52,9 +52,10 @@ Epoch = dict[str, Any]  # the number of an epoch, and the dev scores after it
 def padding_collator(
     tokenizer: PreTrainedTokenizerBase, precision: str
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """Return a collator that pads each batch to its longest row, for fp16 to a multiple of 8.
+    """Return a collator that pads each batch to its longest row.
 
-    It also joins the outputs of frozen layers, if the rows have any.
+    For fp16, the padded length is a multiple of 8. The collator also joins the outputs of frozen
+    layers, if the rows have any.
     """
     multiple = 8 if precision == "fp16" else None  # as in the authors' code
     return collate_states(DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple))
@@ -70,8 +71,9 @@ def score_and_loss(
     """Compute the metrics of a data set, and ``loss`` if no classes have to be merged.
 
     If the data set has as many classes as the training task, class i of one is class i of the
-    other. Otherwise predictions or labels are merged, see :func:`.definition.merged_classes`. For
-    example, HANS has two classes: neutral and contradiction of a three-way NLI model become "no
+    other. Otherwise the classes of the side with more classes are merged: those of the predictions
+    or of the labels. :func:`.definition.merged_classes` says how. For example, HANS has two
+    classes. So the predictions "neutral" and "contradiction" of a three-way NLI model become "no
     entailment".
 
     Args:
@@ -156,8 +158,8 @@ class SplitEvaluator:
 class TextEvaluator(SplitEvaluator):
     """Scores splits with a classifier that was trained before, in batches of ``batch_size`` rows.
 
-    On an accelerator it computes in ``precision``, on a CPU in float32. ``folder`` is the run's
-    folder.
+    The classifier computes in ``precision`` on an accelerator, and in float32 on a CPU. ``folder``
+    is the run's folder.
     """
 
     def __init__(
@@ -190,7 +192,7 @@ class TextEvaluator(SplitEvaluator):
         return {"evaluation_seconds": self._stopwatch.evaluation, "precision": self._precision}
 
     def first_batch(self, split: TextSplit) -> dict[str, Any]:
-        """Return a few first rows of a split as one batch of model inputs."""
+        """Return the first few rows of a split as one batch of model inputs."""
         rows = TokenisedRows(
             split, self.tokenizer, self.max_length, by_length=False, labelled=False
         )
@@ -264,7 +266,7 @@ class Patience(TrainerCallback):
     def is_over(self, log: list[dict[str, float]]) -> bool:
         """Return True if the last ``epochs`` evaluations in a log have no new best score."""
         evaluations = [entry[self._metric] for entry in log if self._metric in entry]
-        # before the first epoch, the best score is 0; so an epoch is its index in this list
+        # the list begins with the score 0 before training, so the index of a score is its epoch
         scores = [0.0, *evaluations]
         best_epoch = scores.index(max(scores))  # the first of equal scores
         epochs_since_best = len(evaluations) - best_epoch
@@ -317,12 +319,12 @@ class TextTrainer(SplitEvaluator):
         rows = tokenise(train, by_length=False)
         self._dev = tokenise(dev, by_length=True)  # `_scores` needs its labels, too
         collate = padding_collator(tokenizer, self._precision)
-        # the model before training, on the same rows in every run
+        # observe the model before training, on the same rows in every run
         self.probe.observe(classifier.model, collate(fixed_rows(rows)))
 
         groups_lengths = training.sampling == "group_by_length"
         order = EpochOrder(rows.lengths, training.batch_size, spec.seed, by_length=groups_lengths)
-        # with adapters, parameters besides adapters and head have a smaller learning rate
+        # with adapters, all parameters except adapters and head have a smaller learning rate
         base_lr_ratio = training.lora.base_lr_ratio if training.lora else 1.0
         callbacks: list[TrainerCallback] = [progress, self._stopwatch, self.routing_trace]
         if self._patience is not None:
@@ -355,8 +357,8 @@ class TextTrainer(SplitEvaluator):
     def _scores(self, prediction: EvalPrediction) -> dict[str, float]:
         """Return the score and the mean loss on the dev split, for Trainer.
 
-        The labels are those of the split, because Trainer rounds labels to float32. The loss is
-        computed here, because Trainer weights an incomplete last batch like a full one.
+        The labels are taken from the split, because Trainer rounds its labels to float32. The loss
+        is computed here, because Trainer gives an incomplete last batch the weight of a full one.
         """
         logits = extract_logits(prediction.predictions)
         labels = self._dev.labels
@@ -371,7 +373,7 @@ class TextTrainer(SplitEvaluator):
         checkpoint = resume(self.trainer, self._say)
         if self._patience and self._patience.is_over(self.trainer.state.log_history):
             # training had already stopped early when the run was killed
-            self.trainer._load_best_model()  # what Trainer does at the end of training
+            self.trainer._load_best_model()  # as Trainer does at the end of training
         else:
             self.trainer.train(resume_from_checkpoint=checkpoint)
 

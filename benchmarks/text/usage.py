@@ -61,7 +61,7 @@ def class_information(
     Returns:
         The mean over the tasks with several classes; None if there is no such task.
     """
-    bits = []  # of each task, [1 + PERMUTATIONS, 1]
+    bits = []  # for each task, an array [1 + PERMUTATIONS, 1]
     for task in np.unique(tasks):
         rows = (tasks == task) & (classes >= 0)
         labels = classes[rows]
@@ -78,9 +78,10 @@ def class_information(
 def mark_experts(loads: Loads, tasks: Loads, seed: int) -> Loads:
     """Mark the experts that a task uses more or less than by chance.
 
-    Chance is estimated by shuffling rows over the tasks. An expert is marked if its z-score exceeds
-    the largest z-scores of 95 % of the shuffles. So if tasks do not differ, only about one in
-    twenty results has any mark.
+    Chance is estimated by shuffling rows over the tasks. Each shuffle has a largest absolute
+    z-score, over all tasks and experts. An expert is marked if its absolute z-score exceeds the
+    largest ones of 95 % of the shuffles. So if tasks do not differ, only about one in twenty
+    results has any mark.
 
     Args:
         loads: The choices of experts, ``[rows, N]``.
@@ -121,14 +122,14 @@ def shares_by_group(loads: Loads, groups: Loads) -> NDArray[np.float64]:
     _, experts = loads.shape
     num_groups = int(groups.max()) + 1
     counts = np.zeros((num_groups, experts), dtype=np.int64)
-    # add the loads of each row to its group; += would count only one row of a group
+    # add the loads of each row to its group; counts[groups] += loads would add only one row of each
     np.add.at(counts, groups, loads)
     totals = np.maximum(counts.sum(1, keepdims=True), 1)  # no division by 0
     return counts / totals
 
 
 def shared_and_specialised(shares: NDArray[np.float64], marked: Loads) -> tuple[Loads, Loads]:
-    """Return the numbers of the shared experts, and of the specialised experts.
+    """Return the indices of the shared experts, and of the specialised experts.
 
     A shared expert has a share above 1/N in every task, and no mark. A specialised expert has a
     positive mark in some task.
@@ -157,12 +158,15 @@ def describe_usage(sets: Mapping[str, SetLoads]) -> tuple[dict[str, float], dict
     """Measure how data sets and their classes use experts. Needs at least two data sets.
 
     Returns:
-        The mutual information by metric name, and the section ``usage`` of ``metrics.json``. Its
-        ``tasks`` has the ``shares``, ``marks`` (:func:`mark_experts`) and ``classes`` (shares by
-        class) of each set. Its ``shared`` and ``specialised`` are the numbers of these experts
-        (:func:`shared_and_specialised`).
+        The mutual information by metric name, and the section ``usage`` of ``metrics.json``. This
+        section has the keys:
+
+        - ``tasks``: for each data set, the ``shares`` of the experts, their ``marks`` from
+          :func:`mark_experts`, and in ``classes`` their shares within each class
+        - ``shared``: the indices of the experts without a mark that all sets use above 1/N
+        - ``specialised``: the indices of the experts that some set uses more than by chance
     """
-    # join the rows of all sets; the set of a row becomes a number
+    # join the rows of all sets; `tasks` has the number of the set of each row
     loads = np.concatenate([routing.loads for routing in sets.values()])  # [rows, N]
     classes = np.concatenate([routing.classes for routing in sets.values()])  # [rows]
     row_counts = [len(routing.loads) for routing in sets.values()]
@@ -203,7 +207,8 @@ _SAMPLED_ROWS = 200  # of each set
 def _routing_labels(rows: int, chosen: NDArray[np.int64]) -> torch.Tensor:
     """Return the label of each row, under which a routing record counts its choices of experts.
 
-    A chosen row has its place among the chosen rows. All other rows have -1, which is not counted.
+    The label of a chosen row is its index among the chosen rows. Other rows have the label -1, and
+    their choices are not counted.
     """
     labels = torch.full((rows,), -1)
     labels[torch.from_numpy(chosen)] = torch.arange(len(chosen))
@@ -259,10 +264,10 @@ class RoutingRecorder:
         """Return ``routing`` and ``usage`` of ``metrics.json``.
 
         ``routing`` is the summary of the data set ``name``. If several sets were recorded, it also
-        has the mutual information, and ``usage`` describes all sets, see :func:`describe_usage`.
-        Otherwise ``usage`` is empty.
+        has the mutual information of experts with sets and classes. Then ``usage`` describes which
+        experts each set uses, as in :func:`describe_usage`. Otherwise ``usage`` is empty.
         """
-        # a dense model has no summary, either
+        # a dense model has no recorded set and no summary
         if len(self._sets) < 2:
             return self._summaries.get(name, {}), {}
         information, usage = describe_usage(self._sets)
