@@ -174,7 +174,7 @@ class RoutedActivation(nn.Module):
         bias = bias_of(proj_out)
         if bias is None:
             return
-        # The biases of a token's experts sum to the dense bias. With "per_expert_whole", each single
+        # The biases of a token's experts sum to the dense bias. With "per_expert_whole", each
         # expert has the whole dense bias.
         parts = self.config.num_active_experts
         if self.config.output_bias == "per_expert_whole":
