@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from emoe.settings import fix_experts_, for_inference_, set_backend_, set_top_k_
     from emoe.trainer import TrainerCallback
 
-# The module of each name that is imported at its first use: planning a benchmark needs neither
-# PyTorch nor transformers.
+# These names are imported at their first use, each from its module. Planning a benchmark imports
+# emoe, but needs neither PyTorch nor transformers.
 _MODULES = {
     "ConversionReport": "convert",
     "FFNSpec": "architectures",

@@ -38,7 +38,7 @@ class _Commands(click.Group):
         except ModuleNotFoundError as error:  # the model's library, which is not a dependency
             _fail(f"this needs the package '{error.name}': pip install {error.name}")
         except OSError as error:  # no permission, a full disk
-            # if there are two files, the second one is written
+            # an operation on two files, such as a move, writes the second one
             file = error.filename2 or error.filename or "a file"
             reason = error.strerror or error
             _fail(f"{file}: {reason}")
@@ -162,7 +162,8 @@ def convert(
 def _build_config(kind: str, as_published: str | None, fields: dict[str, Any]) -> Any:
     """Build an ``emoe`` or ``gmoe`` configuration from its fields.
 
-    If ``as_published`` is not None, it names the authors' code whose settings replace the defaults.
+    ``as_published`` names the authors' code (``tutel`` or ``llama``) whose settings replace the
+    defaults. None keeps the defaults.
     """
     cls: Any = emoe.EMoEConfig if kind == "emoe" else emoe.GMoEConfig
     if as_published is None:
@@ -171,7 +172,7 @@ def _build_config(kind: str, as_published: str | None, fields: dict[str, Any]) -
 
 
 def _dense_folder(model: str) -> Path:
-    """Return the folder of a dense model, downloaded if ``model`` is a hub id.
+    """Return the folder of a dense model. If ``model`` is a hub id, download it.
 
     Raises:
         CheckpointError: the folder holds experts.
@@ -196,7 +197,7 @@ def inspect(folder: Path) -> None:
     if experts is None:
         raise CheckpointError(f"{folder} holds no experts; convert it with python -m emoe convert")
 
-    # the model's own library does not write the partition file
+    # if the model's own library saved the folder, it has no partition file
     partition = folder / checkpoint.PARTITION_FILE
     tensors = {}
     if partition.exists():
@@ -215,7 +216,7 @@ def inspect(folder: Path) -> None:
 
 
 def _config_table(config: emoe.EMoEConfig | emoe.GMoEConfig) -> str:
-    """Make a text table of a configuration's fields. A * marks those that are not the default."""
+    """Make a text table of a configuration's fields. A * marks values that are not the default."""
     values = config.to_dict()
     # num_experts and top_k have no defaults
     default_config = type(config)(num_experts=config.num_experts, top_k=config.top_k)
@@ -231,8 +232,8 @@ def _config_table(config: emoe.EMoEConfig | emoe.GMoEConfig) -> str:
 def _layer_table(experts: Experts, tensors: dict[str, torch.Tensor]) -> str:
     """Make a text table with a row for each converted layer.
 
-    ``tensors`` is the content of the partition file, empty if the folder has none. Only with it,
-    the table shows the number of neurons of the layer and of an expert (``size``).
+    ``tensors`` is the content of the partition file. It is empty if the folder has no such file.
+    Then the table lacks two columns: the neurons of the layer, and those of an expert (``size``).
     """
     num_experts = experts.config.num_experts
     rows = []

@@ -21,18 +21,21 @@ class FFNSpec:
     All paths except ``layers`` are relative to a layer.
 
     Attributes:
-        layers: dotted path of the list of layers, matched as a suffix: one row serves the bare
-            model, the model with a head, and a wrapped model. ``*`` stands for any one name
-            (``stages.*.blocks``); then all lists that match are used, in the model's order.
-        proj_in: path of the in-projection, whose rows are the keys. ``gate_proj`` for a gated FFN.
+        layers: dotted path of the list of layers. Names of modules must end with it, so one spec
+            serves the bare model, the model with a head, and a wrapped model. ``*`` stands for any
+            one name. With a ``*``, as in ``stages.*.blocks``, all lists that match are used, in the
+            model's order.
+        proj_in: path of the in-projection, whose rows are the keys. In a gated FFN, it is the
+            projection that is activated (``gate_proj``).
         activation: path of the activation: a module, or an attribute of the instance that holds a
             function.
         proj_out: path of the out-projection, whose columns are the values.
         proj_up: path of the second in-projection of a gated FFN. Its output multiplies the
             activation's.
-        fused: ``first`` or ``last`` if ``proj_in`` holds both in-projections of a gated FFN: the
-            half that is activated. Its rows are the keys.
-        transposed: weights are stored ``[in, out]`` (GPT-2's Conv1D) instead of ``[out, in]``.
+        fused: set if ``proj_in`` holds both in-projections of a gated FFN. Then it names the half
+            that is activated, ``first`` or ``last``. The rows of this half are the keys.
+        transposed: true if weights are stored as ``[in, out]`` (GPT-2's Conv1D) instead of
+            ``[out, in]``.
         between: paths of the modules between activation and out-projection, each a dropout or an
             ``nn.Identity``.
     """
@@ -73,15 +76,16 @@ class FFNSpec:
 
 
 def attribute_name(path: str) -> str:
-    """Return the last name of a dotted path: the attribute of the parent module."""
+    """Return the last name of a dotted path, which is an attribute of the parent module."""
     _, _, name = path.rpartition(".")
     return name
 
 
 def _t5_specs(stack: str, position: int) -> list[FFNSpec]:
-    """Return the specs of T5's FFN in its encoder or decoder: T5 1.0's, and T5 1.1's gated one.
+    """Return two specs of T5's FFNs: the plain FFN of T5 1.0, and the gated FFN of T5 1.1.
 
-    ``stack`` is ``encoder`` or ``decoder``. ``position`` is the number of the FFN in its block.
+    ``stack`` is ``encoder`` or ``decoder``. ``position`` is the FFN's number among the sublayers of
+    its block.
     """
     ffn = f"layer.{position}.DenseReluDense"
     plain = FFNSpec(
@@ -133,7 +137,7 @@ REGISTRY: dict[str, tuple[FFNSpec, ...]] = {
     "deit": (_MLP,),
     "dinov2": (replace(_MLP, layers="encoder.layer"),),
     "clip_vision_model": (replace(_MLP, layers="encoder.layers"),),
-    # timm's models and torch's own have no model_type: keyed by class
+    # models of timm and PyTorch have no model_type, so the key is the name of the class
     "VisionTransformer": (_TIMM,),
     "Beit": (_TIMM,),
     "SwinTransformer": (replace(_TIMM, layers="layers.*.blocks"),),
@@ -163,8 +167,9 @@ def register_ffn(key: str, *specs: FFNSpec) -> None:
     Args:
         key: ``model.config.model_type`` or, for models without a ``model_type``, the name of the
             model's class.
-        *specs: locations of its FFNs, one for each list of layers or type of FFN. Those that exist
-            in the model are used, in this order.
+        *specs: locations of the FFNs, one spec for each list of layers or type of FFN. The FFNs are
+            numbered in this order. If the model has FFNs of only some specs, the others are
+            skipped.
 
     Raises:
         ConversionError: ``between`` or ``fused`` of a spec is invalid.
@@ -187,10 +192,10 @@ class FFN:
         index: number of the FFN in the model.
         name: qualified name of the FFN's layer.
         spec: location of the FFN's modules in its layer.
-        parents: by path, the module that has the path's last name as an attribute. The layer is
-            among them only if it is such a parent, so that a copy of an FFN has no attention.
-        rows_first: true if the layer takes ``[rows, tokens, h]``, false for PyTorch's own layers
-            with ``batch_first=False``.
+        parents: parent of each module of the FFN, by the module's path in the spec. The layer
+            itself is kept only if it is such a parent, so that a copy of an FFN has no attention.
+        rows_first: true if the layer takes ``[rows, tokens, h]``. False if it takes
+            ``[tokens, rows, h]``, as PyTorch's own layers with ``batch_first=False``.
     """
 
     index: int
@@ -210,7 +215,7 @@ class FFN:
 
     @property
     def proj_up(self) -> nn.Module | None:
-        """The up-projection, None if there is no separate one."""
+        """The up-projection. None if the FFN is not gated, or if the in-projection holds it."""
         if not self.spec.proj_up:
             return None
         return self.module(self.spec.proj_up)
@@ -234,9 +239,9 @@ class FFN:
         setattr(parent, name, module)
 
     def in_projections(self) -> list[tuple[str, nn.Module]]:
-        """Return the in-projection and, if it is a separate module, the up-projection.
+        """Return the path and module of the in-projection, then those of the up-projection.
 
-        Each is a pair of path and module.
+        The up-projection is left out if it is not a separate module.
         """
         return [(path, self.module(path)) for path in self.spec.in_paths()]
 
@@ -301,7 +306,7 @@ class FFN:
         if self.spec.fused is None:
             return tensor
         first, last = tensor.chunk(2, dim)
-        # the other half than the activated one
+        # the half that is not activated
         return last if self.spec.fused == "first" else first
 
     def values(self) -> Tensor:
@@ -318,9 +323,9 @@ class FFN:
         ``N`` is the number of experts, ``s`` the number of neurons of an expert.
 
         Returns:
-            A list of the in-projections, and the out-projection's values ``[N, s, h]``. The list
-            has the weight ``[N, s, h]`` and the bias ``[N, s]`` (or None) of each in-projection:
-            first the activated one, then the up-projection if the FFN is gated.
+            A list of pairs, and the out-projection's values ``[N, s, h]``. A pair is the weight
+            ``[N, s, h]`` and the bias ``[N, s]`` (or None) of an in-projection. The first pair is
+            the activated projection. A gated FFN has a second pair, the up-projection.
         """
         in_projections = [_by_expert(self.keys(), self.key_bias(), num_experts)]
         if self.gated:
@@ -332,7 +337,7 @@ class FFN:
     def _up_module(self) -> nn.Module:
         """Return the module that computes the up-projection of a gated FFN.
 
-        It is the in-projection if that module holds both.
+        A fused in-projection computes the up-projection too, and is returned.
         """
         if self.proj_up is None:
             return self.proj_in
@@ -357,7 +362,7 @@ class FFN:
         return self._up_projection_half(projection(x), dim=-1)
 
     def neuron_dims(self) -> dict[str, int]:
-        """Map each projection tensor's path to the dimension that runs over neurons.
+        """Map the path of each weight and bias to its dimension that runs over neurons.
 
         The out-projection's bias has no such dimension and is left out.
         """
@@ -523,7 +528,7 @@ def _locate_ffn(index: int, name: str, layer: nn.Module, spec: FFNSpec) -> FFN:
 def weight_of(module: nn.Module) -> Tensor:
     """Return a projection's weight."""
     weight: Any = module.weight
-    # the modules of torch.ao.quantization return it from a method
+    # in modules of torch.ao.quantization, `weight` is a method that returns the tensor
     if inspect.ismethod(weight):
         return weight()
     return weight

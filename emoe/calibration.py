@@ -59,7 +59,7 @@ def record_activations(
             module.training = mode
         for hook in hooks:
             hook.remove()
-    # from a row per token to a row per neuron, which the clustering takes
+    # samples have a row per token, but the clustering takes a row per neuron
     activations = {index: sample.rows.t().contiguous() for index, sample in samples.items()}
     if any(rows.numel() == 0 for rows in activations.values()):
         raise ConversionError("partition='coactivation': the calibration batches have no token")
@@ -86,7 +86,7 @@ class _Sample:
 
     Args:
         seed: seed of the random numbers.
-        padding: source of the padding mask, None to use all rows.
+        padding: hook that reads the padding mask, None to use all rows.
     """
 
     def __init__(self, seed: int, padding: PaddingMaskHook | None) -> None:
@@ -100,7 +100,7 @@ class _Sample:
         return self._lowest.rows
 
     def add(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Offer the absolute inputs of an out-projection to the sample, as a forward pre-hook."""
+        """Update the sample with the absolute inputs of an out-projection. A forward pre-hook."""
         neurons = args[0]  # [..., d]
         magnitudes = neurons.flatten(0, -2).abs()
         rows = self._without_padding(magnitudes).float().cpu()

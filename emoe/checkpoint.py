@@ -12,8 +12,9 @@ beside it:
   gates, output biases of single experts, and GMoE's copied projections.
 
 In both cases ``emoe_partition.safetensors`` holds the original order of the neurons, which only
-``emoe.to_dense_(model, restore_order=True)`` needs, and the key norms that tie this file to its
-weights. The library's own ``save_pretrained`` does not write it, so the order is then unknown.
+``emoe.to_dense_(model, restore_order=True)`` needs. It also holds the norms of the keys, which show
+if the file belongs to the weights. The library's own ``save_pretrained`` does not write this file.
+Then the order is unknown.
 
 Folders of emoe 0.1, which had the small files for every library, still load with
 :func:`from_pretrained`.
@@ -61,7 +62,8 @@ EXTRA_FILE = "emoe_extra.safetensors"
 _LOADS_WITHOUT_FILE = (
     "without this file the model loads, and its neurons' original order is unknown"
 )
-_NORM_TOLERANCE = 0.02  # for key norms after a cast to bfloat16
+# relative difference between stored and present key norms that a cast to bfloat16 may cause
+_NORM_TOLERANCE = 0.02
 
 
 def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -113,7 +115,7 @@ def _has_adapters(model: nn.Module) -> bool:
     """Check if a model is PEFT's, or one of its modules is an adapter around a base layer."""
     if hasattr(model, "get_base_model"):
         return True
-    # not by the configuration, because PEFT may leave it on a model that it has merged
+    # PEFT may leave its configuration on a model that it has merged, so look at the modules
     return any(hasattr(module, "base_layer") for module in model.modules())
 
 
@@ -122,7 +124,7 @@ def _dense_state(model: nn.Module) -> dict[str, Tensor]:
     state = dict(model.state_dict())
     names = {module: name for name, module in model.named_modules()}
     for layer in routed_layers(model):
-        # routers, running gates and biases of experts
+        # remove routers, running gates and biases of experts
         layer_name = names[layer]
         for name in layer.state_dict():
             del state[f"{layer_name}.{name}"]
@@ -134,13 +136,13 @@ def _dense_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _save_small_files(model: nn.Module, folder: Path) -> None:
-    """Write the experts' configuration, and their state that the dense model lacks.
+    """Write the experts' configuration to ``emoe_config.json``.
 
-    These are ``emoe_config.json`` and ``emoe_extra.safetensors``.
+    If experts have state that the dense model lacks, write it to ``emoe_extra.safetensors``.
     """
     layers = numbered_layers(model)
     extra = _extra_state(layers)
-    (folder / EXTRA_FILE).unlink(missing_ok=True)  # of an older save
+    (folder / EXTRA_FILE).unlink(missing_ok=True)  # the file of an older save
     if extra:
         files.write_tensors(extra, folder / EXTRA_FILE)
     first, *_ = layers.values()
@@ -163,9 +165,9 @@ def _extra_state(layers: Mapping[int, RoutedActivation]) -> dict[str, Tensor]:
 
 
 def _modules_with_state(layer: RoutedActivation) -> list[tuple[str, nn.Module]]:
-    """Return the modules whose state the dense model lacks, each with its key in the extra file.
+    """Return the key and the module for each module whose state the dense model lacks.
 
-    Each element is a pair of key and module.
+    The key names the module in the extra file.
     """
     routing = ("routing", layer)
     if isinstance(layer.config, GMoEConfig):
@@ -234,7 +236,7 @@ def read_experts(folder: Path) -> Experts | None:
 
 @contextmanager
 def _damage_reported(path: Path) -> Iterator[None]:
-    """Turn an error that a file's wrong content causes into a :class:`CheckpointError`."""
+    """Raise :class:`CheckpointError` if code in the ``with`` block fails on a file's content."""
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -290,8 +292,8 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
 def _load_emoe_0_1(loader: Any, folder: Path, experts: Experts, options: Mapping[str, Any]) -> Any:
     """Load a transformers model from a folder of emoe 0.1.
 
-    Its ``config.json`` does not name :mod:`emoe.loader`. Transformers gets a configuration that
-    does.
+    Its ``config.json`` does not name :mod:`emoe.loader`. So transformers gets a configuration that
+    names it.
     """
     config, loader_options = _read_config(folder, options)
     setattr(config, QUANTIZATION_CONFIG, experts.quantization_config())
@@ -302,8 +304,8 @@ def _load_emoe_0_1(loader: Any, folder: Path, experts: Experts, options: Mapping
 def _read_config(folder: Path, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return a folder's transformers configuration without the experts, and the loader's options.
 
-    Options that are fields of the configuration change it, as in transformers' own
-    ``from_pretrained``, and are not among the loader's options.
+    As in transformers' own ``from_pretrained``, an option with the name of a field changes this
+    field of the configuration. The loader's options are all other options.
     """
     config_options = {"trust_remote_code": False, **options}
     # options for the loader that AutoConfig would write into the configuration, or drop
@@ -325,7 +327,7 @@ def _read_config(folder: Path, options: Mapping[str, Any]) -> tuple[Any, dict[st
         delattr(config, QUANTIZATION_CONFIG)
     if hasattr(config, SEPARATE_KEY):
         delattr(config, SEPARATE_KEY)
-    # None replaces the configuration's value, which makes transformers refuse the folder
+    # The configuration's value would make transformers refuse the folder. None replaces it.
     loader_options = {**unused, **kept, IMPLEMENTATION_KEY: None}
     return config, loader_options
 
@@ -336,7 +338,8 @@ def _read_auto_config(
     """Read a folder's transformers configuration with ``AutoConfig``.
 
     Returns:
-        The configuration, changed by those options that are its fields, and the other options.
+        The configuration, and the unused options. An option with the name of a field changes this
+        field of the configuration. All other options are unused.
 
     Raises:
         CheckpointError: ``AutoConfig`` cannot read the folder.
@@ -357,7 +360,8 @@ def _read_auto_config(
 def _load_quantised(loader: Any, folder: Path, experts: Experts, options: Mapping[str, Any]) -> Any:
     """Load a checkpoint quantised, then build its experts.
 
-    Transformers has room for one quantizer, so :mod:`emoe.loader` cannot build them.
+    Transformers uses only one quantizer for a model. It is the one that quantises here, so
+    :mod:`emoe.loader` cannot build the experts.
     """
     config = experts.config
     if isinstance(config, GMoEConfig) or config.gate_momentum:
@@ -400,9 +404,9 @@ def _load_plain(
 
 
 def _names_not_dense(model: nn.Module, layers: Sequence[RoutedActivation]) -> set[str]:
-    """Return the names in a converted model's state dict that :func:`load_extra_` sets.
+    """Return the names of the tensors in a converted model that :func:`load_extra_` sets.
 
-    The dense model, whose weights the folder holds, has no such tensors, or has other values.
+    The folder holds the weights of the dense model. These lack such tensors, or have other values.
     """
     module_names = {module: name for name, module in model.named_modules()}
     not_dense = routing_names(model)
@@ -417,7 +421,7 @@ def _names_not_dense(model: nn.Module, layers: Sequence[RoutedActivation]) -> se
         if name.startswith(tuple(copied_prefixes)):
             not_dense.add(name)
 
-    # the folder's weights have one bias, folded from the experts' biases
+    # the folder's weights have one output bias, into which the experts' biases were folded
     for layer in layers:
         if layer.output_bias is not None:
             not_dense.add(f"{module_names[layer.ffn.proj_out]}.bias")
@@ -597,7 +601,7 @@ def _load_named_(
 
     Args:
         module: module to load.
-        keys: key of each tensor in ``tensors``, by the tensor's name in the module's state.
+        keys: the key in ``tensors`` for each name in the module's state dict.
         tensors: stored tensors.
         folder: checkpoint, for error messages.
 
@@ -635,7 +639,8 @@ def stored_routing(
         Each tensor's name in the checkpoint, by layer and name in the layer's state. Tensors that
         are not stored are left out.
     """
-    # layers with a tensor of the same name and at the same path, by this path and name
+    # All layers with the same path of the activation and a tensor of the same name. The key is
+    # this path and name.
     layers_of_ending: dict[tuple[str, str], list[RoutedActivation]] = defaultdict(list)
     for layer in layers:
         for name in layer.state_dict():

@@ -84,7 +84,7 @@ def _check_shapes(ffn: FFN) -> None:
 
 def _check_activation(ffn: FFN) -> None:
     """Check that the activation has no parameters."""
-    # a function has none
+    # an activation that is a function has no parameters
     if not isinstance(ffn.activation, nn.Module):
         return
     has_parameters = len(list(ffn.activation.parameters())) > 0
@@ -106,7 +106,10 @@ def _check_between(ffn: FFN) -> None:
 
 
 def _check_unshared(model: nn.Module, ffns: Sequence[FFN]) -> None:
-    """Check that no other module shares the weights: reordering neurons would change it too."""
+    """Check that no other module shares the weights.
+
+    Reordering the neurons would change that module too.
+    """
     # names of the modules that use a parameter, by the parameter's id
     users: dict[int, set[str]] = defaultdict(set)
     for name, module in model.named_modules(remove_duplicate=False):

@@ -1,8 +1,8 @@
 """Balanced k-means: clusters of exactly equal size.
 
-Lloyd iterations with a greedy balanced assignment give a first solution. Exchanges of two rows then
-improve the exact objective, because Lloyd iterations stop early here: with few rows per cluster in
-many dimensions, a row contributes so much to its own centre that it stays in its cluster.
+Lloyd iterations with a greedy balanced assignment give a first solution. They stop early: with few
+rows per cluster in many dimensions, a row contributes so much to its own centre that it stays in
+its cluster. So exchanges of two rows then improve the exact objective.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ from torch.nn import functional as F
 _LLOYD_ITERATIONS = 30
 # Lloyd iterations end if the score grows by less than this share
 _LLOYD_TOLERANCE = 1e-6
-# Rows have length 1. Equal rows then have computed squared distances of about 1e-7, which are
-# rounding errors. Below this sum over all rows, the distances are taken for such errors.
+# Rows have length 1. The computed squared distance of two equal rows is about 1e-7, which is a
+# rounding error. If the distances of all rows sum to less than this, they are treated as such.
 _ROUNDING_ERRORS = 1e-3
-# rows per ordered pair of clusters that may be exchanged
+# number of rows of a cluster that are tried in exchanges with one other cluster
 _SWAP_CANDIDATES = 2
+# largest number of rounds of exchanges
 _SWAP_ROUNDS = 500
+# largest number of exchanges of a cluster in a round with many exchanges
 _SWAPS_PER_CLUSTER = 16
-# pairs of clusters that a round searches, per cluster
+# a round searches this many pairs of clusters, times the number of clusters
 _PAIRS_PER_CLUSTER = 16
 # smaller gains of an exchange may be rounding errors
 _SMALLEST_EXCHANGE_GAIN = 1e-5
-# Relative gains per round. Below the first, clusters exchange one pair at a time. Below the
-# second, the search ends.
+# If a round raises the score by less than this share, later rounds make one exchange per cluster.
 _SMALL_GAIN = 1e-4
+# If a round raises the score by less than this share, the search ends.
 _NEGLIGIBLE_GAIN = 2e-5
 
 
@@ -105,7 +107,7 @@ def _number_by_first_row(labels: Tensor) -> Tensor:
 
 def inertia(rows: Tensor, labels: Tensor, num_clusters: int) -> float:
     """Sum the squared distances of rows ``[n, h]`` to their cluster means, in float64."""
-    # a copy, so that squaring in place needs no more memory
+    # a copy, because it is squared in place below to save memory
     precise_rows = rows.to(torch.float64, copy=True)
     sums = _sums(precise_rows, labels.to(rows.device), num_clusters)
     # no division by zero for an empty cluster
@@ -113,7 +115,7 @@ def inertia(rows: Tensor, labels: Tensor, num_clusters: int) -> float:
     # sum over rows of |x|^2, minus sum over clusters of count * |mean|^2
     rows_part = precise_rows.square_().sum()
     means_part = (sums.square().sum(1) / counts).sum()
-    # rounding may make it negative
+    # rounding may make the difference negative
     return float((rows_part - means_part).clamp(min=0))
 
 
@@ -148,10 +150,11 @@ def _sum_of_squares(sums: Tensor) -> float:
 
 
 def _initial_centres(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
-    """Draw different rows as the first centres ``[clusters, h]``, in the way of k-means++.
+    """Draw the first centres ``[clusters, h]`` from the rows, as k-means++ does.
 
-    The first row is drawn uniformly. Each later one is drawn with a probability proportional to its
-    squared distance to the nearest centre so far.
+    The first row is drawn uniformly. Each later row is drawn with a probability proportional to its
+    squared distance to the nearest centre so far. If every row equals a centre, the next row is
+    drawn uniformly from the rows that are not centres. No row is drawn twice.
     """
     generator = torch.Generator().manual_seed(seed)
     first = int(torch.randint(rows.shape[0], (1,), generator=generator))
@@ -161,10 +164,10 @@ def _initial_centres(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
     distance = _squared_distances(rows, squares, first)
     for _ in range(num_clusters - 1):
         weights = distance.double().cpu().clamp(min=0)
-        # weight 0, so that no row is drawn twice
+        # rows with weight 0 are never drawn
         weights[chosen] = 0
-        # If all other rows equal a chosen one, their distances say nothing. Then they all get the
-        # same probability.
+        # If each other row equals a chosen row, all distances are rounding errors. Then the other
+        # rows get equal weights.
         if float(weights.sum()) < _ROUNDING_ERRORS:
             weights.fill_(1)
             weights[chosen] = 0
@@ -213,7 +216,7 @@ def _balanced_lloyd(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
 
 
 def _affinity(rows: Tensor, centres: Tensor) -> Tensor:
-    """Compute a number for each row and centre that is the higher, the nearer they are.
+    """Compute the affinity of each row to each centre. It is higher for a nearer centre.
 
     A squared distance is ``|row|^2 - 2 * (row @ centre - |centre|^2 / 2)``. The affinity is the
     number in brackets, because ``|row|^2`` is the same for all centres.
@@ -299,7 +302,7 @@ def _swap(rows: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
         changed_sums = _sums(rows, changed_labels, num_clusters)
         changed_score = _sum_of_squares(changed_sums)
         if changed_score <= score:
-            # the gain of one exchange per cluster is exact, so only a rounding error was left
+            # with one exchange per cluster gains are exact, so this gain was a rounding error
             if stage != _MANY_EXCHANGES:
                 break
             stage = _ONE_EXCHANGE
@@ -323,7 +326,8 @@ class _Candidates(NamedTuple):
 
     Attributes:
         rows: row numbers ``[clusters, clusters, candidates]``; ``rows[a, b]`` move from a to b.
-        gains: gain g of each of these rows (see :func:`_swap`), in descending order.
+        gains: gain ``(S_b - S_a) @ row`` of each of these rows, in descending order. S is the sum
+            of a cluster's rows.
     """
 
     rows: Tensor
@@ -334,7 +338,8 @@ class _Exchanges(NamedTuple):
     """The best exchange of two rows for each pair of clusters.
 
     Attributes:
-        gain: half of what the exchange adds to the sum of squares in :func:`_swap` ``[pairs]``.
+        gain: half of the rise of the score by the exchange ``[pairs]``. The score is the sum of the
+            squared lengths of the clusters' sums.
         first_cluster: cluster of the first row ``[pairs]``.
         second_cluster: cluster of the second row ``[pairs]``.
         first_row: row that leaves the first cluster ``[pairs]``.
@@ -371,7 +376,9 @@ def _best_exchanges(
 
 
 def _find_candidates(labels: Tensor, products: Tensor) -> _Candidates:
-    """Find the rows that gain most from a move from one cluster to another, for all clusters.
+    """Find, for each ordered pair of clusters, the rows that gain most from moving.
+
+    They move from the first cluster of the pair to the second.
 
     Args:
         labels: clusters of the rows ``[n]``.
@@ -438,7 +445,7 @@ def _best_of_each_pair(
     sums_of_gains = left_gains.unsqueeze(2) + right_gains.unsqueeze(1)
     total = sums_of_gains + squared_distances
     best_gain, best = total.flatten(1).max(1)
-    # convert the position of the best combination among all of a pair into one on each side
+    # `best` counts all combinations of a pair: convert it into a position on each side
     num_candidates = left.shape[1]
     best_left = best // num_candidates
     best_right = best % num_candidates

@@ -36,7 +36,8 @@ _REMOVED_FIELDS = {
     "value_norm_weighted": False,
 }
 
-# by the router's name, True if it has parameters; emoe.register_router adds to this
+# The names of all routers. The value is True if the router has parameters. emoe.register_router
+# adds routers.
 ROUTERS = {"avg_k": False, "cosine": True, "fixed": False}
 
 # The authors' Tutel layer with the settings of their language scripts.
@@ -122,9 +123,10 @@ class RoutingConfig:
         layers: FFNs to convert: ``[8, 10]``, ``"all"``, ``"last:2"`` (the last two),
             ``"last-half:2"`` (every second one of the last half), ``"last-quarter:2"`` or a slice
             such as ``"8:12:2"``.
-        capacity_factor: factor c that limits each expert to ``k * int(c * ceil(T / N))`` of a
-            forward pass's T tokens (k is ``num_active_experts``), None for no limit. The least
-            confident tokens lose their experts first (batch-prioritised routing).
+        capacity_factor: factor c of the experts' capacity, None for no limit. In a forward pass of
+            T tokens, each expert takes at most ``k * int(c * ceil(T / N))`` of them. Here k is
+            ``num_active_experts``. The least confident tokens lose their experts first
+            (batch-prioritised routing).
         count_padding: count padding in capacity and balance loss. If false, the model needs its
             ``attention_mask``.
         router_noise: strength of the noise on training scores. Its standard deviation is
@@ -136,9 +138,9 @@ class RoutingConfig:
         dropout_position: ``after`` the activation (the authors' vision code) or ``before`` it
             (their language code).
         output_bias: ``shared`` keeps the FFN's single output bias. ``per_expert`` gives each expert
-            its own bias, at first the FFN's bias divided by the number of active experts (the
-            authors' language code, and EMoE in their vision code). ``per_expert_whole`` gives each
-            copy of a GMoE the whole bias (their vision code).
+            its own bias. At first it is the FFN's bias divided by the number of active experts, as
+            in the authors' language code, and for EMoE in their vision code. ``per_expert_whole``
+            gives each copy of a GMoE the whole bias (their vision code).
         version: version of the configuration format.
     """
 
@@ -186,9 +188,9 @@ class RoutingConfig:
             implementation: ``"tutel"`` for their language and vision code: capacity 1.5, router
                 noise, balance loss, dropout inside the experts, one output bias per expert.
                 ``"llama"`` for EMoE's mask on gated FFNs.
-            **values: other fields, and fields to override. ``router="cosine"`` implies
-                ``weighting="softmax"``. Their vision code has ``dropout_position="after"``, and for
-                GMoE ``output_bias="per_expert_whole"``.
+            **values: other fields, which override the authors' settings. ``router="cosine"``
+                implies ``weighting="softmax"``. Their vision code has ``dropout_position="after"``,
+                and for GMoE ``output_bias="per_expert_whole"``.
 
         Raises:
             ConfigError: the implementation, a field or a value does not exist.
@@ -268,7 +270,7 @@ class RoutingConfig:
         is_list = isinstance(self.layers, Sequence) and len(self.layers) > 0
         if isinstance(self.layers, bytes | bytearray | memoryview):  # sequences of numbers too
             is_list = False
-        # type() instead of isinstance(), which takes booleans for whole numbers
+        # not isinstance(), for which booleans are whole numbers
         has_numbers = is_list and all(type(layer) is int for layer in self.layers)
         if not has_numbers:
             wanted = "a list of layer numbers, 'all', 'last:2', 'last-half:2' or a slice"
@@ -290,7 +292,7 @@ class RoutingConfig:
     def has_routing_state(self) -> bool:
         """Check if routed layers have state that the dense model does not have.
 
-        Such state are a router's parameters or buffers, copies of the FFN, and output biases of the
+        Such state is a router's parameters or buffers, copies of the FFN, or output biases of the
         experts.
         """
         return self.kind == "gmoe" or self.output_bias != "shared"
@@ -324,7 +326,8 @@ class RoutingConfig:
             # "backend" and "decode_cache" are from older releases
             if name in ("kind", "backend", "decode_cache"):
                 continue
-            # `is` instead of `==`, which takes 0 for False
+            # A removed field is ignored if it has its default. The test is `is`, because False == 0
+            # is true in Python, and 0 is not the default False.
             if name in _REMOVED_FIELDS and value is _REMOVED_FIELDS[name]:
                 continue
             fields[name] = value
@@ -370,9 +373,10 @@ class EMoEConfig(RoutingConfig):
             each optimizer step, sets them to ``m * previous + (1 - m) * mean keys``. With 0 the
             mean keys always follow the weights.
         weighting: ``binary`` gives every chosen expert weight 1. ``softmax`` normalises over the
-            chosen experts (published EMoE-learn: the output starts at about 1/k of the dense
-            scale), or over all experts if ``top_k=1``, because the weight would be constant.
-            ``softmax_times_k`` multiplies by k, which removes the change of scale.
+            chosen experts, as published EMoE-learn does. Then the output starts at about 1/k of the
+            dense scale. With ``top_k=1``, ``softmax`` normalises over all experts, because a single
+            weight would be constant. ``softmax_times_k`` multiplies the weights by k, which removes
+            the change of scale.
     """
 
     kind: ClassVar[str] = "emoe"
@@ -409,7 +413,7 @@ class EMoEConfig(RoutingConfig):
         if self.router != "avg_k" and self.score != "keys":
             raise self._error("score", f"'keys' {with_router}, which has its own scores")
 
-        # both change how the mean keys score, which only this router and this score use
+        # both fields change the score by mean keys, which only avg_k with the score 'keys' uses
         uses_mean_keys = self.router == "avg_k" and self.score == "keys"
         for name in ("score_bias", "gate_momentum"):
             if getattr(self, name) and not uses_mean_keys:
@@ -492,7 +496,7 @@ def resolve_layers(layers: Layers, count: int) -> list[int]:
     """Convert a request such as ``"last-half:2"`` into layer numbers in ascending order.
 
     Args:
-        layers: the request (see :class:`emoe.EMoEConfig`).
+        layers: the request: a text such as ``"all"`` or ``"8:12:2"``, or numbers of layers.
         count: number of layers of the model.
 
     Raises:
@@ -526,16 +530,18 @@ def _numbered_layers(layers: Sequence[int], count: int) -> list[int]:
 
 
 def _requested_layers(request: str, count: int) -> list[int]:
-    """Return the numbers of the layers that a request such as ``"last:2"`` means; maybe none.
+    """Return the numbers of the layers that a request such as ``"last:2"`` means.
+
+    The list may be empty.
 
     Raises:
-        ConfigError: the request is invalid, or wants more last layers than there are.
+        ConfigError: the request is invalid, or asks for more last layers than the model has.
     """
     every_layer = list(range(count))
     if request == "all":
         return every_layer
 
-    # nine digits are enough for layers, and for int()
+    # the last layers, as in "last:2"; at most nine digits, because int() rejects very long numbers
     last = re.fullmatch(r"last:(\d{1,9})", request)
     if last:
         number = int(last[1])
@@ -543,25 +549,25 @@ def _requested_layers(request: str, count: int) -> list[int]:
             raise ConfigError(f"layers '{request}' asks for more than the model's {count} layers")
         return every_layer[count - number :]
 
-    # every n-th layer of the last half or quarter
+    # every n-th layer of the last half or quarter, as in "last-half:2"
     last_share = re.fullmatch(r"last-(?P<share>half|quarter):(?P<step>\d{1,9})", request)
     if last_share:
         num_parts = _SHARES[last_share["share"]]
         start_of_last_part = count * (num_parts - 1) // num_parts
         step = int(last_share["step"])
-        # no layer, which the caller reports
+        # no layer matches, and the caller raises the error
         if step == 0:
             return []
         return every_layer[start_of_last_part::step]
 
-    # a slice as in Python, without negative steps
+    # a slice as in Python, such as "8:12:2", "-4:" or ":6"; its step cannot be negative
     slice_pattern = r"(?P<start>-?\d{1,9})?:(?P<stop>-?\d{1,9})?(?::(?P<step>\d{1,9})?)?"
     bounds = re.fullmatch(slice_pattern, request)
     if bounds:
         start = int(bounds["start"]) if bounds["start"] else None
         stop = int(bounds["stop"]) if bounds["stop"] else None
         step = int(bounds["step"]) if bounds["step"] else 1
-        # no layer, which the caller reports
+        # no layer matches, and the caller raises the error
         if step == 0:
             return []
         return every_layer[start:stop:step]

@@ -24,7 +24,8 @@ from emoe.tokens import remove_argument_hooks, watch_padding
 # columns of the table, one per field of LayerReport
 _HEADERS = ("layer", "FFN", "neurons", "experts", "size", "top_k", "explained", "seconds")
 _FORMATS = ("", "", "", "", "", "", ".3f", ".2f")
-# mean cosine of keys; the same model in training is above it, another model far below
+# Two weights belong to the same model if the mean cosine of their keys is at least this. It stays
+# higher while a model is trained. For another model it is far lower.
 _SAME_MODEL_COSINE = 0.5
 
 
@@ -41,7 +42,7 @@ class LayerReport:
         top_k: experts that each token uses.
         explained: share of the variance between keys that the partition explains. None for GMoE,
             and for a partition that :func:`emoe.partition` has not computed.
-        seconds: time that the partition took. None in the same cases.
+        seconds: time that the partition took. None if ``explained`` is None.
     """
 
     index: int
@@ -99,10 +100,12 @@ def convert_(
 ) -> ConversionReport:
     """Turn the chosen FFNs of a model into experts, in place (the paper's method).
 
-    EMoE permutes each FFN's neurons and routes between blocks of them. State-dict keys and shapes
-    do not change. Below the activation, EMoE adds the keys ``router.*`` for a learned router,
-    ``router.gate`` with ``gate_momentum``, and ``output_bias`` unless the bias is shared. GMoE
-    widens each chosen FFN to ``num_experts`` copies. If a check fails, the model is unchanged.
+    EMoE permutes each FFN's neurons and routes between blocks of them. The dense model's names and
+    shapes in the state dict do not change. Some configurations add names, all of which begin with
+    the name of the activation. A learned router adds ``router.*``, and ``gate_momentum`` adds
+    ``router.gate``. If the output bias is not shared, ``output_bias`` and ``output_bias_parts`` are
+    added. GMoE widens each chosen FFN to ``num_experts`` copies. If a check fails, the model is
+    unchanged.
 
     Args:
         model: dense model with a row in the registry (see :func:`emoe.register_ffn`).
@@ -115,7 +118,7 @@ def convert_(
     Raises:
         ConversionError: the model, one of its chosen FFNs or the partition does not fit the
             configuration.
-        ConfigError: ``layers`` matches nothing.
+        ConfigError: ``layers`` matches no layer of the model.
     """
     if routed_layers(model):
         raise ConversionError(
@@ -192,7 +195,7 @@ def convert_ffn(
 ) -> LayerReport:
     """Turn one FFN into experts, in place and without checks, and return its report.
 
-    ``partition`` has the FFN's permutation by layer number. It is empty for GMoE.
+    ``partition`` maps the FFN's layer number to its permutation. It is empty for GMoE.
     """
     permutation = None
     if isinstance(config, GMoEConfig):
@@ -203,7 +206,7 @@ def convert_ffn(
     # the constructor puts the module into the model
     RoutedActivation(ffn, config, permutation)
 
-    # a permutation that the caller has computed comes without these two
+    # these two are unknown if the caller has computed the permutation
     explained = None
     seconds = None
     if isinstance(partition, Partition):
@@ -298,9 +301,9 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
         The same model.
 
     Raises:
-        ConversionError: the model is dense or a GMoE, or, with ``restore_order``, an FFN has
-            adapters or its order is unknown (the model was saved without
-            ``emoe_partition.safetensors``). The model is unchanged.
+        ConversionError: the model is dense or a GMoE. With ``restore_order``, an FFN has adapters,
+            or its order is unknown because the model was saved without
+            ``emoe_partition.safetensors``. The model is unchanged.
     """
     layers = converted_layers(model, "to_dense_", "it is dense already")
     if any(isinstance(layer.config, GMoEConfig) for layer in layers):

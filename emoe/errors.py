@@ -22,7 +22,7 @@ class ConversionError(EMoEError):
 
 
 class CheckpointError(EMoEError):
-    """Raised if a checkpoint is missing, damaged, unsafe or another model's, or cannot be written.
+    """Raised if a checkpoint is missing, damaged, unsafe or of another model, or not writable.
 
     Also raised if a dense model's state dict is loaded into a converted model.
     """
@@ -43,7 +43,7 @@ def did_you_mean(given: object, options: Iterable[object]) -> str:
 
 
 def nearest_divisor(width: int, number: int) -> int:
-    """Return the divisor of ``width`` that is nearest to ``number``, the smaller one of a tie."""
+    """Return the divisor of ``width`` nearest to ``number``. Of two, return the smaller one."""
     divisors = [n for n in range(1, width + 1) if width % n == 0]
     # min returns the first, and so the smaller, of two divisors at the same distance
     return min(divisors, key=lambda divisor: abs(divisor - number))

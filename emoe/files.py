@@ -45,7 +45,10 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Raise a one-line :class:`CheckpointError` if a path is not a file, or cannot be read."""
+    """Raise a one-line :class:`CheckpointError` if the ``with`` block cannot read a file.
+
+    It is also raised if the path is not a file.
+    """
     try:
         if path.exists() and not path.is_file():
             raise OSError("it is not a file")  # opening a named pipe would wait for ever
@@ -56,7 +59,9 @@ def _readable(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _writable(path: Path) -> Iterator[None]:
-    """Raise a one-line :class:`CheckpointError` if safetensors cannot write to a file or folder.
+    """Raise a one-line :class:`CheckpointError` if safetensors cannot write in a ``with`` block.
+
+    ``path`` is the file or folder to which the block writes.
 
     Afterwards, give the written files the permissions that the umask allows.
     """
@@ -168,7 +173,7 @@ def _index_error(index: Path, name: str) -> CheckpointError:
 def tensor_files(paths: Iterable[Path]) -> dict[str, Path]:
     """Map each tensor's name to the safetensors file that holds it.
 
-    If several files hold a tensor of the same name, the last file counts. A damaged file raises
+    If several files hold a tensor of the same name, the last file is used. A damaged file raises
     :class:`CheckpointError`.
     """
     file_of_tensor = {}
@@ -206,8 +211,8 @@ def model_folder(model: str, options: Mapping[str, Any] | None = None) -> Path:
 
     Args:
         model: folder or hub id.
-        options: a loader's options, of which ``revision``, ``token``, ``cache_dir`` and
-            ``local_files_only`` count.
+        options: options of a loader. The download uses ``revision``, ``token``, ``cache_dir`` and
+            ``local_files_only``. All other options are ignored.
 
     Raises:
         CheckpointError: the hub has no such model, or :func:`check_loadable` rejects the folder.
@@ -283,7 +288,8 @@ def check_loadable(folder: Path) -> None:
 
     # An attention whose name has a slash is a repository with code. The whole text is searched,
     # because nested models have settings too. The value is a name, or an object with one name for
-    # each part of the model.
+    # each part of the model. The regex matches `"attn_implementation": "owner/code"` and
+    # `"attn_implementation": {"text_config": "owner/code"}`.
     settings = json.dumps(read_settings(folder))
     if re.search(r'attn_implementation\w*": (\{[^}]*": )?"[^"]*/', settings):
         raise CheckpointError(
@@ -417,9 +423,9 @@ def _load_with_transformers(
 ) -> Any:
     """Load a checkpoint with transformers, and check that its weights are complete.
 
-    Two kinds of tensors may be missing or have another shape: tensors that ``restored`` names, and
-    tensors of a head that the caller accepts as new. See :func:`load_stock` for the arguments and
-    the result.
+    Two kinds of tensors may be missing or have another shape. The function ``restored`` names the
+    first kind. The second kind are tensors of a head that the caller accepts as new. The arguments
+    and the result are those of :func:`load_stock`.
     """
     loader_options = {
         "trust_remote_code": False,
@@ -460,8 +466,9 @@ def _load_with_transformers(
 
 
 def _head_names(model: Any, names: Iterable[str]) -> set[str]:
-    """Return the names, among ``names``, of tensors in a transformers model's head or pooler."""
-    # Outside its head, a model's names begin with the base model's. The base model has no head.
+    """Return those of ``names`` that are tensors in the head or pooler of a transformers model."""
+    # Names begin with the base model's name, such as "bert.", except in the head. A base model
+    # itself has no head, and its names have no such prefix.
     base_prefix = f"{model.base_model_prefix}."
     if model.base_model is model:
         base_prefix = ""
@@ -478,13 +485,15 @@ def _check_layers(model: nn.Module, unexpected: Iterable[str], folder: Path) -> 
 
     ``unexpected`` are the names of stored tensors that the model does not have.
     """
-    # names are compared without the prefix, because the weights may be the base model's
+    # The weights may be a base model's, whose names lack the prefix "bert.", for example. So names
+    # are compared without this prefix. Their numbers become "#", so they are equal in all layers.
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     known = set()
     for name in model.state_dict():
         known.add(_without_numbers(name).removeprefix(prefix))
     for name in sorted(unexpected):
-        # an unexpected name that the model has with another layer number
+        # The regex matches a layer's number, such as ".11.". If the model has the same name with
+        # another number, the configuration has too few layers.
         is_in_layer = re.search(r"\.\d+\.", name) is not None
         if is_in_layer and _without_numbers(name).removeprefix(prefix) in known:
             path = folder / STOCK_CONFIG_FILE
@@ -492,7 +501,10 @@ def _check_layers(model: nn.Module, unexpected: Iterable[str], folder: Path) -> 
 
 
 def _without_numbers(name: str) -> str:
-    """Replace each number in a tensor's name by ``#``, so that its name is equal in all layers."""
+    """Replace each number in a tensor's name by ``#``, so that the name is equal in all layers.
+
+    For example, ``layer.11.weight`` becomes ``layer.#.weight``.
+    """
     return re.sub(r"\d+", "#", name)
 
 
@@ -627,11 +639,12 @@ def new_folder(folder: Path, source: Path) -> Iterator[Path]:
 def _find_companions(source: Path) -> list[Path]:
     """Return the settings, tokenizers and templates in a folder and its subfolders.
 
-    The list has neither emoe's own files nor the index of the weights, which saving writes anew,
-    and no links that lead out of the folder.
+    Emoe's own files and the index of the weights are left out, because saving writes them anew.
+    Links that lead out of the folder are left out too.
     """
     root = source.resolve()
-    # the hub's cache has files as links from `snapshots/REVISION` to `blobs`
+    # In the hub's cache, the files in `snapshots/REVISION` are links into the folder `blobs`. Both
+    # folders are below the same root.
     if root.parent.name == "snapshots":
         root = root.parents[1]
 

@@ -98,7 +98,7 @@ class RoutedActivation(nn.Module):
         self.record: Any = None
         self.padding: PaddingMaskHook | None = None
         self.replaced: dict[str, nn.Module] = {}
-        # a compiler cannot follow thread-local attributes
+        # compiled code uses the second state, because a compiler cannot follow thread-local ones
         self._eager = _ThreadState()
         self._traced = _CallState()
         self._handles = [ffn.proj_in.register_forward_pre_hook(self._keep_input)]
@@ -174,14 +174,15 @@ class RoutedActivation(nn.Module):
         bias = bias_of(proj_out)
         if bias is None:
             return
-        # the biases of a token's experts sum to the dense bias, unless each has the whole of it
+        # The biases of a token's experts sum to the dense bias. With "per_expert_whole", each
+        # expert has the whole dense bias.
         parts = self.config.num_active_experts
         if self.config.output_bias == "per_expert_whole":
             parts = 1
         # an integer, which no cast rounds
         self.output_bias_parts = torch.tensor(parts, device=bias.device)
 
-        # before the next step, which changes `bias` itself
+        # compute both before the next step, which changes `bias` itself
         zeros = torch.zeros_like(bias)
         expert_bias = bias.detach() / parts
         expert_biases = expert_bias.repeat(self.config.num_experts, 1)  # [N, h]
@@ -206,7 +207,7 @@ class RoutedActivation(nn.Module):
         return biases.mean(0) * parts
 
     def _keep_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Keep the FFN's input for the activation. A hook on the in-projection."""
+        """Keep the FFN's input for the activation. A pre-hook on the in-projection."""
         self._call_state.x = args[0]
 
     def _take_input(self) -> Tensor | None:
@@ -222,9 +223,9 @@ class RoutedActivation(nn.Module):
         return x.reshape(-1, x.shape[-1])
 
     def _add_output_bias(self, _module: nn.Module, _args: Any, y: Tensor) -> Tensor:
-        """Add the biases of the last routing's experts to the FFN's output.
+        """Add to the FFN's output the biases of the experts that the activation chose.
 
-        A hook on the out-projection.
+        This is a hook on the out-projection.
         """
         call = self._call_state
         weights = call.weights
@@ -240,12 +241,15 @@ class RoutedActivation(nn.Module):
         return y + weighted_biases.view_as(y).to(y.dtype)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Activate and route pre-activations ``[..., d]`` (see :meth:`activate`).
+        """Compute the activated neurons ``[..., d]``, times the weights of their experts.
 
         With the sparse backend, return the input as it is: the out-projection computes the FFN.
+
+        Args:
+            z: pre-activations ``[..., d]``, or with the sparse backend the FFN's input.
         """
         if self.replaced:
-            return z  # the FFN's input, see emoe.sparse.module
+            return z  # the FFN's input, because the in-projection only passes it through
         return self.activate(z)
 
     def activate(self, z: Tensor) -> Tensor:
@@ -318,7 +322,7 @@ class RoutedActivation(nn.Module):
         # both need the results of route()
         if self.record is not None or self.output_bias is not None:
             return None
-        if torch.is_autocast_enabled(x.device.type):  # the kernel's product would be rounded
+        if torch.is_autocast_enabled(x.device.type):  # would round the kernel's product
             return None
         # the kernel returns a mask, without scores
         config = self.config
@@ -356,7 +360,10 @@ class RoutedActivation(nn.Module):
             )
 
     def _score_grad_context(self) -> AbstractContextManager[Any]:
-        """Return a no-grad context unless expert weights or the balance loss need a gradient."""
+        """Return a no-grad context if neither expert weights nor the balance loss need gradients.
+
+        Else return a context that does nothing.
+        """
         is_needed = self.config.weighting != "binary" or self.config.aux_loss_coefficient > 0
         if is_needed or not torch.is_grad_enabled():
             return nullcontext()
@@ -440,8 +447,8 @@ class RoutedActivation(nn.Module):
         """Choose each token's experts by their scores ``[T, N]``.
 
         Returns:
-            Mask of the chosen experts, and mask of those among them that had capacity left for the
-            token. Both ``[T, N]``.
+            Two masks ``[T, N]``. The first has the chosen experts. The second has only the chosen
+            experts that had capacity left for the token.
         """
         config = self.config
         if config.capacity_factor is None:
@@ -506,7 +513,7 @@ def routed_layers(model: nn.Module) -> list[RoutedActivation]:
 def check_one_conversion(layers: Sequence[RoutedActivation], caller: str) -> None:
     """Raise :class:`ConversionError` if parts of a model were converted separately.
 
-    The layers of such parts have equal numbers or different configurations.
+    This is so if two layers have the same number, or if layers have different configurations.
     """
     numbers = {layer.ffn.index for layer in layers}
     configs = {layer.config for layer in layers}

@@ -65,17 +65,18 @@ class ExpertsLoader(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> nn.Module:
-        """Build the experts, and find out which file holds the state of their routers and biases.
+        """Build the experts, and find the files that hold the state of their routers and biases.
 
-        Transformers calls this method before it loads the weights.
+        Transformers calls this method before it loads the weights. The state is among the weights,
+        or in the extra file of a folder of emoe 0.1.
 
         Raises:
-            CheckpointError: neither the weights nor the extra file hold this state.
+            CheckpointError: the state is in neither of them.
         """
         experts = self.quantization_config.experts
         self._folder: Path | None = None
         self._uses_extra_file = False
-        # without files, for example with a given state_dict, there is nothing to check
+        # if the caller passes a state_dict, there are no files, and nothing can be checked
         if not checkpoint_files:
             self._layers = build_experts_(model, experts, "the checkpoint")
             return model
@@ -85,8 +86,8 @@ class ExpertsLoader(HfQuantizer):
         self._folder = folder
         self._layers = build_experts_(model, experts, folder)
         stored = files.tensor_files(paths)
-        # Folders of emoe 0.1 have the routers in the extra file, unless a Trainer wrote them: then
-        # the routers are among the weights.
+        # Folders of emoe 0.1 have the routers in the extra file. If a Trainer wrote such a folder,
+        # the routers are among the weights instead.
         has_extra_file = (folder / EXTRA_FILE).exists()
         self._uses_extra_file = has_extra_file and not stored_routing(self._layers, stored)
         if not self._uses_extra_file:

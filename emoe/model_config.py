@@ -121,9 +121,10 @@ def describe_experts_(model: nn.Module) -> None:
 
 
 def update_description_(model: nn.Module) -> None:
-    """Write the experts' present settings into the configurations in a model that describe experts.
+    """Update each transformers configuration in a model that describes the model's experts.
 
-    If the model has no experts left, remove the description.
+    It gets the experts' present settings. If the model has no experts left, the description is
+    removed.
     """
     layers = routed_layers(model)
     for config in described_configs(model):
@@ -137,7 +138,8 @@ def update_description_(model: nn.Module) -> None:
 def described_configs(model: nn.Module) -> list[Any]:
     """Return the transformers configurations in a model that describe experts.
 
-    A model may have several, because its modules and the models that it wraps have one too.
+    A model may have several configurations, because its modules and the models that it wraps also
+    have one.
     """
     configs: dict[int, Any] = {}
     for module in model.modules():
@@ -149,7 +151,7 @@ def described_configs(model: nn.Module) -> list[Any]:
 
 
 def numbered_layers(model: nn.Module) -> dict[int, RoutedActivation]:
-    """Map the number of each routed FFN in this model to its layer.
+    """Return the routed FFNs of a model by their numbers.
 
     The numbers count all FFNs of ``model``, even if only a submodule of it was converted.
 
@@ -172,7 +174,7 @@ def numbered_layers(model: nn.Module) -> dict[int, RoutedActivation]:
 def own_config_(model: nn.Module) -> None:
     """Give a transformers model a configuration of its own: a copy.
 
-    Other models may share the present object, and must not change with this one.
+    Other models may share the present configuration, and must not change with this model.
     """
     shared: Any = getattr(model, "config", None)
     if not hasattr(shared, "to_diff_dict"):
@@ -186,7 +188,10 @@ def own_config_(model: nn.Module) -> None:
 
 
 def _describes_experts(config: Any) -> bool:
-    """Check if a transformers configuration describes experts, under one of the two keys."""
+    """Check if a transformers configuration describes experts.
+
+    They are described under ``quantization_config``, or under ``emoe`` in a quantised model.
+    """
     return is_ours(getattr(config, QUANTIZATION_CONFIG, None)) or hasattr(config, SEPARATE_KEY)
 
 
@@ -201,7 +206,7 @@ def _stored_layers(config: Any) -> tuple[int, ...]:
 def _write(config: Any, experts: Experts) -> None:
     """Write a description of experts into a transformers configuration.
 
-    It goes under ``quantization_config`` or, for a quantised model, under a key of its own.
+    The key is ``quantization_config`` or, for a quantised model, ``emoe``.
     """
     quantization_config = getattr(config, QUANTIZATION_CONFIG, None)
     is_quantised = quantization_config is not None and not is_ours(quantization_config)

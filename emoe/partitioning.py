@@ -130,7 +130,7 @@ def group_neurons(
 
     Args:
         keys: key vectors ``[d, h]``.
-        config: configuration, as in :func:`partition`.
+        config: configuration. Only ``num_experts``, ``partition`` and ``partition_seed`` are used.
         layer: layer number, which seeds a random partition.
         activations: activations of the neurons ``[d, tokens]``, for a co-activation partition.
     """
@@ -146,7 +146,10 @@ def group_neurons(
 
 
 def _group(keys: Tensor, config: EMoEConfig, layer: int, activations: Tensor | None) -> Tensor:
-    """Choose the expert of each neuron: ``[d]`` int64. Arguments as in :func:`group_neurons`."""
+    """Choose the expert of each neuron: ``[d]`` int64.
+
+    The arguments are those of :func:`group_neurons`.
+    """
     num_experts = config.num_experts
     # Each row of the features is a neuron. There are no activations, and so no features, for the
     # partitions "random" and "contiguous".

@@ -26,13 +26,13 @@ class LayerRecord:
 
     Args:
         layer: routed FFN to record.
-        labels: source of the rows' labels.
-        padding: source of the padding mask, None to count all tokens.
+        labels: hook that reads the labels of the rows.
+        padding: hook that reads the padding mask, None to count all tokens.
         window: number of forward passes per window, None for no windows.
 
     Attributes:
-        num_experts: N.
-        windows: loads ``[N]`` of each finished window of forward passes, if windows were requested.
+        num_experts: number of experts N.
+        windows: loads ``[N]`` of each finished window of forward passes. Empty without windows.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class LayerRecord:
         if labels is None or len(labels) == 0:
             return
         num_rows = len(labels)
-        # if the rows differ from the labelled ones, the tokens cannot be assigned to labels
+        # tokens can be assigned to labels only if each label has the same number of tokens
         if len(chosen) % num_rows != 0:
             return
         # loads of each row [rows, N]
@@ -133,7 +133,7 @@ class LayerRecord:
         """Append zeros to the loads by label, so that the largest of ``labels`` has a row."""
         needed = int(labels.max()) + 1
         missing = max(needed - len(self._loads_by_label), 0)
-        # append no columns, and the missing rows at the end
+        # F.pad takes the columns before and after, then the rows before and after
         self._loads_by_label = F.pad(self._loads_by_label, (0, 0, 0, missing))
 
     @property
@@ -242,7 +242,7 @@ class RoutingRecord:
         }
         means = {}
         for name, numbers in values.items():
-            # without windows there is no `load_change`
+            # `load_change` has no numbers if there are fewer than two windows
             if numbers:
                 means[name] = sum(numbers) / len(numbers)
         return means
@@ -265,10 +265,10 @@ class RoutingRecord:
 def record_routing(model: nn.Module, *, window: int | None = None) -> Iterator[RoutingRecord]:
     """Count how often each expert is chosen in the forward passes inside the ``with`` block.
 
-    Padding is not counted if the model gets a two-dimensional mask. A mask that does not fit gives
-    a warning. Choices are also counted by label if the model gets one integer label per row, or if
-    :meth:`RoutingRecord.set_labels` sets them. Forward passes that activation checkpointing repeats
-    are not counted.
+    Padding is not counted if the model gets a two-dimensional mask. If the mask does not fit the
+    tokens, padding is counted, with a warning. Choices are also counted by label if the model gets
+    one integer label per row, or if :meth:`RoutingRecord.set_labels` sets them. Forward passes that
+    activation checkpointing repeats are not counted.
 
     Args:
         model: a converted model. Call this object, not a part of it or a wrapper around it.

@@ -29,14 +29,14 @@ def register_loader() -> None:
     if _QUANTIZERS in sys.modules:
         _import_loader()
     else:
-        # in the first place, because the import system uses the first finder that has an answer
+        # insert it first, because the import system uses the first finder that finds a module
         sys.meta_path.insert(0, _Finder())
 
 
 def _import_loader() -> None:
     """Import :mod:`emoe.loader`, which registers itself with transformers.
 
-    If this version of transformers lacks something that it imports, only log a warning.
+    If this version of transformers lacks a name that the loader imports, only log a warning.
     """
     try:
         importlib.import_module(_LOADER)

@@ -18,7 +18,8 @@ from emoe.errors import ConversionError
 
 # width of the cosine router's projection
 _COSINE_DIM = 256
-# the factor of the cosine router's scores, as in the authors' code
+# The cosine router multiplies its scores by a learned factor. As in the authors' code, the factor
+# starts at 2 and is at most 100. The expert embeddings start with the standard deviation 0.01.
 _MAX_LOG_SCALE = math.log(100.0)
 _INITIAL_SCALE = 2.0
 _EMBEDDING_DEVIATION = 0.01
@@ -78,8 +79,8 @@ class Router(nn.Module):
     Parameters and persistent buffers are saved with the model, beside the dense model's own state.
 
     Attributes:
-        learned: the router has parameters that need a gradient, so its scores must weight the
-            experts' outputs.
+        learned: true if the router has parameters that need a gradient. They get it only if its
+            scores weight the experts' outputs.
         ffn: FFN whose experts are scored.
         config: configuration of the experts.
     """
@@ -110,8 +111,8 @@ class Router(nn.Module):
         """Return vectors ``[N, h]`` in float32 whose products with the input are the scores.
 
         An earlier forward pass, in evaluation mode and without gradients, has kept them. None if no
-        pass has kept those of the current weights, if the current pass trains, records a gradient
-        or is traced, or if scores are computed differently.
+        pass has kept vectors of the current weights. Also None if the current pass trains, records
+        a gradient or is traced, and for a router that computes scores differently.
         """
         return None
 
@@ -161,7 +162,7 @@ class CosineRouter(Router):
         self.to(weight.device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See :meth:`Router.forward`."""
+        """Compute scores ``[T, N]`` in float32 from FFN inputs ``[T, h]``."""
         with torch.autocast(x.device.type, enabled=False):
             projected = F.normalize(self.proj(x), dim=-1)  # [T, 256]
             embeddings = F.normalize(self.expert_embeddings.float(), dim=0)  # [256, N]
@@ -211,7 +212,10 @@ class Stamp:
 
 
 def _version(weight: Tensor) -> int | None:
-    """Return the number of changes that PyTorch counted. None for a tensor of inference mode."""
+    """Return the number of in-place changes of a weight that PyTorch has counted.
+
+    None for a tensor of inference mode, whose changes are not counted.
+    """
     # PyTorch raises an error for the version of such a tensor
     if weight.is_inference():
         return None
@@ -254,7 +258,10 @@ class AvgKRouter(Router):
         self.register_buffer("gate", gate)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See :meth:`Router.forward`. Only for scores that are linear in the input."""
+        """Compute scores ``[T, N]`` in float32 from FFN inputs ``[T, h]``.
+
+        Only for scores that are linear in the input.
+        """
         # the running mean, else the mean that an earlier call kept, else the current mean
         mean_weight = self.gate
         if mean_weight is None:
@@ -274,7 +281,11 @@ class AvgKRouter(Router):
         return self.ffn.proj_in
 
     def kept_keys(self) -> Tensor | None:
-        """See :meth:`Router.kept_keys`."""
+        """Return the mean keys ``[N, h]`` that an earlier call kept.
+
+        None if there are none that this pass may use, or if scores are not their products with the
+        input.
+        """
         # The products must be the scores: without a bias, and without a running gate, which is not
         # the mean of the weights.
         has_plain_keys = self.config.score == "keys" and self.gate is None
@@ -287,7 +298,7 @@ class AvgKRouter(Router):
         return self._kept_mean_weight()
 
     def forget_kept_keys_(self) -> None:
-        """See :meth:`Router.forget_kept_keys_`."""
+        """Discard the kept mean weights, so that a later forward pass computes them again."""
         self._kept = None
 
     def _may_keep(self) -> bool:
@@ -369,7 +380,13 @@ class AvgKRouter(Router):
         return in_projections[0]
 
     def scores(self, x: Tensor | None, z: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """See :meth:`Router.scores`."""
+        """Compute scores ``[T, N]`` during the FFN's forward pass.
+
+        Args:
+            x: FFN inputs ``[T, h]``, None if unknown.
+            z: pre-activations ``[T, d]``.
+            hidden: activated neurons ``[T, d]``, only needed for the ``inter`` scores.
+        """
         score = self.config.score
         if score == "keys":
             return self._scores_from_keys(x, z)
@@ -381,7 +398,7 @@ class AvgKRouter(Router):
     def _scored_neurons(self, x: Tensor | None, z: Tensor, hidden: Tensor | None) -> Tensor:
         """Return the values ``[T, d]`` that the score averages, before absolute values are taken.
 
-        See :meth:`Router.scores` for the arguments.
+        The arguments are those of :meth:`scores`.
         """
         ffn = self.ffn
         score = self.config.score
@@ -466,8 +483,8 @@ class FixedRouter(Router):
     :func:`emoe.fix_experts_` installs it.
 
     Attributes:
-        usage: number of times that each expert was used, ``[N]`` int64. Integers, because a cast of
-            the model (``model.half()``) would round floats.
+        usage: number of times that each expert was used, ``[N]`` int64. A cast of the model, such
+            as ``model.half()``, would round floats, but not integers.
     """
 
     learned: ClassVar[bool] = False
@@ -479,7 +496,10 @@ class FixedRouter(Router):
         self.register_buffer("usage", usage)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See :meth:`Router.forward`. A score is the number of experts that were used less."""
+        """Return scores ``[T, N]``, the same for each token of ``x``.
+
+        An expert's score is the number of experts that were used less than it.
+        """
         usage = self.usage.to(x.device)
         # is_more_used[a, b]: expert a was used more than expert b
         is_more_used = usage.unsqueeze(1) > usage

@@ -23,7 +23,8 @@ def select_experts(scores: Tensor, top_k: int, selection: Selection) -> Tensor:
     Args:
         scores: scores ``[T, N]``. Random selection uses only their shape.
         top_k: number of experts k. ``not_top`` chooses the ``N - top_k`` other experts instead.
-        selection: which experts are chosen (see :class:`emoe.EMoEConfig`).
+        selection: experts that are chosen: the ``top`` k by score, the ``bottom`` k, ``random`` k,
+            or all but the top k (``not_top``).
     """
     if selection == "random":
         scores = torch.rand_like(scores)
@@ -37,7 +38,8 @@ def select_experts(scores: Tensor, top_k: int, selection: Selection) -> Tensor:
 def choose_experts(scores: Tensor, top_k: int, selection: Selection) -> Tensor:
     """Return the mask ``[T, N]`` of the experts that :func:`select_experts` chooses.
 
-    The mask does not show their order, so the compiled kernels, if they were built, need no sort.
+    The mask does not show their order. So the compiled kernels, which are used if they were built,
+    need no sort.
     """
     if selection in ("top", "bottom") and scores.dtype == torch.float32:
         kernels = kernels_for(scores)
@@ -126,7 +128,7 @@ def expert_mask(expert_indices: Tensor, num_experts: int, kept: Tensor | None = 
 
     Args:
         expert_indices: chosen experts ``[T, k]``.
-        num_experts: N.
+        num_experts: number of experts N.
         kept: choices ``[T, k]`` bool to put into the mask, None for all.
     """
     if kept is None:
@@ -139,10 +141,10 @@ def expert_mask(expert_indices: Tensor, num_experts: int, kept: Tensor | None = 
 def expert_weights(scores: Tensor, mask: Tensor, weighting: Weighting, top_k: int) -> Tensor:
     """Compute the weights ``[T, N]`` of the chosen experts; the others have weight zero.
 
-    ``binary`` gives every chosen expert weight 1. ``softmax`` normalises over the chosen experts,
-    or over all experts if ``top_k`` is 1, because the weight would be constant.
-    ``softmax_times_k`` multiplies by the number of chosen experts: the mean is 1, as with
-    ``binary``.
+    ``binary`` gives every chosen expert weight 1. ``softmax`` normalises over the chosen experts.
+    With ``top_k`` 1, it normalises over all experts, because a single weight would be constant.
+    ``softmax_times_k`` multiplies by the number of chosen experts, so their mean weight is 1, as
+    with ``binary``.
     """
     if weighting == "binary":
         return mask.to(scores.dtype)
@@ -166,8 +168,8 @@ def balance_loss(
 ) -> Tensor:
     """Compute how unevenly the experts are used, as a squared coefficient of variation.
 
-    Without noise, the loss is that of the experts' importance. With noise, it is the mean of the
-    losses of importance and load.
+    Without noise, it is the squared coefficient of variation of the experts' importance. With
+    noise, it is the mean of two such numbers, of the experts' importance and of their load.
 
     Importance is the softmax probability of an expert, summed over tokens. Load is the expected
     number of tokens of an expert under the router's noise: each token adds the probability that the
@@ -203,7 +205,7 @@ def balance_loss(
 
 def _squared_variation(values: Tensor) -> Tensor:
     """Compute the squared coefficient of variation of values ``[N]``; 0 for a single value."""
-    # a single value has no variance; the product keeps the gradient's graph
+    # A single value has no variance. The result is 0, but still has a gradient.
     if values.numel() == 1:
         return values.sum() * 0
     # the constant prevents a division by zero

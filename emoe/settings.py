@@ -133,9 +133,9 @@ def for_inference_(model: nn.Module) -> nn.Module:
     Sets the sparse backend and evaluation mode. On a CPU, a forward pass of few tokens then reads
     only the weights of their experts.
 
-    For this, the weights of each neuron must lie together in memory. In one projection they do not:
-    the out-projection, or in GPT-2 the in-projection. The first such pass without gradient makes a
-    copy of it in which they do. The copy needs as much memory as the projection, and is made again
+    For this, the weights of each neuron must lie together in memory. The out-projection (in GPT-2,
+    the in-projection) stores them apart. So the first such pass without gradient copies this
+    projection in another order. The copy needs as much memory as the projection. It is made again
     after the weights change. ``model.train()`` ends serving.
 
     Parameters are not frozen, because PyTorch multiplies frozen bfloat16 weights more slowly on
@@ -148,7 +148,8 @@ def for_inference_(model: nn.Module) -> nn.Module:
         The same model.
 
     Raises:
-        ConversionError: as :func:`set_backend_`.
+        ConversionError: the model is not converted, or cannot use the sparse backend (see
+            :func:`set_backend_`). The model is unchanged.
     """
     set_backend_(model, "sparse")
     model.eval()
@@ -194,7 +195,9 @@ def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> nn.Module:
 def _read_usage(layer: RoutedActivation, usage: Mapping[int, Tensor]) -> Tensor:
     """Return the counts ``[N]`` of a layer from ``usage``, after checking them.
 
-    See :func:`fix_experts_` for the errors.
+    Raises:
+        ConversionError: the layer has another router than ``avg_k`` or ``fixed``, or its counts are
+            missing, have another shape, are not integers or are all 0.
     """
     name = f"fix_experts_: {layer.ffn.name}"
     config = layer.config

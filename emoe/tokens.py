@@ -56,7 +56,7 @@ class _ArgumentHook:
     def __init__(self, module: nn.Module, argument: str, ndim: int) -> None:
         self._argument = argument
         self._ndim = ndim
-        # place among the arguments, because it may be passed by position
+        # position among the arguments, because the argument may be passed without its name
         names = _argument_names(module)
         self._position = names.index(argument) if argument in names else None
         # the last call of each thread
@@ -219,8 +219,8 @@ class LabelHook(_ArgumentHook):
 def watch_padding(model: nn.Module, ffns: Sequence[FFN]) -> dict[int, PaddingMaskHook]:
     """Register hooks that read the padding masks of FFNs.
 
-    The mask is an argument of the innermost module around an FFN that takes token ids (or another
-    input of a model), so encoder and decoder have separate masks. If there is no such module, the
+    The mask is an argument of the innermost module around an FFN that takes token ids or another
+    input of a model. So encoder and decoder have separate masks. If there is no such module, the
     mask is an argument of the whole model.
 
     Returns:

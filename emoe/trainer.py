@@ -47,7 +47,7 @@ class TrainerCallback(transformers.TrainerCallback):
         layers = converted_layers(model, "TrainerCallback")
         if not hasattr(model, "peft_config"):
             describe_experts_(model)
-        # an interrupted training left its hooks
+        # an interrupted training has not removed its hooks
         _stop_adding(model)
         if self.add_aux_loss and layers[0].config.aux_loss_coefficient > 0:
             _check_checkpointing(args)
@@ -124,8 +124,8 @@ def _stop_adding(model: nn.Module) -> None:
 # balance loss of a pass gets the weight that the pass has in the task's loss:
 #
 # - Trainer may divide the model's loss by the number of passes, and with it the balance loss.
-# - Or it divides nothing, and gives `num_items_in_batch`, the number of labels in the step, to the
-#   model. It does so for every model whose forward method takes `**kwargs`. Some models divide
+# - Or Trainer divides nothing, and gives the model `num_items_in_batch`, the number of labels in
+#   the step. It does so for every model whose forward method takes `**kwargs`. Some models divide
 #   their loss by this number: a pass has the weight (its labels) / (labels in the step).
 #   Others ignore it and return the mean over the pass, so each pass has the weight 1.
 #

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _NAME = "emoe_kernels"
-# runs in another process, with the ninja package on its path
+# Python code that compiles the kernels. It runs in another process, with ninja on its path.
 _COMPILE = """
 import sys
 from torch.utils import cpp_extension
@@ -135,8 +135,8 @@ def is_recorded() -> bool:
 def kernels_for(x: Tensor) -> ModuleType | None:
     """Return the compiled kernels if they may compute with a tensor in this forward pass.
 
-    They compute no gradients, cannot be recorded in a graph, and read the CPU's memory. None if
-    they may not be used, or were not built.
+    The kernels compute no gradients, cannot be recorded in a graph, and only read the CPU's memory.
+    None if they may not be used for this reason, or if they were not built.
     """
     if torch.is_grad_enabled() or is_recorded() or not is_in_memory(x):
         return None

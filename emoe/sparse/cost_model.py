@@ -2,16 +2,16 @@
 
 The constants were measured, so the choice is the same in every run.
 
-Time of the sparse products as a share of the dense FFN's, forward and backward, with T tokens,
-experts of s neurons, k of N used, width h::
+The time of the sparse products, forward and backward, is predicted as a share of the dense FFN's
+time. With T tokens, width h, and k of N experts of s neurons used, this share is::
 
     k/N  +  (per_expert + per_share * k/N) / s  +  threads * (per_call + per_product / (h * s)) / T
 
 The second term is the lower efficiency of small experts. The third is a cost that does not depend
 on the tokens. The constants are fits to the measure ``layer`` of the benchmark ``speed`` with one
-and two threads, T 16 to 2048, s 12 to 384, h 384 to 2048 and k/N 1/4 and 1/2. They come from 280
-settings in float32 with the compiled kernels, on two cores of an AMD EPYC (Zen 3). With PyTorch's
-small products, on two cores of a Zen 4, they come from 116 in float32 and 112 in bfloat16.
+and two threads, T 16 to 2048, s 12 to 384, h 384 to 2048 and k/N 1/4 and 1/2. The compiled kernels
+were measured in float32 with 280 settings, on two cores of an AMD EPYC (Zen 3). PyTorch's small
+products were measured on two cores of a Zen 4, with 116 settings in float32 and 112 in bfloat16.
 
 Without compiled kernels, PyTorch computes one expert after another and uses threads badly, so the
 first two terms cost ``1 + (threads - 1) * (per_thread + per_thread_expert / s)`` times as much.
@@ -50,8 +50,8 @@ _PER_THREAD, _PER_THREAD_EXPERT = 0.25, 8.0
 def pays_off(x: Tensor, expert_size: int, active: float) -> bool:
     """Check if the sparse products should be faster than the dense FFN for these inputs.
 
-    On a CPU, :func:`predicted_time_ratio` decides. On an accelerator, they should be if PyTorch has
-    a grouped product.
+    On a CPU, the predicted time must be below the dense FFN's. On an accelerator, PyTorch must have
+    a grouped product for these inputs.
 
     Args:
         x: FFN inputs ``[T, h]``.

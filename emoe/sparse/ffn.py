@@ -43,12 +43,12 @@ def sparse_ffn(
     Returns:
         Outputs ``[T, h]`` in the dtype of ``x``, or under autocast in the dtype of autocast.
     """
-    # weight, bias, weight, bias: autograd takes tensors only as single arguments, not in lists
+    # weight, bias, weight, bias: autograd takes tensors as single arguments, but not in lists
     in_projections: list[Tensor | None] = []
     for weight, bias in inputs:
         in_projections += [weight, bias]
     device_type = x.device.type
-    # autocast is off inside the autograd function, so cast what autocast would cast for linear
+    # autocast is off inside the autograd function: cast the tensors as autocast does for linear
     # layers
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
@@ -64,14 +64,14 @@ def sparse_ffn(
 
 
 class _SavedTensors(NamedTuple):
-    """The tensors that the backward pass needs. See :func:`sparse_ffn`.
+    """The tensors that the backward pass of :func:`sparse_ffn` needs.
 
     P is the number of chosen (token, expert) pairs.
 
     Attributes:
         per_pair: expert weights ``[P]``, None if all are 1.
-        x: FFN inputs ``[T, h]``, None if no in-projection needs a gradient.
-        values: values ``[N, s, h]``.
+        x: FFN inputs ``[T, h]``, None if no in-projection's weight needs a gradient.
+        values: weight of the out-projection ``[N, s, h]``.
         weights: weight ``[N, s, h]`` of each in-projection.
         biases: bias ``[N, s]`` or None of each in-projection.
         pre_activations: outputs ``[P, s]`` of each in-projection.
@@ -86,13 +86,13 @@ class _SavedTensors(NamedTuple):
 
 
 class _NeededGradients(NamedTuple):
-    """True for each input of the autograd function that needs a gradient.
+    """Which inputs of the autograd function need a gradient.
 
     Attributes:
-        x: FFN inputs.
-        values: values.
-        weights: weight of each in-projection.
-        biases: bias of each in-projection.
+        x: true if the FFN inputs need one.
+        values: true if the out-projection's weight needs one.
+        weights: true for each in-projection whose weight needs one.
+        biases: true for each in-projection whose bias needs one.
     """
 
     x: bool
@@ -102,11 +102,11 @@ class _NeededGradients(NamedTuple):
 
 
 class _SparseFFN(torch.autograd.Function):
-    """Sum the outputs of the chosen experts, with a backward pass. See :func:`sparse_ffn`.
+    """The autograd function of :func:`sparse_ffn`: its sum of outputs, with a backward pass.
 
-    Two arguments of ``forward`` replace arguments of that function: ``per_pair`` are the expert
-    weights of the chosen ``pairs``, and ``in_projections`` are each in-projection's weight and
-    bias, one after another.
+    The arguments ``activation``, ``x`` and ``values`` of ``forward`` are those of
+    :func:`sparse_ffn`. ``pairs`` are the chosen pairs, and ``per_pair`` are their expert weights.
+    ``in_projections`` are each in-projection's weight and bias, one after another.
     """
 
     @staticmethod
@@ -155,7 +155,7 @@ class _SparseFFN(torch.autograd.Function):
         if needed.values:
             d_values = outer_mm(hidden.detach(), d_y, pairs, saved.values)
 
-        # back through the activation to the pre-activations and the expert weights
+        # the gradients of the pre-activations and the expert weights, through the activation
         d_hidden = gather_mm(d_y, saved.values, None, pairs)
         inputs = pre_activations if per_pair is None else [*pre_activations, per_pair]
         gradients = torch.autograd.grad(hidden, inputs, d_hidden)

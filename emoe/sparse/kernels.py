@@ -1,11 +1,12 @@
 """The three products of an FFN of experts, for the chosen experts only.
 
-They are computed in C++ on a CPU, grouped on a GPU, else one expert at a time.
+On a CPU, the compiled kernels in C++ compute them. On a GPU, PyTorch's grouped product does.
+Without these, PyTorch computes one expert after another.
 
 Shapes: T tokens, N experts of s neurons, h width, P pairs of a token and a chosen expert.
 
-The grouped product is one call of PyTorch for all experts. It needs rows of a multiple of 16 bytes,
-so other experts are padded. On a GPU a token's outputs are summed in varying order unless
+The grouped product is one call of PyTorch for all experts. Its rows must have a multiple of 16
+bytes, so other rows are padded. On a GPU a token's outputs are summed in varying order unless
 ``torch.use_deterministic_algorithms(True)`` is set. The grouped product is tested on a CPU and not
 timed on a GPU.
 """
@@ -23,7 +24,8 @@ from torch.nn import functional as F
 
 from emoe.compiled.build import compiled_kernels
 
-_TOKENS_PER_CHUNK = 2048  # smaller chunks cost more calls than the cache saves
+# With smaller chunks, more calls are needed, which take longer than the cache saves.
+_TOKENS_PER_CHUNK = 2048
 _ALIGNMENT = 16  # bytes, of the rows of a grouped product
 
 
@@ -93,7 +95,7 @@ def _number_of_chunks(num_tokens: int) -> int:
 
 def _divide_up(number: int, divisor: int) -> int:
     """Divide, and round up."""
-    # `//` rounds down; with the sign changed before and after, it rounds up
+    # `//` rounds down; changing the sign before and after it makes it round up
     return -(-number // divisor)
 
 
@@ -128,9 +130,13 @@ def gather_mm(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs) -> T
 
 
 def _gather_mm_grouped(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs) -> Tensor:
-    """Compute :func:`gather_mm` with one grouped product."""
+    """Multiply each pair's token by its expert's weight, with one grouped product for all experts.
+
+    The arguments and the result are those of :func:`gather_mm`.
+    """
     expert_size = weight.shape[1]
-    # zeros pad the s rows of each weight, so the product has columns of zeros after its s columns
+    # The s rows of each weight are padded with rows of zeros. As the weights are transposed, the
+    # product has a column for each row. Its columns after the first s are zeros, and are removed.
     padded_weight = pad_rows(weight).transpose(1, 2)  # [N, h, padded s]
     padded_product = F.grouped_mm(x[pairs.token], padded_weight, offs=pairs.ends)
     product = padded_product[:, :expert_size]
@@ -196,7 +202,7 @@ def outer_mm(a: Tensor, x: Tensor, pairs: Pairs, weight: Tensor) -> Tensor:
         padded_sums = F.grouped_mm(pad_rows(a).t(), x[pairs.token], offs=pairs.ends)
         expert_size = a.shape[1]
         return out.copy_(padded_sums[:, :expert_size])
-    # the loop below does not reach experts without pairs: their sums are 0
+    # the loop below skips experts without pairs, so their sums of 0 are set here
     out[pairs.starts.diff() == 0] = 0
     for block in _blocks(pairs, a):
         inputs = x.index_select(0, block.tokens)
@@ -237,7 +243,7 @@ def pad_rows(x: Tensor) -> Tensor:
     missing = -x.shape[1] % elements_per_unit
     if missing == 0:
         return x.contiguous()
-    # F.pad takes two numbers for each dimension, from the last one to dimension 1
+    # F.pad takes two numbers for each dimension, starting with the last dimension
     later_dimensions = [0, 0] * (x.dim() - 2)
     return F.pad(x, (*later_dimensions, 0, missing)).contiguous()
 

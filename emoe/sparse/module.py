@@ -34,7 +34,7 @@ NOT_CALLED = "not called yet"
 class _Replacement(nn.Module):
     """A module that replaces a projection, with the same parameters and buffers.
 
-    The parameters and buffers keep their names.
+    Their names stay the same too.
     """
 
     def __init__(self, projection: nn.Module) -> None:
@@ -54,9 +54,9 @@ class _Replacement(nn.Module):
 
 
 class PassThrough(_Replacement):
-    """A replacement of an in- or up-projection that has its parameters, but does not use them.
+    """A replacement of an in- or up-projection, which has its parameters but does not use them.
 
-    Its output lets the FFN's input through to the out-projection.
+    With its output, the FFN's own code passes the FFN's input to the out-projection.
 
     Args:
         projection: projection to replace.
@@ -152,8 +152,13 @@ class SparseFFN(_Replacement):
     def _has_new_hooks(self) -> bool:
         """Check if the number of hooks of the FFN's modules has changed since the first pass.
 
-        The first forward pass counts them, and raises the errors of :func:`reject_hooks`.
+        In the first forward pass, the hooks are counted instead, and the result is False.
+
+        Raises:
+            RuntimeError: in the first forward pass, a module has a hook that this library did not
+                register.
         """
+        # the first forward pass
         if self._hook_counts is None:
             reject_hooks(self._layer[0])
             counts = []
@@ -184,7 +189,7 @@ class SparseFFN(_Replacement):
         kernels = kernels_for(rows)
         if kernels is None or not are_few(rows):
             return None
-        # the kernels compute in the dtype of the weights, and autocast wants another
+        # the kernels compute in the dtype of the weights, but autocast asks for another dtype
         if torch.is_autocast_enabled("cpu"):
             return None
         # the kernels might choose other experts
@@ -247,7 +252,10 @@ class SparseFFN(_Replacement):
         return pays_off(rows, expert_size, active)
 
     def _reason_for_mask(self, rows: Tensor) -> str | None:
-        """Return why this forward pass computes all neurons and masks them, None if it does not."""
+        """Return why this forward pass computes all neurons and masks them.
+
+        None if it computes only the chosen experts.
+        """
         layer = self._layer[0]
         config = layer.config
         if is_recorded():
@@ -459,7 +467,7 @@ def probe_output(layer: RoutedActivation) -> Tensor | None:
 def _can_probe(layer: RoutedActivation) -> bool:
     """Check if the module that contains an FFN can be called alone, with the same result each time.
 
-    See :func:`probe_output`.
+    If so, :func:`probe_output` calls it.
     """
     ffn = layer.ffn
     module = ffn.parents[ffn.spec.proj_in]

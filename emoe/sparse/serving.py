@@ -16,8 +16,10 @@ from emoe.layer import RoutedActivation
 from emoe.routers import Stamp
 
 _DTYPES = (torch.float32, torch.bfloat16)
+# largest number of tokens for which a layout is used
 _MAX_TOKENS = 64
-# processors with AVX-512 may multiply matrices in bfloat16 much faster than in float32
+# Processors with AVX-512 may multiply matrices in bfloat16 much faster than in float32. So on them,
+# a layout in bfloat16 is used for fewer tokens.
 _MAX_TOKENS_BFLOAT16 = 16
 
 
@@ -47,7 +49,7 @@ class Layout:
         # to detect later changes of the weights
         self._in_projections = [module for _, module in layer.ffn.in_projections()]
         self._proj_out = layer.ffn.proj_out
-        # `contiguous` above copied either the in-projections or the values: see the class
+        # `contiguous` above copied the in-projections if they are transposed, else the values
         has_input_copies = layer.ffn.spec.transposed
         self._input_stamps = [
             Stamp(module, has_copy=has_input_copies) for module in self._in_projections
