@@ -438,8 +438,8 @@ def serve_command(listener: int, names: tuple[str, ...]) -> None:
 def _load_suite(suite: str) -> Suite:
     """Load a suite for a command that works with its results.
 
-    If the working directory has no results, it becomes the checkout. In a job of the workflow, the
-    suite has the values of the workflow's command line.
+    If the working directory has no results, the command changes to the checkout. In a job of the
+    workflow, the suite has the values of the workflow's command line.
     """
     from benchmarks.harness.workflow.environment import suite_of_job
 
@@ -448,7 +448,7 @@ def _load_suite(suite: str) -> Suite:
 
 
 def _load_suite_with(suite: str, benchmark: str, part: str | None = None) -> Suite:
-    """Load a suite like :func:`_load_suite`, and check that it runs a benchmark or data set.
+    """Load a suite for a command, and check that it runs a benchmark or data set.
 
     Args:
         suite: The name of the suite.
@@ -456,7 +456,7 @@ def _load_suite_with(suite: str, benchmark: str, part: str | None = None) -> Sui
         part: The name of a data set with its own tables; None for the whole benchmark.
 
     Raises:
-        DefinitionError: The suite does not run it.
+        DefinitionError: The suite does not run the benchmark or data set.
     """
     from benchmarks.harness.config.yaml import Location, check_names
 
@@ -502,7 +502,10 @@ def _run_command(arguments: list[str]) -> int:
 
 
 def main() -> None:
-    """Run the command in a fork of the workflow's server if there is one, else in this process."""
+    """Run the command of the command line, and exit with its status.
+
+    If the workflow has started a server, the command runs in a fork of it, else in this process.
+    """
     arguments = sys.argv[1:]
     exit_status = run_in_fork(arguments)
     if exit_status is None:  # no server has run it

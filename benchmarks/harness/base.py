@@ -75,7 +75,10 @@ class RunError(EMoEError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, else the error's class name."""
+    """Return the first line of an error's message.
+
+    If the message is empty, return the name of the error's class.
+    """
     lines = str(error).splitlines()
     if not lines:
         return type(error).__name__
@@ -128,7 +131,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def _remove_leftovers(path: Path) -> None:
     """Remove the temporary files that killed writers of ``path`` have left.
 
-    Another writer may still need its temporary file, so only those older than a day are removed.
+    Only files older than a day are removed, because another writer may still need a newer one.
     """
     yesterday = time.time() - _SECONDS_OF_A_DAY
     for file in path.parent.iterdir():
@@ -151,7 +154,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write JSON atomically; see :func:`format_json`."""
+    """Write JSON atomically, with sorted keys and each list of numbers on one line."""
     write_text(path, format_json(content))
 
 
@@ -162,7 +165,8 @@ def format_json(content: object) -> str:
     return compact + "\n"
 
 
-_NUMBER_LIST = re.compile(r"\[\n[\s\d.,eE+-]*\]")  # in JSON with one item on each line
+# matches a list of numbers in JSON with one item on each line, such as "[\n 1,\n 2.5e-05\n]"
+_NUMBER_LIST = re.compile(r"\[\n[\s\d.,eE+-]*\]")
 
 
 def _join_number_list(found: re.Match[str]) -> str:
@@ -224,7 +228,7 @@ def _with_advice(problem: str, advice: str) -> str:
 def check_is_file(path: Path) -> None:
     """Raise an :class:`OSError` if a path exists but is not a file.
 
-    Opening a named pipe would wait for ever.
+    For example, opening a named pipe would wait for ever.
     """
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is not a file", str(path))
@@ -278,7 +282,10 @@ def read_yaml(path: Path) -> Any:
 
 
 def _refuse_tags(text: str) -> None:
-    """Refuse YAML with a tag, which could make a value of a type that no YAML file of ours has."""
+    """Refuse YAML with a tag such as ``!!set``.
+
+    A tag could make a value of a type that no YAML file of the suite needs.
+    """
     events: Iterable[Any] = yaml.parse(text, SafeLoader)
     for event in events:
         if getattr(event, "tag", None):
@@ -326,12 +333,14 @@ def derive_seed(*parts: object) -> int:
     return number % 2**31
 
 
-# "user:password@": up to the last "@" before another URL, because a password may have an "@" and a
-# blank
+# Matches "://user:password@". A password may contain "@" and blanks, so the match ends at the last
+# "@" before the next URL.
 _PASSWORD_OF_USER = re.compile(r"(://[^:/@\s]*:)(?:(?!://).)*@")
-# "token@": a name without a password is a token on a web server, but a user of a database
+# Matches "https://token@". A name without a password is a token only in the URL of a web server. In
+# the URL of a database, it is the name of a user.
 _TOKEN_OF_USER = re.compile(r"(?i)(https?://)[^:/?#@\s]+@")
-# the keys of a query, or of a database's connection text, whose value is secret
+# matches a key whose value is secret, such as "password=" in the query of a URL, or "passwd=" in a
+# text that describes the connection to a database
 _HIDDEN_KEY = r"\b\w*(?:password|passwd|pwd|pw|token|secret|api[_-]?key)="
 _QUOTED = r"""'[^']*'|"[^"]*"|"""
 # an unquoted value ends at "&"; in a text of several words also at a blank or quotation mark
@@ -342,8 +351,8 @@ _SECRET_IN_TEXT = re.compile(rf"(?i)({_HIDDEN_KEY})(?:{_QUOTED}[^&\s'\"]*)")
 def hide_passwords(text: str) -> str:
     """Replace passwords and tokens in a text, such as those of URLs, by ``***``.
 
-    A password may have any character, so everything that could be a part of one is hidden. A text
-    that begins with a URL is one URL.
+    A password may contain any character, so everything that could be a part of one is hidden. A
+    text that begins with a URL is treated as a single URL.
 
     >>> hide_passwords("postgresql://lab:secret@db/mlflow?sslmode=require")
     'postgresql://lab:***@db/mlflow?sslmode=require'

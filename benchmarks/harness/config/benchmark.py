@@ -1,4 +1,4 @@
-"""Benchmarks: the models of benchmark.yaml, their part of a suite, and the hooks of each kind."""
+"""Define benchmarks: the models of their YAML files, and the hooks of each kind of benchmark."""
 
 from __future__ import annotations
 
@@ -58,10 +58,13 @@ class Training(Strict):
     in_no_spec: ClassVar[set[str]] = {"by_model"}  # keys that a run's spec omits
 
     by_model: dict[str, dict[str, Any]] | None = optional()
-    """Settings that override the others for single models, by name; not part of a run's spec."""
+    """Settings for single models, by the model's name. They override the other settings.
+
+    A run's spec does not have this key.
+    """
 
     def spec(self) -> dict[str, Any]:
-        """Return the settings as plain values, without those that a run's spec omits."""
+        """Return the settings as plain values, without the keys that a run's spec omits."""
         return self.model_dump(exclude=self.in_no_spec)
 
 
@@ -100,8 +103,8 @@ class MethodsDefinition(Definition):
     """Default settings by kind of method: dense, emoe or gmoe. A row's own settings override them,
     and a suite's defaults override the benchmark's."""
     methods: Annotated[dict[Key, Method], Field(min_length=1)]
-    """The compared methods of methods.yaml, in the order of the rows, with the settings that differ
-    here."""
+    """The compared methods of methods.yaml, in the order of the rows in tables. Settings here
+    override the settings of that file."""
 
 
 class SuitePart(Strict):
@@ -114,12 +117,12 @@ class SuitePart(Strict):
 
 
 class TrainingPart(SuitePart):
-    """The settings in a suite of one benchmark that trains models with methods."""
+    """The settings of one benchmark that trains models with methods, in the file of a suite."""
 
     method_defaults: dict[Kind, Method] = Field({})
     """Default settings by kind of method; they override the benchmark's defaults."""
     methods: dict[str, Method] = Field({})
-    """Settings of single methods that differ in this suite, by method."""
+    """Settings of single methods that differ in this suite, by the method's name."""
     grid_defaults: dict[str, Any] = Field({})
     """Default lists for every block of the grid."""
 
@@ -153,12 +156,14 @@ class Part(Generic[P]):
     def grid_points(
         self, names: Mapping[str, Collection[str]], axes: Iterable[str]
     ) -> Iterator[tuple[Location, dict[str, Any]]]:
-        """Yield every point of the grid, with the location of its block in the file.
+        """Yield every point of the grid, with the location of its block in the suite's file.
+
+        A block has a list of values for each key. A point has one value of each list.
 
         Args:
             names: The valid names, by key of a block.
-            axes: The keys of a point. The value of the first key changes last. A block may lack
-                some keys.
+            axes: The keys of a point. The value of the first key changes most slowly. A block may
+                lack some of these keys.
 
         Raises:
             DefinitionError: A block has an invalid name.
@@ -183,9 +188,10 @@ class Domain:
 
     Attributes:
         metrics: The names of the metrics.
-        pair: The unit of a paired comparison: ``seed``, ``trial``, ``question``, ``setting``.
-        selections: The names of the ways to select epoch and hyper-parameters, if results of
-            several are reported.
+        pair: The unit that pairs the numbers of two methods in a comparison: ``seed``, ``trial``,
+            ``question`` or ``setting``.
+        selections: The names of the ways to select epoch and hyper-parameters. A claim must name
+            one of them. Empty if results of only one way are reported.
     """
 
     metrics: tuple[str, ...]
@@ -194,7 +200,7 @@ class Domain:
 
 
 OOD_MEAN = "ood_mean"  # the mean of a run's scores over its out-of-distribution sets
-COUNTS = Domain(("parameters", "trainable_parameters"))  # for every model
+COUNTS = Domain(("parameters", "trainable_parameters"))  # numbers that every model has
 
 
 class Benchmark(ABC, Generic[D, E, P]):
@@ -209,10 +215,10 @@ class Benchmark(ABC, Generic[D, E, P]):
             ``benchmarks.text``.
         definition_model: The model of benchmark.yaml.
         part_model: The model of the benchmark's part of a suite.
-        task_files: The models of its other YAML files, by name.
+        task_files: The models of the benchmark's other YAML files, by the name of their schema.
         paper_columns: The columns of the CSV of published numbers, before value, status and source.
-        spec_model: The model of its runs' specs.
-        recorded: The keys of metrics.json that each of its runs has.
+        spec_model: The model of the specs of the benchmark's runs.
+        recorded: The keys of metrics.json that every run of the benchmark has.
         name: The name of the folder.
         definition: The content of benchmark.yaml.
         tasks: The tasks, image sets, sets of instructions, or measures, by name.
@@ -253,9 +259,15 @@ class Benchmark(ABC, Generic[D, E, P]):
         self._check_paper()
 
     def _check_paper(self) -> None:
-        """Check the file of published numbers, and that there is one for the table ``paper``."""
+        """Check that the file of published numbers exists and has the right columns.
+
+        The table ``paper`` compares our numbers with this file. A benchmark with this table must
+        therefore name the file.
+
+        Raises:
+            DefinitionError: The file is missing or has other columns, or the benchmark names none.
+        """
         definition = self.definition
-        # the table `paper` compares our numbers with those in the file
         if definition.paper:
             location = Location(self.file, "paper")
             check_file(location, definition.paper, self.folder, self.paper_columns)
@@ -291,12 +303,12 @@ class Benchmark(ABC, Generic[D, E, P]):
     def specs(
         self, part: Part[P], exclude: Collection[str], others: Sequence[Run]
     ) -> Iterator[dict[str, Any]]:
-        """Yield the specs of a suite's grid, in its order.
+        """Yield the specs of the runs in a suite's grid, in the order of the grid.
 
         Args:
             part: The benchmark's part of the suite.
-            exclude: The data sets to exclude.
-            others: The runs of another benchmark that this one evaluates; empty if there is none.
+            exclude: The names of the data sets to leave out.
+            others: The runs of another benchmark, if this benchmark evaluates them; else empty.
         """
 
     def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
@@ -318,8 +330,8 @@ class Benchmark(ABC, Generic[D, E, P]):
     def pipeline(self) -> ModuleType:
         """Import and return the kind's module that executes runs.
 
-        Its function ``run(spec, folder, progress)`` gets a :attr:`spec_model`. It returns the
-        content of ``metrics.json`` without the environment.
+        The module has a function ``run(spec, folder, progress)``. The function gets the spec as a
+        :attr:`spec_model`, and returns the content of ``metrics.json`` without the environment.
         """
         # imported only to execute a run, because it imports PyTorch, which would slow down planning
         return importlib.import_module(f"{self.package}.pipeline")
@@ -327,15 +339,15 @@ class Benchmark(ABC, Generic[D, E, P]):
     def presentation(self) -> ModuleType:
         """Import and return the kind's module that makes the tables and figures of finished runs.
 
-        Its dictionaries ``TABLES`` and ``FIGURES`` have functions by name. It also has
-        ``SET_TABLES`` and ``SET_FIGURES`` if each data set has its own tables. Its function
-        ``present(benchmark, runs)`` makes a
+        The module has the dictionaries ``TABLES`` and ``FIGURES``, with a function for each name.
+        If each data set has its own tables, it also has ``SET_TABLES`` and ``SET_FIGURES``. Its
+        function ``present(benchmark, runs)`` makes a
         :class:`~benchmarks.harness.report.presentation.Presentation`.
         """
         return importlib.import_module(f"{self.package}.presentation")
 
     def checked_presentation(self) -> ModuleType:
-        """Return the module of :meth:`presentation`, after a check of benchmark.yaml.
+        """Return the kind's module for tables and figures, after a check of benchmark.yaml.
 
         Raises:
             DefinitionError: benchmark.yaml names a table or figure that does not exist.
@@ -350,32 +362,42 @@ class Benchmark(ABC, Generic[D, E, P]):
         return module
 
     def methods(self, part: Part[Any] | None = None) -> dict[str, Method]:
-        """Return the methods with all their settings, for the benchmark or its part of a suite.
+        """Return the benchmark's methods by name, each with all its settings.
 
-        Later layers override earlier ones: the benchmark's ``method_defaults`` for the method's
-        kind, the suite's ``method_defaults``, ``methods.yaml``, the benchmark's ``methods``, the
-        suite's ``methods``.
+        The settings are merged from five layers, and a later layer overrides an earlier one:
+
+        1. the benchmark's ``method_defaults`` for the method's kind
+        2. the suite's ``method_defaults`` for the method's kind
+        3. ``methods.yaml``
+        4. the benchmark's ``methods``
+        5. the suite's ``methods``
+
+        Args:
+            part: The benchmark's part of a suite; None leaves out the suite's layers.
+
+        Returns:
+            The methods. Empty if the benchmark does not compare methods.
         """
         definition = self.definition
         if not isinstance(definition, MethodsDefinition):
             return {}
-        # other parts of a suite cannot change methods
+        # a suite can change methods only in the settings of a TrainingPart
         if part is None or not isinstance(part.settings, TrainingPart):
             return resolve_methods(definition)
         check_names(part.where("methods"), part.settings.methods, definition.methods)
         return resolve_methods(definition, part.settings.method_defaults, part.settings.methods)
 
     def settings(self, key: str, part: Part[P], model: str | None = None) -> Any:
-        """Return one section of the benchmark's settings.
+        """Return one section of the benchmark's settings, merged with the changes of a suite.
 
-        The suite overrides the benchmark, and then ``by_model`` overrides both.
+        The suite overrides the benchmark. The section's ``by_model`` overrides both.
 
         Args:
             key: The name of the section, such as ``training``.
             part: The benchmark's part of the suite.
-            model: The name of the model; None does not apply ``by_model``.
+            model: The name of the model whose ``by_model`` is applied; None applies none.
         """
-        # without defaults, so that the merged settings still distinguish given values from them
+        # Defaults are left out. So the merged settings still tell given values from defaults.
         section: Strict = getattr(self.definition, key)
         given = section.model_dump(exclude_unset=True)
         changes = getattr(part.settings, key)
@@ -398,7 +420,7 @@ class Benchmark(ABC, Generic[D, E, P]):
         return bool(getattr(self.definition, "set_tables", ()))
 
     def read_spec(self, run: Run) -> RunSpec:
-        """Validate the spec of a run.
+        """Validate the spec of a run, and return it as the model of the kind's specs.
 
         Raises:
             DefinitionError: The spec does not fit the kind of the benchmark.
@@ -410,7 +432,7 @@ class Benchmark(ABC, Generic[D, E, P]):
 
         Args:
             variant: A short name of the settings besides model, task and method.
-            content: The keys of the kind's specs.
+            content: The keys that only specs of this kind have, with their values.
         """
         return {
             "benchmark": self.name,
@@ -429,7 +451,10 @@ def resolve_methods(
     defaults: Mapping[Kind, Method] = {},
     changes: Mapping[str, Method] = {},
 ) -> dict[str, Method]:
-    """Merge the settings of each method that a benchmark compares, see :meth:`Benchmark.methods`.
+    """Merge the settings of each method that a benchmark compares.
+
+    A later layer overrides an earlier one: the benchmark's defaults for the method's kind, the
+    suite's defaults, ``methods.yaml``, the benchmark's own settings, the suite's own settings.
 
     Args:
         definition: The content of ``benchmark.yaml``.
@@ -456,13 +481,13 @@ def resolve_methods(
 
 
 def check_rows(definition: MethodsDefinition, file: Path) -> None:
-    """Check that the methods that a benchmark compares exist, and its baseline is one of them.
+    """Check that all compared methods exist, and that the baseline is one of them.
 
     Raises:
         DefinitionError: A name does not exist.
     """
     for name, row in definition.methods.items():
-        # a row has the settings of the method that it names, else of the method with its own name
+        # a row without the key `method` takes the settings of the method with the row's name
         if row.method:
             check_names(Location(file, f"methods.{name}.method"), [row.method], load_methods())
         else:
@@ -490,10 +515,10 @@ def load_benchmark(name: str) -> AnyBenchmark:
     file = BENCHMARKS / name / "benchmark.yaml"
     check_name(name, file)
     content = read_yaml(file)
-    kind = _named_kind(content)  # empty without one, and no kind has the empty name
+    kind = _named_kind(content)  # empty if there is none, and no kind has the empty name
     if kind not in KINDS:
         raise DefinitionError(f"{file}: 'kind' is '{kind}'{did_you_mean(kind, KINDS)}")
-    # first, because plugins register names that the benchmark may use
+    # before the benchmark is loaded, because it may use names that plugins register
     load_methods()
     return KINDS[kind].load(name, content, file)
 
@@ -519,7 +544,7 @@ def parse_part(benchmark: AnyBenchmark, suite: str, file: Path, content: object)
         DefinitionError: The part is wrong. The error names the file, the key and the nearest valid
             value.
     """
-    # `speed:` without anything after it takes all settings of the benchmark
+    # a part without settings (`speed:` with nothing after it) takes the settings of benchmark.yaml
     given = {} if content is None else content
     filled = _apply_grid_defaults(given)
     settings = parse(filled, benchmark.part_model, str(file), "benchmarks", benchmark.name)
@@ -557,14 +582,15 @@ def _apply_grid_defaults(content: object) -> object:
 
 
 def _check_changes(benchmark: AnyBenchmark, part: Part[Any], key: str) -> None:
-    """Validate one section of the settings, merged with the suite's changes.
+    """Validate one section of the benchmark's settings after a merge with the suite's changes.
 
-    The section has other settings for each model in ``by_model``, so it is validated for each.
+    The key ``by_model`` gives some models other settings. The section is also validated for each
+    of these models.
 
     Args:
         benchmark: The benchmark.
         part: The benchmark's part of the suite.
-        key: The name of the section.
+        key: The name of the section, such as ``training``.
     """
     # settings() merges and validates; only the merged settings are complete
     section = benchmark.settings(key, part)

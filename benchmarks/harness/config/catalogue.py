@@ -32,10 +32,10 @@ LOADS = ("load_entropy", "load_max_over_mean", "drop_rate")
 
 
 class ModelSource(Strict):
-    """The modality of a model and the source of its weights: the keys that a run's spec repeats."""
+    """The modality of a model and the source of its weights. A run's spec repeats these keys."""
 
     modality: Literal["image", "language", "seq2seq"] | None = optional()
-    """Images, language modelling, or sequence to sequence; default: text classification."""
+    """Images, language modelling or sequence to sequence; without it, text classification."""
     hub: str | None = optional()
     """Repository on the hub."""
     revision: str | None = None
@@ -104,7 +104,7 @@ class ModelFile(Strict):
 
 
 class Metric(Strict):
-    """The label, format and comparison of a number."""
+    """How the values of a metric are labelled, printed and compared."""
 
     label: str
     """Heading in tables and axes."""
@@ -119,9 +119,10 @@ class Metric(Strict):
     decimals: Whole
     """Decimals of the printed number."""
     tolerance: Annotated[float, Field(ge=0)] | None = None
-    """Largest stored difference that `make check` accepts between machines; null: not compared."""
+    """Largest stored difference that `make check` accepts between machines. Null: it does not
+    compare the values."""
     equivalence_margin: Positive | None = None
-    """Largest negligible stored difference between two methods; claims are tested against it."""
+    """Largest stored difference between two methods that is negligible, for the tests of claims."""
 
 
 class MetricFile(Strict):

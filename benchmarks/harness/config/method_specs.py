@@ -45,9 +45,9 @@ class TuneSpec(Strict):
     also: list[str]
     """Further trained modules, by the last part of their name."""
     tuning: str | None = None
-    """A registered tuning other than `blocks`."""
+    """Name of a registered tuning other than `blocks`. It selects the trained parameters."""
     layers: str | list[int] | None = None
-    """The layers that the tuning is called with."""
+    """The layers that are passed to the tuning."""
     head: bool = True
     """Train the head."""
 
@@ -68,7 +68,7 @@ class MethodSpec(Strict):
 
 
 def variant_of(varied: Mapping[str, Any]) -> str:
-    """Write varied settings as a short name (the variant): a letter and a value for each.
+    """Write varied settings as a short name, the variant: a letter and a value for each setting.
 
     >>> variant_of({"num_experts": 16, "top_k_fraction": 0.25, "layers": [3, 5]})
     'N16-k0.25-L3+5'
@@ -92,7 +92,9 @@ def setting_values(variant: str) -> dict[str, str]:
     {'N': '16', 'L': '-1'}
     """
     letters = "".join(_WORDS_OF_LETTER)
-    # a value may contain a minus sign, so it ends only before a minus sign and a letter
+    # Matches a setting such as "N16" or "-k0.25": a letter and its value. A value may contain a
+    # minus sign, as in "L-1". So it ends only before a minus sign with a letter, or at the end of
+    # the variant.
     setting = rf"(?:^|-)([{letters}])(.*?)(?=-[{letters}]|$)"
     return dict(re.findall(setting, variant))
 
@@ -101,7 +103,7 @@ def setting_text(variant: str, layers: Iterable[str] = ()) -> str:
     """Describe a variant in words.
 
     Args:
-        variant: The variant.
+        variant: The short name of varied settings.
         layers: The layer numbers, which replace a request such as ``last:2``; empty if they are
             unknown.
 
@@ -158,14 +160,15 @@ def method_spec(
     """Make the ``method`` section of a run's spec.
 
     Args:
-        methods: The methods from :func:`.benchmark.resolve_methods`.
+        methods: The benchmark's methods by name, each with all its settings.
         point: The point of the grid: the method's name and its varied settings, if any.
         seed: The seed of the run.
-        lora: ``training.lora`` of the run.
+        lora: The adapters that the run trains (``training.lora``); None if it has none.
         where: The location of the grid's block, for messages.
 
     Raises:
-        DefinitionError: Settings exclude each other, or one that others need is missing.
+        DefinitionError: Two settings exclude each other, or a setting that another one needs is
+            missing.
     """
     name = point["method"]
     varied = _varied_settings(methods[name], point)
@@ -187,7 +190,7 @@ def _tune(method: Method, lora: LoRA | None, where: str) -> dict[str, Any] | Non
 
     Args:
         method: The method with its varied settings.
-        lora: ``training.lora`` of the run.
+        lora: The adapters that the run trains (``training.lora``); None if it has none.
         where: The file, the keys and the method, for messages.
 
     Raises:
@@ -207,7 +210,7 @@ def _tune(method: Method, lora: LoRA | None, where: str) -> dict[str, Any] | Non
 def _varied_settings(method: Method, point: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a grid point that change the method.
 
-    Other settings of the point have no effect on it.
+    Other settings of the point have no effect on the method.
     """
     keys: tuple[str, ...] = VARIANT_KEYS
     if method.kind == "dense":
@@ -245,13 +248,13 @@ def _config(method: Method, model: str, seed: int, where: str) -> dict[str, Any]
         DefinitionError: The settings do not fit together, or do not fit the model.
     """
     if method.kind == "dense":
-        # of these fields, only `layers` has a use in a dense model: it chooses trained blocks
+        # a dense model uses only `layers` of these fields, to choose the trained blocks
         unused = sorted(method.config_values().keys() - {"layers"})
         if unused:
             raise DefinitionError(f"{where} is dense and takes no '{unused[0]}'")
         return None
     config = _experts_config(method, seed, where)
-    if method.kind == "emoe":  # splits an FFN, which GMoE copies
+    if method.kind == "emoe":  # splits the neurons of an FFN; GMoE copies the whole FFN
         _check_divisor(config["num_experts"], model, where)
     return config
 
@@ -277,7 +280,7 @@ def _experts_config(method: Method, seed: int, where: str) -> dict[str, Any]:
 def _top_k(fraction: float, num_experts: int | None, where: str) -> int:
     """Return the number of experts that ``top_k_fraction`` stands for.
 
-    Refuse a fraction for which the number is not whole, or below 1.
+    Refuse a fraction that does not give a whole number of experts, or gives less than one.
 
     Args:
         fraction: The value of ``top_k_fraction``.
@@ -305,15 +308,15 @@ def check_frozen(
         frozen: The number of frozen layers; None for none.
         method: The ``method`` section of the run's spec.
         where: The file and the keys, for messages.
-        count: The number of layers of the model; None if it is unknown. Then a request that
-            depends on it (``last:2``) is not checked.
+        count: The number of layers of the model; None if it is unknown. A request such as
+            ``last:2`` depends on this number, and is not checked without it.
 
     Raises:
         DefinitionError: The method uses a frozen layer.
     """
     if not frozen:
         return
-    used_layers: list[tuple[str, Any]] = []  # what the method does, and the requested layers
+    used_layers: list[tuple[str, Any]] = []  # a verb and the layers that it applies to
     if method.config is not None:
         used_layers.append(("converts", method.config.get("layers")))
     if method.tune is not None:
@@ -330,7 +333,10 @@ def check_frozen(
 
 
 def _lowest_layer(request: str | list[int] | None, count: int | None) -> int | None:
-    """Return the lowest requested layer; None if there is none, or if it depends on the count."""
+    """Return the lowest requested layer.
+
+    Return None if no layer is requested, or if the request depends on an unknown ``count``.
+    """
     if not request:
         return None
     if isinstance(request, str):  # ``all``, ``last:2`` or a slice

@@ -1,4 +1,7 @@
-"""Methods as data: settings, tunings, plugins, and the ``method`` part of a run's spec."""
+"""Define methods as data: settings, tunings, plugins, and ``method.tune`` of a run's spec.
+
+A tuning is a named rule that selects trained parameters.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,9 @@ TUNINGS: dict[str, Tuning] = {}
 
 
 def register_tuning(name: str, tuning: Tuning) -> None:
-    """Register a tuning for ``tune: name``; ``docs/adding.md`` has a complete example.
+    """Register a tuning, which methods then use with ``tune: <name>``.
+
+    A tuning selects the trained parameters. ``docs/adding.md`` has a complete example.
 
     >>> def norms(model, layers):
     ...     return [name for name, _ in model.named_parameters() if "norm" in name]
@@ -57,7 +62,8 @@ def register_tuning(name: str, tuning: Tuning) -> None:
     >>> del TUNINGS["norms"]
 
     Args:
-        name: The name in YAML and of the parameter group in the record.
+        name: The name of the tuning in YAML. In the record of a run, the group of its parameters
+            has the same name.
         tuning: The function that returns the names of the trained parameters. It is called with the
             converted and adapted model, and with the method's ``layers`` or None.
     """
@@ -69,13 +75,13 @@ def tuning_spec(name: str | None, layers: Any, also: Iterable[str] = ()) -> dict
 
     Args:
         name: The name of the tuning; None if only adapters, head and routers are trained.
-        layers: The layers of the method; None if it has none.
+        layers: The ``layers`` of the method; None if the method does not set this key.
         also: Further modules to train, by the last part of their name.
     """
     also_trained = list(also)
     if name is None:
         return {"blocks": [], "also": also_trained}
-    # the layers of the tuning `blocks` have the key `blocks`
+    # the tuning `blocks` stores its layers under the key `blocks`
     if name == "blocks":
         return {"blocks": layers, "also": also_trained}
     # a key without a value would change the ids of runs
@@ -166,19 +172,22 @@ class ExpertSettings(ExplicitNulls):
     router: Annotated[str, registered(ROUTERS)] | None = None
     """A registered router. `avg_k` scores an expert by its mean key; `cosine` is EMoE-learn's."""
     selection: Selection | None = None
-    """The k experts: `top` by score, `bottom`, `random`; or all but the top k (`not_top`)."""
+    """The chosen experts: the k with the highest scores (`top`) or lowest scores (`bottom`), k
+    random ones (`random`), or all except the top k (`not_top`)."""
     score: Score | None = None
-    """An expert's score by `avg_k`: the product of the input and its mean key (`keys`), or a mean.
+    """How the router `avg_k` scores an expert.
 
-    The mean is over the expert's neurons: of the pre-activation (`gate`), the up-projection (`up`,
-    `up_abs`) or the out-projection's input (`inter`, `inter_abs`).
+    `keys` is the product of the input and the expert's mean key. The other scores are means over
+    the expert's neurons: of the pre-activation (`gate`), the up-projection (`up`, `up_abs`) or the
+    out-projection's input (`inter`, `inter_abs`).
     """
     score_bias: bool | None = None
     """Add the mean bias of an expert's neurons to the `keys` score."""
     gate_momentum: Rate | None = None
     """Momentum of running mean keys; with 0 the mean keys follow the weights."""
     weighting: Weighting | None = None
-    """Weight of a chosen expert: 1 (`binary`), `softmax`, or k times that (`softmax_times_k`)."""
+    """Weight of a chosen expert: 1 (`binary`), the softmax of the scores (`softmax`), or k times
+    the softmax (`softmax_times_k`)."""
 
 
 CONFIG_FIELDS = frozenset(ExpertSettings.model_fields)
@@ -198,19 +207,21 @@ class Method(ExpertSettings):
     kind: Kind = optional()
     """The model that is built: the dense one, EMoE, or GMoE."""
     role: Role = "method"
-    """Purpose of the row. An ablation is only in the tables of `ablations`, a row per setting."""
+    """Purpose of the row. An ablation appears only in the tables of `ablations`, with a row for
+    each setting."""
     noise: NotNegative = 0.0
     """Intensity of noisy tuning; 0 for none."""
     tune: Annotated[str, registered(TUNINGS)] | None = None
     """A registered tuning. It selects the trained parameters instead of training all of them.
 
-    Adapters (with training.lora), head and routers are trained besides. `blocks` selects the
+    Adapters (with training.lora), head and routers are trained too. `blocks` selects the
     transformer blocks whose FFNs `layers` names.
     """
     also_train: Names | None = None
     """With LoRA or `tune`: further modules to train, by the last part of their name."""
     as_published: Literal["tutel", "llama"] | None = None
-    """The authors' Tutel layer or Llama block mask, whose settings apply to fields not given."""
+    """The authors' Tutel layer or Llama block mask. Its settings apply to the fields that are not
+    given."""
     top_k_fraction: Share | None = None
     """top_k as a share of num_experts."""
 
@@ -239,13 +250,13 @@ class LoRA(Strict):
     targets: Annotated[dict[str, Names], Field(min_length=1)]
     """Names of the adapted layers, by the model's type."""
     base_lr_ratio: Positive = 0.1
-    """Learning rate of other trained parameters, as a share of that of adapters and head."""
+    """Learning rate of the other trained parameters, divided by that of adapters and head."""
 
 
 class VariantAxes(Strict):
     """A block of a grid: every combination of its lists is a run.
 
-    Varied method settings name the method's variant.
+    The values of varied method settings form the name of the method's variant.
     """
 
     model: Names
@@ -291,8 +302,8 @@ def plugin_files() -> list[Path]:
 def _plugin_names() -> list[str]:
     """Read the names of the plugins, before the file is validated.
 
-    The validation needs the plugins, because methods may use names that these register. It also
-    reports content of a wrong type, so no error is raised here.
+    The validation needs the plugins, because methods may use names that plugins register. The
+    validation also reports content of a wrong type, so no error is raised here.
     """
     content = read_yaml(BENCHMARKS / "methods.yaml")
     if not isinstance(content, dict):
@@ -303,7 +314,7 @@ def _plugin_names() -> list[str]:
     return plugins
 
 
-# two forms of one setting; a later one replaces the other
+# two keys for one setting: the key of a later layer replaces the key of an earlier layer
 _FORMS_OF_TOP_K = {"top_k", "top_k_fraction"}
 
 
@@ -326,7 +337,7 @@ def load_methods() -> dict[str, Method]:
     file = BENCHMARKS / "methods.yaml"
     methods = read(file, MethodFile).methods
     for name, method in methods.items():
-        # both are optional in benchmarks and suites, which override settings, but not here
+        # benchmarks and suites only override settings, so the model cannot require these keys
         for key in ("title", "kind"):
             if key not in method.model_fields_set:
                 raise DefinitionError(f"{file}: 'methods.{name}' needs the key '{key}'")
@@ -341,7 +352,7 @@ def merge_methods(*layers: Method) -> Method:
     merged: dict[str, Any] = {}
     for layer in layers:
         settings = layer.given()
-        # a layer that gives one form removes the other form, which an earlier layer gave
+        # a layer that gives one of these keys removes the key that an earlier layer gave
         if _FORMS_OF_TOP_K & settings.keys():
             for key in _FORMS_OF_TOP_K:
                 merged.pop(key, None)

@@ -1,4 +1,4 @@
-"""Check the names of benchmarks and suites: the workflow and the commands reserve some names."""
+"""Check the names of benchmarks and suites. The workflow and the commands reserve some names."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _LISTS = ("benchmarks", "claims", "methods", "metrics", "models", "suites", "tas
 
 
 def check_name(name: str, file: Path | None = None) -> None:
-    """Raise if a benchmark or suite must not have a name.
+    """Raise an error if a name is not valid for a benchmark or suite.
 
-    A name is not valid if it has other characters than lower-case letters, digits and ``_``, or if
-    a folder, the workflow or a command already uses it.
+    A valid name begins with a letter and has only lower-case letters, digits and ``_``. It must not
+    clash with another folder, with the rules of the workflow, or with an argument of a command.
 
     Args:
         name: The name of a benchmark or suite.

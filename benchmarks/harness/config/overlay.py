@@ -1,6 +1,6 @@
 """Merge the settings of a benchmark, a suite and a model.
 
-Exceptions:
+The settings of a later layer override those of an earlier layer, key by key. Exceptions:
 
 - ``top_k`` and ``top_k_fraction`` replace each other
   (:func:`benchmarks.harness.config.methods.merge_methods`).
@@ -28,14 +28,14 @@ from benchmarks.harness.config.yaml import Strict
 
 
 class Changes:
-    """The annotation of a dictionary that overrides some settings of a model.
+    """An annotation for a dictionary that overrides some fields of a pydantic model.
 
     pydantic does not validate such a dictionary, because keys that the model requires may be
     missing. :meth:`.Benchmark.settings` validates the merged settings. The JSON schema lists the
     model's keys, so that editors propose them.
 
     Attributes:
-        model: The model of the complete settings.
+        model: The pydantic model of the complete settings.
     """
 
     def __init__(self, model: type[Strict]) -> None:

@@ -24,8 +24,8 @@ def plan_runs(parts: Mapping[str, Part[Any]], exclude: Collection[str]) -> list[
     planned: dict[str, list[Run]] = {}
     for name in parts:
         _add_runs_of(name, parts, exclude, planned)
-    # Several grids may plan the same run, which then has the same id. A dictionary keeps it at the
-    # place of the first, with the resources of the last.
+    # Several grids may plan the same run, with the same id. The dictionary keeps this run once: at
+    # the place of the first grid, and with the resources of the last grid.
     runs_by_id: dict[str, Run] = {}
     for name in parts:
         for run in planned[name]:

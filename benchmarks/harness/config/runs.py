@@ -37,8 +37,8 @@ class RunSpec(Strict):
     seed: Whole
     """The run's seed."""
     files: dict[str, str]
-    """Source files of the run's sets and rebuilt model (packages, csv files of the project): sha256
-    by name."""
+    """The sha256 of each file that the run's data sets or rebuilt model come from, by the file's
+    name. Such files are packages, and csv files of the project."""
 
 
 def trained_sets(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -110,7 +110,7 @@ class Run:
 
     @property
     def protocol(self) -> str:
-        """Return the protocol, ``published`` or ``clean``; empty without one."""
+        """Return the protocol, ``published`` or ``clean``; empty if the run has none."""
         return str(self.spec.get("protocol", ""))
 
     @property
@@ -181,7 +181,7 @@ class Run:
         return True
 
     def to_json(self) -> str:
-        """Return canonical JSON: it is hashed, written and compared."""
+        """Return the spec as canonical JSON, which is hashed, written and compared."""
         return canonical_json(self.spec)
 
 
@@ -241,7 +241,7 @@ class PartitionJob:
     config: dict[str, Any]
 
     def to_json(self) -> str:
-        """Return canonical JSON: it is hashed, and written into the plan."""
+        """Return the clustering as canonical JSON, which is hashed and written into the plan."""
         return canonical_json(dataclasses.asdict(self))
 
     @property
@@ -265,7 +265,8 @@ class PartitionJob:
 def partition_jobs(run: Run) -> list[PartitionJob]:
     """Return the clusterings that a run needs; empty unless k-means makes its experts.
 
-    Each listed layer has its own clustering. A request such as ``all`` has one for all its layers.
+    Each layer of a list has its own clustering. A request such as ``all`` has a single clustering
+    for all its layers.
     """
     config = run.spec["method"]["config"]
     if config is None or config.get("partition") != "kmeans":
@@ -273,13 +274,13 @@ def partition_jobs(run: Run) -> list[PartitionJob]:
     if isinstance(config["layers"], list):
         layers_by_job = [[layer] for layer in config["layers"]]
     else:
-        # only the loaded model can tell the layers of a request, so one job clusters all of them
+        # only the loaded model can tell which layers are requested, so one job clusters all of them
         layers_by_job = [config["layers"]]
     jobs = []
     for layers_of_job in layers_by_job:
         partition_config = {
             "kind": "emoe",
-            "top_k": 1,  # a configuration needs one, but partitions do not depend on it
+            "top_k": 1,  # the configuration requires it, but partitions do not depend on it
             "num_experts": config["num_experts"],
             "partition": config["partition"],
             "partition_seed": config["partition_seed"],
@@ -326,10 +327,10 @@ def _packages_of_sets(run: Run) -> list[str]:
 
 
 def _candidate_files(folder: Path) -> list[str]:
-    """List the files that an evaluation needs of a trained run: its numbers and its weights.
+    """List the files of a trained run that an evaluation needs: its numbers and its weights.
 
-    The spec is among them only if the finished run has lost it, because an unfinished run writes
-    its spec itself.
+    If the run is finished but has lost its spec, the list also contains the spec. An unfinished run
+    writes its spec itself.
     """
     metrics = folder / "metrics.json"
     spec = folder / "run.json"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from benchmarks.harness.config.yaml import Count, Strict
 
-ALL = "all"  # the only part of a data set that is not split
+ALL = "all"  # the name of the only part, if a data set is not split
 
 
 class PublishedRows(Strict):
@@ -60,7 +60,7 @@ class SetPart:
 
     @property
     def note(self) -> str | None:
-        """Describe how the number of rows differs from that of the makers or of the paper.
+        """Describe how the number of rows differs from the number of the makers or of the paper.
 
         None if the part is missing, or if there is no difference that matters.
         """
@@ -87,8 +87,8 @@ class SetReader(NamedTuple):
     Attributes:
         name: The name of the data set.
         part: The part, as in :class:`SetPart`; :data:`ALL` if the set is read as a whole.
-        read: The function. It reads the part and yields its descriptions. Its argument is True to
-            open every file, which may take minutes.
+        read: The function that reads the part and yields its descriptions. If its argument is True,
+            it opens every file, which may take minutes.
     """
 
     name: str

@@ -37,17 +37,18 @@ _USUAL_SUITES = ("mini", "full", "smoke", "paper")  # searched first
 
 class SuiteSettings(Strict):
     """A suite. `exclude`, `seeds`, `tracking_uri` and the folders can also be given on the command
-    line (`--config key=value`), and `benchmarks=[glue,llama]` runs only these.
+    line (`--config key=value`). `benchmarks=[glue,llama]` runs only these two benchmarks.
     """
 
     benchmarks: Annotated[dict[Key, Any], Field(min_length=1)]
     """Benchmarks to run, in the order of the report, each with its grid and its differences from
     benchmark.yaml."""
     exclude: Annotated[list[str], UNIQUE] = Field([])
-    """Names of sets to exclude, for example because you have no access. Tables list their sets."""
+    """Names of sets to exclude, for example because you have no access. Each table lists its
+    sets."""
     seeds: Count | None = None
-    """Number of seeds (trials for images), from 0 on. It replaces lists of several seeds in the
-    blocks of a grid."""
+    """Number of seeds (for images: trials), counted from 0. They replace each list of several seeds
+    in the blocks of a grid."""
     data_root: Text | None = None
     """Folder with data sets, one subfolder each (`source.folder` in tasks.yaml). A set that is not
     there comes from the hub.
@@ -69,7 +70,7 @@ def suite_names() -> list[str]:
 
 
 def _as_list(given: Any) -> Any:
-    """Make a list of one out of a single name, and return a list of names as it is.
+    """Turn a single name into a list of one name, and return a list of names as it is.
 
     Refuse any other value.
     """
@@ -105,8 +106,8 @@ class CommandLine(Strict):
     ] = None
     """Benchmarks of the suite to run, one or a list."""
     exclude: OneOrMore | None = None
-    """Names of sets to exclude, one or a list. They replace those of the suite's file, as do all
-    keys below."""
+    """Names of sets to exclude, one or a list. They replace the names in the suite's file. All keys
+    below also replace the values of that file."""
     seeds: Count | None = None
     """Number of seeds."""
     data_root: Text | None = None
@@ -161,7 +162,7 @@ def _read_settings(file: Path, where: str, command_line: CommandLine) -> SuiteSe
     content = read_yaml(file)
     if isinstance(content, dict):
         replaced = command_line.values()
-        # these two choose from the file instead of replacing a value
+        # these two keys do not replace values: they choose the file, and benchmarks in it
         replaced.pop("suite", None)
         replaced.pop("benchmarks", None)
         content = {**content, **replaced}
@@ -178,7 +179,7 @@ def _read_settings(file: Path, where: str, command_line: CommandLine) -> SuiteSe
 def _read_parts(name: str, file: Path, settings: SuiteSettings) -> dict[str, Part[Any]]:
     """Validate the settings that a suite has for each of its benchmarks.
 
-    If the suite sets the number of seeds, it replaces the lists of seeds in the grids first.
+    If the suite sets the number of seeds, the lists of seeds in the grids are replaced first.
 
     Args:
         name: The name of the suite.
@@ -212,7 +213,7 @@ def _check_settings(settings: SuiteSettings, where: str, parts: Mapping[str, Par
         tasks.update(load_benchmark(benchmark).tasks)
     check_names(Location(where, "exclude"), settings.exclude, tasks)
 
-    # a benchmark that evaluates the runs of another one needs that one in the same suite
+    # a benchmark that evaluates runs of another benchmark needs this other benchmark in the suite
     for benchmark in parts:
         other = load_benchmark(benchmark).evaluates
         if other and other not in parts:
@@ -311,9 +312,9 @@ class Suite:
         return [run for run in runs if run.task == part]
 
     def parts(self, benchmark: str) -> list[str]:
-        """Return the names of a benchmark's data sets, if each has its own tables; else [].
+        """Return the names of a benchmark's data sets, if each data set has its own tables.
 
-        This plans no runs, which would take time.
+        Otherwise the list is empty. No runs are planned here, because planning takes time.
         """
         loaded = load_benchmark(benchmark)
         if not loaded.has_set_tables:
@@ -345,5 +346,5 @@ class Suite:
         """
         if self.settings.tracking_uri:
             return self.settings.tracking_uri
-        # an empty variable is like none
+        # an empty variable is treated like a missing one
         return os.environ.get(paths.TRACKING_URI) or DEFAULT_TRACKING_URI

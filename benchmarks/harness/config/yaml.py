@@ -183,7 +183,10 @@ class Strict(BaseModel):
 
 
 class ExplicitNulls(Strict):
-    """A model in which null differs from a missing key. Its dump has only the given nulls."""
+    """A model in which null differs from a missing key.
+
+    A dump of the model contains a null only if the file gives this null.
+    """
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -206,12 +209,18 @@ NUMBER_COLUMNS = ("value", "status", "source")  # last columns of every CSV of p
 
 
 def optional() -> Any:
-    """Return the field of an optional key: the default is None, and a run's spec omits None."""
+    """Return a pydantic field for an optional key.
+
+    The default is None. A run's spec omits the key if its value is None.
+    """
     return Field(default=None, exclude_if=lambda value: value is None)
 
 
 def optional_zero() -> Any:
-    """Return the field of an optional number: a run's spec omits None, the default, and 0."""
+    """Return a pydantic field for an optional number.
+
+    The default is None. A run's spec omits the key if its value is None or 0.
+    """
     return Field(default=None, exclude_if=lambda value: not value)
 
 
@@ -233,7 +242,9 @@ def _check_unique(values: list[Any]) -> list[Any]:
 
 
 def registered(names: Collection[str], beside: Collection[str] = ()) -> AfterValidator:
-    """Return a validator that requires a string to be registered when a file is read.
+    """Return a validator that refuses names that are not registered.
+
+    It looks up a name when a file is read, because plugins may have registered it by then.
 
     Args:
         names: The registered names.
@@ -288,7 +299,11 @@ def parse(content: object, model: type[Model], where: str, *at: str | int) -> Mo
 
 
 def read(path: Path, model: type[Model]) -> Model:
-    """Read a YAML file and validate it, see :func:`parse`."""
+    """Read a YAML file, and validate its content with a model.
+
+    Raises:
+        DefinitionError: The file cannot be read, or its content is wrong. The error names the file.
+    """
     return parse(read_yaml(path), model, str(path))
 
 
@@ -317,7 +332,10 @@ def check_file(location: Location, name: str, folder: Path, columns: Sequence[st
         location: The file that names the CSV, and the key of the name.
         name: The name of the CSV.
         folder: The folder of the CSV.
-        columns: The columns before value, status and source.
+        columns: The columns before value, status and source. Empty if any columns are allowed.
+
+    Raises:
+        DefinitionError: The CSV does not exist, or has other columns.
     """
     known = [str(path.relative_to(folder)) for path in folder.glob("**/*.csv")]
     check_names(location, [name], known)

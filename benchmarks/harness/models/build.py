@@ -49,7 +49,7 @@ from emoe.partitioning import Partition
 # files in the folder of a trained model
 _TRAINED = "trained.safetensors"
 _PARTITION = "partition.safetensors"
-# loaders of the network whose neurons are clustered, by modality; text classifiers have none
+# loaders of the network whose neurons are clustered, by modality (None for text classifiers)
 _NETWORK_LOADERS: dict[str | None, Callable[[ModelSpec], nn.Module]] = {
     None: load_backbone,
     "image": load_image_network,
@@ -162,7 +162,7 @@ def build_language_model(
         calibration=calibration,
         partition=partition,
     )
-    # only now, because the weights are clustered in their own type
+    # after the conversion, which clusters the weights in the type in which they were loaded
     _set_types_(model, is_quantized=is_quantized)
     if is_quantized:
         # Trainer refuses quantised weights unless transformers loaded the adapters
@@ -289,8 +289,8 @@ def _summarise(
         conversion = [dataclasses.asdict(layer) for layer in report.layers]
     routing_parameters = sum(_count_parameters(layer) for layer in routed_layers(model))
 
-    # of FFN weights, relative to the dense model: inactive neurons of EMoE are negative, further
-    # active experts of GMoE are positive
+    # The number of FFN weights that a token uses, minus that of the dense model. It is negative for
+    # EMoE with inactive neurons, and positive for GMoE with more than one active expert.
     additional_weights = (active_neurons - 1) * dense.ffns
     active_parameters = round(dense.parameters + additional_weights) + routing_parameters
     return {
@@ -319,9 +319,14 @@ def _make_prefix(
 
 
 def _slow_parameters(model: nn.Module, groups: Groups) -> frozenset[str]:
-    """Return the names of the trained parameters that get a lower learning rate."""
-    # The groups have names in the network, but the network may be a submodule of the model, in
-    # which the same parameters have other names. So parameters are compared by identity.
+    """Return the names of the trained parameters that get a lower learning rate.
+
+    These are all trained parameters except adapters and head. If the run trains the whole model,
+    there are none.
+    """
+    # The groups have the parameters' names in the network. But the network may be a submodule of
+    # the model, in which the same parameters have longer names. So this compares the parameters
+    # themselves, by `id`.
     slow_ids: set[int] = set()
     for group, members in groups.items():
         if group not in FAST:
@@ -365,8 +370,8 @@ def _ffn_weights(ffns: Sequence[FFN]) -> int:
 def _embedding_parameters(model: nn.Module) -> int:
     """Count the parameters of embedding tables that are only looked up.
 
-    A table whose weight is also the weight of the output head is not counted: the head multiplies
-    by it.
+    If a table shares its weight with the output head, it is not counted, because the head
+    multiplies by this weight.
     """
     output_head = None
     if isinstance(model, PreTrainedModel):
@@ -389,7 +394,7 @@ def permutations(model: nn.Module) -> dict[int, torch.Tensor]:
 
 
 def save_trained(model: nn.Module, folder: Path) -> None:
-    """Write what :func:`reopen` reads: the trained tensors, and the partition of the neurons."""
+    """Write the trained tensors and the partition of the neurons, which :func:`reopen` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     partition = permutations(model)
     if partition:  # a dense model and GMoE have none
@@ -418,7 +423,7 @@ def reopen(
     if config is not None and config["kind"] == "emoe":
         partition = load_partition(folder / _PARTITION)
     trainable = build(spec, partition=partition)
-    # the run changed only some tensors, and needs the same values of all others
+    # the saved tensors are only those that training changed, so all others must be the same as then
     present_weights = trainable.summary["source"]["weights"]
     if weights and present_weights != weights:
         raise DataError(
@@ -430,9 +435,10 @@ def reopen(
 
 
 def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
-    """Cluster the neurons of a model unless the cache has the partition, and write a receipt.
+    """Cluster the neurons of a model, cache the partition, and write a receipt.
 
-    The receipt is a JSON file with the cache keys and statistics of the partition.
+    A partition that is already in the cache is not computed again. The receipt is a JSON file with
+    the cache keys and statistics of the partition.
 
     Args:
         spec: JSON with the ``model`` section of a run's spec, and the EMoE's ``config``.

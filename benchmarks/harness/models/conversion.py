@@ -16,7 +16,7 @@ from benchmarks.harness.config.method_specs import MethodSpec
 from benchmarks.harness.models.partitions import cached_partition
 from emoe.config import EMoEConfig
 
-_NAMES_OF_HEADS = {"classifier", "score"}  # of new heads in transformers
+_NAMES_OF_HEADS = {"classifier", "score"}  # heads that transformers adds to a pre-trained model
 
 
 def apply_method_(
@@ -55,17 +55,26 @@ def _convert_(
     calibration: Iterable[Mapping[str, Any]] = (),
     partition: Mapping[int, torch.Tensor] | None = None,
 ) -> emoe.ConversionReport:
-    """Convert a dense model to EMoE or GMoE in place; see :func:`apply_method_`."""
+    """Convert a dense model to EMoE or GMoE in place, and return the report of the conversion.
+
+    Args:
+        model: The dense model.
+        settings: The configuration of the experts as plain values.
+        calibration: Batches of training rows, for a co-activation partition or fixed experts.
+        partition: The saved partition of the neurons, to rebuild a trained model. By default it is
+            computed, or read from the cache.
+    """
     config = emoe.config_from_dict(settings)
     if not isinstance(config, EMoEConfig):
         return emoe.convert_(model, config)
 
-    # fixed experts are those that avg-k uses most, so convert with avg-k and count first
+    # The fixed experts are those that the router avg-k uses most. So the model is first converted
+    # with avg-k, to count how often it uses each expert.
     is_fixed = config.router == "fixed"
     if is_fixed:
         config = dataclasses.replace(config, router="avg_k")
 
-    if partition is not None:  # of a trained model
+    if partition is not None:  # the partition of a trained model
         report = emoe.convert_(model, config, partition=partition)
     elif config.partition == "kmeans":
         report = emoe.convert_(model, config, partition=cached_partition(model, config))
@@ -100,9 +109,10 @@ def convert_trained_(model: nn.Module, config: Mapping[str, Any] | None) -> None
 
 
 def use_sparse_(model: nn.Module) -> None:
-    """On a CPU, let a converted model compute only the chosen experts: the sparse backend.
+    """On a CPU, set the sparse backend of a converted model, which computes only chosen experts.
 
-    A model that this backend does not support stays unchanged, such as one with adapters in FFNs.
+    If this backend does not support the model, the model stays unchanged. For example, the backend
+    does not support adapters in FFNs.
     """
     if torch.cuda.is_available() or not emoe.is_converted(model):
         return

@@ -26,7 +26,8 @@ from benchmarks.harness.sources.hub import cached_commit
 from benchmarks.harness.sources.local import user_model_folder
 from emoe.files import WEIGHT_FILES, read_tensors
 
-# standard deviation of random weights, as in timm, whose truncation at 100 deviations has no effect
+# Standard deviation of random weights, as in timm. timm also cuts them off at 100 deviations, which
+# has no effect.
 _WEIGHT_DEVIATION = 0.02
 
 
@@ -35,8 +36,8 @@ class ImageClassifier(nn.Module):
 
     Attributes:
         network: The model of timm or transformers.
-        source: ``from``, the source of the weights, and ``weights``, the digest of all weights
-            except the head.
+        source: A dictionary with the source of the weights (``from``), and with the digest of all
+            weights except the head (``weights``).
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class ImageClassifier(nn.Module):
 def load_image_network(model: ModelSpec) -> nn.Module:
     """Load the pre-trained network whose neurons are clustered.
 
-    It has an unused head: the partition of the neurons does not depend on the head.
+    Its head is not used, because the partition of the neurons does not depend on the head.
     """
     classifier = load_image_classifier(model, num_classes=2, image_size=None, drop_path=0.0, seed=0)
     return classifier.network
@@ -134,7 +135,7 @@ def _load_transformers(
     """Load an image classifier of transformers with a new head.
 
     Returns:
-        The classifier, and the ``source`` of an :class:`ImageClassifier`.
+        The classifier, and the source of its weights: ``source`` of :class:`ImageClassifier`.
 
     Raises:
         DataError: The weights are missing or damaged.
@@ -165,7 +166,7 @@ def _load_timm(
     """Load an image classifier of timm with a new head.
 
     Returns:
-        The classifier, and the ``source`` of an :class:`ImageClassifier`.
+        The classifier, and the source of its weights: ``source`` of :class:`ImageClassifier`.
 
     Raises:
         DataError: The weights are missing or damaged.
@@ -231,7 +232,7 @@ def _load_weights_(network: nn.Module, folder: Path, name: str) -> None:
 def _randomise_(network: nn.Module, seed: int) -> None:
     """Draw random weights and set biases to zero; the scales of norms stay as they are.
 
-    The numbers are equal in all torch releases. Those of timm's ``trunc_normal_`` are not.
+    These weights are equal in all torch releases. Those from timm's ``trunc_normal_`` are not.
     """
     torch.manual_seed(seed)
     for name, weight in network.named_parameters():

@@ -1,6 +1,7 @@
 """Load models and tokenizers from the hub, a folder, a package, or (for tests) a configuration.
 
-All are read by the rules of :mod:`emoe.files`: safetensors, complete, and without their own code.
+The rules of :mod:`emoe.files` apply: only complete safetensors files are read, and no code that
+comes with a model is executed.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def load_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
     # padding on the left would shift the positions of a decoder by the length of other rows
     tokenizer.padding_side = "right"
-    if model.modality == "seq2seq":  # T5 takes only these; BERT's tokenizer adds more
+    if model.modality == "seq2seq":  # T5 takes only these inputs; BERT's tokenizer adds more
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return tokenizer
 
@@ -130,7 +131,11 @@ def _borrow_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
 
 
 def load_config(model: ModelSpec) -> PreTrainedConfig:
-    """Load a model's configuration, without its weights (raises :class:`DataError`)."""
+    """Load a model's configuration, without its weights.
+
+    Raises:
+        DataError: The files of the model cannot be loaded.
+    """
     if model.config is not None:
         return AutoConfig.for_model(**model.config)
     with loading_errors(model):
@@ -286,14 +291,15 @@ def source_of(
     Args:
         model: The model of the run's spec.
         loaded: The loaded model.
-        with_digest: If False, ``weights`` is empty.
+        with_digest: False to leave the digest empty.
 
     Returns:
-        ``from``, the source of the weights, and ``weights``, the digest of all weights except the
-        head.
+        A dictionary with the source of the weights (``from``), and with the digest of all weights
+        except the head (``weights``).
     """
     digest = weights_digest(loaded.base_model) if with_digest else ""
-    # the hub's cache names a folder after each commit; of other sources, describe() needs none
+    # in the hub's cache, a folder is named after its commit; for other sources, describe() ignores
+    # this name
     folder = Path(str(loaded.name_or_path))
     return {"from": describe(model, commit=folder.name), "weights": digest}
 

@@ -56,7 +56,7 @@ _VERSION = 1  # part of the cached files' names; increase it if the same setting
 _TOKENS_AT_ONCE = 4096  # largest number of tokens in a batch, with padding
 
 Row = dict[str, Any]
-# returns the model's inputs for rows, given their numbers
+# a function that takes the numbers of rows, and returns the model's inputs for these rows
 Batch = Callable[[Sequence[int]], Mapping[str, Any]]
 
 
@@ -205,7 +205,8 @@ def _parameters_at(network: nn.Module, paths: Sequence[str]) -> frozenset[str]:
         network: The network.
         paths: The paths of the modules. A path may also be the name of a single parameter.
     """
-    # the dots tell ``layer.1`` from ``layer.10``, and also fit a path that is a name itself
+    # The dots tell ``layer.1`` from ``layer.10``. The names also get a dot, so that a path that is
+    # the name of a parameter matches it.
     starts = tuple(f"{path}." for path in paths)
     return frozenset(
         name for name, _ in network.named_parameters() if f"{name}.".startswith(starts)
@@ -231,7 +232,8 @@ def _frozen_paths(network: nn.Module, layers: int) -> _FrozenPaths:
         raise DefinitionError(
             f"training.frozen_layers is {layers}, but the model has {len(ffns)} layers"
         )
-    # what comes before the layers has the same parent: ``bert.`` of ``bert.encoder.layer.0``
+    # The paths before the layers begin like the paths of the layers: with ``bert.`` if the first
+    # layer is ``bert.encoder.layer.0``.
     path_of_first_layer = f"{ffns[0].spec.layers}.0"
     parent = ffns[0].name.removesuffix(path_of_first_layer)
     before = [f"{parent}{name}" for name in _PATHS_BEFORE_LAYERS[architecture]]
@@ -302,7 +304,9 @@ def _states_key(prefix: str, rows: str) -> str:
 def collate_states(
     collate: Callable[[list[Row]], Mapping[str, Any]],
 ) -> Callable[[list[Row]], dict[str, Any]]:
-    """Return a collator that also adds ``prefix_states`` to a batch whose rows have them.
+    """Return a collator that also collates the prefix states of rows.
+
+    If the rows of a batch have ``prefix_states``, the batch gets them. Otherwise it is unchanged.
 
     Args:
         collate: The collator of the other columns. It pads on the right, or packs all rows into
@@ -310,20 +314,23 @@ def collate_states(
     """
 
     def collate_with_states(rows: list[Row]) -> dict[str, Any]:
-        """Collate rows, and pad or pack their prefix states in the same way as their tokens."""
+        """Collate rows, and treat their prefix states like their tokens: pad them or pack them."""
         states = [row[STATES] for row in rows if STATES in row]  # [tokens, width] each
         batch = dict(collate([_without_states(row) for row in rows]))
         if not states:
             return batch
         sequences, tokens = batch["input_ids"].shape
-        is_packed = sequences != len(rows)  # one sequence has the tokens of all rows
+        # A padded batch has a sequence for each row. A packed batch has one sequence with the
+        # tokens of all rows. A single row is treated as padded.
+        is_packed = sequences != len(rows)
         if is_packed:
             packed = torch.cat(states)  # [tokens of all rows, width]
             return {**batch, STATES: packed.unsqueeze(0)}
         padded = pad_sequence(states, batch_first=True)  # [rows, tokens of the longest, width]
         # the other collator may pad further, for example to a multiple of 8
         missing = tokens - padded.shape[1]
-        # F.pad takes the last dimension first: nothing before or after the width, then the tokens
+        # F.pad takes two numbers for each dimension, the last dimension first. The width gets
+        # nothing before and after it, and the tokens get `missing` zeros after them.
         return {**batch, STATES: F.pad(padded, (0, 0, 0, missing))}
 
     return collate_with_states
@@ -375,7 +382,7 @@ def _write_states(
 def _similar_rows(lengths: Sequence[int]) -> Iterator[list[int]]:
     """Yield batches of row numbers. The rows of a batch have similar lengths, to avoid padding.
 
-    A batch has at most ``_TOKENS_AT_ONCE`` tokens with padding, or a single longer row.
+    A batch has at most ``_TOKENS_AT_ONCE`` tokens with padding. A longer row is a batch by itself.
     """
     rows: list[int] = []  # the next batch
     shortest_first = np.argsort(np.asarray(lengths), kind="stable").tolist()

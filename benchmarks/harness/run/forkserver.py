@@ -1,9 +1,9 @@
 """Run commands in forks of one server process, which imports everything once.
 
-Importing torch and transformers takes longer than many runs. The server only imports before it
-forks, so a run has the same numbers as in its own process. A fork ends with its caller, and the
-server ends with the workflow. A command without a server, or with another environment (threads,
-devices, settings), runs in its own process.
+Importing torch and transformers takes longer than many runs. Before it forks, the server does
+nothing but import, so a run has the same numbers as in its own process. A fork ends with its
+caller, and the server ends with the workflow. A command without a server, or with another
+environment (threads, devices, settings), runs in its own process.
 
 This module imports only the standard library, so that the caller starts fast.
 """
@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-ADDRESS = "EMOE_FORKSERVER"
+ADDRESS = "EMOE_FORKSERVER"  # variable with the path of the server's socket
 # the variables that Snakemake sets for a job of one thread; forks are for such jobs
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",

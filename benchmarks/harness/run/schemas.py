@@ -1,4 +1,4 @@
-"""JSON Schemas of all YAML files, for editors."""
+"""Write JSON schemas of all YAML files, for editors."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def write_schemas() -> list[Path]:
 def _suite_schema() -> dict[str, Any]:
     """Make the JSON schema of ``config/<suite>.yaml``, with a section for each benchmark."""
     section_models = {name: load_benchmark(name).part_model for name in benchmark_names()}
-    # pydantic describes all sections and what they contain in one "$defs"
+    # pydantic puts the schemas of all sections, and of their parts, into one dictionary: "$defs"
     requested: list[tuple[type[SuitePart], Literal["validation"]]] = [
         (model, "validation") for model in section_models.values()
     ]
     _, combined_schema = models_json_schema(requested)
     definitions = combined_schema["$defs"]
-    # no key is required, because a suite may give it for many blocks in ``grid_defaults``
+    # no key is required, because a suite may give a block's keys in ``grid_defaults`` instead
     for definition in definitions.values():
         definition.pop("required", None)
 

@@ -50,14 +50,14 @@ def hub_name(repository: str, revision: str | None, commit: str | None) -> str:
         return f"{repository}@{version} (not pinned)"
     if commit is None or commit == revision:
         return f"{repository}@{revision}"
-    # without a network, `datasets` uses what its cache has
+    # without a network, `datasets` reads the version that is in its cache
     return f"{repository}@{commit} (instead of {revision})"
 
 
 def _commit_in(file: str) -> str | None:
     """Return the commit in the path of a cached file; None if there is none.
 
-    If several parts of the path are commits, the last one counts.
+    If several parts of the path are commits, the last one is returned.
     """
     for part in reversed(Path(file).parts):
         if is_commit(part):

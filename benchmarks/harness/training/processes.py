@@ -18,8 +18,9 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from emoe.architectures import find_ffns
 
-_PARALLEL = "EMOE_PARALLEL"
-# Other processes wait while the first one loads. torchrun ends all if one fails.
+_PARALLEL = "EMOE_PARALLEL"  # variable with the parallelism: "ddp" or "fsdp"
+# The time limit is long, because the other processes wait while the first one loads. If a process
+# fails, torchrun ends all of them.
 _TIMEOUT = timedelta(days=1)
 
 
@@ -29,7 +30,7 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Return the number of this process among those of the run, from 0."""
+    """Return the number of this process among the processes of the run, counted from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -88,7 +89,7 @@ def broadcast(value: Any) -> Any:
 def shard_(model: PreTrainedModel, precision: str) -> None:
     """Shard one model over the processes (FSDP2): each transformer block, then the rest.
 
-    The weights are those of the main process.
+    All processes get the weights of the main process.
 
     Args:
         model: The model, with equal modules on all processes. Only the main process needs its
@@ -116,12 +117,12 @@ def _sharding_plan(model: PreTrainedModel) -> dict[str, str]:
     blocks = {ffn.name for ffn in find_ffns(model)}
     plan = {}
     for name, module in model.named_modules():
-        # all parameters that are sharded together must have one dtype, so modules with another
-        # dtype (trained adapters are float32) are sharded by themselves
+        # Parameters that are sharded together must have the same dtype. So modules with another
+        # dtype than the model, such as trained adapters in float32, are sharded by themselves.
         parameters = module.parameters(recurse=False)
         has_other_dtype = any(parameter.dtype != model.dtype for parameter in parameters)
         if name in blocks or has_other_dtype:
-            # such as `model.layers.*` for `model.layers.0`
+            # replaces every number in the name: `model.layers.0` becomes `model.layers.*`
             pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
             plan[pattern] = "free_full_weight"
     return plan

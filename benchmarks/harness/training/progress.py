@@ -32,7 +32,10 @@ class Progress(TrainerCallback):
         self._first_step = 0
 
     def say(self, text: str) -> None:
-        """Print a line to the terminal, or to the log if there is none; print a warning to both."""
+        """Print a line to the terminal, or to the log if there is no terminal.
+
+        A warning is printed to both.
+        """
         # the callers begin each warning with this word
         is_warning = text.startswith("warning")
         has_terminal = self._stream.isatty()

@@ -105,7 +105,7 @@ class RoutingTrace(SavedCallback):
             self._record = self._recording.enter_context(emoe.record_routing(model))
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        # the step at which the window before ended
+        # the step at which the previous window ended
         start = 0
         if self.ends:
             start = self.ends[-1]
@@ -116,7 +116,7 @@ class RoutingTrace(SavedCallback):
         self._end_window(state.global_step)
 
     def _end_window(self, step: int) -> None:
-        """Store the loads of the window that ends with a step. The next step begins another."""
+        """Store the loads of the window that ends with a step. The next step begins a new one."""
         # the window already ended in this step, or the model is dense
         if self._record is None:
             return

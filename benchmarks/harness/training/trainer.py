@@ -61,7 +61,7 @@ def trainer_arguments(folder: Path, precision: str, **options: Any) -> TrainingA
         bf16=precision == "bf16",
         ddp_backend=backend,
         ddp_find_unused_parameters=False,
-        remove_unused_columns=False,  # a hook takes the prefix states, which no signature has
+        remove_unused_columns=False,  # keeps prefix states, which only a hook takes
         save_total_limit=2,  # the previous one is used if the last one is incomplete or damaged
         **options,
     )
@@ -153,7 +153,7 @@ class RoutedTrainer(Trainer):
         # the number 0.0 if no layer has a balance loss
         if not isinstance(balance, Tensor):
             return loss
-        # Trainer then does not divide the loss by the number of batches in the step
+        # in this case, Trainer does not divide the loss by the number of batches in the step
         if self.loss_is_scaled_for_ga:
             balance = balance / self.current_gradient_accumulation_steps
         return loss + balance
@@ -208,11 +208,11 @@ class RoutedTrainer(Trainer):
 
 
 def extract_logits(predictions: Any) -> NDArray[Any]:
-    """Return the logits of predictions: these themselves, or the first element of a tuple."""
+    """Return the logits: the predictions themselves, or their first element if they are a tuple."""
     logits = predictions[0] if isinstance(predictions, tuple) else predictions
     return cast(NDArray[Any], logits)
 
 
 def finite_or_none(loss: float) -> float | None:
-    """Return a loss, or None if it is not finite, because JSON has no such numbers."""
+    """Return a loss, or None if it is infinite or not a number. JSON cannot hold such values."""
     return loss if math.isfinite(loss) else None

@@ -14,8 +14,9 @@ from benchmarks.harness.base import DefinitionError, first_problem
 from benchmarks.harness.config.runs import canonical_json
 from benchmarks.harness.config.suite import Suite, load_suite
 
-# They stop glibc from returning memory to the kernel in every step, which takes a tenth of a small
-# model's training time. Variables that are already set are kept; other C libraries ignore them.
+# These variables stop glibc from returning memory to the kernel in every step. That would take a
+# tenth of a small model's training time. Variables that are already set keep their values. Other C
+# libraries ignore the variables.
 _GLIBC = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
@@ -26,8 +27,8 @@ _GLIBC = {
 def job_environment(suite: Suite) -> dict[str, str]:
     """Return the environment variables of a suite's jobs.
 
-    Local paths and the command line's values are among them. If they were parameters of a rule,
-    Snakemake would run everything again when they change.
+    Some of them hold local paths and the values of the command line. If these were parameters of a
+    rule, Snakemake would run everything again after a change.
     """
     # jobs use the interpreter of the workflow
     folder_of_python = str(Path(sys.executable).parent)
@@ -55,7 +56,7 @@ def job_environment(suite: Suite) -> dict[str, str]:
 def suite_of_job(name: str) -> Suite:
     """Load a suite in a job of the workflow, with the values of the workflow's command line.
 
-    The job reads the values from an environment variable, and ignores those of another suite.
+    The job reads the values from an environment variable. It ignores values for another suite.
 
     Raises:
         DefinitionError: The environment variable with the values is not valid JSON.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from benchmarks.harness import base as paths
 
-RUN_ID = "[0-9a-f]{12}"  # a regular expression
+RUN_ID = "[0-9a-f]{12}"  # a regular expression that the id of any run matches
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,19 @@ class RunRule:
 
 
 def run_rules(kept_by_benchmark: Mapping[str, Mapping[str, bool]]) -> list[RunRule]:
-    """List the rules that execute the runs of a suite, those of small benchmarks first.
+    """List the rules that execute the runs of a suite.
 
-    Small benchmarks also have the higher priority, so that their tables are ready early.
+    The rules of small benchmarks come first and have a higher priority, so that the tables of these
+    benchmarks are ready early.
 
     Args:
-        kept_by_benchmark: The result of :func:`.plan.weights_by_benchmark`.
+        kept_by_benchmark: For each benchmark, a dictionary from the id of a run to True if it keeps
+            its weights.
     """
     smallest_first = sorted(kept_by_benchmark, key=lambda name: len(kept_by_benchmark[name]))
     rules = []
     for place, benchmark in enumerate(smallest_first):
-        # priorities fall from 0: Snakemake starts the highest first
+        # the priorities are 0, -1, -2 and so on: Snakemake starts the highest first
         rules += _rules_of_benchmark(benchmark, kept_by_benchmark[benchmark], priority=-place)
     return rules
 

@@ -75,7 +75,7 @@ def page_sources() -> list[str]:
 def _folders_of_kind(name: str) -> set[str]:
     """Return the folders below ``benchmarks/`` with the code of a benchmark's kind.
 
-    They define the class of the benchmark and its base classes, except those of the harness.
+    Their modules define the class of the benchmark and its base classes. The harness is left out.
     """
     folders = set()
     for cls in type(load_benchmark(name)).__mro__:

@@ -60,7 +60,7 @@ def weight_files(suite: Suite) -> list[str]:
 def lost_spec_files(suite: Suite) -> list[str]:
     """Return the ``run.json`` files that finished runs have lost.
 
-    An unfinished run writes its own.
+    An unfinished run writes this file itself.
     """
     finished = [run for run in suite.runs if run.is_finished]
     return [str(run.spec_file) for run in finished if not run.spec_file.exists()]
@@ -70,8 +70,8 @@ def parts_by_records(suite: Suite) -> dict[str, tuple[str, str | None]]:
     """Map the name of each file of collected runs to the benchmark and the part in it.
 
     The part is a data set, or None for the whole benchmark. A benchmark with separate tables for
-    each data set has a file for each data set. The tables of a data set then need no runs of the
-    others.
+    each data set has a file for each data set. The tables of a data set then need no runs of
+    other data sets.
     """
     parts_by_name: dict[str, tuple[str, str | None]] = {}
     for benchmark in suite.settings.benchmarks:
@@ -83,7 +83,7 @@ def parts_by_records(suite: Suite) -> dict[str, tuple[str, str | None]]:
 def record_files(suite: Suite, benchmark: str | None = None, part: str | None = None) -> list[str]:
     """Return the files of collected runs: of all benchmarks, of one, or of one data set."""
     files = []
-    # without a benchmark or part, the files of all of them
+    # None stands for all benchmarks, or for all parts
     for benchmark_of_file, part_of_file in parts_by_records(suite).values():
         if benchmark in (None, benchmark_of_file) and part in (None, part_of_file):
             files.append(str(records_file(suite.name, benchmark_of_file, part_of_file)))
@@ -91,17 +91,20 @@ def record_files(suite: Suite, benchmark: str | None = None, part: str | None = 
 
 
 def section_files(suite: Suite, benchmark: str | None = None) -> list[str]:
-    """Return the files with sections of the report: of all benchmarks, or of one and its parts."""
+    """Return the files with sections of the report, for all benchmarks or for one.
+
+    The files of a benchmark include those of its data sets that have their own tables.
+    """
     return [artifacts.section_file(suite.name) for artifacts in _shown(suite, benchmark)]
 
 
 def _shown(suite: Suite, benchmark: str | None, part: str | None = None) -> list[Artifacts]:
     """Describe the tables and figures of all benchmarks, of one, or of one data set.
 
-    A benchmark's include those of its data sets.
+    The result for a benchmark includes the tables and figures of its data sets.
     """
     shown = []
-    # without a benchmark or part, those of all of them
+    # None stands for all benchmarks, or for all parts
     for artifacts in suite_artifacts(suite):
         if benchmark in (None, artifacts.benchmark) and part in (None, artifacts.part):
             shown.append(artifacts)
@@ -109,7 +112,10 @@ def _shown(suite: Suite, benchmark: str | None, part: str | None = None) -> list
 
 
 def digest_of_runs(suite: Suite, benchmark: str, part: str | None) -> str:
-    """Hash the folders of a suite's runs of a benchmark or data set, in the order of the grid."""
+    """Return 12 hex digits of a hash over the runs of a benchmark or data set.
+
+    The hash covers the folders of these runs, in the order of the suite's grid.
+    """
     folders = [run.folder for run in suite.runs_of(benchmark, part)]
     text = "\n".join(folders)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -123,7 +129,7 @@ def number_files(suite: Suite) -> list[str]:
 def output_files(suite: Suite, benchmark: str | None = None, part: str | None = None) -> list[str]:
     """Return the files of tables and figures: of all benchmarks, of one, or of one data set.
 
-    Those of all benchmarks include the table and figures of the paper's claims.
+    The files of all benchmarks include the table and figures of the paper's claims.
     """
     shown = _shown(suite, benchmark, part)
     if benchmark is None and claimed_benchmarks(suite):
@@ -187,7 +193,7 @@ def _hint(target: str, benchmarks: list[str], suite: Suite, part: str | None = N
         target: The name of the target.
         benchmarks: The benchmarks of which the target needs at least one.
         suite: The suite.
-        part: The data set that the target needs; None if it needs no certain one.
+        part: The data set that the target needs; None if the target is not for a single data set.
     """
     others = []
     for name in suite_names():
