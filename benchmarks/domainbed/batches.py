@@ -88,10 +88,10 @@ def load_pixels(environment: Environment, row: int, transform: Transform, seed: 
 
 
 class Draw(NamedTuple):
-    """One image of a training step."""
+    """The place of one image of a training step."""
 
     number: int
-    """The position of the image among all that the training sees."""
+    """The number of the image, counted from 0 over all steps."""
     env: int
     """The number of the environment, among the training environments."""
     row: int
@@ -101,8 +101,8 @@ class Draw(NamedTuple):
 class EnvironmentBatches(Sampler[Draw]):
     """Draw ``batch_size`` rows of every training environment per step, environment by environment.
 
-    As in DomainBed, rows are drawn with replacement. Draws depend only on these arguments, so all
-    methods and resumed runs have the same.
+    As in DomainBed, rows are drawn with replacement. They depend only on the arguments below, so
+    all methods and all resumed runs read the same rows.
 
     Args:
         rows: The number of rows of each training environment.
@@ -139,7 +139,7 @@ class EnvironmentBatches(Sampler[Draw]):
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixedEnvironment(Environment):
-    """An environment that also has, for some rows, the output of a model's frozen layers.
+    """An environment that also has the output of a model's frozen layers for some rows.
 
     A model that gets this output needs no pixels.
 
@@ -166,7 +166,7 @@ def with_prefix(
     The images are not augmented. If their output was computed before, it is read from a file.
 
     Args:
-        environment: The environment.
+        environment: The environment with the images.
         prefix: The frozen layers.
         rows: The indices of the images, each once.
         size: The height and the width of the resized images.
@@ -226,8 +226,8 @@ def _example(
 ) -> dict[str, Any]:
     """Return what a model needs for one image: ``pixel_values`` and the class in ``labels``.
 
-    If the model has frozen layers, their output replaces the pixels. ``seed`` is that of a random
-    transform.
+    If the model has frozen layers, their output replaces the pixels. ``seed`` determines the result
+    of a random transform.
     """
     label = environment.labels[row]
     if isinstance(environment, PrefixedEnvironment):
@@ -242,7 +242,8 @@ def _example(
 class TrainingRows(Dataset[dict[str, Any]]):
     """The images that train a model. The index of an image is a :class:`Draw`.
 
-    Augmentation depends on the seed and the draw, not on earlier draws or on the worker.
+    The augmentation of an image depends only on ``seed`` and on :attr:`Draw.number`. Neither
+    earlier images nor the number of the data loader's workers has an effect.
 
     Attributes:
         environments: The training environments.
@@ -273,10 +274,10 @@ class EvaluationRows(Dataset[dict[str, Any]]):
     As in DomainBed, every evaluation draws new random transforms.
 
     Attributes:
-        environment: The environment.
+        environment: The environment of the rows.
         rows: The rows of the split.
         transform: The transform of images.
-        step: The number of training steps before the evaluation, which seeds random transforms.
+        step: The number of training steps before the evaluation. It seeds random transforms.
     """
 
     environment: Environment

@@ -36,7 +36,7 @@ from benchmarks.harness.config.yaml import (
 class HParams(ExplicitNulls):
     """All hyper-parameters of a run, as DomainBed lists them.
 
-    Those of ResNets have no effect on the models of this suite.
+    The hyper-parameters of ResNets have no effect on the models of this suite.
     """
 
     lr: Positive
@@ -50,7 +50,7 @@ class HParams(ExplicitNulls):
     class_balanced: Literal[False]
     """DomainBed's option to draw every class equally often. No sweep uses it."""
     vit_dropout: Rate | None = None
-    """Dropout before the head. The EMoE authors' fork lacks it."""
+    """Dropout before the head. The EMoE authors' fork of DomainBed lacks it."""
     resnet18: bool
     """Size of a ResNet. No effect."""
     resnet_dropout: Rate
@@ -75,8 +75,8 @@ class ImageTraining(Training):
     are evaluated.
     """
     evaluate: Literal["all", "needed"]
-    """Evaluated splits: all, as in DomainBed, or only the splits that a selection or a table reads.
-    The latter omits the *in* splits of training environments.
+    """Evaluated splits. `all`: every split, as in DomainBed. `needed`: only the splits that a
+    selection or a table reads. These do not include the *in* splits of training environments.
     """
     image_size: Annotated[int, Field(ge=14)]
     """Pixels along each side."""
@@ -100,12 +100,12 @@ class ImageTraining(Training):
     frozen_layers: Whole | None = optional_zero()
     """Number of first layers that are frozen with the embeddings, without dropout and stochastic
     depth. Their output for a row is computed once and kept (`resources/prefixes/`). Only later
-    layers have adapters, and no method converts or trains a frozen layer. 0 or omitted: none. Only
-    for images that are not augmented.
+    layers have adapters, and no method converts or trains a frozen layer. 0 or omitted: none.
+    Frozen layers need images that are not augmented.
     """
     registry: Literal["domainbed", "emoe"] | None = optional()
     """Source of default and random hyper-parameters: DomainBed (default), or the EMoE authors'
-    fork. Not part of a run's spec.
+    fork of DomainBed. Not part of a run's spec.
     """
     hparams: Annotated[dict[str, Any], Changes(HParams)] | None = optional()
     """Hyper-parameters that override default and random ones. A run's spec has all hyper-parameters
@@ -181,8 +181,8 @@ class ImageTask(Strict):
     """The settings of an image set that determine the results of a run."""
 
     domainbed: str
-    """DomainBed's name of the set, which determines seeds and random hyper-parameters. Any name if
-    DomainBed lacks the set.
+    """DomainBed's name of the set, which determines seeds and random hyper-parameters. If DomainBed
+    lacks the set, any name is valid.
     """
     source: ImageSource
     """Source of the images."""

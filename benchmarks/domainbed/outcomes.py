@@ -16,15 +16,17 @@ from benchmarks.harness.report.common import Outcomes, join_claim_numbers, param
 from benchmarks.harness.results.records import Record, tabulate_numbers
 from benchmarks.harness.results.statistics import paired_differences, shared_pairs, with_verdicts
 
-# the columns that identify a cell, which is a row of a table; ``task`` is the image set
+# the columns that identify a cell, which is a row of a table; the column ``task`` has the image set
 CELL = ["selection", "model", "task", "method"]
 
 
-class _Choice(NamedTuple):
-    """The hyper-parameters and the method's settings of a run, among which a selection chooses."""
+class _Settings(NamedTuple):
+    """The settings of a run among which a selection chooses."""
 
     hparams_seed: int
+    """DomainBed's number of the hyper-parameters; 0 for the defaults."""
     variant: str
+    """The settings of the method that the grid varies, as text."""
 
 
 class DomainOutcomes(Outcomes):
@@ -89,7 +91,7 @@ class DomainOutcomes(Outcomes):
             reference={"method": self.baseline},
             pair="seed",  # the column of the trial
         )
-        # the count of accuracies, which no table shows
+        # no table shows the column ``values``, which counts accuracies
         return differences.drop(columns="values")
 
     @cached_property
@@ -132,18 +134,21 @@ class DomainOutcomes(Outcomes):
     def _choose_among(self, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
         """Yield the rows of :attr:`cells` for the runs of one model, image set, method and trial.
 
-        There is one for every selection and held-out environment.
+        There is a row for each selection and held-out environment. If the runs that a selection
+        needs are missing, its row is left out.
         """
-        choices = self._distinct_choices(runs)
-        candidates = [self._run_records(run, choices) for run in runs]
+        distinct_settings = self._distinct_settings(runs)
+        accuracies = [self._run_records(run, distinct_settings) for run in runs]
         any_run = runs[0]  # all runs have the same model, set, method and trial
         for name, selection in SELECTIONS.items():
             for env, env_name in enumerate(self.environments(any_run.task)):
-                chosen = selection.choose(candidates, env)
-                # the environment was not held out, or leave-one-domain-out lacks pairs
+                chosen = selection.choose(accuracies, env)
+                # no run holds out the environment alone, or leave-one-domain-out selection lacks
+                # runs that hold out the environment and another one
                 if chosen is None:
                     continue
-                choice = choices[chosen.choice]  # the candidates have the number of their choice
+                # ``chosen.choice`` is the index of the chosen run's settings
+                settings = distinct_settings[chosen.choice]
                 yield {
                     "selection": name,
                     "model": any_run.model,
@@ -154,31 +159,34 @@ class DomainOutcomes(Outcomes):
                     "value": chosen.test_accuracy(env),
                     "chosen_by": chosen.value,
                     "step": chosen.record["step"],
-                    "hparams_seed": choice.hparams_seed,
-                    "variant": choice.variant,
+                    "hparams_seed": settings.hparams_seed,
+                    "variant": settings.variant,
                 }
 
-    def _run_records(self, run: Run, choices: Sequence[_Choice]) -> RunRecords:
-        """Return the accuracies of a run, with the place of its hyper-parameters in ``choices``."""
+    def _run_records(self, run: Run, distinct_settings: Sequence[_Settings]) -> RunRecords:
+        """Return the accuracies of a run, with the index of its settings in the given list."""
         records = self.finished[run.id].metrics.records or ()
         return RunRecords(
             test_envs=tuple(self.specs[run.id].test_envs),
-            choice=choices.index(self._choice_of(run)),
+            choice=distinct_settings.index(self._settings_of(run)),
             records=[record.model_dump() for record in records],
         )
 
-    def _distinct_choices(self, runs: Sequence[Run]) -> list[_Choice]:
-        """Return the distinct choices of runs, sorted by ``hparams_seed``, then as in the grid."""
-        distinct: list[_Choice] = []
-        for run in runs:
-            choice = self._choice_of(run)
-            if choice not in distinct:
-                distinct.append(choice)
-        return sorted(distinct, key=lambda choice: choice.hparams_seed)
+    def _distinct_settings(self, runs: Sequence[Run]) -> list[_Settings]:
+        """Return the distinct settings of some runs, sorted by ``hparams_seed``.
 
-    def _choice_of(self, run: Run) -> _Choice:
-        """Return the hyper-parameters and the method's settings of a run."""
-        return _Choice(self.specs[run.id].hparams_seed, run.method_variant)
+        Settings with the same ``hparams_seed`` are in the order of the runs.
+        """
+        distinct: list[_Settings] = []
+        for run in runs:
+            settings = self._settings_of(run)
+            if settings not in distinct:
+                distinct.append(settings)
+        return sorted(distinct, key=lambda settings: settings.hparams_seed)
+
+    def _settings_of(self, run: Run) -> _Settings:
+        """Return the settings of a run among which a selection chooses."""
+        return _Settings(self.specs[run.id].hparams_seed, run.method_variant)
 
     def trials(self, *, complete: bool = False) -> pd.Series[float]:
         """Average the accuracies of :attr:`shared` over environments.

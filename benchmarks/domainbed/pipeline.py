@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm  # noqa: F401  (runs use it later; a process that forks for runs imports it once)
+import timm  # noqa: F401  (runs use it; a process that forks for each run imports it once)
 
 from benchmarks.domainbed.batches import (
     EnvironmentBatches,
@@ -100,7 +100,7 @@ def _load_data(spec: ImageSpec, progress: Progress) -> _Data:
     """
     training = spec.training
     image_set = load_set(spec.task, spec.data_seed, truncated=training.truncated)
-    # MNIST's digits are not separate files, so none can be damaged alone
+    # MNIST's digits are not separate files, so no single digit can be damaged
     if not spec.task.source.mnist:
         validate_once(image_set, spec.task, training.truncated)
     progress.say(image_set.source)
@@ -121,7 +121,7 @@ def _load_data(spec: ImageSpec, progress: Progress) -> _Data:
 def _count_note(spec: ImageSpec, image_set: ImageSet) -> str | None:
     """Describe a difference between the number of images and the number that the makers published.
 
-    None if the numbers are equal or no number is published.
+    The result is None if the numbers are equal or no number is published.
     """
     name = spec.task.name
     entry = load_benchmark(spec.benchmark).tasks.get(name)
@@ -146,7 +146,7 @@ def _make_trainer(
     """Make the trainer of a classifier, with its training rows and evaluated splits."""
     training = spec.training
     hparams = spec.hparams
-    # does not depend on the method, so all methods draw the same rows
+    # the seed does not depend on the method, so all methods draw the same rows
     seed = derive_seed("environments", spec.seed, *spec.test_envs)
     env_numbers = _trained_envs(spec, environments)
     train = TrainingRows(
@@ -178,8 +178,8 @@ def _add_epochs(
     records: Sequence[dict[str, Any]], spec: ImageSpec, splits: Sequence[Split]
 ) -> list[dict[str, Any]]:
     """Add the ``epoch`` to each record of an evaluated step."""
-    # DomainBed's epoch is one pass through the *in* split of the smallest environment, even if
-    # that is held out
+    # DomainBed's epoch is one pass through the *in* split of the smallest environment, even if this
+    # environment is held out
     num_rows = min(len(split.within) for split in splits)
     steps_per_epoch = num_rows / spec.hparams.batch_size
     return [{**record, "epoch": record["step"] / steps_per_epoch} for record in records]
@@ -305,7 +305,10 @@ def _evaluation_splits(
 
 
 def _write_results(path: Path, spec: ImageSpec, records: list[dict[str, Any]]) -> None:
-    """Write a JSON line per record with the run's arguments, as DomainBed's scripts read them."""
+    """Write a JSON line for each record, in the format that DomainBed's scripts read.
+
+    A line has the record, and the arguments and hyper-parameters of the run.
+    """
     arguments = {
         "dataset": spec.task.domainbed,
         "algorithm": _algorithm(spec),

@@ -22,7 +22,7 @@ from benchmarks.harness.results.statistics import PERMUTATIONS
 # the image sets of the paper's average, and the name of the average in the column ``task``
 FOUR = ("pacs", "vlcs", "office_home", "terra_incognita")
 _AVERAGE_NAME = "average of four"
-# columns to sort the rows of several image sets by, and of one
+# the columns that sort the rows of a table, for several image sets and for one
 _ORDER = ["model", "selection", "task", "method"]
 _ORDER_OF_SET = ["model", "selection", "method"]
 # the headings of the columns that name a row, for several image sets and for one
@@ -44,7 +44,7 @@ _SELECTIONS_NOTE = (
     "such runs exist. Test-domain validation (an oracle): the run whose last step is best on "
     "images of the test environment."
 )
-# by training.val_augment
+# the note for each value of training.val_augment
 _VALIDATION_NOTES = {
     True: (
         "Images of training environments are augmented for validation too, as DomainBed and the "
@@ -92,8 +92,8 @@ def _with_accuracies(outcomes: DomainOutcomes, name: str) -> tuple[pd.DataFrame,
     """Average the accuracies on each held-out environment of an image set over trials.
 
     Returns:
-        A row for each selection, model and method, with the number of trials ``n``; and the printed
-        columns: one for each held-out environment, and their average.
+        - a row for each selection, model and method, with the number of trials ``n``.
+        - the printed columns: one for each held-out environment, and their average.
     """
     cells = outcomes.shared[outcomes.shared["task"] == name]
     by_environment = cells.groupby([*CELL, "eval_task"], sort=False)["value"]
@@ -125,7 +125,10 @@ def _results_caption(outcomes: DomainOutcomes, name: str) -> str:
 
 
 def choices(outcomes: DomainOutcomes, name: str) -> Table:
-    """Make the table of the steps and hyper-parameters that selections chose on one image set."""
+    """Make the table of the steps and hyper-parameters that selections chose on one image set.
+
+    It has a row for each model, selection, method, held-out environment and trial.
+    """
     of_set = outcomes.cells[outcomes.cells["task"] == name]
     ordered = outcomes.order(of_set, _ORDER_OF_SET)
     env_titles = [outcomes.env_title(name, env) for env in ordered["eval_task"]]
@@ -140,7 +143,7 @@ def choices(outcomes: DomainOutcomes, name: str) -> Table:
         "step": "Step",
         "draw": "Draw",
     }
-    # a variant is empty if the method has its usual settings
+    # the variant of a run is empty if its method has the usual settings
     if frame["variant"].any():
         keys["variant"] = "Variant"
     return Table(
@@ -165,7 +168,10 @@ def _choices_caption(outcomes: DomainOutcomes, name: str) -> str:
 
 
 def summary(outcomes: DomainOutcomes) -> Table:
-    """Make DomainBed's summary table: a column for each image set, and their average."""
+    """Make DomainBed's summary table: a column for each image set, and their average.
+
+    It has a row for each selection, model and method. With one image set, there is no average.
+    """
     keys = ["selection", "model", "method"]
     by_cell = outcomes.trials().groupby(CELL, sort=False)
     means = by_cell.agg(mean="mean", error=_domainbed_error, n="count").reset_index()
@@ -256,10 +262,10 @@ _PAPER_CAPTION = (
 def paper_table(outcomes: DomainOutcomes) -> Table:
     """Make the table of our averages over environments and the published ones."""
     published = common.read_published(outcomes.benchmark)
-    # published in points
+    # published values are in percent, ours are shares
     shares = published.assign(value=published["value"] / 100)
     means = common.our_means(outcomes.trials(complete=True), CELL)
-    # without the image sets that the paper does not have
+    # keep only the image sets that the paper has
     comparable = means[means["task"].isin(published["task"])]
     ours = pd.concat([comparable, _averages_of_four(outcomes)])
 
@@ -286,8 +292,11 @@ def paper_table(outcomes: DomainOutcomes) -> Table:
 def _averages_of_four(outcomes: DomainOutcomes) -> pd.DataFrame:
     """Average our accuracies over the paper's four image sets, then over trials.
 
-    Only trials with all four image sets count. Returns the columns of :func:`.common.our_means` for
-    each selection, model and method. The column ``task`` has the name of the average.
+    Only trials with all four image sets are used.
+
+    Returns:
+        A row for each selection, model and method: the mean ``ours``, its 95 % interval ``low`` and
+        ``high``, and the number of trials ``n``. The column ``task`` has the name of the average.
     """
     # one accuracy for each selection, model, image set, method and trial
     accuracies = outcomes.trials(complete=True)
@@ -357,7 +366,7 @@ def _selections_note(outcomes: DomainOutcomes, names: list[str]) -> str:
 def _experts_note(outcomes: DomainOutcomes, names: list[str]) -> str:
     """Return a sentence on the experts per token and the converted blocks of each method.
 
-    Empty if no method has experts.
+    The text is empty if no method has experts.
     """
     # the distinct settings of a method's runs, by title of the method
     settings_by_title: dict[str, list[str]] = {}
@@ -377,7 +386,10 @@ def _experts_note(outcomes: DomainOutcomes, names: list[str]) -> str:
 
 
 def _experts_setting(config: Mapping[str, Any]) -> str:
-    """Describe the experts of a run, such as ``2 of 8 in 8, 10``: 2 of 8 experts in two blocks."""
+    """Describe the experts of a run.
+
+    In ``2 of 8 in 8, 10``, each token uses 2 of 8 experts in the blocks 8 and 10.
+    """
     layers = config["layers"]
     # numbers, or a word such as "all"
     if isinstance(layers, list):
@@ -418,7 +430,10 @@ _NOTE = (
 
 
 def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
-    """Present finished runs."""
+    """Make the tables, figures and verdicts of finished runs.
+
+    Each image set is a part of the presentation, with its own tables and figures.
+    """
     outcomes = DomainOutcomes(benchmark, records)
     parts = {}
     for name in outcomes.sets:

@@ -1,7 +1,7 @@
 """DomainBed's protocol: seeds, splits, hyper-parameters and selections.
 
-Gulrajani and Lopez-Paz, ICLR 2021. All values are from github.com/facebookresearch/DomainBed at
-b93c22a, those of the registry ``emoe`` from the EMoE authors' fork.
+Gulrajani and Lopez-Paz, ICLR 2021. The values are from github.com/facebookresearch/DomainBed at
+b93c22a. The values of the registry ``emoe`` are from the EMoE authors' fork of DomainBed.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _DOMAINBED_DEFAULT_LR = 5e-5  # for images, except small ones
 
 
 class _ForkDefaults(NamedTuple):
-    """The default learning rate and weight decay of a data set in the authors' fork."""
+    """The default learning rate and weight decay of a data set in the EMoE authors' fork."""
 
     lr: float
     weight_decay: float
 
 
-# the data sets with defaults of their own in the fork, which it uses for GMoE and EMoE
+# the data sets for which the fork has its own defaults; it uses them for GMoE and EMoE
 _FORK_DEFAULTS: Mapping[str, _ForkDefaults] = {
     "VLCS": _ForkDefaults(3e-5, 1e-6),
     "PACS": _ForkDefaults(3e-5, 1e-6),
@@ -84,7 +84,8 @@ def split_environment(rows: int, env: int, trial_seed: int, *, is_test: bool) ->
     shuffled = _shuffle(range(rows), seed)
     out = shuffled[:num_out]
     within = shuffled[num_out:]
-    # DomainBed splits off no rows for domain adaptation here, but shuffles with the same seed
+    # DomainBed can split these rows again, for domain adaptation; here it splits off none, but it
+    # still shuffles with the same seed
     if is_test:
         within = _shuffle(within, seed)
     return Split(within, out)
@@ -118,15 +119,15 @@ def hyper_parameters(
     """Return a run's hyper-parameters.
 
     Args:
-        registry: The source of defaults and distributions: DomainBed, or the EMoE authors' fork for
-            GMoE and EMoE.
+        registry: The source of defaults and distributions: ``domainbed``, or ``emoe`` for the EMoE
+            authors' fork, which uses them for GMoE and EMoE.
         dataset: DomainBed's name of the set.
         hparams_seed: 0 for the defaults, another number for random values.
         trial_seed: The seed of the trial. Random values differ between trials.
 
     Returns:
-        The values of DomainBed's hyper-parameters, by name. Those of ResNets are included. The
-        fork's older registry has no ``vit_dropout``.
+        The values of DomainBed's hyper-parameters, by name. The hyper-parameters of ResNets are
+        included. The fork's older registry has no ``vit_dropout``.
     """
     definitions = _definitions(registry, dataset)
     if hparams_seed == 0:
@@ -134,7 +135,7 @@ def hyper_parameters(
     seed = seed_hash(hparams_seed, trial_seed)
     values = {}
     for name, definition in definitions.items():
-        # each has its own generator, so its value does not depend on the others
+        # each hyper-parameter has its own generator, so its value does not depend on the others
         random = np.random.RandomState(seed_hash(seed, name))
         values[name] = definition.draw(random)
     return values
@@ -153,8 +154,8 @@ class _HyperParameter(NamedTuple):
 def _definitions(registry: Registry, dataset: str) -> dict[str, _HyperParameter]:
     """Return the definition of every hyper-parameter, by name.
 
-    The ranges of the random values are DomainBed's and the fork's. The arguments are those of
-    :func:`hyper_parameters`.
+    The ranges of the random values are those of DomainBed or of the EMoE authors' fork. In both,
+    small images have their own ranges. The arguments are those of :func:`hyper_parameters`.
     """
     definitions = {
         "data_augmentation": _fixed(True),
@@ -174,24 +175,25 @@ def _definitions(registry: Registry, dataset: str) -> dict[str, _HyperParameter]
     log2_largest = 5 if dataset == "DomainNet" else 5.5
     definitions["batch_size"] = _HyperParameter(32, _log2_uniform(3, log2_largest))
     if registry == "domainbed":
-        lr, weight_decay = _of_large_images(_DOMAINBED_DEFAULT_LR)
+        lr, weight_decay = _lr_and_weight_decay(_DOMAINBED_DEFAULT_LR)
     elif dataset in _FORK_DEFAULTS:
-        lr, weight_decay = _of_fork(_FORK_DEFAULTS[dataset])
+        lr, weight_decay = _fork_lr_and_weight_decay(_FORK_DEFAULTS[dataset])
     else:
-        lr, weight_decay = _of_large_images(_FORK_DEFAULT_LR)
+        # the fork uses DomainBed's ranges for other data sets, with another default
+        lr, weight_decay = _lr_and_weight_decay(_FORK_DEFAULT_LR)
     definitions["lr"] = lr
     definitions["weight_decay"] = weight_decay
     return definitions
 
 
-def _of_large_images(default_lr: float) -> tuple[_HyperParameter, _HyperParameter]:
+def _lr_and_weight_decay(default_lr: float) -> tuple[_HyperParameter, _HyperParameter]:
     """Define the learning rate and the weight decay, with DomainBed's ranges for large images."""
     lr = _HyperParameter(default_lr, _log10_uniform(-5, -3.5))
     weight_decay = _HyperParameter(0.0, _log10_uniform(-6, -2))
     return lr, weight_decay
 
 
-def _of_fork(defaults: _ForkDefaults) -> tuple[_HyperParameter, _HyperParameter]:
+def _fork_lr_and_weight_decay(defaults: _ForkDefaults) -> tuple[_HyperParameter, _HyperParameter]:
     """Define the learning rate and the weight decay of a data set with defaults in the fork."""
     lr = _HyperParameter(defaults.lr, _log10_uniform(-4.5, -2.5))
     # the fork has a weight decay by default, but none among its random values
@@ -229,8 +231,8 @@ class RunRecords:
 
     Attributes:
         test_envs: The numbers of the held-out environments.
-        choice: The number of the run's hyper-parameters: their index in the list of all
-            hyper-parameters that a selection compares, which is sorted by ``hparams_seed``.
+        choice: The number of the run's hyper-parameters. It is their index in the list of all
+            hyper-parameters that a selection compares. The list is sorted by ``hparams_seed``.
         records: One dictionary per evaluated step, with ``step``, ``env<i>_in_acc`` and
             ``env<i>_out_acc``.
     """
@@ -246,8 +248,8 @@ class SelectedRecord:
 
     Attributes:
         value: The accuracy that the selection maximises.
-        record: The accuracies at the chosen step, as in :class:`RunRecords`.
-        choice: The number of the chosen run's hyper-parameters, as in :class:`RunRecords`.
+        record: The ``step`` and its accuracies, ``env<i>_in_acc`` and ``env<i>_out_acc``.
+        choice: The number of the chosen run's hyper-parameters (:attr:`RunRecords.choice`).
     """
 
     value: float
@@ -264,7 +266,8 @@ def best_record(
 ) -> SelectedRecord:
     """Choose the step of a run with the highest mean *out* accuracy of the training environments.
 
-    The first step wins a tie. ``choice`` is copied to the result.
+    The first step wins a tie. ``choice`` is the number of the run's hyper-parameters, which is
+    copied to the result.
     """
     candidates = []
     for record in records:
@@ -293,9 +296,9 @@ def training_domain_validation(runs: Sequence[RunRecords], env: int) -> Selected
 def leave_one_domain_out(runs: Sequence[RunRecords], env: int) -> SelectedRecord | None:
     """Choose the step and run with the highest cross-validated accuracy.
 
-    That is the mean accuracy over the environments other than ``env``. The accuracy on another
-    environment is from the run that holds out both this environment and ``env``. The arguments are
-    those of :func:`training_domain_validation`.
+    The cross-validated accuracy is a mean over the environments other than ``env``. The accuracy on
+    another environment is from the run that holds out both this environment and ``env``. The
+    arguments are those of :func:`training_domain_validation`.
 
     Returns:
         The chosen step and run; None if the needed runs are missing.
@@ -311,9 +314,9 @@ def leave_one_domain_out(runs: Sequence[RunRecords], env: int) -> SelectedRecord
 def _cross_validate(run: RunRecords, runs: Sequence[RunRecords], env: int) -> SelectedRecord | None:
     """Choose the step of ``run`` with the highest cross-validated accuracy.
 
-    ``run`` holds out ``env`` alone. The accuracies are from those of ``runs`` that hold out ``env``
-    and another environment, with the same hyper-parameters. None if no step has an accuracy for
-    every other environment.
+    ``run`` holds out ``env`` alone. The accuracies are from other runs with the same
+    hyper-parameters. These runs hold out ``env`` and one more environment. The result is None if no
+    step has an accuracy for every other environment.
     """
     same_choice = [other_run for other_run in runs if other_run.choice == run.choice]
     accuracy_on = _accuracies_of_pairs(same_choice, env)
@@ -366,7 +369,7 @@ Selection = Callable[[Sequence[RunRecords], int], SelectedRecord | None]
 
 
 class NamedSelection(NamedTuple):
-    """A selection with its title in tables."""
+    """A selection: its title in tables, and the function that chooses a step and a run."""
 
     title: str
     choose: Selection
@@ -387,7 +390,7 @@ def _runs_holding_out(runs: Sequence[RunRecords], env: int) -> list[RunRecords]:
 def _best(candidates: Sequence[SelectedRecord]) -> SelectedRecord | None:
     """Return the candidate with the highest value; None without candidates.
 
-    The highest ``choice`` wins a tie, as in DomainBed.
+    As in DomainBed, the highest number of hyper-parameters (``choice``) wins a tie.
     """
     if not candidates:
         return None

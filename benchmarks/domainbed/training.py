@@ -49,8 +49,8 @@ ACCURACY = "accuracy"
 class EvaluationSteps(TrainerCallback):
     """A callback that evaluates, logs and saves at DomainBed's steps.
 
-    These are 0, ``every``, 2 · ``every``, …, and the last one. DomainBed's step 0 is the state
-    after one update.
+    These are the steps 0, ``every``, 2 · ``every``, …, and the last step. DomainBed's step 0 is the
+    state after one update.
     """
 
     def __init__(self, every: int) -> None:
@@ -72,8 +72,8 @@ class DomainTrainer(RoutedTrainer):
     """The trainer of one image classifier, with the settings of a run's spec.
 
     As in DomainBed, Adam has an L2 penalty on every parameter. Every evaluation except the first
-    writes a checkpoint. A killed run resumes from the last complete one, with the same final
-    numbers.
+    writes a checkpoint. A killed run resumes from the last complete checkpoint, and ends with the
+    same numbers.
 
     Args:
         classifier: The model.
@@ -107,7 +107,7 @@ class DomainTrainer(RoutedTrainer):
         self.probe = Probe()
         self._say = progress.say
         self._precision = available_precision(training.precision)
-        # never null in a run's spec, which has the set's number instead
+        # never None here, because a run's spec has the image set's number instead of null
         eval_every = cast(int, training.eval_every)
         images_per_step = len(draws) // training.steps
         arguments = _arguments(spec, folder, images_per_step, self._precision)
@@ -131,7 +131,7 @@ class DomainTrainer(RoutedTrainer):
     def cost(self) -> dict[str, Any]:
         """Return the times of training and evaluation, the steps and the precision of the run.
 
-        They are ``cost`` in ``metrics.json``.
+        These numbers are the section ``cost`` of ``metrics.json``.
         """
         return {
             **self._stopwatch.cost(self.args.max_steps),
@@ -155,17 +155,17 @@ class DomainTrainer(RoutedTrainer):
         """Train from the last complete checkpoint, if any.
 
         Returns:
-            DomainBed's records, with ``step``, ``loss`` (mean since the previous record) and
-            ``<split>_acc``.
+            A record in DomainBed's form for each evaluated step: the ``step``, the ``loss`` (the
+            mean since the previous record), and ``<split>_acc`` for each split.
         """
         checkpoint = resume(self, self._say)
         self.train(resume_from_checkpoint=checkpoint)
-        # Trainer logs the loss and each split in separate entries of the same step
+        # Trainer logs the loss and each split in separate entries; a record joins those of a step
         records: dict[int, dict[str, Any]] = {}
         evaluated_steps = set()
         for entry in self.state.log_history:
             step = int(entry["step"])
-            # DomainBed counts from 0
+            # Trainer counts steps from 1, DomainBed from 0
             record = records.setdefault(step, {"step": step - 1})
             if "loss" in entry:
                 record["loss"] = finite_or_none(entry["loss"])
@@ -174,7 +174,7 @@ class DomainTrainer(RoutedTrainer):
                 if key in entry:
                     record[f"{name}_acc"] = entry[key]
                     evaluated_steps.add(step)
-        # leaves out the summary that Trainer logs at the end
+        # only evaluated steps are records; Trainer also logs a summary at the end
         return [record for step, record in records.items() if step in evaluated_steps]
 
     def predict_splits(
@@ -197,8 +197,8 @@ class DomainTrainer(RoutedTrainer):
     ) -> NDArray[np.int64]:
         """Count predictions, ``[environments, true classes, predicted classes]``.
 
-        ``splits`` has one split per environment. A routing record gets the number of each image as
-        the label of its tokens, counted from 0 over all splits.
+        ``splits`` has one split per environment. In a routing record, the tokens of an image are
+        labelled with the image's number. Images are numbered from 0 over all splits.
         """
         model = self._trained.eval()
         device = next(model.parameters()).device
@@ -229,8 +229,8 @@ class DomainTrainer(RoutedTrainer):
             - the mutual information of experts with ``class`` and ``environment`` in bits, as means
               over layers, with their values by chance.
             - ``loads``: for each layer, the expert choices ``[environments, classes, experts]``.
-            - ``chance``: for each layer, the mean and the 95 % quantile of the information that
-              shuffled labels have, in bits: of the ``class``, and of the ``environment``.
+            - ``chance``: for each layer, two numbers for ``class`` and two for ``environment``: the
+              mean and the 95 % quantile of the information that shuffled labels have, in bits.
         """
         # the environment and the class of each image, in the order of the recorded images
         images_of_split = [len(rows) for rows in splits]
@@ -246,7 +246,7 @@ class DomainTrainer(RoutedTrainer):
         environment_bits = shuffled_information(loads, environments, classes, self._seed)
 
         # the sums over the images of an environment and class: [environments, classes, layers,
-        # experts]; add.at also adds several images of the same environment and class
+        # experts]; unlike +=, add.at adds every image if several have the same two numbers
         counts = np.zeros((len(splits), num_classes, *loads.shape[1:]), dtype=np.int64)
         np.add.at(counts, (environments, classes), loads)
         loads_by_layer = {}
@@ -289,7 +289,7 @@ def _arguments(
         max_grad_norm=0.0,  # no clipping
         precision=precision,
         seed=derive_seed("dropout", spec.seed),
-        # EvaluationSteps decides
+        # EvaluationSteps decides when to save and to log
         save_strategy="no",
         logging_strategy="no",
         logging_nan_inf_filter=False,  # show losses that are nan

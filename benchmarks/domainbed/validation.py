@@ -56,8 +56,9 @@ def validate_images(image_set: ImageSet) -> dict[str, Any]:
     """Open every image of a set.
 
     Returns:
-        ``source`` and ``classes`` of the set, and in ``environments`` the counts of images by name
-        of the environment (:meth:`.Environment.summary`).
+        - ``source``: the origin of the images.
+        - ``classes``: the names of the classes.
+        - ``environments``: the counts of :meth:`.Environment.summary`, by name of the environment.
 
     Raises:
         DataError: Images are damaged. The message names the first ones.

@@ -35,7 +35,7 @@ class EncodedRow:
         source: The instruction.
         tokens: The tokens of the prompt, then those of the response.
         begin: The index of the first response token.
-        cut: The number of response tokens beyond the maximum length, which ``tokens`` lacks.
+        cut: The number of response tokens beyond the maximum length. ``tokens`` does not have them.
     """
 
     source: Instruction
@@ -133,7 +133,10 @@ class EncodedRows(Dataset[dict[str, Any]]):
         return inputs
 
     def summary(self) -> dict[str, Any]:
-        """Count the rows and the tokens, and what was cut, for ``metrics.json``."""
+        """Count the rows, their tokens, and the responses and tokens that are cut.
+
+        ``metrics.json`` has these counts.
+        """
         lengths = [len(row.tokens) for row in self.rows]
         prompt_lengths = [row.begin for row in self.rows]
         cuts = [row.cut for row in self.rows]
@@ -157,7 +160,7 @@ def _response_start(prompt: str, offsets: Sequence[tuple[int, int]]) -> int:
     """Return the index of the first response token; the number of tokens if there is none.
 
     Prompt and response are tokenised together, so a token may cover letters of both. Such a token
-    belongs to the prompt, unless it covers only blanks of the prompt.
+    belongs to the prompt. But it belongs to the response if it covers only blanks of the prompt.
 
     Args:
         prompt: The prompt, with which the tokenised text begins.
@@ -199,8 +202,8 @@ def without_prompt_logits(collate: Collate, model: nn.Module) -> Collate:
         learned = (labels != IGNORED).any(dim=0).nonzero()
         num_positions = labels.shape[1]
         first_learned = int(learned[0]) if len(learned) else num_positions
-        # one position more, because the token before the response predicts its first token; and
-        # without a response, 0 would keep all logits
+        # one position more, because the token before the response predicts the first response
+        # token; it also avoids 0 if there is no response, which would keep all logits
         keep = num_positions - first_learned + 1
         return {**batch, "labels": labels[:, -keep:], "logits_to_keep": keep}
 

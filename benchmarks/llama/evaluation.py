@@ -44,12 +44,12 @@ def load_task(entry: EvaluationTask) -> dict[str, Any]:
     """Load a task or group of lm-eval, and check that it can be evaluated.
 
     Returns:
-        What lm-eval's task manager returns. Its ``tasks`` are the task, or those of the group, by
-        name. It can be evaluated only once.
+        What lm-eval's task manager returns. The entry ``tasks`` has the tasks by name: the task
+        itself, or all tasks of the group. The result can be evaluated only once.
 
     Raises:
         DefinitionError: The task does not exist, executes code, needs images, or has too few
-            few-shot examples. Or the tasks of the group share no metric.
+            few-shot examples, or the tasks of the group share no metric.
         DataError: The data of the task cannot be loaded.
     """
     name = entry.task
@@ -65,7 +65,7 @@ def load_task(entry: EvaluationTask) -> dict[str, Any]:
     except Exception as error:  # the hub, parsers and the task's own code raise many types
         raise DataError(f"lm-eval cannot load '{name}': {first_line(error)}") from error
     metrics_of_tasks = []
-    # of a group, each subject is a task
+    # in a group, each subject is a task of its own
     for subject, task in loaded["tasks"].items():
         _check_subject(entry, subject, task, where)
         metrics_of_tasks.append(list(task.aggregation()))
@@ -98,7 +98,7 @@ def _check_subject(entry: EvaluationTask, subject: str, task: Any, where: str) -
             f"{where} with {shots} shots, but '{subject}' has none in lm-eval; set 0"
         )
     if is_mmlu_dev(entry.task):
-        # the few-shot examples are all questions but the evaluated one
+        # the few-shot examples are the subject's questions, without the evaluated question
         other_questions = len(list(task.fewshot_docs())) - 1
         if shots > other_questions:
             raise DefinitionError(
@@ -124,7 +124,7 @@ def _shared_metric(metrics_of_tasks: Sequence[Sequence[str]]) -> str | None:
 
     Each task has a list of the names of its metrics.
     """
-    # a shared metric is one of the first task's
+    # a metric that all tasks share is among the metrics of the first task
     for metric in (_ACCURACY, *metrics_of_tasks[0]):
         if all(metric in metrics for metrics in metrics_of_tasks):
             return metric
@@ -215,7 +215,7 @@ class _Subjects:
 
     def mean(self, metric: str, names: Sequence[str]) -> float:
         """Average a metric over all questions of some tasks."""
-        # a task's metric is the mean over its questions
+        # a task's metric is a mean over its questions, so the product is their sum
         sums = [self.metrics[name][metric] * self.counts[name] for name in names]
         return sum(sums) / self.count(names)
 
@@ -225,7 +225,7 @@ def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         - ``questions``: the number of questions.
-        - ``metric``: lm-eval's name of the main metric: accuracy, if all tasks have one.
+        - ``metric``: lm-eval's name of the main metric, which is accuracy if all tasks have it.
         - ``categories``: the main metric of each category, which is a subgroup.
         - ``subjects``: all metrics of each subject, which is a task of the group.
         - ``scores``: means over all questions.
@@ -247,7 +247,7 @@ def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
         "categories": _summarise_categories(result, subjects, metric),
         "subjects": titled_subjects,
     }
-    # only tasks with an accuracy record single questions
+    # results of single questions are recorded only for tasks with an accuracy
     if metric == _ACCURACY:
         samples = {_title(result, name): result["samples"][name] for name in counts}
         return {**summary, **_summarise_answers(subjects, samples)}
@@ -291,7 +291,7 @@ def _summarise_categories(
     members_of_group = result.get("group_subtasks", {})
     for group in members_of_group:
         leaves = [leaf for leaf in _leaves(group, members_of_group) if leaf in subjects.counts]
-        # more leaves than tasks if a task is in two groups below this one
+        # a task in two subgroups is listed twice, so there may be more leaves than tasks
         has_all_tasks = len(leaves) >= len(subjects.counts)
         if leaves and not has_all_tasks:
             categories[_title(result, group)] = {
@@ -307,8 +307,8 @@ def _accuracies(subjects: _Subjects) -> dict[str, float]:
     Returns:
         - ``accuracy``: the mean over all questions.
         - ``accuracy_macro``: the mean of the accuracies of the tasks, if there are several.
-        - ``accuracy_norm``: the mean over all questions of the accuracy by length, if all tasks
-          have it.
+        - ``accuracy_norm``: the mean over all questions of lm-eval's ``acc_norm`` (the accuracy if
+          likelihoods are divided by the length of answers), if all tasks have it.
     """
     names = list(subjects.counts)
     accuracies = {"accuracy": subjects.mean(_ACCURACY, names)}
@@ -321,9 +321,9 @@ def _accuracies(subjects: _Subjects) -> dict[str, float]:
 
 
 def _correct_by_subject(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
-    """Return the text of :func:`_correct_digits` for each subject.
+    """Return a text for each subject, with ``1`` for each right answer and ``0`` for a wrong one.
 
-    The dictionary is empty if any subject has no such text.
+    The dictionary is empty if an accuracy of any subject is another number.
     """
     correct = {}
     for subject, rows in samples.items():
@@ -337,7 +337,7 @@ def _correct_by_subject(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> d
 def _correct_digits(samples: Sequence[Mapping[str, Any]]) -> str | None:
     """Return a text with a digit per question: ``1`` for a right answer, ``0`` for a wrong one.
 
-    None if an accuracy is another number, as in truthfulqa_mc2.
+    The result is None if an accuracy is another number, as in truthfulqa_mc2.
     """
     accuracies = [float(sample[_ACCURACY]) for sample in _in_order(samples)]
     if not set(accuracies) <= {0.0, 1.0}:
@@ -348,7 +348,7 @@ def _correct_digits(samples: Sequence[Mapping[str, Any]]) -> str | None:
 def _nats_by_subject(
     samples: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> dict[str, list[float | None]] | None:
-    """Return the list of :func:`nats_per_byte` for each subject; None if any subject has none."""
+    """Return the nats per byte of each subject's right answers; None if any subject has none."""
     nats = {}
     for subject, rows in samples.items():
         values = nats_per_byte(rows)
@@ -376,14 +376,14 @@ def nats_per_byte(samples: Sequence[Mapping[str, Any]]) -> list[float | None] | 
         samples: The samples of one task of lm-eval.
 
     Returns:
-        A number for each question, in the order of the questions; a number that is not finite is
-        replaced by None. Instead of the list, None if the questions are not multiple-choice, or
+        A number for each question, in the order of the questions. A number that is not finite is
+        replaced by None. The whole result is None if the questions are not multiple-choice, or if
         all answers are single letters.
     """
     in_order = _in_order(samples)
     if not all(_is_choice(sample) for sample in in_order):
         return None
-    # the likelihood of a letter is not that of the answer it stands for
+    # a letter stands for an answer, and its likelihood is not the likelihood of this answer
     if all(_answers_are_letters(sample) for sample in in_order):
         return None
     nats = []
@@ -403,20 +403,21 @@ def _in_order(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def _is_choice(sample: Mapping[str, Any]) -> bool:
     """Return True if a sample has one prompt and several answers, and its target is one of them."""
-    # one request for each answer
+    # the sample has one request for each answer
     requests = sample.get("arguments", ())
     right = sample.get("target")
-    # a task without choices has one request, or a text as target; True is an int, but no index
+    # without choices, there is one request, or the target is a text; ``type`` also excludes True,
+    # which is an int, but no index
     if type(right) is not int or len(requests) < 2:
         return False
-    # a request has a prompt and an answer; others have only a text, or an image, too
+    # a request of two parts has a prompt and an answer; others have only a text, or also an image
     if any(len(request) != 2 for request in requests):
         return False
-    # winogrande's choices are prompts, and the answer is the same
+    # in winogrande, the choices are different prompts with the same answer
     prompts = {prompt for prompt, _ in requests}
     if len(prompts) > 1:
         return False
-    # numbers per byte need a byte
+    # a likelihood can be divided only by one byte or more
     _, right_answer = requests[right]
     return _bytes(right_answer) > 0
 

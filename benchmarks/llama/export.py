@@ -42,7 +42,7 @@ def export(path: Path, output: Path, form: str) -> str:
         A description of the written model: its class, and the layers with experts.
 
     Raises:
-        DataError: The run has no saved language model, or ``form`` is ``emoe`` and it has no
+        DataError: The run has no saved language model, or ``form`` is ``emoe`` and the model has no
             experts.
         CheckpointError: The folder exists.
     """

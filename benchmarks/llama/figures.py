@@ -23,8 +23,8 @@ _LABELS_WIDTH = 0.6
 def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
     """Draw the loss by step, averaged over seeds.
 
-    There is a column of panels for each model, set and tuning. It has a panel with the training
-    loss and, if runs computed it, one with the held-out loss. Each line is a method.
+    There is a column of panels for each model, set and fine-tuning. A column has a panel with the
+    training loss. A second panel shows the held-out loss if runs computed it. A line is a method.
     """
     points = outcomes.collect_rows(["panel", "step", "loss"], _loss_points)
     titled = outcomes.with_titles(points.astype({"loss": float}))
@@ -38,7 +38,7 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
     styles = distinct_styles(
         (row.method_title, outcomes.style(row.method)) for row in methods.itertuples()
     )
-    # inches
+    # in inches: each row of panels has a height of 2.3
     width = min(_PANEL_WIDTH * len(groups) + _LABELS_WIDTH, plots.WIDTH)
     height = 2.3 * len(labels) + 0.3
     title_width = (width - _LABELS_WIDTH) / len(groups)
@@ -71,8 +71,8 @@ def _draw_column(
 
     Args:
         axes: The axes of the panels.
-        labels: The labels of the panels, which select the points of ``group``.
-        group: The points of a model, set and tuning.
+        labels: The labels of the panels, such as ``training loss``.
+        group: The losses of a model, set and fine-tuning, one row for each run and step.
         styles: The style of each method, by title.
     """
     for axis, label in zip(axes, labels, strict=True):
@@ -87,9 +87,9 @@ def _draw_column(
 
 
 def _column_title(outcomes: InstructionOutcomes, model: str, task: str, tuning: str) -> str:
-    """Return the title of a column: the model, and below it the tuning.
+    """Return the title of a column: the model, and on a second line the fine-tuning.
 
-    The set is before the tuning if runs train on several sets.
+    If runs train on several sets, the set comes before the fine-tuning.
     """
     below = outcomes.title("tuning", tuning)
     if outcomes.several_sets:
@@ -114,7 +114,7 @@ def _draw_curve(axis: Any, losses: pd.Series[float], title: str, style: MethodSt
     Dashes and markers, and a wide line for the dense model, keep overlapping lines visible.
     """
     is_dense = style.colour == DENSE.colour
-    # the dense model's is wide, to be visible below other lines
+    # the line of the dense model is wide, to be visible below other lines
     line = {"lw": 2.6, "alpha": 0.55} if is_dense else {"lw": 1.2}
     # about eight markers a line
     markers = {"ms": 4, "markevery": max(1, len(losses) // 8)}

@@ -56,7 +56,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
     @classmethod
     def load(cls, name: str, content: object, file: Path) -> Self:
         definition = parse(content, InstructionDefinition, str(file))
-        # losses are compared by seed, answers by question
+        # comparisons of losses pair seeds, comparisons of answers pair questions
         domains = {
             HELD_OUT: Domain(("loss",)),
             QUESTIONS: Domain(("accuracy", NATS), "question"),
@@ -164,7 +164,7 @@ def _templates(name: str, where: Location) -> dict[str, dict[str, str]]:
 
 
 def _learning_rate(tuning: Finetuning, point: Mapping[str, Any], where: Location) -> float:
-    """Return the learning rate of a point of the grid; 0 if nothing is trained.
+    """Return the learning rate of a run, which is a point of the grid; 0 if nothing is trained.
 
     Raises:
         DefinitionError: The point lacks a learning rate.

@@ -136,7 +136,7 @@ def parse_instructions(content: bytes, where: str, *, lines: bool) -> Instructio
 
 
 def _split_usable(noun: str, rows: Iterable[Any], source: str) -> Instructions:
-    """Validate rows, and separate usable from broken ones. Empty lines are skipped.
+    """Validate rows, and separate usable rows from broken rows. Empty lines are skipped.
 
     Args:
         noun: The word for a row in messages: ``row`` or ``line``.
@@ -153,7 +153,7 @@ def _split_usable(noun: str, rows: Iterable[Any], source: str) -> Instructions:
         try:
             instruction = _check_row(row)
         except ValidationError as error:
-            # a problem of the whole row is called one of "the file"
+            # a message on the whole row begins with "the file", which would be wrong here
             problem = first_problem(error).removeprefix("'the file': ")
             broken.append(f"{position}: {problem}")
         else:

@@ -22,10 +22,10 @@ from benchmarks.harness.results.statistics import (
 )
 from benchmarks.llama.definition import HELD_OUT, NATS, QUESTIONS
 
-# the columns that identify a group of comparable cells, and a cell, which is a row of a table
+# a cell is a row of a table; these columns identify a group of comparable cells, and a cell
 GROUP = ["model", "task", "tuning"]
 CELL = [*GROUP, "method", "variant"]
-# references of comparisons: the baseline method of the same tuning, and the same method untuned
+# a cell is compared with the baseline method of the same tuning, and with its own method untuned
 BASELINE = "baseline"
 UNTUNED = "untuned"
 ACCURACY = "accuracy"
@@ -41,8 +41,9 @@ _TITLES = {
 class InstructionOutcomes(Outcomes):
     """The results of finished instruction-tuning runs.
 
-    A cell is a row of a table: a combination of model, set, tuning, method and variant. Only the
-    runs with its best learning rate count, which has the lowest mean held-out loss.
+    A cell is a row of a table: a combination of model, set, tuning (fine-tuning method), method and
+    variant (varied settings of the method). Only the runs with the best learning rate of a cell are
+    used. The best rate has the lowest mean held-out loss.
 
     Attributes:
         chosen: The records of the runs with the best learning rates.
@@ -78,7 +79,7 @@ class InstructionOutcomes(Outcomes):
         self.questions = self.collect_rows(
             ["eval_task", "metric", "question", "value"], _question_values
         )
-        # what a cell is compared with: the cell that has these names instead of its own
+        # the cell that a cell is compared with has these names, and shares its other names
         self._references = {
             BASELINE: {"method": self.baseline, "variant": ""},
             UNTUNED: {"tuning": _untuned_name(runs)},
@@ -104,7 +105,7 @@ class InstructionOutcomes(Outcomes):
             run_values = (run.id, *cell_of(run).values(), run.seed)
             for row in read(record.metrics):
                 rows.append((*run_values, *row))
-        # objects, because pandas adds floats in another order, which rounds differently
+        # dtype object, because pandas sums floats in another order, which rounds differently
         return pd.DataFrame(rows, columns=["run_id", *CELL, "seed", *columns], dtype=object)
 
     def numbers(self, part: str, metric: str, name: str | None = None) -> pd.Series[float]:
@@ -144,7 +145,7 @@ class InstructionOutcomes(Outcomes):
                 values, cell=[*CELL, "eval_task"], against=against, pair="question"
             )
             differences.append(compared.assign(against=against))
-        # the pairs, which ``n`` counts, are questions
+        # ``n`` counts pairs, and here a pair is a question
         tests = pd.concat(differences, ignore_index=True).rename(columns={"n": "questions"})
         # ``values`` counts the answers of all seeds, and every seed answers every question
         tests["seeds"] = tests["values"] // tests["questions"]
@@ -163,8 +164,8 @@ class InstructionOutcomes(Outcomes):
         """Compare the ``value`` of each cell with its reference.
 
         Args:
-            scores: The values, with the columns ``cell``, ``pair`` and ``seed``.
-            cell: The columns that identify a cell.
+            scores: The column ``value``, the columns that ``cell`` and ``pair`` name, and ``seed``.
+            cell: The names of the columns that identify a cell.
             against: The reference: ``baseline`` (of the same tuning) or ``untuned`` (the same
                 method before tuning).
             pair: The column that identifies a pair: ``seed`` or ``question``.
@@ -172,7 +173,7 @@ class InstructionOutcomes(Outcomes):
         Returns:
             The frame of :func:`.statistics.paired_differences`.
         """
-        # an untuned model does not depend on the seed, so it is compared with every seed
+        # an untuned model does not depend on the seed, so every seed is compared with it
         averaged = ["seed"] if against == UNTUNED else []
         return paired_differences(
             scores, cell, reference=self._references[against], pair=pair, averaged=averaged
@@ -250,7 +251,8 @@ def _best_rate_runs(finished: Sequence[Record]) -> list[Record]:
     runs = pd.DataFrame(rows, columns=[*CELL, "rate", "loss", "record"])
     # a row per cell and learning rate, with the mean over seeds
     mean_losses = runs.groupby([*CELL, "rate"], sort=False)["loss"].mean().reset_index()
-    # sorted by loss, the first row of a cell is its best rate; of equal losses, the earlier row
+    # after the sort by loss, the first row of a cell has its best rate; the sort is stable, so the
+    # earlier of two equal losses wins
     by_loss = mean_losses.sort_values("loss", kind="stable")
     best_rates = by_loss.drop_duplicates(CELL)[[*CELL, "rate"]]
     # the runs that have the best rate of their cell; an inner join keeps the order of the runs
@@ -266,10 +268,11 @@ def _held_out_loss(record: Record) -> float:
 
 
 def _tabulate_by_cell(records: Sequence[Record]) -> pd.DataFrame:
-    """Return the frame of :func:`tabulate_numbers` with the columns of :data:`CELL`."""
+    """Tabulate the numbers of runs, one row for each number, with the columns of :data:`CELL`."""
     rows = [{"run_id": record.run.id, **cell_of(record.run)} for record in records]
     cells = pd.DataFrame(rows, columns=["run_id", *CELL])
-    # the run's variant names the fine-tuning too; the cell's variant, which is joined, does not
+    # the variant of a run also names the fine-tuning; it is replaced by the variant of the cell,
+    # which does not
     numbers = tabulate_numbers(records).drop(columns=["task", "model", "method", "variant"])
     return numbers.merge(cells, on="run_id", sort=False)
 
@@ -285,7 +288,10 @@ def _first_results(records: Sequence[Record]) -> dict[str, QuestionResult]:
 
 
 def _converted_layers(records: Sequence[Record]) -> dict[tuple[str, str], list[str]]:
-    """Map each model and variant to the numbers of the converted layers. Dense runs have none."""
+    """Map each model and variant to the numbers of the converted layers, as text.
+
+    Dense runs have no entry.
+    """
     layers = {}
     for record in records:
         routing = record.metrics.routing
@@ -297,7 +303,7 @@ def _converted_layers(records: Sequence[Record]) -> dict[tuple[str, str], list[s
 def _untuned_name(runs: Iterable[Run]) -> str:
     """Return the name in the column ``tuning`` of runs that only evaluate, such as ``base``.
 
-    If every run trains, the result is empty, which is the name of no tuning.
+    If every run trains, the result is empty. The empty name matches no tuning.
     """
     for run in runs:
         if not run.is_trained:

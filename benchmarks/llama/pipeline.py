@@ -39,7 +39,7 @@ from benchmarks.llama.templates import Template, find_template
 from benchmarks.llama.training import train
 from emoe.layer import routed_layers
 
-_CALIBRATION_ROWS = 256  # the most rows that a conversion may calibrate with
+_CALIBRATION_ROWS = 256  # the maximum number of rows to calibrate a conversion with
 
 
 def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, An
         **trainable.prefix_cost(),
     }
     if trained.get("held_out_curve"):
-        # the training leaves the loss of the last step to the evaluation
+        # the training does not compute the loss of the last step, because the evaluation does
         final_loss = evaluated["scores"]["dev"][spec.task.name]["loss"]
         trained["held_out_curve"].append({"step": cost["steps"], "loss": final_loss})
     return {
@@ -105,7 +105,7 @@ def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, An
         **trained,
         "probe": probe.summary(),
         "model": trainable.summary,
-        "cost": cost,  # replaces the cost in `trained`, which is of the training alone
+        "cost": cost,  # replaces the cost in `trained`, which has only the training
         "data": data.summary,
     }
 
@@ -195,7 +195,7 @@ def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data
 def _count_note(spec: InstructionSpec, instructions: Instructions) -> str | None:
     """Describe a difference between the number of rows and the number that the makers published.
 
-    None if the numbers are equal or no number is published.
+    The result is None if the numbers are equal or no number is published.
     """
     name = spec.task.name
     entry = load_benchmark(spec.benchmark).tasks.get(name)
@@ -252,9 +252,10 @@ def _calibration_batches(data: Data) -> Iterator[dict[str, Tensor]]:
 
 
 def _gather_model(spec: InstructionSpec, trainable: Trainable) -> Trainable:
-    """Return the trained model as a whole on the main process.
+    """Return the whole trained model on the main process.
 
-    A model that is not sharded is returned unchanged. The other processes return their shards.
+    A model that is not sharded is returned unchanged. Other processes than the main one return
+    their shards.
     """
     if not is_sharded():
         return trainable

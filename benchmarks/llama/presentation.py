@@ -60,7 +60,7 @@ _TEXTS_OF_METRIC = {
 
 
 def results(outcomes: InstructionOutcomes) -> Table:
-    """Make a table of held-out loss and accuracy by tuning and method."""
+    """Make a table of held-out loss and accuracy, with a row for each tuning and method."""
     losses, loss_columns = _with_losses(outcomes.cells(), outcomes)
     losses_and_scores, score_columns = _with_scores(losses, outcomes)
     return Table(
@@ -96,7 +96,7 @@ def _results_caption(outcomes: InstructionOutcomes) -> str:
 def _with_losses(
     cells: pd.DataFrame, outcomes: InstructionOutcomes
 ) -> tuple[pd.DataFrame, list[Column]]:
-    """Add the held-out loss of each cell, and the differences to the baseline and to not tuned.
+    """Add the held-out loss of each cell, and its differences to the baseline and to not tuned.
 
     Returns:
         The frame with the added numbers, and the columns of the table that show them.
@@ -322,7 +322,8 @@ def _accuracy_means(outcomes: InstructionOutcomes) -> pd.DataFrame:
     """Average the accuracy of each cell on each evaluated task over the shared seeds.
 
     Returns:
-        The columns of :func:`.common.our_means`, and ``eval_task_title``.
+        A row for each cell and task: the columns of :data:`CELL`, the mean ``ours``, its 95 %
+        interval ``low`` and ``high``, the number of seeds ``n``, and ``eval_task_title``.
     """
     means = []
     for task in outcomes.eval_tasks:
@@ -347,7 +348,8 @@ TABLES: dict[str, Callable[..., Table]] = {
 def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
     """Yield a sentence for each cell that can be compared with the baseline of the same tuning.
 
-    It has the differences to the baseline, and what tuning changed. Controls have no sentence.
+    The sentence has the differences to the baseline, and what tuning changed. Controls have no
+    sentence.
     """
     gains = outcomes.loss_differences(UNTUNED).set_index(CELL)["delta"]
     losses = outcomes.order(outcomes.loss_differences(BASELINE), CELL)
@@ -375,7 +377,7 @@ def _gain_texts(
     Args:
         outcomes: The results.
         row: The cell of the method, with the title of the method.
-        gains: The tuned minus the untuned loss, for each cell that has both.
+        gains: The tuned loss minus the untuned loss, for each cell that has both.
 
     Returns:
         A list with one text; empty if neither the method nor the baseline has such a difference.
@@ -418,7 +420,7 @@ def _difference_text(test: Any, metric: str) -> str:
 def _key_headings(outcomes: InstructionOutcomes) -> dict[str, str]:
     """Return the headings of the columns that identify a row of a table.
 
-    The set is one of them only if runs train on several sets. The method is the last.
+    The set has a heading only if runs train on several sets. The heading of the method is the last.
     """
     headings = {"model_title": "Model"}
     if outcomes.several_sets:
@@ -431,7 +433,7 @@ def _key_headings(outcomes: InstructionOutcomes) -> dict[str, str]:
 def _questions_note(outcomes: InstructionOutcomes) -> str:
     """Return caption sentences on the questions of each task that is scored by accuracy.
 
-    They end with a blank. The text is empty if there is no such task.
+    The text ends with a blank. It is empty if there is no such task.
     """
     notes = []
     for task, result in outcomes.eval_tasks.items():
@@ -450,7 +452,8 @@ def _questions_note(outcomes: InstructionOutcomes) -> str:
 
 def _accuracy_note(task: str, questions: int) -> str:
     """Return a clause on the number of questions of a task, and the error of its accuracy."""
-    # in points: 100 times the square root of 0.3 (1 - 0.3) / n, where n counts questions
+    # an accuracy p over n questions has the standard error sqrt(p * (1 - p) / n); for p = 0.3, this
+    # is 0.458 / sqrt(n), or 45.8 / sqrt(n) in points (percent)
     standard_error = 45.8 / math.sqrt(questions)
     note = (
         f"{format_task(task)} has {questions:,} questions; the standard error of one accuracy near "
@@ -463,7 +466,7 @@ def _accuracy_note(task: str, questions: int) -> str:
 
 
 def _reference_titles(outcomes: InstructionOutcomes) -> dict[str, str]:
-    """Return the titles of what methods are compared with: the baseline, and not tuned."""
+    """Return the titles of the references: the title of the baseline, and ``not tuned``."""
     return {BASELINE: outcomes.baseline_title, UNTUNED: "not tuned"}
 
 
@@ -475,7 +478,7 @@ _NOTE = (
 
 
 def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
-    """Present the finished runs of the benchmark."""
+    """Make the tables, figures and verdicts of finished runs."""
     outcomes = InstructionOutcomes(benchmark, records)
     sentences = list(verdicts(outcomes))
     return Presentation(

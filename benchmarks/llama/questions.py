@@ -2,8 +2,8 @@
 
 There are 281 questions, about five per subject. Scores are not comparable with those of the 14,042
 test questions of MMLU. Prompt, choices, metric and categories come from lm-eval's MMLU files, so
-the same code scores both. The questions have two of lm-eval's forms: the answer is the letter of a
-choice, or the choice itself as a continuation.
+the same code scores both. Each question has two of lm-eval's forms. In one, the answer is the
+letter of a choice; in the other, it is the choice itself, as a continuation.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from filelock import FileLock
 from benchmarks.harness.base import QUESTIONS, DataError, write_text
 
 MMLU_DEV = "mmlu_dev"
-# groups: question, choices A to D
+# "Which gland …?\n(A) Abdominal (B) Cranial (C) Pleural (D) Spinal" has five groups: the question,
+# and the texts of the choices A to D
 _QUESTION = re.compile(r"(?s)(.*?)\s*\(A\)\s(.*?)\s*\(B\)\s(.*?)\s*\(C\)\s(.*?)\s*\(D\)\s(.*)")
+# the letter at the end of "… The answer is (B)."
 _ANSWER = re.compile(r"\(([ABCD])\)\.?\s*$")
 # one question of college chemistry has five choices, and the fifth is right
 _FIFTH = "(E)"
 _SPLIT = "questions"
 # subjects are written in alphabetical order
 _LAST_SUBJECT = "world_religions"
-# of all subjects and questions
+# the digest of all subjects and questions in lm-eval 0.4.13
 _SHA256 = "2bf5de78578617eb2fccbb25df2a86ab6682dfb19e822d4347450623d7756568"
 # lm-eval's folder of each form, and the suffix of our task names
 _FORMS = {"default": "", "continuation": "_continuation"}
@@ -65,7 +67,7 @@ def _are_written(folder: Path) -> bool:
     last_groups = [folder / f"{MMLU_DEV}{ending}.yaml" for ending in _FORMS.values()]
     if not all(file.exists() for file in [last_task, *last_groups]):
         return False
-    # version 0.1 wrote absolute paths: the copy of a checkout then asked the first one's questions
+    # version 0.1 wrote absolute paths, so the copy of a checkout read the questions of the original
     questions = folder / f"{_LAST_SUBJECT}.jsonl"
     return f"{_SPLIT}: {questions}\n" in last_task.read_text(encoding="utf-8")
 
@@ -117,7 +119,8 @@ def _write_subject(
             "task_alias": subject,
             "dataset_path": "json",
             "dataset_kwargs": {"data_files": {_SPLIT: str(questions)}},
-            # shots are the subject's other questions: lm-eval omits the evaluated one
+            # the few-shot examples are the other questions of the subject, because lm-eval omits
+            # the evaluated question
             "test_split": _SPLIT,
             "fewshot_split": _SPLIT,
         }
@@ -133,7 +136,8 @@ def _write_groups(folder: Path, form_folder: Path) -> None:
     ``form_folder`` is lm-eval's folder of the form.
     """
     groups = [_read(file) for file in form_folder.glob("_mmlu*.yaml")]
-    # the group of all subjects, whose name is the shortest, is last: its file marks completeness
+    # the group of all subjects has the shortest name, so it is written last; its file shows that
+    # all files are complete
     groups.sort(key=lambda group: len(group["group"]), reverse=True)
     for group in groups:
         _write_yaml(folder / f"{group['group']}.yaml", group)
@@ -145,6 +149,7 @@ def _read(file: Path) -> dict[str, Any]:
     ``mmlu`` at the beginning of a name becomes ``mmlu_dev``.
     """
     text = file.read_text(encoding="utf-8")
+    # "mmlu" before "_" or at the end of a line, as in "task: mmlu_anatomy" and "group: mmlu"
     renamed = re.sub(r"(?m)\bmmlu(?=_|$)", MMLU_DEV, text)
     content: dict[str, Any] = yaml.safe_load(renamed)
     return content

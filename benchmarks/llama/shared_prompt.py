@@ -25,8 +25,8 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
     A row of the model's input has the prompt and all choices. A choice attends to the prompt and to
     itself. Only positions that predict a token of a choice get logits. Likelihoods equal lm-eval's
-    up to rounding. On accelerators, for models that do not support such masks, and for questions
-    that are too long, lm-eval's own code runs.
+    up to rounding. lm-eval's own code runs on accelerators, for models that do not support such
+    masks, and for questions that are too long.
 
     Args:
         prefix: The frozen layers of the model, whose output is kept for all runs; None if no layer
@@ -85,7 +85,7 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
     def _states(self, questions: Sequence[_Question]) -> PrefixStates | None:
         """Return the output of the frozen layers for each question.
 
-        None if no layer is frozen, or there are no questions.
+        The result is None if no layer is frozen, or if there are no questions.
         """
         if self._prefix is None or not questions:
             return None
@@ -94,7 +94,7 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         sizes: list[int] = []
         for question in questions:
             sizes.extend(question.sizes)
-        # outputs are kept on disk for other runs, under a digest of what determines them
+        # outputs are kept on disk for other runs; the digest of what determines them is their name
         columns = {"tokens": np.concatenate(tokens), "parts": np.asarray(sizes)}
         digest = columns_digest(columns)
 
@@ -124,7 +124,7 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
         # the last token of the prompt predicts the first token of every choice
         first = log_probabilities[:1]
-        # all tokens of a choice but the last predict the next one
+        # each token of a choice, except the last, predicts the next token
         later = log_probabilities[1:].split([len(choice) - 1 for choice in question.choices])
         answers = []
         for choice, later_of_choice in zip(question.choices, later, strict=True):

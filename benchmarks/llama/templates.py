@@ -40,8 +40,8 @@ class Template:
         if self.text is None:
             return self._render([_question(row)], add_generation_prompt=True)
         form = self.text.with_input if row.input else self.text.without_input
-        # not str.format, which would interpret braces in the template; and in two steps, so that
-        # "{input}" in an instruction is not replaced
+        # str.format would interpret other braces in the template; the instruction is inserted last,
+        # so that "{input}" inside an instruction is not replaced
         before, _, after = form.partition("{instruction}")
         after_with_input = after.replace("{input}", row.input)
         return before + row.instruction + after_with_input
@@ -93,7 +93,7 @@ class Template:
         if self.text is None:
             return str(self.tokenizer.chat_template)
         before, _, after = self.text.without_input.partition("{instruction}")
-        # as Python's quoted strings, which Jinja reads alike
+        # Jinja reads Python's quoted strings as Python does
         begin_literal = repr(self._begin_text())
         before_literal = repr(before)
         after_literal = repr(after)
@@ -112,8 +112,8 @@ class Template:
     def _begin_text(self) -> str:
         """Return the begin token (Llama's ``<s>``) if the tokenizer puts it before texts.
 
-        Empty if the tokenizer does not. A tokenizer adds no token to the text of a chat template,
-        so the template must write it.
+        The text is empty if the tokenizer does not. A tokenizer adds no token to the text of a chat
+        template, so the template must write the begin token.
         """
         # an empty text has only the tokens that the tokenizer adds
         first_tokens = self.tokenizer("")["input_ids"][:1]
@@ -144,8 +144,9 @@ def find_template(
     """Return the prompt template of a run, with the tokenizer.
 
     Args:
-        name: A name in ``templates``, ``chat`` for the model's own, or ``random`` for one drawn per
-            run with the seed (the authors' ``moe_train.py`` draws without a seed).
+        name: A name in ``templates``, ``chat`` for the model's own template, or ``random`` for a
+            template that is drawn with the seed of the run. (The authors' ``moe_train.py`` draws
+            without a seed.)
         templates: The templates of the run's spec, by name.
         tokenizer: The model's tokenizer.
         seed: The seed of the run.

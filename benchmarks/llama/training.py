@@ -59,9 +59,12 @@ def train(
         probe: The recorder of the first losses.
 
     Returns:
-        Sections of ``metrics.json``: ``curve`` has the loss of every step (the mean over its
-        response tokens), and ``cost`` the number of steps and their times. With ``eval_every``,
-        ``held_out_curve`` has the ``step`` and ``loss`` of evaluations on ``held_out``.
+        Sections of ``metrics.json``:
+
+        - ``curve``: the loss of every step, which is a mean over the step's response tokens.
+        - ``cost``: the number of steps, and their times.
+        - ``held_out_curve``: the ``step`` and ``loss`` of evaluations on ``held_out``. Without
+          ``eval_every``, it is missing.
     """
     stopwatch = Stopwatch()
     precision = available_precision(training.precision)
@@ -79,7 +82,7 @@ def train(
         callbacks=[progress, stopwatch],
     )
     if training.eval_every:
-        # a function of the model
+        # takes a model, and returns its held-out loss
         loss_of = partial(
             held_out_loss,
             rows=held_out,
@@ -102,9 +105,9 @@ def train(
 
 
 def _read_curves(state: TrainerState) -> tuple[list[float | None], list[dict[str, Any]]]:
-    """Return the loss of every step, and the ``step`` and ``loss`` of held-out losses.
+    """Return the loss of every step, and the ``step`` and ``loss`` of each held-out loss.
 
-    They are from Trainer's log, which also has the losses from before a resume.
+    They are read from Trainer's log, which also has the losses from before a resume.
     """
     curve = []
     held_out_curve = []
@@ -137,7 +140,7 @@ def _trainer_arguments(
         seed=derive_seed("dropout", spec.seed),
         save_strategy="steps",
         save_steps=training.save_steps,
-        # the log is the curve, so each step has an entry
+        # the curve is read from the log, so each step needs an entry
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,  # a diverged loss must not look like a finite one

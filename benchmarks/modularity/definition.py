@@ -30,7 +30,7 @@ class Reading(Strict):
     1.14 % are not zero.
     """
     shown_tokens: Count
-    """Number of tokens in the drawn matrix. Every task has the same share of them."""
+    """Number of tokens in the drawn matrix. Every task has the same share of these tokens."""
 
 
 class ModularityBlock(VariantAxes):

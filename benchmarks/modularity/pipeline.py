@@ -123,8 +123,8 @@ class _Routing:
 
     Attributes:
         loads: For each task, the counts of each row's expert choices, and the classes of the rows.
-        used_top: The neurons of the top k experts, ``[tokens of all tasks, d]`` bool.
-        used_bottom: The neurons of the bottom k experts, ``[tokens of all tasks, d]`` bool.
+        used_top: True for the neurons of a token's top k experts, ``[tokens of all tasks, d]``.
+        used_bottom: True for the neurons of its bottom k experts, ``[tokens of all tasks, d]``.
     """
 
     loads: dict[str, SetLoads]
@@ -157,8 +157,8 @@ def _read_with_experts(
 def _measure_selections(routing: _Routing, magnitudes: Tensor, active: Tensor) -> dict[str, float]:
     """Measure the neurons that the top and the bottom experts use.
 
-    Returns the numbers of :func:`measure_use`, such as ``kept_top`` and ``kept_bottom``. Its
-    arguments ``magnitudes`` and ``active`` are those of this function.
+    Returns the numbers of :func:`measure_use` for both. The selection ends their names, as in
+    ``kept_top`` and ``kept_bottom``. ``magnitudes`` and ``active`` are passed to that function.
     """
     measured = {}
     for selection, used in [("top", routing.used_top), ("bottom", routing.used_bottom)]:
@@ -183,14 +183,14 @@ def _label_by_row(
 
 
 def dense_magnitudes(model: nn.Module, layer: int, batches: Batches) -> Tensor:
-    """Return the magnitudes of what a layer's out-projection gets, ``[tokens, d]``.
+    """Return the magnitudes of the inputs of a layer's out-projection, ``[tokens, d]``.
 
-    In a dense model, that is ``|activation|``. The tokens are a sample without padding, which is
-    the same at every call.
+    In a dense model, an input is the activation of a neuron. The tokens are a sample without
+    padding. The sample is the same at every call.
     """
     ffn = find_ffns(model)[layer]
     activations = record_activations(model, [ffn], batches, seed=derive_seed("tokens"))
-    # [d, tokens], by layer
+    # the activations of a layer are [d, tokens]
     return activations[layer].t()
 
 
@@ -206,10 +206,10 @@ def neurons_used(model: nn.Module, layer: int, batches: Batches, selection: Sele
     (routed,) = routed_layers(model)
     config = routed.config
     activation = routed.activation
-    assert isinstance(config, EMoEConfig)  # noqa: S101 -- the grid sees to it
+    assert isinstance(config, EMoEConfig)  # noqa: S101 -- the grid refuses other methods
     changed = dataclasses.replace(config, selection=selection)
-    # until the model is restored, the layer selects these experts, and all activations are 1; so
-    # the out-projection gets 1 from the neurons of selected experts, and 0 from the others
+    # until the model is restored, the layer uses the selected experts, and all activations are 1;
+    # so the out-projection gets 1 from the neurons of these experts, and 0 from other neurons
     routed.config = changed
     routed.router.config = changed
     routed.activation = _Ones()
@@ -231,7 +231,8 @@ class _Ones(nn.Module):
 def active_mask(magnitudes: Tensor, share: float) -> Tensor:
     """Return a boolean mask of the largest entries: at most a ``share`` of all, at least one.
 
-    Entries that equal the largest excluded one are excluded, too, so the mask may have fewer.
+    Entries that equal the largest excluded entry are excluded, too. So the mask may have fewer
+    entries than the share.
     """
     flat = magnitudes.flatten()
     total = flat.numel()
@@ -273,12 +274,16 @@ def concentration(magnitudes: Tensor, active: Tensor, num_blocks: int) -> dict[s
 
 
 def _best_quarter(by_block: Tensor) -> float:
-    """Return the share of a token's sum that is in the quarter of blocks with its largest values.
+    """Return how much of a token's total is in the best quarter of the blocks, as a share.
 
-    ``by_block`` is ``[tokens, blocks]``. The share is a mean over the tokens whose sum is not zero.
+    The best quarter contains the blocks with the token's largest values. The result is the mean of
+    the shares over tokens. Tokens with a total of zero are ignored.
+
+    Args:
+        by_block: The values ``[tokens, blocks]``, not negative.
     """
     num_best = max(by_block.shape[1] // 4, 1)
-    # sums by token
+    # each token has a sum over its best blocks, and a sum over all blocks
     best = by_block.topk(num_best, dim=1).values.sum(1)
     total = by_block.sum(1)
     is_counted = total > 0
@@ -319,7 +324,7 @@ def measure_use(used: Tensor, magnitudes: Tensor, active: Tensor) -> dict[str, f
     """
     exact = magnitudes.double()
     kept = (exact * used).sum() / exact.sum()
-    # by token
+    # each token has a number of used neurons, and numbers of active and dead ones among them
     num_used = used.sum(1).double()
     num_active = (active & used).sum(1)
     is_dead = ~active.any(0)
@@ -352,14 +357,14 @@ def sample_matrix(
     count_of_task = count // len(tokens)
     sampled_tokens = []
     tasks = []
-    start = 0  # of the task's tokens among the tokens of all tasks
+    start = 0  # the index of the task's first token among the tokens of all tasks
     for name, num_tokens in tokens.items():
         chosen = torch.randperm(num_tokens, generator=generator)[:count_of_task]
         sampled_tokens.append(start + chosen.sort().values)
         tasks += [name] * len(chosen)
         start += num_tokens
     sampled = torch.cat(sampled_tokens)
-    # the indices of each active neuron and of its token, which counts the sampled tokens only
+    # the index of the token (among the sampled tokens) and of the neuron for each active neuron
     token_indices, neuron_indices = active[sampled].nonzero(as_tuple=True)
     values = magnitudes[sampled][token_indices, neuron_indices]
     return {

@@ -34,7 +34,7 @@ _HEADINGS = {
     "method_title": "Neurons in blocks",
     "n": "n",
 }
-_PAPERS_N = 64  # number of experts in the paper's Fig. 4
+_PAPERS_N = 64  # the number of experts in the paper's Fig. 4
 
 
 class ModularityOutcomes(Outcomes):
@@ -193,11 +193,11 @@ TABLES = {"concentration": concentration, "selected": neurons_in_use, "usage": u
 def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
     """Draw a dot for each active neuron of some tokens.
 
-    Each row of panels shows the first layer of a model. It has one panel for each construction of
-    the experts.
+    Each row of panels shows the first layer of a model. It has one panel for each method, which
+    constructs the experts in its own way.
     """
     titles = []
-    runs_by_model = []  # for each model, one run of each construction of the experts
+    runs_by_model = []  # for each model, one run of each method
     for title, rows in outcomes.panels():
         titles.append(title)
         runs_by_model.append(list(_first_runs(rows).itertuples()))
@@ -208,7 +208,7 @@ def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
     )
     with figure_of_panels as (_, axes):
         for axes_of_model, title, runs in zip(axes, titles, runs_by_model, strict=True):
-            # models may have fewer constructions than there are columns
+            # a model may have fewer methods than there are columns
             for axis, run in zip(axes_of_model, runs, strict=False):
                 _draw_matrix(axis, run.matrix, run.num_experts)
                 axis.set_title(f"{run.method_title}, N = {run.num_experts}", fontsize=7.5)
@@ -256,10 +256,10 @@ def _draw_matrix(axis: Any, matrix: Matrix, experts: int) -> None:
 def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
     """Draw the magnitudes of activations in the first layer of the first model, as the paper does.
 
-    One 3D panel shows the neurons before clustering, and the other one after.
+    One 3D panel shows the neurons before clustering, and the other panel shows them after it.
     """
     title, rows = next(outcomes.panels())
-    # the method "contiguous" keeps the order of the checkpoint, the baseline clusters
+    # the method "contiguous" keeps the order of the checkpoint, the baseline clusters the neurons
     is_shown = rows["method"].isin(["contiguous", outcomes.baseline])
     runs = list(_first_runs(rows[is_shown]).itertuples())
     with mpl.rc_context({**plots.STYLE, "font.size": 7}):
@@ -308,7 +308,7 @@ def _first_runs(rows: pd.DataFrame) -> pd.DataFrame:
 def draw_experts(outcomes: ModularityOutcomes, path: Path) -> None:
     """Draw the baseline's use of experts by task and class.
 
-    There is a panel for each model, with the first layer and the smallest N.
+    There is a panel for each model, with the first layer and the smallest number of experts.
     """
     panels: list[UsagePanel] = []
     for title, rows in outcomes.panels():
@@ -346,8 +346,8 @@ FIGURES = {
 def verdicts(outcomes: ModularityOutcomes) -> Iterator[str]:
     """Yield a sentence on the baseline with the largest number of experts of each model and layer.
 
-    It has the share of active neurons in the best quarter of the blocks, beside those of other
-    methods; and the information that the choice of an expert has on the task, beside chance.
+    The sentence has the share of active neurons in the best quarter of the blocks, beside those of
+    other methods. It also has the information of an expert's choice on the task, beside chance.
     """
     for (_, layer), rows in outcomes.means.groupby(PLACE, sort=False):
         has_largest = rows["num_experts"] == rows["num_experts"].max()
@@ -393,7 +393,7 @@ _NOTE = (
 
 
 def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
-    """Present finished runs."""
+    """Make the tables, figures and verdicts of finished runs."""
     outcomes = ModularityOutcomes(benchmark, records)
     return Presentation(
         benchmark, TABLES, FIGURES, outcomes, verdicts=list(verdicts(outcomes)), note=_NOTE
