@@ -221,7 +221,7 @@ def _write(config: Any, experts: Experts) -> None:
 
 
 def _remove(config: Any) -> None:
-    """Remove the description of experts from a transformers configuration."""
+    """Remove the keys that describe experts from a transformers configuration."""
     if is_ours(getattr(config, QUANTIZATION_CONFIG, None)):
         delattr(config, QUANTIZATION_CONFIG)
     for key in (SEPARATE_KEY, IMPLEMENTATION_KEY):

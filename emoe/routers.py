@@ -350,7 +350,8 @@ class AvgKRouter(Router):
     def _mean_weight(self) -> Tensor:
         """Average the weights of each expert's neurons: ``[N, h]`` in float32.
 
-        They are the weights of the projection whose outputs the score averages.
+        The score is the mean output of one projection over an expert's neurons. The averaged
+        weights are those of this projection.
         """
         if self.config.score == "keys":
             return self.mean_keys()

@@ -106,7 +106,7 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
     @torch.inference_mode()
     def _answers(self, question: _Question, frozen_output: dict[str, Tensor]) -> list[Answer]:
-        """Compute the answer to each choice of a question.
+        """Return for each choice its log-likelihood, and True if greedy decoding would give it.
 
         Args:
             question: The question.

@@ -306,7 +306,9 @@ class RunTask(Strict):
 
 
 def merged_classes(larger: RunTask, smaller: RunTask) -> list[int]:
-    """Return for each class of a task the number of its class in a task with fewer classes.
+    """Map the classes of a task to the classes of a task that has fewer.
+
+    Returns a list. Its entry i is the number of the smaller task's class for class i.
 
     Args:
         larger: The task with more classes, whose ``label_map`` has the mapping.

@@ -242,7 +242,7 @@ class SparseFFN(_Replacement):
         return outputs, weights
 
     def _pays_off(self, rows: Tensor) -> bool:
-        """Check if the sparse products of inputs ``[T, h]`` should be faster."""
+        """Check if the sparse products of inputs ``[T, h]`` should be faster, or are required."""
         if self.always:
             return True
         layer = self._layer[0]

@@ -152,7 +152,7 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
 
 
 def _read_settings(file: Path, where: str, command_line: CommandLine) -> SuiteSettings:
-    """Read a suite's file, replace the values that the command line gives, and validate.
+    """Read a suite's file, and apply the values and the choice of benchmarks of the command line.
 
     Args:
         file: The suite's file.

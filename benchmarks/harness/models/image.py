@@ -110,11 +110,11 @@ def load_image_classifier(
 
 
 def _resizing_options(config: Any, image_size: int | None) -> dict[str, bool]:
-    """Return the arguments with which a transformers network takes images of a size.
+    """Return the arguments that a transformers network needs for images of another size.
 
     Args:
         config: The configuration of the network, with the image size of the pre-training.
-        image_size: The width and height of the images in pixels.
+        image_size: The width and height of the images in pixels; None for the size in pre-training.
     """
     # other architectures, such as DINOv2, always interpolate their positions
     must_be_told = config.model_type in ("vit", "deit")

@@ -171,7 +171,7 @@ def _to_json(row: Mapping[Any, Any]) -> str:
 
 
 def read_claim_numbers(suite: Suite) -> dict[str, pd.DataFrame]:
-    """Read the numbers that claims compare, by benchmark.
+    """Read the scores, counts and ratios from which claims are tested, a frame by benchmark.
 
     The columns of each frame are ``COMPARED`` of :mod:`.common`. Benchmarks of the suite that test
     no claim are left out.

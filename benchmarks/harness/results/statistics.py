@@ -20,8 +20,8 @@ PERMUTATIONS = 500  # shuffles that estimate the mutual information by chance
 def information_numbers(*names: str) -> list[str]:
     """List the metric names of the mutual information of experts and labels, three per label.
 
-    For the label ``task`` they are ``task_information``, and the mean and the 95 % quantile by
-    chance.
+    For the label ``task`` they are ``task_information``, and ``task_information_chance`` and
+    ``task_information_chance_95``: the mean and the 95 % quantile over shuffled labels.
     """
     metrics = []
     for name in names:

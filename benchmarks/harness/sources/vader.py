@@ -89,7 +89,7 @@ def load_vader(
 
 
 def _read_documents(domain: str) -> dict[str, list[_Sentence]]:
-    """Read the rated sentences of a domain, as lists by the name of the document."""
+    """Read the rated sentences of a domain. Return a list for each document, by its name."""
     package = find_package(PACKAGE).check()
     ratings = _unpack(package.read_bytes())
     content = ratings[_FILES[domain]].decode("latin-1")
