@@ -187,8 +187,9 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         return hparams
 
     def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
-        name = spec["task"]["name"]
-        return [SetReader(name, ALL, functools.partial(self._describe, name, spec["data_seed"]))]
+        task = spec["task"]
+        describe = functools.partial(self._describe, task["name"], spec["data_seed"])
+        return [SetReader(task["name"], ALL, describe)]
 
     def _describe(self, name: str, data_seed: int, open_files: bool) -> Iterator[SetPart]:
         """Yield the number of images of each environment, then of the whole set.

@@ -208,7 +208,7 @@ def _conversions_by_seed(
     conversions: dict[int, dict[str, Any]] = {}
     for folder in row.used_as:
         run = trained[folder]
-        config = run.spec["method"]["config"]  # None for a dense model
+        config = run.config or None  # None for a dense model
         conversion = {
             "transform": "emoe" if config else "dense",
             "method": {"name": row.name, "variant": "", "config": config},

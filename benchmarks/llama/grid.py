@@ -113,9 +113,9 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
             )
 
     def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
-        name = spec["task"]["name"]
-        source = spec["task"]["source"]
-        return [SetReader(name, ALL, functools.partial(self._describe, name, source))]
+        task = spec["task"]
+        describe = functools.partial(self._describe, task["name"], task["source"])
+        return [SetReader(task["name"], ALL, describe)]
 
     def _describe(
         self, name: str, source: Mapping[str, Any], _open_files: bool

@@ -268,8 +268,8 @@ def partition_jobs(run: Run) -> list[PartitionJob]:
     Each layer of a list has its own clustering. A request such as ``all`` has a single clustering
     for all its layers.
     """
-    config = run.spec["method"]["config"]
-    if config is None or config.get("partition") != "kmeans":
+    config = run.config  # empty for a dense model
+    if config.get("partition") != "kmeans":
         return []
     if isinstance(config["layers"], list):
         layers_by_job = [[layer] for layer in config["layers"]]

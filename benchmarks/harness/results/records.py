@@ -397,8 +397,9 @@ def run_numbers(run: Run, metrics: Metrics) -> Iterator[RunNumber]:
         yield from _score_numbers(run, transformed.scores, AS + method)
 
     # the best epoch on the dev split; tasks without a test split report the dev split itself
-    if metrics.epochs and run.spec["task"]["splits"]["test"] is not None:
-        metric = run.spec["task"]["metric"]
+    task = run.spec["task"]
+    if metrics.epochs and task["splits"]["test"] is not None:
+        metric = task["metric"]
         scores: list[Any] = [epoch.numbers()[metric] for epoch in metrics.epochs]
         yield RunNumber("dev_best", run.task, metric, max(scores))
 
