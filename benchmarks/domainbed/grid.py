@@ -137,7 +137,7 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
 
         hparams = self._hyper_parameters(part, settings, task, hparams_seed, seed)
         method = method_spec(methods, point, seed, settings.lora, where)
-        check_frozen(settings.frozen_layers, MethodSpec(**method), str(where))
+        check_frozen(settings.frozen_layers, MethodSpec(**method), where)
         if settings.frozen_layers:
             _check_not_augmented(hparams, task, part.where("training", "frozen_layers"))
 

@@ -197,7 +197,7 @@ def _training(
     if tuning.train == "nothing":
         return {"lora": None, "precision": settings.precision, "keep_weights": False}
     training = {**settings.spec(), **tuning.model_dump(include={"lora"})}
-    check_frozen(training.get("frozen_layers"), MethodSpec(**method), str(where))
+    check_frozen(training.get("frozen_layers"), MethodSpec(**method), where)
     return training
 
 

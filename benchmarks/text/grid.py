@@ -156,7 +156,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
             training = run_training(settings, task, point, protocol)
             # no method may convert or train a frozen layer
             method = MethodSpec(**method_sections["method"])
-            check_frozen(training.get("frozen_layers"), method, str(where))
+            check_frozen(training.get("frozen_layers"), method, where)
             ood = []
             if _evaluates_ood(settings, point["method"]):
                 ood = [self.tasks[name].spec() for name in task.ood if name not in exclude]

@@ -300,14 +300,14 @@ def _top_k(fraction: float, num_experts: int | None, where: str) -> int:
 
 
 def check_frozen(
-    frozen: int | None, method: MethodSpec, where: str, count: int | None = None
+    frozen: int | None, method: MethodSpec, where: Location | str, count: int | None = None
 ) -> None:
     """Check that a method neither converts nor trains a frozen layer.
 
     Args:
         frozen: The number of frozen layers; None for none.
         method: The ``method`` section of the run's spec.
-        where: The file and the keys, for messages.
+        where: The location of the settings, or words that name the model, for messages.
         count: The number of layers of the model; None if it is unknown. A request such as
             ``last:2`` depends on this number, and is not checked without it.
 

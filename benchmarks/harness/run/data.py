@@ -104,7 +104,10 @@ def missing_sets(suite: Suite) -> list[str]:
     missing = []
     for name, source in sources.items():
         can_be_downloaded = "hub" in source or bool(set_packages(source))
+        if can_be_downloaded:
+            continue
+        # nothing is looked for on the disk, which may be slow, unless the answer depends on it
         is_here = local_path(name, source) is not None or user_file(name) is not None
-        if not can_be_downloaded and not is_here:
+        if not is_here:
             missing.append(name)
     return missing
