@@ -14,21 +14,24 @@ import yaml
 from scipy import stats
 
 from benchmarks.harness.base import BENCHMARKS, OVERRIDES, DataError, DefinitionError
+from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.suite import Suite, load_suite
 from benchmarks.harness.report.artifacts import numbers_file
-from benchmarks.harness.report.claims import Claim, Comparison, load_claims
+from benchmarks.harness.report.claims import Claim, Comparison, PaperEffect, load_claims
 from benchmarks.harness.report.claims_table import (
     claims_table,
     draw_claims,
     judge_claims,
     read_claim_numbers,
+    verdict_sentences,
     write_claim_numbers,
 )
 from benchmarks.harness.report.evidence import (
     Evidence,
     Verdict,
-    compare_with_paper,
+    compare_gains,
     find_evidence,
+    find_gap,
     judge,
 )
 from benchmarks.harness.results.statistics import holm
@@ -82,7 +85,11 @@ def evidence_of(differences: list[float], compare: Comparison = HIGHER) -> Evide
         ([0.010, 0.012, 0.009, 0.011], "supported,contradicted,undecided,supported"),
         ([-0.010, -0.012, -0.009, -0.011], "contradicted,supported,undecided,undecided"),
         ([0.01, -0.012, 0.009, -0.011], "undecided,undecided,undecided,undecided"),
-        ([0.001, -0.002, 0.002, 0.000], "undecided,undecided,supported,supported"),
+        ([0.001, -0.002, 0.002, 0.000], "equivalent,equivalent,supported,supported"),
+        # a difference that is significant, but too small to matter
+        ([0.001, 0.002, 0.0015, 0.0012], "equivalent,equivalent,supported,supported"),
+        # one end of the interval is outside the margin
+        ([0.010, -0.001, 0.002, 0.000], "undecided,undecided,undecided,supported"),
         ([0.050, 0.052, 0.049, 0.051], "supported,contradicted,contradicted,supported"),
         ([-0.050, -0.052, -0.049, -0.051], "contradicted,supported,contradicted,contradicted"),
         ([0.01, 0.01, 0.01], "untestable,untestable,untestable,untestable"),
@@ -92,38 +99,92 @@ def evidence_of(differences: list[float], compare: Comparison = HIGHER) -> Evide
 def test_more_or_less_is_judged_by_the_test_and_sameness_by_the_interval(
     differences: list[float], verdicts: str
 ) -> None:
-    difference = evidence_of(differences).difference
+    evidence = evidence_of(differences)
     for direction, verdict in zip(
         ("higher", "lower", "same", "not_lower"), verdicts.split(","), strict=True
     ):
-        assert judge(claimed(direction), difference, difference.p, MARGIN) == verdict, direction
+        p = evidence.difference.p
+        assert judge(claimed(direction), evidence, p, MARGIN) == verdict, direction
 
 
 def test_the_difference_is_scipys_paired_one_and_the_corrected_p_decides() -> None:
-    difference = evidence_of([0.02, -0.01, 0.04, 0.03]).difference
+    evidence = evidence_of([0.02, -0.01, 0.04, 0.03])
+    difference = evidence.difference
     expected = stats.ttest_rel([0.52, 0.50, 0.56, 0.56], [0.50, 0.51, 0.52, 0.53])
     interval = expected.confidence_interval(0.95)
     assert (difference.mean, difference.low, difference.high) == pytest.approx((0.02, *interval))
     assert difference.p == pytest.approx(expected.pvalue)
-    assert judge(HIGHER, difference, 0.049, MARGIN) is Verdict.SUPPORTED
-    assert judge(HIGHER, difference, 0.05, MARGIN) is Verdict.UNDECIDED
+    assert difference.standard_error() == pytest.approx(expected._standard_error)
+    assert judge(HIGHER, evidence, 0.049, MARGIN) is Verdict.SUPPORTED
+    assert judge(HIGHER, evidence, 0.05, MARGIN) is Verdict.UNDECIDED
 
 
 @pytest.mark.parametrize(
-    ("direction", "effect", "expected"),
+    ("scores", "verdict"),
     [
-        ("higher", 0.02, "smaller"),
-        ("higher", 0.012, "compatible"),
-        ("higher", 0.001, "larger"),
-        ("lower", -0.001, "smaller"),
-        ("lower", -0.02, "smaller"),
+        ({"emoe": [1, 0, 0, 0], "vanilla": [0, 0, 1, 0]}, "untestable"),
+        # one method is better than a guess
+        ({"emoe": [1, 1, 1, 0.9], "vanilla": [0, 0, 1, 0]}, "undecided"),
     ],
 )
-def test_an_interval_excludes_the_papers_effect_or_is_compatible_with_it(
-    direction: str, effect: float, expected: str
+def test_two_methods_that_only_guess_have_no_verdict(
+    scores: dict[str, list[float]], verdict: str
 ) -> None:
-    difference = evidence_of([0.010, 0.012, 0.009, 0.013]).difference
-    assert compare_with_paper(claimed(direction), difference, effect) == expected
+    by_method = {
+        method: {("t", seed): value for seed, value in enumerate(values)}
+        for method, values in scores.items()
+    }
+    guess = claimed("higher", chance=0.25)
+    evidence = compared(numbers(by_method), guess)
+    assert judge(guess, evidence, 0.5, MARGIN) == verdict
+    # without a known chance, the same numbers are only undecided
+    assert judge(HIGHER, compared(numbers(by_method)), 0.5, MARGIN) == "undecided"
+
+
+def test_the_gap_to_the_paper_is_tested_with_the_papers_error() -> None:
+    difference = evidence_of([0.02, -0.01, 0.04, 0.03]).difference.scaled(100)
+    paper = PaperEffect(effect=1.5, error=0.4, seeds=3, where="Fig. 3")
+    gap = find_gap(difference, paper)
+    n = difference.n
+    # two methods with three seeds each have four degrees of freedom, like one group of five
+    expected = stats.ttest_ind_from_stats(
+        difference.mean, difference.standard_error() * n**0.5, n, 1.5, 0.4 * 5**0.5, 5, False
+    )
+    assert (gap.mean, gap.p) == pytest.approx((difference.mean - 1.5, expected.pvalue))
+    assert math.isnan(find_gap(difference, PaperEffect(effect=1.5, where="Fig. 2")).p)
+    with pytest.raises(ValueError, match="'error' needs the key 'seeds'"):
+        PaperEffect(effect=1.5, error=0.4, where="Fig. 3")
+
+
+@pytest.mark.parametrize(
+    ("direction", "effect", "expected", "p", "word"),
+    [
+        ("higher", 2.0, 2.0, 0.01, "smaller"),
+        ("higher", 0.1, 0.1, 0.01, "larger"),
+        ("lower", 2.0, 2.0, 0.01, "larger"),
+        ("same", 2.0, 2.0, 0.01, "smaller"),
+        ("higher", 2.0, 2.0, 0.06, "not shown"),  # the gap is not significant
+        ("higher", 2.0, 1.1, 0.01, "not shown"),  # the share of errors is compatible
+        ("higher", 2.0, 0.1, 0.01, "not shown"),  # the two facts point to different sides
+        ("higher", 2.0, math.nan, 0.01, "not shown"),  # the paper's errors are unknown
+        ("higher", 2.0, 2.0, math.nan, "not shown"),  # the paper's deviation is unknown
+    ],
+)
+def test_a_gain_is_smaller_or_larger_only_if_both_facts_hold(
+    direction: str, effect: float, expected: float, p: float, word: str
+) -> None:
+    difference = evidence_of([0.010, 0.012, 0.009, 0.013]).difference.scaled(100)
+    gap = find_gap(difference, PaperEffect(effect=effect, where="Fig. 3"))
+    assert compare_gains(claimed(direction), difference, gap, p, expected) == word
+
+
+def test_the_margin_of_scores_is_below_half_of_every_main_effect() -> None:
+    margin = load_metrics()["accuracy"].equivalence_margin
+    assert margin is not None
+    for claim in load_claims().values():
+        for test in claim.tests:
+            if test.headline and test.paper.effect is not None:
+                assert margin * 100 <= abs(test.paper.effect) / 2, test.title
 
 
 def test_tasks_are_averaged_within_a_seed_and_a_seed_that_lacks_one_is_left_out() -> None:
@@ -188,8 +249,8 @@ def test_parameters_are_compared_exactly(ours: list[int], verdict: str) -> None:
         "emoe": {("t", seed): value for seed, value in enumerate(ours)},
         "vanilla": {("t", 0): 1000},
     }
-    difference = compared(numbers(values, domain="model", metric="parameters"), equal).difference
-    assert judge(equal, difference, math.nan, 0.0) == verdict
+    evidence = compared(numbers(values, domain="model", metric="parameters"), equal)
+    assert judge(equal, evidence, math.nan, 0.0) == verdict
 
 
 @pytest.mark.parametrize(
@@ -208,9 +269,9 @@ def test_a_ratio_is_near_one_if_all_of_its_range_is(low: float, high: float, ver
         numbers({"emoe": {("", 0): value, ("", 1): (low + high) / 2}}, domain="step", metric=name)
         for name, value in ends.items()
     ]
-    difference = compared(pd.concat(rows), near).difference
-    assert difference.n == 2
-    assert judge(near, difference, math.nan, 0.1 + 1e-9) == verdict
+    evidence = compared(pd.concat(rows), near)
+    assert evidence.difference.n == 2
+    assert judge(near, evidence, math.nan, 0.1 + 1e-9) == verdict
 
 
 @pytest.mark.parametrize(
@@ -338,13 +399,41 @@ def rows(suite: Suite, computed: dict[str, pd.DataFrame]) -> pd.DataFrame:
     return judge_claims(suite, computed)
 
 
-def test_every_test_has_a_row_with_p_corrected_over_the_table(rows: pd.DataFrame) -> None:
-    expected = [(name, test.title) for name, claim in load_claims().items() for test in claim.tests]
+def test_every_test_has_a_row_and_its_p_is_corrected_within_its_endpoint(
+    suite: Suite, rows: pd.DataFrame
+) -> None:
+    expected = []
+    for name, claim in load_claims().items():
+        for test in claim.tests:
+            expected.append((name, test.title))
+            if test.loss:
+                expected.append((name, f"{test.title}: loss"))
     assert list(zip(rows["claim"], rows["test"], strict=True)) == expected
-    assert rows["p"].notna().sum() > 5
-    pd.testing.assert_series_equal(rows["p_holm"], holm(rows["p"]), check_names=False)
+
+    losses = rows[rows["endpoint"] == "loss"]
+    others = rows[rows["endpoint"] == "main"]
+    for of_endpoint in (losses, others):
+        assert of_endpoint["p"].notna().sum() > 5
+        corrected = holm(of_endpoint["p"])
+        pd.testing.assert_series_equal(of_endpoint["p_holm"], corrected, check_names=False)
     missing = rows[rows["verdict"] == "missing"].set_index(["claim", "test"])["remark"]
     assert missing["llama", "questions, full fine-tuning"] == "not in this suite"
+
+    first, second = verdict_sentences(rows)
+    assert first.startswith(f"{len(others)} tests of {rows['claim'].nunique()} claims")
+    assert second.startswith(f"{len(losses)} of them again with the loss: ")
+
+
+def test_a_difference_is_also_a_share_of_the_errors(rows: pd.DataFrame) -> None:
+    row = rows.set_index(["claim", "test"]).loc["in_domain", "text, LoRA"]
+    dense = row.evidence.reference_mean * 100
+    ours = f"{row.delta / (100 - dense) * 100:+.1f} %"
+    # Fig. 2: +0.79 at a mean of 84.48
+    paper = 0.79 / (100 - 84.48)
+    assert row.errors_shown.startswith(ours)
+    assert row.errors_shown.endswith(f"; the paper {paper * 100:+.1f} %")
+    assert row.expected == pytest.approx(paper * (100 - dense))
+    assert row.against_paper == "the paper's error is unknown"
 
 
 def test_differences_are_those_of_the_runs_and_the_table_shows_them(

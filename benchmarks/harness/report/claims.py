@@ -27,10 +27,24 @@ from benchmarks.harness.config.yaml import (
 class PaperEffect(Strict):
     """The effect that the paper reports."""
 
+    together = (
+        ("error", "effect"),
+        ("error", "seeds"),
+        ("seeds", "error"),
+        ("reference", "effect"),
+    )
     effect: Number | None = None
     """Difference of the two methods; null if the paper gives none."""
     unit: str = "points"
     """Unit of the difference, such as percentage points."""
+    error: Annotated[float, Field(gt=0)] | None = optional()
+    """Standard error of the effect, in the same unit. Without it, our difference cannot be tested
+    against the paper's."""
+    seeds: Annotated[int, Field(ge=2)] | None = optional()
+    """Seeds of each method behind the standard error."""
+    reference: Number | None = optional()
+    """The paper's score of the reference method in percent. With it, the effect is also stated as a
+    share of the errors that the reference method makes."""
     where: str
     """Where the paper reports it: table, figure or section, and the averaged numbers."""
 
@@ -65,6 +79,9 @@ class Comparison(Strict):
     """Compared fine-tuning methods of instruction tuning."""
     questions: Names | None = optional()
     """Compared sets of questions, such as `mmlu 5-shot`; by default all that both methods have."""
+    chance: Annotated[float, Field(ge=0, lt=1)] | None = optional()
+    """The score of a guess, as a share. A test in which neither method is better than a guess has
+    no verdict."""
     settings: Names | Literal["all"] | None = optional()
     """Compared settings of a method that has several: a list such as `[D0.8]`, or `all`. The
     numbers of each pair, such as a seed, are averaged over these settings. By default the settings
@@ -85,6 +102,8 @@ class ClaimTest(Strict):
     """The missing requirement, if no suite can run the test."""
     headline: bool = False
     """True to show the test in the small figure of README and report."""
+    loss: bool = False
+    """True to repeat the comparison with the loss, as a second endpoint."""
 
 
 class Claim(Strict):
@@ -114,10 +133,21 @@ def load_claims() -> dict[str, Claim]:
     claims = read(file, ClaimFile).claims
     for name, claim in claims.items():
         for number, test in enumerate(claim.tests):
+            key_path = f"claims.{name}.tests[{number}].compare"
             if test.compare:
-                key_path = f"claims.{name}.tests[{number}].compare"
                 check_comparison(test.compare, file, key_path)
+            if test.compare and test.loss:
+                check_comparison(loss_comparison(test.compare), file, key_path)
     return claims
+
+
+def loss_comparison(compare: Comparison) -> Comparison:
+    """Return the same comparison of losses instead of scores.
+
+    A claim of a higher score becomes a claim of a lower loss.
+    """
+    direction = "lower" if compare.direction == "higher" else compare.direction
+    return compare.model_copy(update={"metric": "loss", "direction": direction})
 
 
 def claimed_benchmarks(suite: Suite) -> list[str]:

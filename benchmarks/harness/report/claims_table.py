@@ -25,14 +25,16 @@ from benchmarks.harness.report.claims import (
     PaperEffect,
     claimed_benchmarks,
     load_claims,
+    loss_comparison,
 )
 from benchmarks.harness.report.common import COMPARED, interval_text, name_or_count
 from benchmarks.harness.report.evidence import (
     Evidence,
+    PaperGap,
     Verdict,
-    compare_with_paper,
+    compare_gains,
     find_evidence,
-    is_within,
+    find_gap,
     judge,
 )
 from benchmarks.harness.report.plots import draw_forest, placeholder_figure
@@ -51,20 +53,29 @@ CAPTION = (
     "difference that matters. Tests in other units than points are in the table."
 )
 _TABLE_CAPTION = (
-    "Differences are means over n pairs (seeds or trials), with a 95 % confidence interval "
-    "(Student's t). Each pair is averaged over tasks first. p is from the paired t-test, "
-    "corrected with Holm's procedure over the {num_tests} tests of this table. Supported or "
-    "contradicted: corrected p below 5 %, with the claimed sign or the opposite one. Claims "
-    "without p (the same, not lower, near the dense time): the whole interval lies within the "
-    "margin, or outside. Next to the paper: the whole interval is smaller or larger than the "
-    "paper's effect, or compatible with it. No difference that matters: the whole interval "
-    "lies within the margin. The interval of a time is its range over all rounds and "
-    "settings. Untestable: one pair, or equal differences. Missing: no such runs in this "
-    "suite."
+    "Differences are means over n pairs (seeds, trials or questions), with a 95 % confidence "
+    "interval (Student's t). Each pair is averaged over tasks first. Intervals over seeds cover "
+    "what the seed varies: head, adapters and order of the rows. All seeds see the same training "
+    "rows. Intervals over questions cover the choice of the questions, not of the seeds. p is "
+    "from the paired t-test, corrected with Holm's procedure over the {num_tests} tests of this "
+    "table (tests of the loss, a second endpoint: over their own {num_loss_tests}). Equivalent: "
+    "the whole interval lies within the margin. Otherwise supported or contradicted: corrected p "
+    "below 5 %, with the claimed sign or the opposite one. Undecided: the rest, which is no "
+    "evidence of equality. Claims without p (the same, not lower, near the dense cost): the whole "
+    "interval lies within the margin, or outside. Next to the paper: smaller or larger needs two "
+    "facts. Our difference differs from the paper's (Welch's t-test with the paper's standard "
+    "error, Holm's procedure over all such tests), and our interval excludes the paper's "
+    "reduction of errors. Share of errors: the difference, divided by the errors of the reference "
+    "method. The interval of a time is its range over all rounds and settings. Untestable: one "
+    "pair, equal differences, or two methods that are no better than a guess. Missing: no such "
+    "runs in this suite."
 )
 
+# endpoints of the tests
+_MAIN = "main"
+_LOSS = "loss"
+
 # names of series in the figures, besides the verdicts
-_SMALLER = "undecided, below the paper's"  # the paper's effect lies above the whole interval
 _NO_VERDICT = "random weights"
 _PAPER = "the paper"
 _STYLES = {
@@ -72,7 +83,7 @@ _STYLES = {
     Verdict.CONTRADICTED: MethodStyle("#d55e00", "X"),
     Verdict.UNDECIDED: MethodStyle("#777777", "D"),
     Verdict.UNTESTABLE: MethodStyle("#777777", "D", hollow=True),
-    _SMALLER: MethodStyle("#8a5a9e", "<"),
+    Verdict.EQUIVALENT: MethodStyle("#8a5a9e", "<"),
     _NO_VERDICT: MethodStyle("#777777", "o"),
     _PAPER: MethodStyle("#222222", "x"),
 }
@@ -98,9 +109,9 @@ class ClaimRow:
         method: The name of the method of the claim.
         metric: The name of the metric.
         pair: What ``n`` counts: ``seed``, ``trial``, ``question``, ``setting`` or ``run``.
-        against_paper: Our difference compared with the paper's: ``smaller``, ``larger`` or
-            ``compatible``.
-        equivalent: Whether the difference is negligible, and the margin, as text.
+        endpoint: ``main``, or ``loss`` for the second endpoint.
+        errors_shown: Our difference as a share of the errors of the reference method, and the
+            paper's, as text.
         unit: The unit of the numbers below, such as ``points``.
         n_shown: ``n`` with a noun, such as ``5 seeds``.
         runs_shown: Our difference and its interval as text.
@@ -110,7 +121,11 @@ class ClaimRow:
         n: The number of pairs.
         p: The uncorrected p of the t-test. Only claims of a higher or lower number have one.
         margin: The largest negligible difference.
+        margin_shown: The margin with its unit, as text.
         effect: The paper's difference; nan if it is unknown or has another unit.
+        expected: The difference that reduces our errors by the paper's share; nan if it is unknown.
+        gap: Our difference minus the paper's; nan if the paper's is unknown.
+        gap_p: The uncorrected p of the test that there is no gap; nan if it cannot be tested.
         paper: The paper's difference and where the paper reports it, as text.
         compare: The comparison; None if no suite can run the test.
         evidence: The result of the comparison; None if the suite lacks the runs.
@@ -129,8 +144,8 @@ class ClaimRow:
     method: str = MISSING
     metric: str = MISSING
     pair: str = MISSING
-    against_paper: str = MISSING
-    equivalent: str = MISSING
+    endpoint: str = _MAIN
+    errors_shown: str = MISSING
     unit: str = MISSING
     n_shown: str = MISSING
     runs_shown: str = MISSING
@@ -140,7 +155,11 @@ class ClaimRow:
     n: float = math.nan
     p: float = math.nan
     margin: float = math.nan
+    margin_shown: str = MISSING
     effect: float = math.nan
+    expected: float = math.nan
+    gap: float = math.nan
+    gap_p: float = math.nan
     paper: str
     compare: Comparison | None = None
     evidence: Evidence | None = None
@@ -210,16 +229,18 @@ def judge_claims(suite: Suite, numbers: Mapping[str, pd.DataFrame]) -> pd.DataFr
     tests = []
     for name, claim in load_claims().items():
         for test in claim.tests:
-            tests.append(_claim_row(name, claim, test, numbers))
+            tests += _rows_of_test(name, claim, test, numbers)
 
     rows = pd.DataFrame([vars(test) for test in tests])  # a column per field
-    p_holm = holm(rows["p"])
+    p_holm = rows.groupby("endpoint", sort=False)["p"].transform(holm)
+    gap_p_holm = holm(rows["gap_p"])
 
     if has_random_weights(suite.runs):
         verdicts = [MISSING for _ in tests]
     else:
         verdicts = [str(_verdict(test, p)) for test, p in zip(tests, p_holm, strict=True)]
-    return rows.assign(p_holm=p_holm, verdict=verdicts)
+    words = [_against_paper(test, p) for test, p in zip(tests, gap_p_holm, strict=True)]
+    return rows.assign(p_holm=p_holm, verdict=verdicts, gap_p_holm=gap_p_holm, against_paper=words)
 
 
 def _verdict(test: ClaimRow, p_holm: float) -> Verdict:
@@ -230,7 +251,45 @@ def _verdict(test: ClaimRow, p_holm: float) -> Verdict:
     if test.compare is None or test.evidence is None:
         return Verdict.MISSING
     margin = load_metrics()[test.metric].equivalence_margin or 0.0
-    return judge(test.compare, test.evidence.difference, p_holm, margin)
+    return judge(test.compare, test.evidence, p_holm, margin)
+
+
+def _against_paper(test: ClaimRow, gap_p_holm: float) -> str:
+    """Describe our difference next to the paper's, such as ``not shown (p 0.38)``.
+
+    ``gap_p_holm`` is the corrected p of the gap; nan if it was not tested. The text is a dash if
+    there is nothing to compare.
+    """
+    if test.compare is None or math.isnan(test.gap):
+        return MISSING
+    if math.isnan(gap_p_holm):
+        return "the paper's error is unknown"
+    difference = Difference(test.delta, test.low, test.high, test.p, int(test.n))
+    gap = PaperGap(test.gap, test.gap_p)
+    word = compare_gains(test.compare, difference, gap, gap_p_holm, test.expected)
+    return f"{word} (gap {test.gap:+z.2f}, p {gap_p_holm:.3f})"
+
+
+def _rows_of_test(
+    name: str, claim: Claim, test: ClaimTest, numbers: Mapping[str, pd.DataFrame]
+) -> list[ClaimRow]:
+    """Make the row of a test, and the row of the same test with the loss if the file asks for it.
+
+    The arguments are those of :func:`_claim_row`.
+    """
+    rows = [_claim_row(name, claim, test, numbers)]
+    if test.loss and test.compare is not None:
+        test_of_loss = test.model_copy(
+            update={
+                "title": f"{test.title}: loss",
+                "paper": PaperEffect(where="no losses"),
+                "compare": loss_comparison(test.compare),
+                "headline": False,
+            }
+        )
+        row = _claim_row(name, claim, test_of_loss, numbers)
+        rows.append(replace(row, endpoint=_LOSS))
+    return rows
 
 
 def _claim_row(
@@ -252,7 +311,7 @@ def _claim_row(
     evidence = find_evidence(numbers[compare.benchmark], compare)
     if evidence is None:
         return row_without_evidence
-    return _with_evidence(row_without_evidence, compare, evidence)
+    return _with_evidence(row_without_evidence, compare, test.paper, evidence)
 
 
 def _bare_row(name: str, claim: Claim, test: ClaimTest, remark: str) -> ClaimRow:
@@ -288,6 +347,8 @@ def _with_comparison(row: ClaimRow, compare: Comparison, paper: PaperEffect) -> 
     compares_counts = compare.direction == "equal"
     pair = "run" if compares_counts else benchmark.domains[compare.domain].pair
     unit = _unit_of_difference(metric)
+    margin = math.nan if compares_counts else _margin_of(metric) * metric.scale
+    margin_shown = MISSING if math.isnan(margin) else f"{margin:g} {unit}".rstrip()
 
     return replace(
         row,
@@ -300,7 +361,8 @@ def _with_comparison(row: ClaimRow, compare: Comparison, paper: PaperEffect) -> 
         metric=compare.metric,
         pair=pair,
         unit=unit,
-        margin=_margin_of(metric) * metric.scale,
+        margin=margin,
+        margin_shown=margin_shown,
         effect=_paper_effect(paper, unit),
         compare=compare,
     )
@@ -327,8 +389,10 @@ def _margin_of(metric: Metric) -> float:
     return metric.equivalence_margin or math.nan
 
 
-def _with_evidence(row: ClaimRow, compare: Comparison, evidence: Evidence) -> ClaimRow:
-    """Add our difference to a row, and compare it with the margin and the paper's effect."""
+def _with_evidence(
+    row: ClaimRow, compare: Comparison, paper: PaperEffect, evidence: Evidence
+) -> ClaimRow:
+    """Add our difference to a row, and compare it with the paper's effect."""
     benchmark = load_benchmark(compare.benchmark)
     metric = load_metrics()[compare.metric]
     difference = evidence.difference  # in the unit of the runs, such as a share
@@ -341,25 +405,16 @@ def _with_evidence(row: ClaimRow, compare: Comparison, evidence: Evidence) -> Cl
 
     # only claims of a higher or lower number are tested with p
     has_direction = compare.direction in ("higher", "lower")
-    has_interval = is_paired and not math.isnan(difference.low)
-    is_comparable_with_paper = has_interval and has_direction and not math.isnan(row.effect)
+    # counts do not vary by chance, and ratios have a range instead of an interval
+    has_paper_effect = is_paired and not math.isnan(row.effect)
+    gap = PaperGap(math.nan, math.nan)
+    if has_paper_effect:
+        gap = find_gap(scaled, paper)
 
-    equivalent = MISSING
-    if has_interval:
-        margin = _margin_of(metric)
-        is_negligible = is_within(difference, -margin, margin)
-        answer = "yes" if is_negligible else "not shown"
-        equivalent = f"{answer}, margin {row.margin:g}"
-
-    against_paper = MISSING
-    if is_comparable_with_paper:
-        # the paper's effect is scaled for printing, our difference is not
-        against_paper = compare_with_paper(compare, difference, row.effect / scale)
-
+    shares = _error_shares(scaled, row.effect, evidence.reference_mean * scale, metric, paper)
     return replace(
         row,
-        against_paper=against_paper,
-        equivalent=equivalent,
+        errors_shown=_error_text(shares),
         n_shown=_with_noun(difference.n, row.pair),
         runs_shown=_runs_text(scaled, row.unit, compare, metric),
         delta=scaled.mean,
@@ -367,9 +422,64 @@ def _with_evidence(row: ClaimRow, compare: Comparison, evidence: Evidence) -> Cl
         high=scaled.high,
         n=difference.n,
         p=difference.p if has_direction else math.nan,
+        expected=shares.expected,
+        gap=gap.mean,
+        gap_p=gap.p,
         evidence=evidence,
         remark=_remark(evidence, row.pair, benchmark),
     )
+
+
+@dataclass(frozen=True)
+class ErrorShares:
+    """Differences of scores as shares of the errors that the reference method makes.
+
+    A score of 80 % has 20 points of errors, so a gain of one point is a share of 5 %. Unknown
+    numbers are nan.
+
+    Attributes:
+        ours: Our difference as a share of our errors.
+        paper: The paper's difference as a share of the paper's errors.
+        expected: The difference in points that is the paper's share of our errors.
+    """
+
+    ours: Difference
+    paper: float
+    expected: float
+
+
+def _error_shares(
+    difference: Difference, effect: float, reference: float, metric: Metric, paper: PaperEffect
+) -> ErrorShares:
+    """Express our difference and the paper's as shares of the errors.
+
+    Args:
+        difference: Our difference in points.
+        effect: The paper's difference in points; nan if it is unknown.
+        reference: Our score of the reference method in percent; nan if there is none.
+        metric: The metric. Only scores in percent have errors.
+        paper: The paper's effect, with its score of the reference method.
+    """
+    our_errors = math.nan
+    if metric.unit == "%":
+        our_errors = 100 - reference
+    # a model without errors has no share
+    our_share = difference.scaled(1 / our_errors if our_errors else math.nan)
+    if paper.reference is None:
+        return ErrorShares(ours=our_share, paper=math.nan, expected=math.nan)
+    paper_share = effect / (100 - paper.reference)
+    return ErrorShares(ours=our_share, paper=paper_share, expected=paper_share * our_errors)
+
+
+def _error_text(shares: ErrorShares) -> str:
+    """Format shares of errors, such as ``+1.4 % [-4.0, +6.8]; the paper +5.1 %``."""
+    if math.isnan(shares.ours.mean):
+        return MISSING
+    percent = shares.ours.scaled(100)
+    text = f"{percent.mean:+z.1f} %" + interval_text(percent.low, percent.high)
+    if math.isnan(shares.paper):
+        return text
+    return f"{text}; the paper {shares.paper * 100:+z.1f} %"
 
 
 def _runs_text(difference: Difference, unit: str, compare: Comparison, metric: Metric) -> str:
@@ -420,10 +530,13 @@ def _with_noun(count: int, noun: str) -> str:
 
 def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
     """Make the table of the claims from the rows of :func:`judge_claims`."""
-    num_tests = int(rows["p"].notna().sum())
+    num_tests_by_endpoint = rows.groupby("endpoint")["p"].count()  # nan is no test
     table = Table(
         title="Claims of the paper",
-        caption=_TABLE_CAPTION.format(num_tests=num_tests),
+        caption=_TABLE_CAPTION.format(
+            num_tests=num_tests_by_endpoint[_MAIN],
+            num_loss_tests=num_tests_by_endpoint.get(_LOSS, 0),
+        ),
         keys={
             "claim_title": "Claim",
             "test_shown": "Tested on",
@@ -438,8 +551,9 @@ def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
         frame=rows.drop(columns=["compare", "evidence"]),
         notes={
             "verdict": "Verdict",
+            "margin_shown": "Margin",
+            "errors_shown": "Share of errors",
             "against_paper": "Next to the paper",
-            "equivalent": "No difference that matters",
             "remark": "Over, and remarks",
         },
         name=CLAIMS.name,
@@ -450,33 +564,25 @@ def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
     return table
 
 
-def _is_below_paper(rows: pd.DataFrame) -> pd.Series[bool]:
-    """Return True for undecided tests whose whole interval is below the paper's effect."""
-    is_undecided = rows["verdict"].eq(Verdict.UNDECIDED)
-    is_smaller = rows["against_paper"].eq("smaller")
-    return is_undecided & is_smaller
-
-
 def verdict_sentences(rows: pd.DataFrame) -> list[str]:
-    """Return a sentence that counts the verdicts, and one that counts the small effects, if any.
+    """Return a sentence that counts the verdicts of the main tests, and one for the losses, if any.
 
-    ``rows`` are from :func:`judge_claims`. An effect is small if the test is undecided and the
-    whole interval is below the paper's effect.
+    ``rows`` are from :func:`judge_claims`.
     """
-    counts = rows["verdict"].value_counts()
-    texts = []
-    for verdict in Verdict:
-        if verdict in counts:
-            texts.append(f"{counts[verdict]} {verdict}")
-    num_claims = rows["claim"].nunique()
-    sentences = [f"{len(rows)} tests of {num_claims} claims of the paper: {', '.join(texts)}."]
+    main = rows[rows["endpoint"] == _MAIN]
+    num_claims = main["claim"].nunique()
+    sentences = [f"{len(main)} tests of {num_claims} claims of the paper: {_count_text(main)}."]
 
-    smaller = int(_is_below_paper(rows).sum())
-    if smaller:
-        sentences.append(
-            f"In {smaller} of the undecided ones any gain is smaller than the paper's."
-        )
+    losses = rows[rows["endpoint"] == _LOSS]
+    if len(losses):
+        sentences.append(f"{len(losses)} of them again with the loss: {_count_text(losses)}.")
     return sentences
+
+
+def _count_text(rows: pd.DataFrame) -> str:
+    """Count the verdicts of some tests, such as ``2 supported, 5 undecided``."""
+    counts = rows["verdict"].value_counts()
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict if verdict in counts)
 
 
 def draw_claims(rows: pd.DataFrame, path: Path) -> None:
@@ -508,9 +614,7 @@ def _our_marks(rows: pd.DataFrame) -> pd.DataFrame:
 
     ``series`` is the entry of the legend, and ``text`` is printed beside the mark.
     """
-    # the legend lists the verdicts; undecided tests below the paper's effect have their own entry
-    verdicts = rows["verdict"].mask(_is_below_paper(rows), _SMALLER)
-    series = verdicts.replace(MISSING, _NO_VERDICT)
+    series = rows["verdict"].replace(MISSING, _NO_VERDICT)
     intervals = rows["runs_shown"].str.replace(" points", "")
     counts = rows["n"].astype(int).astype(str)
     return rows.assign(series=series, text=intervals + ", n " + counts)

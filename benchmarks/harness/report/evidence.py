@@ -8,8 +8,9 @@ from enum import StrEnum
 
 import numpy as np
 import pandas as pd
+from scipy import special
 
-from benchmarks.harness.report.claims import Comparison
+from benchmarks.harness.report.claims import Comparison, PaperEffect
 from benchmarks.harness.results.statistics import SIGNIFICANCE, Difference, mean_difference
 
 # two scores are compared if they are equal in these columns: the model, and what it was trained and
@@ -25,8 +26,10 @@ class Verdict(StrEnum):
 
     SUPPORTED = "supported"
     CONTRADICTED = "contradicted"
+    EQUIVALENT = "equivalent"  # the whole interval lies within the margin
     UNDECIDED = "undecided"
-    UNTESTABLE = "untestable"  # one pair, or differences that are all equal
+    # one pair, differences that are all equal, or two methods that are no better than a guess
+    UNTESTABLE = "untestable"
     MISSING = "missing"  # the suite lacks the runs
 
 
@@ -37,6 +40,9 @@ class Evidence:
     Attributes:
         difference: The difference between the methods. For ratios, the mean is the median − 1, and
             the interval is the range over rounds.
+        reference_mean: The mean of the reference method over the same pairs. It is nan for counts
+            and ratios.
+        is_at_chance: True if neither method is better than a guess.
         incomplete: The number of pairs that are left out, because they lack a model, task, set or
             setting.
         models: The models that both methods have.
@@ -44,6 +50,8 @@ class Evidence:
     """
 
     difference: Difference
+    reference_mean: float
+    is_at_chance: bool
     incomplete: int
     models: list[str]
     tasks: list[str]
@@ -69,7 +77,7 @@ def find_evidence(numbers: pd.DataFrame, compare: Comparison) -> Evidence | None
     others = of_metric[of_metric["method"] == compare.against]
     if compare.direction == "equal":
         return _compare_counts(ours, others)
-    return _compare_pairs(ours, others)
+    return _compare_pairs(ours, others, compare.chance)
 
 
 def _select_methods(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame:
@@ -113,35 +121,58 @@ def _select_compared(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame
     return numbers[is_kept]
 
 
-def _compare_pairs(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None:
+def _compare_pairs(
+    ours: pd.DataFrame, others: pd.DataFrame, chance: float | None
+) -> Evidence | None:
     """Compare the scores of two methods seed by seed, or question by question.
 
-    The difference of a seed (or question) is its mean over all models, tasks, sets and settings. A
-    seed that lacks one of them is left out. Returns None if the methods share no seed or question.
+    The score of a seed (or question) is its mean over all models, tasks, sets and settings. A seed
+    that lacks one of them is left out. Returns None if the methods share no seed or question.
+
+    Args:
+        ours: The scores of the method of the claim.
+        others: The scores of the reference method.
+        chance: The score of a guess; None if it is unknown.
     """
     # average first, so that repeated numbers count once
     shared_columns = [*_COMPARED_COLUMNS, *_PAIR_COLUMNS]
     our_groups = ours.groupby([*_COMPARED_COLUMNS, "setting", *_PAIR_COLUMNS], sort=False)
-    our_means = our_groups["value"].mean().rename("our_mean").reset_index()
+    our_scores = our_groups["value"].mean().rename("our_score").reset_index()
     other_groups = others.groupby(shared_columns, sort=False)
-    other_means = other_groups["value"].mean().rename("other_mean").reset_index()
-    both = our_means.merge(other_means, on=shared_columns)
+    other_scores = other_groups["value"].mean().rename("other_score").reset_index()
+    both = our_scores.merge(other_scores, on=shared_columns)
     if both.empty:
         return None
 
-    differences = both.assign(difference=both["our_mean"] - both["other_mean"])
-    by_pair = differences.groupby(_PAIR_COLUMNS, sort=True)["difference"]
-    # a complete pair has a difference for every model, task, set and setting
+    by_pair = both.groupby(_PAIR_COLUMNS, sort=True)
+    # a complete pair has a score for every model, task, set and setting
     num_needed = len(both[[*_COMPARED_COLUMNS, "setting"]].drop_duplicates())
     is_complete = by_pair.size() == num_needed
-    mean_of_pair = by_pair.mean()
-    complete_pairs = mean_of_pair[is_complete]
+    mean_scores = by_pair[["our_score", "other_score"]].mean()
+    complete = mean_scores[is_complete].astype(float)
+
+    differences = complete["our_score"] - complete["other_score"]
     return Evidence(
-        difference=mean_difference(complete_pairs.to_numpy(dtype=float)),
-        incomplete=len(mean_of_pair) - len(complete_pairs),
+        difference=mean_difference(differences.to_numpy()),
+        reference_mean=float(complete["other_score"].mean()),
+        is_at_chance=chance is not None and _are_at_chance(complete, chance),
+        incomplete=len(mean_scores) - len(complete),
         models=list(both["model"].unique()),
         tasks=list(both["task"].unique()),
     )
+
+
+def _are_at_chance(scores: pd.DataFrame, chance: float) -> bool:
+    """Return True if no method is better than a guess.
+
+    A method is better if the whole 95 % interval of its mean score lies above the score of a guess.
+    The columns of ``scores`` are the methods, and its rows are pairs.
+    """
+    for method in scores:
+        above_chance = mean_difference(scores[method].to_numpy() - chance)
+        if above_chance.low > 0:
+            return False
+    return True
 
 
 def _compare_counts(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None:
@@ -170,6 +201,8 @@ def _compare_counts(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None
     num_runs = int(both["runs"].sum())
     return Evidence(
         difference=Difference(largest, largest, largest, math.nan, num_runs),
+        reference_mean=math.nan,
+        is_at_chance=False,
         incomplete=0,
         models=list(both["model"].unique()),
         tasks=list(both["task"].unique()),
@@ -194,7 +227,14 @@ def _compare_ratios(rows: pd.DataFrame, compare: Comparison) -> Evidence | None:
         p=math.nan,
         n=len(ratios),
     )
-    return Evidence(difference, incomplete=0, models=list(of_method["model"].unique()), tasks=[])
+    return Evidence(
+        difference=difference,
+        reference_mean=math.nan,
+        is_at_chance=False,
+        incomplete=0,
+        models=list(of_method["model"].unique()),
+        tasks=[],
+    )
 
 
 def _values_of(rows: pd.DataFrame, metric: str) -> pd.Series[float]:
@@ -210,49 +250,105 @@ def is_within(difference: Difference, least: float, most: float) -> bool:
     return least <= difference.low and difference.high <= most
 
 
-def compare_with_paper(compare: Comparison, difference: Difference, effect: float) -> str:
-    """Compare the interval of our gain with the paper's gain.
+@dataclass(frozen=True)
+class PaperGap:
+    """Our difference minus the paper's, in the unit of the paper's.
 
-    A gain is a difference in the claimed direction.
+    Attributes:
+        mean: The gap.
+        p: The p of the test that there is no gap; nan if the paper's standard error is unknown.
+    """
+
+    mean: float
+    p: float
+
+
+def find_gap(difference: Difference, paper: PaperEffect) -> PaperGap:
+    """Test our difference against the paper's, by Welch's t-test.
+
+    The paper's methods are taken as independent groups of ``paper.seeds`` seeds, because only the
+    deviation of each method is published. p is nan without the paper's error or our interval.
 
     Args:
-        compare: The comparison. Its direction is ``higher`` or ``lower``.
-        difference: Our difference.
-        effect: The paper's difference in the same unit.
-
-    Returns:
-        ``smaller`` if the whole interval is below the paper's gain, ``larger`` if it is above, else
-        ``compatible``.
+        difference: Our difference, in the unit of the paper's.
+        paper: The paper's effect, which must be known.
     """
-    sign = 1 if compare.direction == "higher" else -1
-    # a negative sign swaps the ends
-    low, high = sorted((sign * difference.low, sign * difference.high))
-    paper_gain = sign * effect
-    if high < paper_gain:
-        return "smaller"
-    if low > paper_gain:
-        return "larger"
-    return "compatible"
+    if paper.effect is None:
+        raise ValueError("the paper gives no effect")
+    gap = difference.mean - paper.effect
+    has_interval = not math.isnan(difference.low)
+    if paper.error is None or paper.seeds is None or not has_interval:
+        return PaperGap(gap, math.nan)
+
+    our_freedom = difference.n - 1
+    our_error = difference.standard_error()
+    paper_freedom = 2 * (paper.seeds - 1)
+    variance = our_error**2 + paper.error**2
+    # the degrees of freedom of a sum of two estimated variances, by Welch and Satterthwaite
+    our_part = our_error**4 / our_freedom
+    paper_part = paper.error**4 / paper_freedom
+    freedom = variance**2 / (our_part + paper_part)
+    # two-sided: twice the lower tail
+    p = 2 * float(special.stdtr(freedom, -abs(gap) / math.sqrt(variance)))
+    return PaperGap(gap, p)
 
 
-def judge(compare: Comparison, difference: Difference, p: float, margin: float) -> Verdict:
-    """Judge ``higher`` and ``lower`` claims by the corrected p, and others by interval and margin.
+def compare_gains(
+    compare: Comparison, difference: Difference, gap: PaperGap, p_holm: float, expected: float
+) -> str:
+    """Say if our gain is smaller or larger than the paper's.
+
+    A gain is a difference in the claimed direction. The word needs two facts. The gap is
+    significant, and our interval excludes the paper's gain as a share of the errors.
 
     Args:
         compare: The comparison.
         difference: Our difference.
+        gap: Our difference minus the paper's.
+        p_holm: The corrected p of the gap; nan if the gap cannot be tested.
+        expected: The difference that reduces our errors by the paper's share. It is in the unit of
+            ``difference``, and nan if it is unknown.
+
+    Returns:
+        ``smaller``, ``larger``, or ``not shown`` if one fact is missing.
+    """
+    is_significant = p_holm < SIGNIFICANCE  # nan is not
+    is_below = difference.high < expected
+    is_above = difference.low > expected
+    excludes_expected = is_below if gap.mean < 0 else is_above
+    if not is_significant or not excludes_expected:
+        return "not shown"
+    claims_less = compare.direction == "lower"
+    is_smaller_gain = is_above if claims_less else is_below
+    return "smaller" if is_smaller_gain else "larger"
+
+
+def judge(compare: Comparison, evidence: Evidence, p: float, margin: float) -> Verdict:
+    """Judge a claim by the margin, and by the corrected p if it names a direction.
+
+    Args:
+        compare: The comparison.
+        evidence: The result of the comparison.
         p: The corrected p of the t-test; nan without a test.
         margin: The largest negligible difference.
     """
+    if evidence.is_at_chance:
+        return Verdict.UNTESTABLE
     if compare.direction in ("higher", "lower"):
-        return _judge_by_test(compare, difference, p)
-    return _judge_by_interval(compare, difference, margin)
+        return _judge_by_test(compare, evidence.difference, p, margin)
+    return _judge_by_interval(compare, evidence.difference, margin)
 
 
-def _judge_by_test(compare: Comparison, difference: Difference, p: float) -> Verdict:
-    """Judge a claim that a number is higher or lower, by p and the sign of the difference."""
+def _judge_by_test(compare: Comparison, difference: Difference, p: float, margin: float) -> Verdict:
+    """Judge a claim that a number is higher or lower.
+
+    A negligible difference is equivalence, even if it is significant. Any other significant
+    difference supports or contradicts the claim by its sign.
+    """
     if math.isnan(p):
         return Verdict.UNTESTABLE
+    if is_within(difference, -margin, margin):
+        return Verdict.EQUIVALENT
     if p >= SIGNIFICANCE:
         return Verdict.UNDECIDED
     is_higher = difference.mean > 0

@@ -59,6 +59,11 @@ class Difference:
         """Return the numbers by column name, without ``n``."""
         return {"delta": self.mean, "low": self.low, "high": self.high, "p": self.p}
 
+    def standard_error(self) -> float:
+        """Return the standard error of the mean, which the interval implies."""
+        quantile = float(special.stdtrit(self.n - 1, (1 + CONFIDENCE) / 2))
+        return (self.high - self.low) / 2 / quantile
+
     def scaled(self, scale: float) -> Difference:
         """Return the difference in another unit, ``scale`` times as large. p and ``n`` stay."""
         return replace(self, mean=self.mean * scale, low=self.low * scale, high=self.high * scale)
