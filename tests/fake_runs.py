@@ -87,11 +87,15 @@ def _text(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:
     others = {other["name"]: other["ood_metrics"] for other in run.spec["ood"]}
 
     def scores(base: float, sets: dict[str, list[str]]) -> dict[str, dict[str, float]]:
-        return {
-            name: {key: min(base + gain + draw.uniform(-0.02, 0.02), 1.0) for key in keys}
-            | {"loss": 0.5}
-            for name, keys in sets.items()
-        }
+        made = {}
+        for name, keys in sets.items():
+            made[name] = {key: min(base + gain + draw.uniform(-0.02, 0.02), 1.0) for key in keys}
+            # a better score has a smaller loss; a regression has no loss at the best temperature
+            score = made[name][keys[0]]
+            made[name]["loss"] = 1.5 - score
+            if keys[0] != "pearson_spearman":
+                made[name]["loss_calibrated"] = 1.4 - score
+        return made
 
     ood_names = [f"ood:{name}" for name in others]
     if several:
@@ -110,11 +114,10 @@ def _text(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:
             "data": dict.fromkeys([*parts, *ood_names], _ROWS),
         }
     ood = scores(0.75, others)
-    used = (
-        _used(config["num_experts"], [*tasks, *others], draw)
-        if config
-        else {"routing": {}, "usage": {}}
-    )
+    experts = config["num_experts"] if config else _experts_of_chosen_model(run)
+    used: dict[str, Any] = {"routing": {}, "usage": {}}
+    if experts:
+        used = _used(experts, [*tasks, *others], draw)
     data = dict.fromkeys(["test", *ood_names], _ROWS)
     if "candidates" in run.spec:
         chosen = {"run": run.spec["candidates"][0], "learning_rate": 0.1, "variant": ""}
@@ -147,6 +150,14 @@ def _text(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:
         **used,
         **_trained({"adapters": same, "head": same} if run.spec["training"]["lora"] else {}),
     }
+
+
+def _experts_of_chosen_model(run: Run) -> int:
+    """Make up the experts of the model that a run evaluates as it was trained; 0 if it is dense."""
+    if "candidates" not in run.spec or "transform" in run.spec:
+        return 0
+    method = load_benchmark(run.benchmark).methods()[run.method]
+    return 0 if method.kind == "dense" else 8
 
 
 def _used(experts: int, sets: list[str], draw: random.Random) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.config.yaml import UNIQUE, Count, Strict, optional
 from benchmarks.text.definition import Ablated, Protocol, RunTask
 
+OOD_RANK = "ood_rank"  # the mean rank of a method over the OOD sets: a domain, and its metric
+
 
 class Evaluation(Strict):
     """Evaluation settings; a suite may override them."""

@@ -10,17 +10,26 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from benchmarks.glue_ood.definition import (
+    OOD_RANK,
     EvaluationDefinition,
     EvaluationFile,
     EvaluationPart,
     EvaluationSpec,
 )
 from benchmarks.harness.base import DefinitionError
-from benchmarks.harness.config.benchmark import Part, benchmark_names, load_benchmark
+from benchmarks.harness.config.benchmark import (
+    Domain,
+    Part,
+    benchmark_names,
+    load_benchmark,
+)
 from benchmarks.harness.config.methods import ABLATION, Method
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import Location, check_names, parse
+from benchmarks.text.definition import CLEAN, PUBLISHED
 from benchmarks.text.grid import DOMAINS, TextBenchmark, TextSets, check_ablations, transformed_rows
+
+_RANKS = Domain((OOD_RANK,), selections=(CLEAN, PUBLISHED))
 
 
 class _Cell(NamedTuple):
@@ -81,7 +90,7 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
                 **transformed_rows(evaluation_file.transformed, trained, file),
             },
         )
-        benchmark = cls(name, definition, other.tasks, DOMAINS)
+        benchmark = cls(name, definition, other.tasks, {**DOMAINS, OOD_RANK: _RANKS})
         # transformed rows are shown only in ablations, so they have no rank
         main = [row for row in definition.methods if row not in definition.transformed]
         check_names(Location(file, "ranked"), definition.ranked, main)

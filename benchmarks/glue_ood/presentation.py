@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from benchmarks.glue_ood.outcomes import EvaluationOutcomes
 from benchmarks.glue_ood.ranks import ranks
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.report.presentation import Presentation
@@ -28,4 +29,5 @@ FIGURES = {"usage": USAGE}
 
 def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
     """Make the tables, figures and verdicts of a benchmark's finished runs."""
-    return present_text(benchmark, records, TABLES, FIGURES, optimizer="")
+    outcomes = EvaluationOutcomes(benchmark, records)
+    return present_text(outcomes, TABLES, FIGURES, optimizer="")

@@ -16,17 +16,18 @@ from benchmarks.text.definition import OOD
 from benchmarks.text.outcomes import PROTOCOLS, TextOutcomes
 from benchmarks.text.tables import BY_SELECTION, RANK
 
-# for each protocol and model, a frame [methods, data sets]
+# for each protocol and model, a frame with a row for each ranked method
 Scores = dict[tuple[str, str], pd.DataFrame]
 # the columns of the table, before titles are added
 _RANK_COLUMNS = ["protocol", "model", "method", "rank", "sets", "ranked", "paper"]
 
 
-def ranked_scores(outcomes: TextOutcomes) -> Scores:
-    """Return the mean scores ``[methods, data sets]`` of the ranked methods, by protocol and model.
+def complete_scores(outcomes: TextOutcomes) -> Scores:
+    """Return the scores of the ranked methods by seed, by protocol and model.
 
-    A data set is a pair of training task and OOD set. Its scores are averaged over the seeds that
-    all ranked methods have on it. A protocol and model without such a seed is left out.
+    The frames are ``[methods, data sets and seeds]``. A data set is a pair of training task and OOD
+    set. A seed of a data set is left out if a ranked method lacks its score, and so is a protocol
+    and model without any seed. A ranked method without any score has no row.
     """
     methods = cast(EvaluationDefinition, outcomes.benchmark.definition).ranked
     is_ood = outcomes.seeds["domain"] == OOD
@@ -40,13 +41,48 @@ def ranked_scores(outcomes: TextOutcomes) -> Scores:
         )
         # keep the seeds of each data set for which every method has a score
         complete = by_seed.dropna(axis=1)
-        # the mean over seeds; transposed twice, because pandas groups rows, not columns
-        by_set = complete.T.groupby(level="scope", sort=False).mean().T
-        in_order = [name for name in methods if name in by_set.index]
-        table = by_set.loc[in_order]
+        in_order = [name for name in methods if name in complete.index]
+        table = complete.loc[in_order]
         if not table.empty:
             scores[key] = table
     return scores
+
+
+def ranked_scores(outcomes: TextOutcomes) -> Scores:
+    """Return the mean scores ``[methods, data sets]`` of the ranked methods, by protocol and model.
+
+    They are means of :func:`complete_scores` over the seeds.
+    """
+    means = {}
+    for key, by_seed in complete_scores(outcomes).items():
+        # transposed twice, because pandas groups rows, not columns
+        means[key] = by_seed.T.groupby(level="scope", sort=False).mean().T
+    return means
+
+
+def ranks_by_seed(outcomes: TextOutcomes) -> pd.DataFrame:
+    """Return the mean rank of each ranked method over the OOD sets, for each seed.
+
+    The methods are ranked on every data set by their scores with the same seed. A seed without
+    scores of all methods on all data sets is left out, because ranks over other sets do not
+    compare.
+
+    Returns:
+        A row per protocol, model, seed and method, with the columns ``protocol``, ``model``,
+        ``seed``, ``method`` and ``value``, the mean rank.
+    """
+    rows = []
+    for (protocol, model), by_seed in complete_scores(outcomes).items():
+        num_sets = by_seed.columns.get_level_values("scope").nunique()
+        for seed in by_seed.columns.get_level_values("seed").unique():
+            scores = by_seed.xs(seed, axis=1, level="seed")  # [methods, data sets]
+            if scores.shape[1] < num_sets:
+                continue
+            mean_ranks, _ = friedman_ranks(scores)
+            for method, rank in mean_ranks.items():
+                rows.append((protocol, model, int(seed), method, rank))
+    columns = ["protocol", "model", "seed", "method", "value"]
+    return pd.DataFrame(rows, columns=columns).astype({"seed": int, "value": float})
 
 
 def ranks(outcomes: TextOutcomes) -> Table:

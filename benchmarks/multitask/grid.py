@@ -14,11 +14,16 @@ from benchmarks.harness.config.method_specs import VARIANT_KEYS, method_spec
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import Location, check_names, parse, read
 from benchmarks.multitask.definition import MultitaskDefinition, MultitaskPart, MultitaskSpec
-from benchmarks.text.definition import CLEAN, ID, OOD, TaskFile
+from benchmarks.text.definition import CLEAN, ID, LOSSES, OOD, TaskFile
 from benchmarks.text.grid import TextSets
 
-_SCORES = Domain(("score",), selections=(CLEAN,))
-_DOMAINS = {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}
+_SCORES_AND_LOSSES = Domain(("score", *LOSSES), selections=(CLEAN,))
+_DOMAINS = {
+    ID: _SCORES_AND_LOSSES,
+    OOD: Domain(("score",), selections=(CLEAN,)),
+    OOD_MEAN: _SCORES_AND_LOSSES,
+    "model": COUNTS,
+}
 
 
 class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):

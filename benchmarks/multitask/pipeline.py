@@ -420,7 +420,7 @@ class MultitaskTrainer(RoutedTrainer):
         Training is not disturbed: RNG state and train/eval mode are restored.
 
         Returns:
-            The scores by metric, and ``loss`` if the set has as many classes as the task.
+            The scores by metric, and losses if the set has as many classes as the task.
         """
         start = time.perf_counter()
         if isinstance(task, OtherTask):

@@ -12,7 +12,7 @@ from benchmarks.harness.report.presentation import NOTE, Presentation
 from benchmarks.harness.report.table import MISSING, RUNS, Column, Table
 from benchmarks.harness.results.records import Record
 from benchmarks.text.definition import CLEAN, ID, OOD
-from benchmarks.text.outcomes import CELL, DOMAINS, KEYS, TextOutcomes
+from benchmarks.text.outcomes import CELL, DOMAINS, KEYS, SELECTION, TextOutcomes
 from benchmarks.text.tables import cost_table, ood_table, tests_table, verdicts
 
 # groups of scores (domains) besides those of TextOutcomes
@@ -60,10 +60,14 @@ class MultitaskOutcomes(TextOutcomes):
         return pd.concat([seeds, means, transfer_scores])
 
     def claim_numbers(self) -> pd.DataFrame:
-        """Return the scores of mixtures by seed and the parameter counts, for claims."""
-        scores = self.select_mixtures(self.seeds).rename(columns={"protocol": "selection"})
-        counts = common.parameter_counts(self.records)
-        return common.join_claim_numbers(scores.assign(metric="score"), counts)
+        """Return the scores and losses of mixtures by seed, and parameter counts, for claims."""
+        scores = self.select_mixtures(self.seeds).assign(metric="score")
+        losses = self.select_mixtures(self._losses())
+        return common.join_claim_numbers(
+            scores.rename(columns=SELECTION),
+            losses.rename(columns=SELECTION),
+            common.parameter_counts(self.records),
+        )
 
 
 def gains(outcomes: MultitaskOutcomes) -> Table:

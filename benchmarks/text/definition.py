@@ -43,6 +43,14 @@ CLEAN = "clean"
 # domains: in distribution and out of distribution
 ID = "id"
 OOD = "ood"
+# further domains, which only claims compare
+ROUTING = "routing"
+TRAINING = "training"
+MEMORY = "memory"
+# metrics that claims compare, besides scores
+LOSSES = ("loss", "loss_calibrated")
+INFORMATION = ("class_information", "task_information")
+MEMORY_RATIO = "memory_ratio"
 
 # columns of published numbers, before value, status and source
 PAPER_COLUMNS = ("model", "scope", "method")

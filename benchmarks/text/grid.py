@@ -41,9 +41,15 @@ from benchmarks.text.definition import (
     ABLATION_COLUMNS,
     CLEAN,
     ID,
+    INFORMATION,
+    LOSSES,
+    MEMORY,
+    MEMORY_RATIO,
     OOD,
     PAPER_COLUMNS,
     PUBLISHED,
+    ROUTING,
+    TRAINING,
     TaskEntry,
     TaskFile,
     TextDefinition,
@@ -54,8 +60,22 @@ from benchmarks.text.definition import (
     merged_classes,
 )
 
-_SCORES = Domain(("score",), selections=(CLEAN, PUBLISHED))
-DOMAINS = {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}
+_SELECTIONS = (CLEAN, PUBLISHED)
+_SCORES_AND_LOSSES = Domain(("score", *LOSSES), selections=_SELECTIONS)
+# the domains of benchmarks that evaluate text classifiers
+DOMAINS = {
+    ID: _SCORES_AND_LOSSES,
+    OOD: Domain(("score",), selections=_SELECTIONS),
+    OOD_MEAN: _SCORES_AND_LOSSES,
+    ROUTING: Domain(INFORMATION, selections=_SELECTIONS),
+    "model": COUNTS,
+}
+# and of those that train them; a ratio of memory compares all runs, not only the selected ones
+_TRAINING_DOMAINS = {
+    **DOMAINS,
+    TRAINING: Domain(("load_change",), selections=_SELECTIONS),
+    MEMORY: Domain((MEMORY_RATIO, f"{MEMORY_RATIO}_low", f"{MEMORY_RATIO}_high"), pair="setting"),
+}
 # the keys of a grid point, except model, task, method and the method settings (VARIANT_KEYS)
 _OTHER_AXES = (*TRAINING_KEYS, "protocol", "learning_rate", "seed")
 
@@ -124,7 +144,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         # tables show a transformed row like a method, so it is added to the methods
         definition = given.model_copy(update={"methods": {**given.methods, **rows}})
         tasks = read(file.parent / definition.tasks, TaskFile).tasks
-        benchmark = cls(name, definition, tasks, DOMAINS)
+        benchmark = cls(name, definition, tasks, _TRAINING_DOMAINS)
         check_ablations(benchmark)
         task_file = benchmark.folder / definition.tasks
         for task_name in benchmark.tasks:

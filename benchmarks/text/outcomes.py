@@ -21,7 +21,19 @@ from benchmarks.harness.report.common import (
 from benchmarks.harness.results.content import Metrics
 from benchmarks.harness.results.records import AS, Record, scores_of, tabulate_numbers
 from benchmarks.harness.results.statistics import paired_differences, shared_pairs, with_verdicts
-from benchmarks.text.definition import CLEAN, ID, OOD, PUBLISHED
+from benchmarks.text.definition import (
+    CLEAN,
+    ID,
+    INFORMATION,
+    LOSSES,
+    MEMORY,
+    MEMORY_RATIO,
+    OOD,
+    PUBLISHED,
+    ROUTING,
+    TRAINING,
+)
+from benchmarks.text.traces import mean_load_change
 
 # A cell is what tables compare. It has runs of several hyper-parameters and seeds.
 CELL = ["model", "task", "method"]
@@ -32,12 +44,14 @@ KEYS = {  # headings of the columns that identify a row
 }
 CHOICE = ["variant", "learning_rate"]  # the hyper-parameters that are chosen in each cell
 PROTOCOLS = {CLEAN: "clean", PUBLISHED: "authors'"}  # the protocols with their titles
+SELECTION = {"protocol": "selection"}  # the name of the column of protocols in claim numbers
 DOMAINS = {ID: "in domain", OOD: "out of domain"}  # the domains with their titles
 ARROW = " → "  # between the titles of training set and evaluation set
 _MODEL_AND_TASKS = ["model", "task", "eval_task"]
 # rows with the same values of these keys are compared
 _KEYS_OF_SET = ["protocol", "domain", *_MODEL_AND_TASKS, "scope"]
 _KEYS_OF_ROW = [*_KEYS_OF_SET, "method"]
+_KEYS_OF_RUN = ["protocol", *CELL, "seed"]
 
 
 class RowName(NamedTuple):
@@ -369,13 +383,21 @@ class TextOutcomes(Outcomes):
         return self.rows[has_domain & has_protocol]
 
     def claim_numbers(self) -> pd.DataFrame:
-        """Return the numbers that claims may compare: scores by seed, and parameter counts.
+        """Return the numbers that claims may compare, by seed where they have one.
 
-        They include the rows of ablations. The columns are those of
+        These are scores, losses, the information in the choice of an expert, how expert loads
+        change over training, ratios of memory, and parameter counts. They include the rows of
+        ablations. The columns are those of
         :func:`~benchmarks.harness.report.common.join_claim_numbers`.
         """
-        scores = self.seeds.rename(columns={"protocol": "selection"}).assign(metric="score")
-        joined = join_claim_numbers(scores, parameter_counts(self.records))
+        joined = join_claim_numbers(
+            self.seeds.assign(metric="score").rename(columns=SELECTION),
+            self._losses().rename(columns=SELECTION),
+            self._information().rename(columns=SELECTION),
+            self._load_changes().rename(columns=SELECTION),
+            self._memory_ratios(),
+            parameter_counts(self.records),
+        )
         names = [split_name(name) for name in joined["method"]]
         numbers = joined.assign(
             method=[name.method for name in names], setting=[name.setting for name in names]
@@ -389,6 +411,98 @@ class TextOutcomes(Outcomes):
         known = pd.MultiIndex.from_frame(numbers[keys])
         is_known = pd.MultiIndex.from_frame(with_ablations[keys]).isin(known)
         return pd.concat([numbers, with_ablations[~is_known]], ignore_index=True)
+
+    def _losses(self) -> pd.DataFrame:
+        """Return the losses of the chosen runs in domain, and their means over the OOD sets.
+
+        The losses are the metrics :data:`.definition.LOSSES`. Classes have a cross entropy, in nat.
+        A regression has a mean squared error instead, and no loss at the best temperature; it is
+        averaged as it is. A set whose classes are merged has no loss, so the mean leaves it out. A
+        run that lacks a loss which other runs of its model and task have, because it diverged,
+        has no mean.
+
+        The columns are those of :attr:`seeds`, except ``scope``, and ``metric``.
+        """
+        is_loss = self.chosen["metric"].isin(LOSSES)
+        # a clean run that the protocol `published` chooses has no loss of this protocol
+        has_own_protocol = self.chosen["run_protocol"] == self.chosen["protocol"]
+        losses = self.chosen[is_loss & has_own_protocol]
+        columns = [*_KEYS_OF_RUN, "eval_task", "domain", "metric", "value"]
+
+        in_domain = losses[losses["part"] == "test"].assign(domain=ID)
+        # a benchmark that evaluates the runs of another shows in-domain numbers only in ablations
+        if not self._include_ablations and self.benchmark.evaluates is not None:
+            in_domain = in_domain[:0]
+
+        others = losses[losses["part"] == OOD]
+        of_cells = others.groupby(["protocol", "model", "task", "metric"])
+        sets_with_loss = of_cells["eval_task"].transform("nunique")
+        of_runs = others.groupby([*_KEYS_OF_RUN, "metric"], sort=False)
+        sets_of_run = of_runs["eval_task"].transform("nunique")
+        complete = others[sets_of_run == sets_with_loss]
+        by_run = complete.groupby([*_KEYS_OF_RUN, "metric"], sort=False)
+        means = by_run["value"].mean().reset_index().assign(domain=OOD_MEAN, eval_task="")
+        return pd.concat([in_domain[columns], means[columns]])
+
+    def _information(self) -> pd.DataFrame:
+        """Return what the choice of an expert says about the class and the data set, in bits.
+
+        The rows are those of the chosen runs that evaluated several sets with experts.
+        """
+        is_information = self.chosen["metric"].isin(INFORMATION)
+        has_own_protocol = self.chosen["run_protocol"] == self.chosen["protocol"]
+        information = self.chosen[is_information & has_own_protocol]
+        return information.assign(domain=ROUTING)
+
+    def _load_changes(self) -> pd.DataFrame:
+        """Return how much expert loads change between windows of training, for each chosen run.
+
+        The number is that of :func:`.traces.mean_load_change`. It grows if a window has fewer
+        choices, so methods compare only with the same N, k and data.
+        """
+        changes = []
+        for record in self._finished:
+            routing = record.metrics.routing
+            if routing is not None and routing.windows is not None:
+                change = mean_load_change(routing.windows)
+                changes.append((record.run.id, record.run.method, change))
+        columns = ["run_id", "trained_as", "value"]
+        by_run = pd.DataFrame(changes, columns=columns).astype({"value": float})
+
+        has_own_protocol = self.chosen["run_protocol"] == self.chosen["protocol"]
+        runs = self.chosen.loc[has_own_protocol, [*_KEYS_OF_RUN, "run_id"]].drop_duplicates()
+        # A row of converted models has another name than the method that it was trained as. So it
+        # gets no number here.
+        methods = [split_name(name).method for name in runs["method"]]
+        with_changes = runs.assign(trained_as=methods).merge(by_run, on=["run_id", "trained_as"])
+        return with_changes.assign(domain=TRAINING, metric="load_change")
+
+    def _memory_ratios(self) -> pd.DataFrame:
+        """Return the peak memory of each method, divided by the baseline's, for runs on a GPU.
+
+        A run is compared with the baseline's run of the same model, task, protocol, learning rate
+        and seed. The ratio of a model and task is their median, beside the lowest and the highest.
+        On a CPU, the recorded peak is that of the whole process, in which the libraries and the
+        evaluation outweigh the experts. So it is left out.
+        """
+        on_gpu = []
+        for record in self._finished:
+            if record.metrics.environment.gpus:
+                on_gpu.append(record.run.id)
+        is_peak = self.records["metric"].eq("peak_memory_mb") & self.records["run_id"].isin(on_gpu)
+        peaks = self.records[is_peak]
+        same = ["model", "task", "protocol", "learning_rate", "seed"]
+        dense = peaks.loc[peaks["method"] == self.baseline, [*same, "value"]]
+        both = peaks.merge(dense, on=same, suffixes=("", "_dense"))
+        ratios = both.assign(ratio=both["value"] / both["value_dense"])
+
+        by_setting = ratios.groupby(CELL, sort=False)["ratio"]
+        summaries = {"": by_setting.median(), "_low": by_setting.min(), "_high": by_setting.max()}
+        rows = []
+        for ending, values in summaries.items():
+            of_ending = values.rename("value").reset_index()
+            rows.append(of_ending.assign(domain=MEMORY, metric=f"{MEMORY_RATIO}{ending}"))
+        return pd.concat(rows)
 
     def with_titles(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Add the columns of titles; the titles of protocols are in the column ``selection``."""

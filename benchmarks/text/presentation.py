@@ -23,14 +23,12 @@ FIGURES = {"usage": USAGE, "traces": TRACES}
 
 def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
     """Make the tables, figures and verdicts of a benchmark's finished runs."""
-    return present_text(
-        benchmark, records, TABLES, FIGURES, optimizer="AdamW, linear decay, no clipping"
-    )
+    outcomes = TextOutcomes(benchmark, records)
+    return present_text(outcomes, TABLES, FIGURES, optimizer="AdamW, linear decay, no clipping")
 
 
 def present_text(
-    benchmark: AnyBenchmark,
-    records: Sequence[Record],
+    outcomes: TextOutcomes,
     tables: Mapping[str, Callable[..., Table]],
     figures: Mapping[str, Figure],
     optimizer: str,
@@ -38,18 +36,16 @@ def present_text(
     """Make the tables, figures and verdicts of a text benchmark, and add those of its ablations.
 
     Args:
-        benchmark: The benchmark, whose definition has the ablations.
-        records: The finished runs.
+        outcomes: The results of the benchmark, whose definition has the ablations.
         tables: The functions that make a table of :class:`TextOutcomes`, by name.
         figures: The figures, by name.
         optimizer: A description of the optimizer, for the page; empty without training.
     """
-    outcomes = TextOutcomes(benchmark, records)
-    ablations = benchmark.definition.ablations
+    ablations = outcomes.benchmark.definition.ablations
     ablation_tables = {name: partial(ablation_table, name=name) for name in ablations}
     ablation_figures = {name: ablation_figure(outcomes, name) for name in ablations}
     return Presentation(
-        benchmark,
+        outcomes.benchmark,
         {**tables, **ablation_tables},
         {**figures, **ablation_figures},
         outcomes,

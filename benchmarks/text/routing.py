@@ -1,12 +1,10 @@
 """Show how models route: the use of experts by data set, and the loads of experts over training.
 
-A trace is a frame with the loads of one layer. Each row has the shares of the experts in a window
-of training steps. Its index is the last step of the window.
+:mod:`.traces` defines and summarises a trace, the loads of one layer over training.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -14,8 +12,6 @@ from typing import Any, NamedTuple, cast
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
-from scipy.special import entr
 
 from benchmarks.harness.config.methods import CONTROL
 from benchmarks.harness.report import plots
@@ -26,14 +22,13 @@ from benchmarks.harness.results.content import Usage
 from benchmarks.harness.results.statistics import PERMUTATIONS, information_numbers
 from benchmarks.text.definition import TaskEntry
 from benchmarks.text.outcomes import CELL, KEYS, TextOutcomes
+from benchmarks.text.traces import NUMBERS, layer_traces, trace_numbers
 
 _MOST_LINES = 40  # of the figure of expert use; with more lines, classes are left out
 _MOST_PANELS = 3  # of the figure of expert use
 _KEYS_OF_RUN = [*CELL, "seed"]
-_PERIODS = 4  # quarters of the training
 _MOST_PANEL_ROWS = 4  # of the figure of traces; each row shows one model and task
 _PUBLISHED_WINDOW = 100  # steps of a window in the paper's traces
-NUMBERS = ("load_entropy", "load_max_over_mean", "load_change", "load_drift", "load_drift_chance")
 
 UsagePanel = tuple[str, Usage]  # the title of a panel, and the expert use that it shows
 
@@ -254,74 +249,6 @@ USAGE = Figure(
 )
 
 
-def trace_numbers(trace: pd.DataFrame) -> dict[str, float]:
-    """Summarise a trace: how balanced the loads are, and how much they change.
-
-    Returns:
-        - ``windows``: the number of windows
-        - ``load_entropy``: the entropy of the shares over its maximum ln N, a mean over windows
-        - ``load_max_over_mean``: the load of the busiest expert over the mean load, a mean over
-          windows
-        - ``load_change``: the mean L1 distance between the shares of consecutive windows
-        - ``load_drift``: the L1 distance between the mean shares of the first and the last quarter
-        - ``load_drift_chance``: the drift that is expected by chance
-    """
-    # [windows, experts], always in the same memory layout: the last digit of sums depends on it
-    shares = np.ascontiguousarray(trace)
-    windows, experts = shares.shape
-    return {
-        "windows": float(windows),
-        "load_entropy": float(_entropies(shares).mean()),
-        "load_max_over_mean": float(shares.max(1).mean() * experts),
-        **_measure_changes(shares),
-    }
-
-
-def _entropies(shares: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the entropy of each window, divided by its maximum; 1 for a single expert."""
-    windows, experts = shares.shape
-    if experts == 1:
-        return np.ones(windows)
-    entropies: NDArray[np.float64] = entr(shares).sum(1)  # [windows]
-    return entropies / np.log(experts)
-
-
-def _measure_changes(shares: NDArray[np.float64]) -> dict[str, float]:
-    """Measure how shares ``[windows, experts]`` change over training, by L1 distances.
-
-    Returns:
-        - ``load_change``: the mean distance between consecutive windows. It grows if windows have
-          fewer tokens, so compare it only within a run.
-        - ``load_drift``: the distance between the mean shares of the first and the last quarter.
-        - ``load_drift_chance``: the drift that is expected by chance. In each half of the training,
-          it is the distance between the mean shares of the even and the odd windows. The two
-          distances are averaged.
-
-        All numbers are nan for a single window.
-    """
-    windows = len(shares)
-    if windows < 2:
-        return {"load_change": math.nan, "load_drift": math.nan, "load_drift_chance": math.nan}
-    changes = np.abs(np.diff(shares, axis=0)).sum(1)  # [windows - 1]
-    quarter = max(windows // _PERIODS, 1)
-    # A half has as many even windows as a quarter has windows, and as many odd ones. So the means
-    # below have as much noise as the means of the quarters.
-    first_half = shares[: 2 * quarter]
-    last_half = shares[-2 * quarter :]
-    chances = [_distance(half[::2], half[1::2]) for half in (first_half, last_half)]
-    return {
-        "load_change": float(changes.mean()),
-        "load_drift": _distance(shares[:quarter], shares[-quarter:]),
-        "load_drift_chance": float(np.mean(chances)),
-    }
-
-
-def _distance(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
-    """Return the L1 distance between the mean shares of two periods ``[windows, experts]``."""
-    difference = first.mean(0) - second.mean(0)
-    return float(np.abs(difference).sum())
-
-
 def traces(outcomes: TextOutcomes) -> pd.DataFrame:
     """Return the traces of the chosen runs with routing, under the first protocol with runs.
 
@@ -333,11 +260,7 @@ def traces(outcomes: TextOutcomes) -> pd.DataFrame:
         if metrics.routing is None or metrics.routing.windows is None:
             continue
         run = {key: getattr(record, key) for key in _KEYS_OF_RUN}
-        windows = metrics.routing.windows
-        for layer, loads in windows.loads.items():
-            counts = np.asarray(loads, dtype=np.float64)  # [windows, experts]
-            totals = np.maximum(counts.sum(1, keepdims=True), 1)  # no division by 0
-            trace = pd.DataFrame(counts / totals, windows.ends)
+        for layer, trace in layer_traces(metrics.routing.windows).items():
             rows.append({**run, "layer": layer, "trace": trace})
     return outcomes.with_titles(pd.DataFrame(rows, columns=[*_KEYS_OF_RUN, "layer", "trace"]))
 

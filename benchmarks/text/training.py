@@ -28,7 +28,7 @@ from benchmarks.harness.models.prefix import Prefix, collate_states
 from benchmarks.harness.models.trainable import Trainable
 from benchmarks.harness.training.callbacks import Probe, Stopwatch, fixed_rows
 from benchmarks.harness.training.checkpoints import resume
-from benchmarks.harness.training.metrics import mean_loss, score
+from benchmarks.harness.training.metrics import calibrated_loss, mean_loss, score
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.routing import RoutingTrace
 from benchmarks.harness.training.samplers import EpochOrder
@@ -68,7 +68,9 @@ def score_and_loss(
     evaluated: RunTask,
     metrics: Sequence[str],
 ) -> dict[str, float | None]:
-    """Compute the metrics of a data set, and ``loss`` if no classes have to be merged.
+    """Compute the metrics of a data set, and its losses if no classes have to be merged.
+
+    The losses are ``loss`` and, for classes, ``loss_calibrated``, see :func:`.calibrated_loss`.
 
     If the data set has as many classes as the training task, class i of one is class i of the
     other. Otherwise the classes of the side with more classes are merged: those of the predictions
@@ -99,6 +101,9 @@ def score_and_loss(
         scores[name] = score(name, logits, known_labels, merged_head)
     if head_classes == set_classes:
         scores["loss"] = finite_or_none(mean_loss(logits, labels))
+    # the labels of a regression are numbers, and its predictions have no temperature
+    if head_classes == set_classes and head_classes > 0:
+        scores["loss_calibrated"] = finite_or_none(calibrated_loss(logits, labels))
     return scores
 
 
@@ -131,7 +136,7 @@ class SplitEvaluator:
             routing: The recorder of routing, or None.
 
         Returns:
-            The scores by metric, with ``loss`` only if the task has as many classes as the head.
+            The scores by metric, with losses only if the task has as many classes as the head.
         """
         rows = TokenisedRows(
             split,

@@ -17,9 +17,10 @@ from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.results.records import Record, scores_of
 from benchmarks.harness.training.metrics import SCORES, score
 from benchmarks.text.outcomes import TextOutcomes, choices, reported_scores, select_runs
-from benchmarks.text.routing import published_traces, trace_numbers
+from benchmarks.text.routing import published_traces
 from benchmarks.text.tables import paper_table, results_table, tasks_table
 from benchmarks.text.tables import tests_table as paired_tests_table
+from benchmarks.text.traces import trace_numbers
 from tests import fake_runs
 
 

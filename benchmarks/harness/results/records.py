@@ -53,7 +53,8 @@ from benchmarks.harness.results.statistics import information_numbers
 RUN_KEYS = ["benchmark", "model", "task", "method", "protocol", "variant", "learning_rate", "seed"]
 GROUP_KEYS = [key for key in RUN_KEYS if key != "seed"]
 AS = " as "  # in names of parts, it stands before the method that the model was converted to
-_MAY_DIVERGE = ("loss", "nats_per_byte")  # these metrics are null if the model diverged
+# these metrics are null if the model diverged
+_MAY_DIVERGE = ("loss", "loss_calibrated", "nats_per_byte")
 _ROUNDING = 1e-6  # a number may be outside its range by this much
 ROUTING = (*LOADS, *information_numbers("class", "environment", "task"))
 

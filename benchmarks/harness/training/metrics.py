@@ -1,4 +1,4 @@
-"""Compute task scores with scikit-learn and scipy."""
+"""Compute task scores and losses with scikit-learn and scipy."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import optimize, stats
 from sklearn import metrics
+
+_LARGEST_SCALE = 1000.0  # of logits, in the search for the best one
 
 _f1 = partial(metrics.f1_score, zero_division=0.0)
 
@@ -79,3 +81,28 @@ def mean_loss(logits: NDArray[Any], labels: NDArray[Any]) -> float:
         return float(F.mse_loss(values[:, 0], targets))
     classes = torch.as_tensor(labels, dtype=torch.int64)
     return float(F.cross_entropy(values, classes))
+
+
+def calibrated_loss(logits: NDArray[Any], labels: NDArray[Any]) -> float:
+    """Return the cross entropy at the best temperature, in nat.
+
+    Logits are multiplied by the scale (from 1/1000 to 1000) that gives the lowest mean cross
+    entropy on these same rows. So two classifiers that differ only in the scale of their logits
+    have the same number. It is nan if a logit is not finite.
+
+    Args:
+        logits: The logits ``[rows, classes]``.
+        labels: The class numbers ``[rows]``.
+    """
+    if not np.isfinite(logits).all():
+        return float("nan")
+    values = torch.as_tensor(logits, dtype=torch.float64)
+    classes = torch.as_tensor(labels, dtype=torch.int64)
+
+    def loss_at(log_scale: float) -> float:
+        return float(F.cross_entropy(values * np.exp(log_scale), classes))
+
+    # the loss is convex in the scale, so it has a single minimum in the logarithm of the scale too
+    most = float(np.log(_LARGEST_SCALE))
+    best = optimize.minimize_scalar(loss_at, bounds=(-most, most), method="bounded")
+    return float(best.fun)
