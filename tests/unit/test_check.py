@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from benchmarks.harness.base import RUNS, DataError, DefinitionError, write_json
@@ -42,6 +43,10 @@ from tests.planned import plan
 from tests.programs import call
 
 SCORES = ("dev", "test", "ood", "ood_mean")
+POINTS = ("balanced_accuracy", "accuracy", "accuracy_macro", "accuracy_norm", "score")
+EMOE = ("emoe", "lora_emoe")
+# of the differences of image scores between an AMD EPYC and an Intel Xeon
+IMAGE_DEVIATION = {"dev": 0.004, "test": 0.011}
 
 
 @pytest.fixture
@@ -108,6 +113,130 @@ def swapped_methods(blessed: Numbers, parts: tuple[str, ...]) -> list[bool]:
     return flagged
 
 
+def is_score(numbers: Numbers) -> pd.Series:
+    """Return True for each number that is a score of a text or image benchmark."""
+    return numbers.rows["part"].isin(SCORES) & numbers.rows["metric"].isin(POINTS)
+
+
+def is_of_emoe(numbers: Numbers) -> pd.Series:
+    """Return True for each score of a run whose method is EMoE."""
+    return is_score(numbers) & numbers.rows["run"].str.split(" ").str[3].isin(EMOE)
+
+
+def is_in_domain(numbers: Numbers) -> pd.Series:
+    """Return True for each score on the test split, of all methods."""
+    return is_score(numbers) & (numbers.rows["part"] == "test")
+
+
+def add(numbers: Numbers, differences: np.ndarray) -> Numbers:
+    """Add a difference to each number; a number with a difference of 0 keeps its text."""
+    rows = numbers.rows.copy()
+    for row in np.flatnonzero(differences):
+        value = float(rows.at[row, "value"]) + float(differences[row])
+        rows.at[row, "value"] = repr(value)
+    return replace(numbers, rows=rows)
+
+
+def rounding_errors(numbers: Numbers, seed: int) -> np.ndarray:
+    """Draw differences as two makes of processor show them.
+
+    One of 50 text scores has another row right, and the scores of images scatter.
+    """
+    generator = np.random.default_rng(seed)
+    rows = numbers.rows
+    of_text = generator.choice([-0.004, 0.004], len(rows)) * (generator.random(len(rows)) < 0.02)
+    deviations = rows["part"].map(IMAGE_DEVIATION).fillna(0)
+    of_images = generator.normal(0, deviations)
+    is_of_images = rows["run"].str.startswith("domainbed ")
+    return np.where(is_of_images, of_images, of_text) * is_score(numbers)
+
+
+@pytest.mark.parametrize("suite_name", ["mini", "full"])
+@pytest.mark.parametrize("points", [2.9, -2.9, 1.0, -1.0])
+def test_a_shift_of_a_methods_scores_is_seen(suite_name: str, points: float) -> None:
+    blessed = read_reference(suite_name)
+    errors = rounding_errors(blessed, seed=0)
+    shifted = add(blessed, errors + points / 100 * is_of_emoe(blessed))
+    result = compare(blessed, shifted, suite_name, elsewhere=True)
+    assert not result.passed
+    # one point is below the tolerance of each number, so only the means can show it
+    for name in ("glue minilm tweets emoe clean 0.0001", "glue_lora, lora - lora_emoe"):
+        of_group = result.shifts[result.shifts["group"] == name]
+        found = of_group[of_group["part"] == "test"].iloc[0]
+        shift = abs(found["after"] - found["before"])
+        assert shift == pytest.approx(abs(points) / 100, abs=0.003)
+        assert shift > found["limit"]
+
+
+@pytest.mark.parametrize("suite_name", ["mini", "full"])
+def test_a_shift_of_all_methods_is_seen(suite_name: str) -> None:
+    blessed = read_reference(suite_name)
+    errors = rounding_errors(blessed, seed=0)
+    shifted = add(blessed, errors + 0.01 * is_in_domain(blessed))
+    result = compare(blessed, shifted, suite_name, elsewhere=True)
+    assert result.differences.empty
+    assert not result.passed
+    assert set(result.shifts["part"]) == {"test"}
+    assert "\nshifted glue_lora minilm tweets lora clean 0.004, test" in str(result)
+
+
+@pytest.mark.parametrize("suite_name", ["mini", "full"])
+@pytest.mark.parametrize("seed", range(5))
+def test_rounding_errors_are_no_shift(suite_name: str, seed: int) -> None:
+    blessed = read_reference(suite_name)
+    errors = rounding_errors(blessed, seed)
+    assert np.count_nonzero(errors) > 10
+    result = compare(blessed, add(blessed, errors), suite_name, elsewhere=True)
+    assert result.passed, str(result)
+
+
+def balanced_accuracies(values: list[float], seeds: list[int]) -> Numbers:
+    """Make one group of scores; if there are more scores than seeds, a run has several sets."""
+    names = [("glue m t emoe 1", seed, "ood", "", "balanced_accuracy") for seed in seeds]
+    rows = pd.DataFrame(names, columns=KEYS).assign(value=[repr(value) for value in values])
+    rows["eval_task"] = rows.groupby("seed").cumcount().astype(str)
+    return Numbers(rows.assign(machine="one"), {"one": {}}, "code")
+
+
+@pytest.mark.parametrize(
+    ("values", "seeds", "differences", "limit"),
+    [
+        # the standard error of the old mean
+        ([0.80, 0.81, 0.82, 0.83], [0, 1, 2, 3], [0.007] * 4, 0.00645),
+        ([0.80, 0.81, 0.82, 0.83], [0, 1, 2, 3], [0.006] * 4, None),
+        # without one, a single number may differ by its tolerance, 0.02
+        ([0.80] * 4, [0, 1, 2, 3], [0.006] * 4, 0.005),
+        ([0.80] * 4, [0, 1, 2, 3], [0.019, 0.0, 0.0, 0.0], None),
+        # the differences scatter, with a standard deviation of 0.0104: 4 errors are 0.0208
+        ([0.80] * 4, [0, 1, 2, 3], [0.018, 0.0, 0.018, 0.0], None),
+        # one seed has no error
+        ([0.80, 0.60, 0.70], [0, 0, 0], [0.019] * 3, None),
+        ([0.80, 0.60, 0.80, 0.60], [0, 0, 1, 1], [0.019] * 4, 0.005),
+    ],
+)
+def test_a_mean_may_shift_up_to_its_limit(
+    values: list[float], seeds: list[int], differences: list[float], limit: float | None
+) -> None:
+    before = balanced_accuracies(values, seeds)
+    after = add(before, np.array(differences))
+    assert compare(before, after, "full").shifts.empty  # a machine repeats every digit
+    result = compare(before, after, "full", elsewhere=True)
+    assert result.differences.empty
+    assert result.passed == (limit is None)
+    assert list(result.shifts["limit"]) == pytest.approx(
+        [] if limit is None else [limit], rel=0.001
+    )
+
+
+def test_a_single_number_within_its_tolerance_is_no_shift() -> None:
+    blessed = read_reference("mini")
+    for row in np.flatnonzero(is_score(blessed))[::80]:
+        difference = np.zeros(len(blessed.rows))
+        difference[row] = 0.0099
+        result = compare(blessed, add(blessed, difference), "mini", elsewhere=True)
+        assert result.passed, str(result)
+
+
 def test_the_tolerant_check_sees_swapped_methods_and_scores() -> None:
     blessed = read_reference("smoke")
     records, scores = (
@@ -120,22 +249,27 @@ def test_the_tolerant_check_sees_swapped_methods_and_scores() -> None:
 
 
 @pytest.mark.parametrize(
-    ("metric", "before", "after", "agrees"),
+    ("benchmark", "metric", "before", "after", "agrees"),
     [
-        ("balanced_accuracy", "0.5", "0.52", True),
-        ("balanced_accuracy", "0.5", "0.54", False),
-        ("loss", "10.0", "10.09", True),  # relative above 1
-        ("loss_3", "nan", "nan", True),
-        ("loss_3", "0.5", "nan", False),
-        ("loads", "100 100", "101 99", True),
-        ("loads", "10 10", "10 10 0", False),
-        ("content", "rows 3", "rows 4", False),
+        ("glue", "balanced_accuracy", "0.5", "0.515", True),
+        ("glue", "balanced_accuracy", "0.5", "0.525", False),
+        ("llama", "accuracy", "0.5", "0.525", False),
+        ("domainbed", "accuracy", "0.5", "0.55", True),  # training makes rounding errors grow
+        ("domainbed", "accuracy", "0.5", "0.57", False),
+        ("glue", "loss_3", "0.5", "0.5002", False),
+        ("domainbed", "loss_3", "0.5", "0.504", True),
+        ("glue", "loss", "10.0", "10.09", True),  # relative above 1
+        ("glue", "loss_3", "nan", "nan", True),
+        ("glue", "loss_3", "0.5", "nan", False),
+        ("glue", "loads", "100 100", "101 99", True),
+        ("glue", "loads", "10 10", "10 10 0", False),
+        ("glue", "content", "rows 3", "rows 4", False),
     ],
 )
 def test_numbers_of_two_machines_agree_within_the_tolerance(
-    metric: str, before: str, after: str, agrees: bool
+    benchmark: str, metric: str, before: str, after: str, agrees: bool
 ) -> None:
-    assert values_agree(before, after, tolerance_of(metric)) == agrees
+    assert values_agree(before, after, tolerance_of(metric, benchmark)) == agrees
     assert values_agree(before, after, 0) == (before == after)
 
 

@@ -121,6 +121,8 @@ class Metric(Strict):
     tolerance: Annotated[float, Field(ge=0)] | None = None
     """Largest stored difference that `make check` accepts between machines. Null: it does not
     compare the values."""
+    tolerance_by_benchmark: dict[str, Positive] = Field(default_factory=dict)
+    """The tolerance of benchmarks whose numbers differ more, by the benchmark's name."""
     equivalence_margin: Positive | None = None
     """Largest stored difference between two methods that is negligible, for the tests of claims."""
 

@@ -1,0 +1,166 @@
+"""Find groups of numbers whose mean differs between two machines by more than rounding explains.
+
+Rounding errors scatter around zero. A wrong change of the code can move all numbers of a group one
+way while each of them stays within its tolerance.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.harness.config.catalogue import load_metrics
+from benchmarks.harness.results.records import AS
+
+SHIFT_COLUMNS = ["group", "part", "metric", "numbers", "before", "after", "limit"]
+_GROUP = ["group", "part", "metric"]
+# a shift that is larger than this many of its standard errors is not a matter of rounding
+_ERRORS = 4
+# numbers that agree in these columns are paired if their methods differ
+_PAIRED = ["benchmark", "model", "task", "seed", "part", "eval_task", "metric"]
+
+
+def find_shifts(rows: pd.DataFrame) -> pd.DataFrame:
+    """Find the groups of numbers whose mean has shifted.
+
+    A group has one part and one metric. It consists of either
+
+    - all runs that differ only in the seed,
+    - all runs of one method in a benchmark, or
+    - the differences of two methods in a benchmark, paired by model, task, seed and evaluated task.
+
+    The limit of a group is the largest of
+
+    - the standard error of its old mean over the seeds,
+    - four standard errors of the shift, and
+    - ``tolerance / numbers``, because a single number may differ by its tolerance.
+
+    A group with one seed has no standard error and is not compared.
+
+    Args:
+        rows: One row per number, with the columns ``run`` (the settings without the seed),
+            ``seed``, ``part``, ``eval_task``, ``metric``, ``value_before``, ``value_after`` (texts)
+            and ``tolerance``. Rows with a tolerance of 0 are skipped, and so are metrics that
+            ``metrics.yaml`` does not have.
+
+    Returns:
+        One row per shifted group, with the columns :data:`SHIFT_COLUMNS`: the name of the group,
+        its part and metric, the count of numbers, the old and the new mean, and the limit.
+    """
+    is_compared = (rows["tolerance"] > 0) & rows["metric"].isin(list(load_metrics()))
+    # on one machine, all tolerances are 0
+    if not is_compared.any():
+        return pd.DataFrame(columns=SHIFT_COLUMNS)
+
+    numbers = _read_numbers(rows[is_compared])
+    of_runs = numbers.assign(group=numbers["run"])
+    of_methods = numbers.assign(group=numbers["benchmark"] + ", all runs of " + numbers["method"])
+    # with the same settings in all runs, the group would be one of the above
+    has_settings = of_methods.groupby("group")["run"].transform("nunique") > 1
+    differences = _differences_of_methods(numbers)
+
+    means = pd.concat(
+        [
+            _group_means(of_runs),
+            _group_means(of_methods[has_settings]),
+            _group_means(differences),
+        ],
+        ignore_index=True,
+    )
+    shift = means["after"] - means["before"]
+    return means.loc[shift.abs() > means["limit"], SHIFT_COLUMNS]
+
+
+def _read_numbers(compared: pd.DataFrame) -> pd.DataFrame:
+    """Convert the texts of numbers, and add the settings of their runs.
+
+    The added columns are ``benchmark``, ``model``, ``task``, ``method``, ``before``, ``after`` and
+    ``scatter``. The method of a converted model is the one that it was converted to.
+    """
+    # absent and damaged texts become nan
+    before = pd.to_numeric(compared["value_before"], errors="coerce")
+    after = pd.to_numeric(compared["value_after"], errors="coerce")
+    settings = compared["run"].str.split(" ")
+    # without a conversion, the second and third columns are empty texts
+    parts = compared["part"].str.partition(AS)
+    converted_to = parts[2]
+    numbers = compared.assign(
+        run=compared["run"] + parts[1] + converted_to,
+        benchmark=settings.str[0],
+        model=settings.str[1],
+        task=settings.str[2],
+        method=converted_to.where(converted_to != "", settings.str[3]),
+        part=parts[0],
+        before=before,
+        after=after,
+        # the tolerance of a single number is relative above 1, too
+        tolerance=compared["tolerance"] * before.abs().clip(lower=1),
+    )
+    is_finite = np.isfinite(numbers["before"]) & np.isfinite(numbers["after"])
+    finite = numbers[is_finite]
+    return finite.assign(scatter=_scatter(finite))
+
+
+def _scatter(numbers: pd.DataFrame) -> pd.Series[float]:
+    """Return how much the differences of single numbers scatter, for each number.
+
+    It is the standard deviation over the seeds, pooled over a benchmark's numbers of the same part
+    and metric. A shift of all seeds does not enlarge it.
+    """
+    difference = numbers["after"] - numbers["before"]
+    one_number = [numbers[key] for key in ("run", "part", "eval_task", "metric")]
+    over_seeds = difference.groupby(one_number)
+    squares = (difference - over_seeds.transform("mean")) ** 2
+    # each mean takes one degree of freedom
+    freedom = 1 - 1 / over_seeds.transform("size")
+
+    pool = [numbers[key] for key in ("benchmark", "part", "metric")]
+    pooled_squares = squares.groupby(pool).transform("sum")
+    pooled_freedom = freedom.groupby(pool).transform("sum")
+    variance = pooled_squares / pooled_freedom
+    return np.sqrt(variance)
+
+
+def _differences_of_methods(numbers: pd.DataFrame) -> pd.DataFrame:
+    """Subtract the numbers of every two methods of a benchmark.
+
+    A method's runs with other settings, such as learning rates, are averaged first.
+
+    Returns:
+        One row per difference, with the columns of ``_PAIRED``, ``group``, ``before``, ``after``,
+        ``tolerance`` and ``scatter``.
+    """
+    columns = ["before", "after", "tolerance", "scatter"]
+    of_methods = numbers.groupby([*_PAIRED, "method"], as_index=False)[columns].mean()
+    pairs = of_methods.merge(of_methods, on=_PAIRED, suffixes=("", "_other"))
+    # every pair once
+    pairs = pairs[pairs["method"] < pairs["method_other"]]
+    return pairs.assign(
+        group=pairs["benchmark"] + ", " + pairs["method"] + " - " + pairs["method_other"],
+        before=pairs["before"] - pairs["before_other"],
+        after=pairs["after"] - pairs["after_other"],
+        # rounding errors of the two methods are independent
+        tolerance=np.hypot(pairs["tolerance"], pairs["tolerance_other"]),
+        scatter=np.hypot(pairs["scatter"], pairs["scatter_other"]),
+    )
+
+
+def _group_means(numbers: pd.DataFrame) -> pd.DataFrame:
+    """Return the means of each group with at least two seeds, and how far they may shift.
+
+    The columns are :data:`SHIFT_COLUMNS`. A mean is over the means of the seeds.
+    """
+    seed_means = numbers.groupby([*_GROUP, "seed"])[["before", "after"]].mean()
+    seeds = seed_means.groupby(_GROUP)
+    means = seeds.mean()
+    error_of_mean = seeds["before"].sem()
+
+    groups = numbers.groupby(_GROUP)
+    counts = groups.size()
+    error_of_shift = groups["scatter"].mean() / np.sqrt(counts)
+    of_one_number = groups["tolerance"].mean() / counts
+
+    limits = pd.concat([error_of_mean, _ERRORS * error_of_shift, of_one_number], axis=1)
+    described = means.assign(numbers=counts, limit=limits.max(axis=1))
+    has_seeds = seeds.size() > 1
+    return described[has_seeds].reset_index()
