@@ -17,9 +17,9 @@ from benchmarks.harness.base import BENCHMARKS, OVERRIDES, DataError, Definition
 from benchmarks.harness.config.suite import Suite, load_suite
 from benchmarks.harness.report.artifacts import numbers_file
 from benchmarks.harness.report.claims import Claim, Comparison, load_claims
+from benchmarks.harness.report.claims_figure import draw_claims
 from benchmarks.harness.report.claims_table import (
     claims_table,
-    draw_claims,
     judge_claims,
     read_claim_numbers,
     write_claim_numbers,
