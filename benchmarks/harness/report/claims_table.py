@@ -26,7 +26,7 @@ from benchmarks.harness.report.claims import (
     claimed_benchmarks,
     load_claims,
 )
-from benchmarks.harness.report.claims_figure import draw_claims
+from benchmarks.harness.report.claims_figure import draw_all_claims
 from benchmarks.harness.report.common import COMPARED, interval_text, name_or_count
 from benchmarks.harness.report.evidence import (
     Evidence,
@@ -133,11 +133,10 @@ class ClaimRow:
 
 
 def write_claims(suite: Suite, rows: pd.DataFrame) -> None:
-    """Write the table and both figures of the claims. ``rows`` are from :func:`judge_claims`."""
+    """Write the table and the figures of the claims. ``rows`` are from :func:`judge_claims`."""
     folder = paths.RESULTS / suite.name
     claims_table(suite, rows).write(folder / "tables")
-    draw_claims(rows[rows["headline"]], folder / "figures" / CLAIMS.name)
-    draw_claims(rows, folder / "figures" / CLAIMS.stem("all"))
+    draw_all_claims(suite, rows, folder / "figures")
 
 
 def write_claim_numbers(suite: str, benchmark: str, numbers: pd.DataFrame) -> None:
