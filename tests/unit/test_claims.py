@@ -16,11 +16,17 @@ from scipy import stats
 from benchmarks.harness.base import BENCHMARKS, OVERRIDES, DataError, DefinitionError
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.suite import Suite, load_suite
-from benchmarks.harness.report.artifacts import numbers_file
-from benchmarks.harness.report.claims import Claim, Comparison, PaperEffect, load_claims
+from benchmarks.harness.report.artifacts import claim_artifacts, numbers_file
+from benchmarks.harness.report.claims import (
+    Claim,
+    Comparison,
+    PaperEffect,
+    claimed_benchmarks,
+    load_claims,
+)
+from benchmarks.harness.report.claims_figure import draw_all_claims
 from benchmarks.harness.report.claims_table import (
     claims_table,
-    draw_claims,
     judge_claims,
     read_claim_numbers,
     verdict_sentences,
@@ -34,6 +40,7 @@ from benchmarks.harness.report.evidence import (
     find_gap,
     judge,
 )
+from benchmarks.harness.report.plots import is_drawn
 from benchmarks.harness.results.statistics import holm
 from tests import fake_runs
 from tests.drawn import watched
@@ -465,10 +472,22 @@ def test_differences_are_those_of_the_runs_and_the_table_shows_them(
     ]
 
 
-def test_no_text_of_the_picture_touches_another(rows: pd.DataFrame, tmp_path: Path) -> None:
+def test_no_text_of_a_picture_touches_another_and_each_has_its_file(
+    suite: Suite, rows: pd.DataFrame, tmp_path: Path
+) -> None:
     with watched() as faults:
-        draw_claims(rows[rows["headline"]], tmp_path / "claims")
+        draw_all_claims(suite, rows, tmp_path)
     assert faults == []
+    drawn = {file.name for file in tmp_path.iterdir() if is_drawn(file)}
+    assert drawn == {Path(file).name for file in claim_artifacts(suite).figure_files("mini")}
+    stems = {"claims", "claims_narrow", "claims_glue_lora", "claims_domainbed", "claims_llama"}
+    assert {Path(name).stem for name in drawn} == stems
+
+
+def test_only_a_benchmark_with_a_test_in_points_has_a_figure() -> None:
+    suite = load_suite({"suite": "full", "benchmarks": ["glue", "speed"]})
+    assert "speed" in claimed_benchmarks(suite)
+    assert claim_artifacts(suite).figures == ["", "narrow", "glue"]
 
 
 def test_the_command_prints_the_table(

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.report.claims_figure import draw_claims
 from benchmarks.harness.report.presentation import present
 from tests import fake_runs
-from tests.drawn import faults, watched
+from tests.drawn import drawn_texts, faults, watched
 from tests.planned import plan
 
 
@@ -62,3 +71,126 @@ def test_faults_of_a_figure_are_listed() -> None:
     expected = {"is 8.0 by 2.0 inches", "'one' touches 'two'", "'small' has 5 points"}
     assert expected | {"'goes on beyond the edge' is cut at the edge"} <= set(faults(figure))
     plt.close(figure)
+
+
+# like the main tests in the suite `full`, but with every verdict; the questions come first
+MAIN_TESTS = """
+claim_title,test,effect,delta,low,high,n,pair,verdict
+It scales to Llama,"questions, LoRA",0.78,-1.19,-4.07,1.69,281,question,undecided
+EMoE is better in domain,"text, full fine-tuning",0.1,0.00,-0.56,0.57,16,seed,undecided
+EMoE is better in domain,"text, LoRA",0.79,0.05,-0.30,0.34,32,seed,equivalent
+EMoE generalises better across images,"images, full fine-tuning",0.83,-4.17,-5.82,-2.53,20,trial,contradicted
+avg-k gating beats a learned gate,"published softmax gate: text, LoRA",0.72,0.84,0.46,1.19,32,seed,supported
+"Trained with experts and used without, it beats the dense model","text in domain, LoRA",1.21,-0.02,,,1,seed,untestable
+"""
+
+
+def main_tests() -> pd.DataFrame:
+    """Return the main tests as rows of `judge_claims`, with the columns that are drawn."""
+    rows = pd.read_csv(io.StringIO(MAIN_TESTS))
+    differences = []
+    counts = []
+    for row in rows.itertuples():
+        interval = f" [{row.low:+.2f}, {row.high:+.2f}]" if row.n > 1 else ""
+        differences.append(f"{row.delta:+.2f} points{interval}")
+        counts.append(f"{row.n} {row.pair}{'s' if row.n > 1 else ''}")
+    return rows.assign(unit="points", margin=0.35, runs_shown=differences, n_shown=counts)
+
+
+@contextmanager
+def saved_figures() -> Iterator[list[Figure]]:
+    """List the figures that are saved in the context, once each."""
+    figures: list[Figure] = []
+
+    def save(figure: Figure, path: Any, **options: Any) -> None:
+        Path(path).touch()
+        if options["format"] == "png":
+            figure.draw_without_rendering()  # lays it out
+            figures.append(figure)
+
+    with mock.patch.object(Figure, "savefig", save):
+        yield figures
+
+
+def claims_drawn(folder: Path, narrow: bool) -> Figure:
+    """Return the figure of the main tests."""
+    with saved_figures() as figures:
+        draw_claims(main_tests(), folder / "claims", narrow=narrow)
+    (figure,) = figures
+    return figure
+
+
+@pytest.mark.parametrize(("narrow", "pixels"), [(False, 760), (True, 360)])
+def test_the_claims_are_readable_at_the_width_of_a_page_and_of_a_telephone(
+    narrow: bool, pixels: int, tmp_path: Path
+) -> None:
+    figure = claims_drawn(tmp_path, narrow)
+    assert faults(figure) == []
+    inches = figure.get_size_inches()[0]
+    smallest = min(size for _, _, size in drawn_texts(figure))
+    assert smallest / 72 * pixels / inches >= 11  # pixels
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_claims_say_their_interval_and_count_their_pairs(narrow: bool, tmp_path: Path) -> None:
+    texts = [text for text, _, _ in drawn_texts(claims_drawn(tmp_path, narrow))]
+    shown = " ".join(texts).replace("\n", " ")
+    assert "95 % interval" in shown
+    for title in (*main_tests()["claim_title"], *main_tests()["test"]):
+        assert title in shown
+    differences = re.findall(r"([+−-]\d\.\d\d(?: \[.*?\])?),? (n \d+ \w+)", shown)
+    assert sorted(differences) == sorted(
+        [
+            ("−1.19 [−4.07, +1.69]", "n 281 questions"),
+            ("+0.00 [−0.56, +0.57]", "n 16 seeds"),
+            ("+0.05 [−0.30, +0.34]", "n 32 seeds"),
+            ("−4.17 [−5.82, −2.53]", "n 20 trials"),
+            ("+0.84 [+0.46, +1.19]", "n 32 seeds"),
+            ("−0.02", "n 1 seed"),
+        ]
+    )
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_claims_on_questions_are_apart_at_the_bottom(narrow: bool, tmp_path: Path) -> None:
+    box_of = {text: box for text, box, _ in drawn_texts(claims_drawn(tmp_path, narrow))}
+    (heading,) = [
+        box for text, box in box_of.items() if text == "Pairs are questions, not trainings"
+    ]
+    for text, box in box_of.items():
+        if re.search(r"n \d+ (seed|trial)", text):
+            assert box.y0 > heading.y1
+        elif "n 281 questions" in text or "Llama" in text:
+            assert box.y1 < heading.y0
+
+
+def test_claims_on_trainings_alone_have_no_heading(tmp_path: Path) -> None:
+    rows = main_tests()
+    with saved_figures() as figures:
+        draw_claims(rows[rows["pair"] != "question"], tmp_path / "claims")
+    texts = [text for text, _, _ in drawn_texts(figures[0])]
+    assert "EMoE is better in domain" in texts
+    assert not any(text.startswith("Pairs are") for text in texts)
+
+
+def test_every_verdict_has_a_mark_of_its_own_even_without_colour(tmp_path: Path) -> None:
+    (legend,) = claims_drawn(tmp_path, narrow=False).legends
+    series = [text.get_text() for text in legend.get_texts()]
+    assert set(series) == {*main_tests()["verdict"], "the paper"}
+    marks = [(mark.get_marker(), mark.get_mfc() == "white") for mark in legend.legend_handles]
+    assert len(set(marks)) == len(series)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_no_margin_is_behind_a_cross_of_the_paper(narrow: bool, tmp_path: Path) -> None:
+    num_crosses = 0
+    for axis in claims_drawn(tmp_path, narrow).axes:
+        bands = [patch.get_bbox() for patch in axis.patches]
+        assert bands
+        assert [(band.x0, band.x1) for band in bands] == [pytest.approx((-0.35, 0.35))] * len(bands)
+        for line in axis.lines:
+            if line.get_marker() == "x" and len(line.get_ydata()):
+                num_crosses += 1
+                (height,) = line.get_ydata()
+                assert not any(band.y0 <= height <= band.y1 for band in bands)
+    assert num_crosses == len(main_tests())

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 import pytest
+from PIL import Image
 
 from benchmarks.__main__ import cli
 from benchmarks.harness import base as paths
@@ -90,6 +91,18 @@ def test_claims_come_first_and_each_benchmark_has_one_open_table(page_file: Path
     assert "`" not in re.sub(
         r"<(script|style)>.*?</\1>", "", text, flags=re.DOTALL
     )  # code in captions is marked
+
+
+def test_a_telephone_gets_the_narrow_figure_of_the_claims(
+    browser: Browser, page_file: Path
+) -> None:
+    for width, name in ((390, "claims_narrow"), (1280, "claims")):
+        page, _ = opened(browser, page_file, width)
+        image = page.locator("#claims picture img")
+        size = image.evaluate("(image) => [image.naturalWidth, image.naturalHeight]")
+        with Image.open(page_file.parent / f"figures/{name}.png") as written:
+            assert tuple(size) == written.size
+        assert image.bounding_box()["width"] <= width  # type: ignore[index]
 
 
 def test_runs_of_a_row_are_those_with_its_names() -> None:

@@ -17,7 +17,6 @@ from benchmarks.harness.base import hide_passwords
 from benchmarks.harness.config import catalogue, runs
 from benchmarks.harness.config.suite import load_suite, suite_names
 from benchmarks.harness.report import artifacts, claims, paper_items
-from benchmarks.harness.report.artifacts import CLAIMS
 from benchmarks.harness.run import devices
 from benchmarks.harness.run.data import missing_sets
 from benchmarks.harness.run.forkserver import Server
@@ -51,6 +50,7 @@ with one_line_errors():
     SHOWN = artifacts.suite_artifacts(SUITE)
     RECORDS = targets.parts_by_records(SUITE)
     CLAIMED = claims.claimed_benchmarks(SUITE)
+    CLAIM_ARTIFACTS = artifacts.claim_artifacts(SUITE)
     # both refuse wrong files before any work
     artifacts.all_artifacts()
     paper_items.load_paper()

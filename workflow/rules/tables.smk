@@ -75,8 +75,8 @@ if CLAIMED:
             sources_of(*CLAIMED),
             local(sources.claim_sources()),
         output:
-            CLAIMS.table_files(SUITE.name),
-            CLAIMS.figure_files(SUITE.name),
+            CLAIM_ARTIFACTS.table_files(SUITE.name),
+            CLAIM_ARTIFACTS.figure_files(SUITE.name),
             paper_items.main_files(SUITE.name),
         log:
             f"results/logs/{SUITE.name}/table_of_claims.txt",

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import BENCHMARKS, DefinitionError
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
+from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.names import target_name
 from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.report.claims import claimed_benchmarks, load_claims
 
 FORMATS = ("csv", "md", "tex", "html")
 FIGURE_FORMATS = ("pdf", "png")
+NARROW = "narrow"  # the name of a figure for telephones
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,28 @@ class Artifacts:
         return str(paths.RESULTS / suite / "sections" / f"{self.name}.json")
 
 
-# the table `claims`, and the figures `claims` and `claims_all`
-CLAIMS = Artifacts("claims", None, [""], ["", "all"])
+# the table `claims`, and the figures of the main tests: `claims` and `claims_narrow`
+CLAIMS = Artifacts("claims", None, [""], ["", NARROW])
+
+
+def claim_artifacts(suite: Suite) -> Artifacts:
+    """Return the names of the table and all figures of the claims.
+
+    Besides the figures of the main tests, each benchmark with a test in points has a figure of all
+    its tests, such as ``claims_glue``.
+    """
+    return replace(CLAIMS, figures=[*CLAIMS.figures, *claimed_in_points(suite)])
+
+
+def claimed_in_points(suite: Suite) -> list[str]:
+    """Return a suite's benchmarks with a score in percent that a claim compares."""
+    metrics = load_metrics()
+    in_points = set()
+    for claim in load_claims().values():
+        for test in claim.tests:
+            if test.compare and metrics[test.compare.metric].unit == "%":
+                in_points.add(test.compare.benchmark)
+    return [name for name in claimed_benchmarks(suite) if name in in_points]
 
 
 def numbers_file(suite: str, benchmark: str) -> str:

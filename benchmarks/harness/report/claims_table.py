@@ -27,6 +27,7 @@ from benchmarks.harness.report.claims import (
     load_claims,
     loss_comparison,
 )
+from benchmarks.harness.report.claims_figure import draw_all_claims
 from benchmarks.harness.report.common import COMPARED, interval_text, name_or_count
 from benchmarks.harness.report.evidence import (
     Evidence,
@@ -37,9 +38,7 @@ from benchmarks.harness.report.evidence import (
     find_gap,
     judge,
 )
-from benchmarks.harness.report.plots import draw_forest, placeholder_figure
 from benchmarks.harness.report.presentation import has_random_weights
-from benchmarks.harness.report.style import MethodStyle
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.statistics import Difference, holm
 
@@ -74,19 +73,6 @@ _TABLE_CAPTION = (
 # endpoints of the tests
 _MAIN = "main"
 _LOSS = "loss"
-
-# names of series in the figures, besides the verdicts
-_NO_VERDICT = "random weights"
-_PAPER = "the paper"
-_STYLES = {
-    Verdict.SUPPORTED: MethodStyle("#0072b2", "o"),
-    Verdict.CONTRADICTED: MethodStyle("#d55e00", "X"),
-    Verdict.UNDECIDED: MethodStyle("#777777", "D"),
-    Verdict.UNTESTABLE: MethodStyle("#777777", "D", hollow=True),
-    Verdict.EQUIVALENT: MethodStyle("#8a5a9e", "<"),
-    _NO_VERDICT: MethodStyle("#777777", "o"),
-    _PAPER: MethodStyle("#222222", "x"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,11 +153,10 @@ class ClaimRow:
 
 
 def write_claims(suite: Suite, rows: pd.DataFrame) -> None:
-    """Write the table and both figures of the claims. ``rows`` are from :func:`judge_claims`."""
+    """Write the table and the figures of the claims. ``rows`` are from :func:`judge_claims`."""
     folder = paths.RESULTS / suite.name
     claims_table(suite, rows).write(folder / "tables")
-    draw_claims(rows[rows["headline"]], folder / "figures" / CLAIMS.name)
-    draw_claims(rows, folder / "figures" / CLAIMS.stem("all"))
+    draw_all_claims(suite, rows, folder / "figures")
 
 
 def write_claim_numbers(suite: str, benchmark: str, numbers: pd.DataFrame) -> None:
@@ -583,45 +568,3 @@ def _count_text(rows: pd.DataFrame) -> str:
     """Count the verdicts of some tests, such as ``2 supported, 5 undecided``."""
     counts = rows["verdict"].value_counts()
     return ", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict if verdict in counts)
-
-
-def draw_claims(rows: pd.DataFrame, path: Path) -> None:
-    """Draw a forest plot of the tests in points, with one panel per claim.
-
-    Crosses mark the paper's effects.
-
-    ``rows`` are from :func:`judge_claims`. Writes ``<path>.pdf`` and ``.png``. Tests in other
-    units, and claims without evidence, appear only in the table.
-    """
-    has_number = rows["delta"].notna()
-    is_in_points = rows["unit"].eq("points")
-    shown = rows[has_number & is_in_points]
-    if shown.empty:
-        placeholder_figure(path)
-        return
-
-    marks = pd.concat([_our_marks(shown), _paper_marks(shown)])
-    numbers = ["delta", "low", "high", "margin"]
-    marks[numbers] /= 100  # draw_forest takes shares and prints points
-    with_places = marks.assign(
-        panel=marks["claim_title"], line=marks["test"], style=marks["series"].map(_STYLES)
-    )
-    draw_forest(with_places, path, "Points; shaded: no difference that matters")
-
-
-def _our_marks(rows: pd.DataFrame) -> pd.DataFrame:
-    """Add the columns ``series`` and ``text``, for the marks of our differences.
-
-    ``series`` is the entry of the legend, and ``text`` is printed beside the mark.
-    """
-    series = rows["verdict"].replace(MISSING, _NO_VERDICT)
-    intervals = rows["runs_shown"].str.replace(" points", "")
-    counts = rows["n"].astype(int).astype(str)
-    return rows.assign(series=series, text=intervals + ", n " + counts)
-
-
-def _paper_marks(rows: pd.DataFrame) -> pd.DataFrame:
-    """Make the marks of the paper's effects, one per row with a known effect."""
-    with_effect = rows[rows["effect"].notna()]
-    # n = 0, so that the mark is drawn without an interval
-    return with_effect.assign(delta=with_effect["effect"], n=0, series=_PAPER, text="")

@@ -23,7 +23,7 @@ from benchmarks.harness import base as paths
 from benchmarks.harness.base import write_text
 from benchmarks.harness.config.catalogue import model_title
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.report.artifacts import CLAIMS, artifacts_of
+from benchmarks.harness.report.artifacts import CLAIMS, NARROW, artifacts_of
 from benchmarks.harness.report.claims import claimed_benchmarks
 from benchmarks.harness.report.claims_table import CAPTION, verdict_sentences
 from benchmarks.harness.report.common import name_or_count
@@ -125,12 +125,9 @@ class _Page:
 
         ``path`` has no ending.
         """
-        # the image is text inside the page, so that the page is one file
-        content = path.with_suffix(".png").read_bytes()
-        image = base64.b64encode(content).decode()
         return {
             "name": path.name,
-            "image": f"data:image/png;base64,{image}",
+            "image": _read_image(path),
             "files": self.link(path),
             "caption": caption,
             "alt": caption_title(caption),
@@ -195,12 +192,18 @@ class _Page:
         for title, tests in rows.groupby("claim_title", sort=False):
             tests_by_claim[title] = tests.to_dict("records")
 
+        figures = self.results / "figures"
+        figure = self.drawn_figure(figures / CLAIMS.name, CAPTION)
+        if figure:
+            narrow_image = _read_image(figures / CLAIMS.stem(NARROW))
+            figure = {**figure, "narrow_image": narrow_image}  # for telephones
+
         main_caption = load_paper().items[main_item()].caption or ""
         return {
             "sentences": [] if is_random else verdict_sentences(rows),
             "tests": tests_by_claim,
             "table": self.table(CLAIMS.name, "Every test"),
-            "figure": self.drawn_figure(self.results / "figures" / CLAIMS.name, CAPTION),
+            "figure": figure,
             "main": self.drawn_figure(main_figure(self.suite.name), main_caption),
         }
 
@@ -312,6 +315,16 @@ def _sum_machines(sections: Iterable[Section]) -> list[Machine]:
             facts = tuple(machine.facts.items())
             runs[facts] += machine.runs
     return [Machine(runs=count, facts=dict(facts)) for facts, count in runs.most_common()]
+
+
+def _read_image(path: Path) -> str:
+    """Return a written figure as a URL that contains the image, so that the page is one file.
+
+    ``path`` has no ending.
+    """
+    content = path.with_suffix(".png").read_bytes()
+    text = base64.b64encode(content).decode()
+    return f"data:image/png;base64,{text}"
 
 
 def _read_trusted(path: Path) -> Markup:

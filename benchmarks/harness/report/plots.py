@@ -9,7 +9,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +41,23 @@ STYLE: Any = {
     "grid.color": "#e3e3e3",
     "axes.axisbelow": True,
     "pdf.fonttype": 42,
+    "savefig.dpi": 160,
 }
 CURVES = {**STYLE, "axes.grid.axis": "both"}
+_NARROW_STYLE = {**STYLE, "savefig.dpi": 320}  # telephones have small pixels
 HEATMAP = {**STYLE, "axes.grid": False, "font.size": 7}
 
 WIDTH = 6.9  # inches of a page's text, the largest width of a figure
 FEW = 3  # minimum number of pairs for drawing an interval
 # sizes in a forest plot, in inches
 _FOREST_WIDTH = 6.0
-_LINE_HEIGHT = 0.26
-_TITLE_WIDTH = 3.5
-_TITLE_HEIGHT = 0.3  # the title of a panel
+_NARROW_WIDTH = 3.0
+_HEADING_HEIGHT = 0.3  # the heading of a group of panels
 _LEGEND_LINE_HEIGHT = 0.07  # added for each series in the legend
 _AXIS_HEIGHT = 0.5  # the axis at the bottom and its label
-# sizes in a panel of a forest plot, in lines
-_MARKED_SHARE = 0.8  # the part of a line's height where its marks are spread
-_PANEL_BORDER = 0.6  # the space above and below the lines of a panel, together
+_LABEL_HEIGHT = 0.115  # a line of text above marks
+_ABOVE_MARKS_HEIGHT = 0.22  # the marks under such a text
+_BAND_HEIGHT = 0.11  # the shaded margin around zero
 _LONG_SERIES = 30  # letters; with a name of this length the legend has one column, else three
 
 
@@ -74,64 +75,206 @@ def count_text(counts: Iterable[float], unit: str = "seeds") -> str:
     return f"n = {most} {unit}"
 
 
-def draw_forest(rows: pd.DataFrame, path: Path, label: str, *, zero: bool = True) -> None:
+@dataclass(frozen=True)
+class _ForestShape:
+    """The sizes of a forest plot.
+
+    Attributes:
+        width: The width of the figure in inches.
+        title_width: The largest width of a title in inches.
+        title_height: The space for a title in inches.
+        line_height: The height of a line in inches.
+        panel_border: The space above and below the lines of a panel, together, in lines.
+        marks_middle: How far the marks of a line are below its middle, as a part of its height.
+        marks_share: The part of a line's height where its marks are spread.
+        labels_above: True to print the titles of lines, and texts, above the marks. False to print
+            them beside the marks.
+        legend_columns: The largest number of columns of the legend.
+        style: The settings of matplotlib.
+    """
+
+    width: float
+    title_width: float
+    title_height: float
+    line_height: float
+    panel_border: float
+    marks_middle: float
+    marks_share: float
+    labels_above: bool
+    legend_columns: int
+    style: Any
+
+
+_WIDE = _ForestShape(
+    width=_FOREST_WIDTH,
+    title_width=3.5,
+    title_height=0.3,
+    line_height=0.26,
+    panel_border=0.6,
+    marks_middle=0.0,
+    marks_share=0.8,
+    labels_above=False,
+    legend_columns=3,
+    style=STYLE,
+)
+
+
+def _narrow_shape(rows: pd.DataFrame) -> _ForestShape:
+    """Return the sizes of a forest plot for a telephone, 360 pixels wide.
+
+    A letter of 7 points is then 11.7 pixels high.
+    """
+    most_lines = max(label.count("\n") + 1 for label in _labels_above(rows))
+    label_height = most_lines * _LABEL_HEIGHT
+    line_height = label_height + _ABOVE_MARKS_HEIGHT
+    return _ForestShape(
+        width=_NARROW_WIDTH,
+        title_width=_NARROW_WIDTH,
+        title_height=0.38,  # titles often have two lines
+        line_height=line_height,
+        panel_border=0.2,
+        marks_middle=0.5 * label_height / line_height,
+        marks_share=0.9 * _ABOVE_MARKS_HEIGHT / line_height,
+        labels_above=True,
+        legend_columns=2,
+        style=_NARROW_STYLE,
+    )
+
+
+def draw_forest(
+    rows: pd.DataFrame, path: Path, label: str, *, zero: bool = True, narrow: bool = False
+) -> None:
     """Draw a forest plot: marks with 95 % intervals, one panel below the other.
 
     Args:
         rows: One row per mark. ``panel``, ``line`` (the vertical position) and ``series`` (the
             entry of the legend) are titles. ``style`` is the style of the mark, and ``delta`` its
             value. The interval from ``low`` to ``high`` is drawn if ``n`` is at least :data:`FEW`.
-            Two columns are optional: ``margin`` shades the panel around zero, and ``text`` is
-            printed beside the mark. Numbers are shares and are drawn in points.
+            Three columns are optional. ``margin`` shades the space around zero behind the mark, if
+            it is not nan. ``text`` is printed beside the line of the mark. ``group`` is a heading
+            above the first of its panels, if it is not empty. Numbers are shares and are drawn in
+            points.
         path: The path without ending.
         label: The label of the axis.
         zero: True to draw a line at zero.
+        narrow: True to draw for a telephone. The titles of lines and ``text`` are then above the
+            marks.
     """
-    panels = list(rows.groupby("panel", sort=False))
-    panel_heights = [panel["line"].nunique() + _PANEL_BORDER for _, panel in panels]  # in lines
+    shape = _narrow_shape(rows) if narrow else _WIDE
+    grouped = rows if "group" in rows else rows.assign(group="")
+    panels = list(grouped.groupby(["group", "panel"], sort=False))
+    # in lines
+    panel_heights = [panel["line"].nunique() + shape.panel_border for _, panel in panels]
+    num_headings = grouped.loc[grouped["group"] != "", "group"].nunique()
     figure_height = (  # in inches
-        _LINE_HEIGHT * sum(panel_heights)
-        + _TITLE_HEIGHT * len(panels)
+        shape.line_height * sum(panel_heights)
+        + shape.title_height * len(panels)
+        + _HEADING_HEIGHT * num_headings
         + _LEGEND_LINE_HEIGHT * rows["series"].nunique()
         + _AXIS_HEIGHT
     )
-    size = (_FOREST_WIDTH, figure_height)
+    size = (shape.width, figure_height)
     options: Any = {"height_ratios": panel_heights, "sharex": True}
-    with panel_figure(path, len(panels), 1, size, **options) as (figure, axes):
+    with panel_figure(path, len(panels), 1, size, shape.style, **options) as (figure, axes):
         column = axes[:, 0]
-        for axis, (title, panel) in zip(column, panels, strict=True):
-            _draw_panel(axis, panel, str(title))
+        last_group = ""
+        for axis, ((group, title), panel) in zip(column, panels, strict=True):
+            heading = group if group != last_group else ""
+            _draw_panel(axis, panel, title, heading, shape)
             if zero:
                 axis.axvline(0, color=REFERENCE, lw=0.8, zorder=1)
-        _draw_series_legend(figure, column[0], rows)
-        column[-1].set_xlabel(wrap_text(label, _TITLE_WIDTH))
+            last_group = group
+        _draw_series_legend(figure, column[0], rows, shape)
+        column[-1].set_xlabel(wrap_text(label, shape.title_width))
 
 
-def _draw_panel(axis: Any, rows: pd.DataFrame, title: str) -> None:
-    """Draw one panel of a forest plot: its lines with their marks, its title and its margin."""
-    heights = _mark_heights(list(rows["line"]))
+def _draw_panel(
+    axis: Any, rows: pd.DataFrame, title: str, heading: str, shape: _ForestShape
+) -> None:
+    """Draw one panel of a forest plot: its heading and title, and its lines with their marks."""
+    heights = _mark_heights(list(rows["line"]), shape)
     for row, height in zip(rows.itertuples(), heights, strict=True):
-        _draw_mark(axis, row, height)
+        _draw_mark(axis, row, height, shape)
 
-    if "margin" in rows:
-        margin = 100 * rows["margin"].max()
-        axis.axvspan(-margin, margin, color=_BAND, zorder=0)
-
-    axis.set_title(wrap_text(title, _TITLE_WIDTH), fontsize=8)
-    lines = rows["line"].unique()
-    axis.set_yticks(range(len(lines)), lines, fontsize=7)
+    side = "left" if shape.labels_above else "center"
+    wrapped = wrap_text(title, shape.title_width)
+    title_text = axis.set_title(wrapped, loc=side, fontsize=8)
+    if heading:
+        _draw_heading(title_text, heading, shape)
+    if shape.labels_above:
+        _draw_labels_above(axis, rows)
+    else:
+        _draw_labels_beside(axis, rows)
     # Heights grow downwards, so the first line is at the top. There are 0.6 lines of space from the
     # middle of the first and of the last line to the border.
     top = -0.6
-    bottom = len(lines) - 0.4
+    bottom = rows["line"].nunique() - 0.4
     axis.set_ylim(bottom, top)
 
 
-def _mark_heights(lines: Sequence[str]) -> list[float]:
+def _draw_heading(title: Any, heading: str, shape: _ForestShape) -> None:
+    """Print the heading of a group of panels above the drawn title of its first panel."""
+    side = "left" if shape.labels_above else "center"
+    top_of_title = (0, 1) if shape.labels_above else (0.5, 1)
+    gap = (0, 7)  # points
+    title.axes.annotate(
+        wrap_text(heading, shape.title_width),
+        top_of_title,
+        gap,
+        xycoords=title,
+        textcoords="offset points",
+        ha=side,
+        fontsize=8,
+        fontweight="bold",
+    )
+
+
+def _texts_by_line(rows: pd.DataFrame) -> dict[str, str]:
+    """Map the title of each line to the text of its marks, which may be empty."""
+    texts = {}
+    for line, of_line in rows.groupby("line", sort=False):
+        of_marks = of_line.get("text", [])
+        texts[str(line)] = "\n".join(text for text in of_marks if text)
+    return texts
+
+
+def _draw_labels_beside(axis: Any, rows: pd.DataFrame) -> None:
+    """Print the titles of a panel's lines on the left, and their texts on the right."""
+    texts = _texts_by_line(rows)
+    axis.set_yticks(range(len(texts)), list(texts), fontsize=7)
+    beside: Any = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 7}
+    for height, text in enumerate(texts.values()):
+        # just outside the right end of the axis
+        axis.annotate(text, (1.01, height), **beside)
+
+
+def _draw_labels_above(axis: Any, rows: pd.DataFrame) -> None:
+    """Print the title and the text of each line above its marks, from the left border."""
+    axis.set_yticks([])
+    axis.spines["left"].set_visible(False)
+    above: Any = {"xycoords": ("axes fraction", "data"), "va": "top", "fontsize": 7}
+    # the white box hides the grid
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+    for height, label in enumerate(_labels_above(rows)):
+        top_of_line = height - 0.6  # the first line begins at the border
+        axis.annotate(label, (0, top_of_line), bbox=box, linespacing=1.1, **above)
+
+
+def _labels_above(rows: pd.DataFrame) -> list[str]:
+    """Return the title of each line, with its text in a line below it."""
+    labels = []
+    for line, text in _texts_by_line(rows).items():
+        title = wrap_text(line, _NARROW_WIDTH, 7)
+        text_in_a_line = text.replace("\n", ", ")
+        labels.append(f"{title}\n{text_in_a_line}".rstrip())
+    return labels
+
+
+def _mark_heights(lines: Sequence[str], shape: _ForestShape) -> list[float]:
     """Return the height of each mark of a panel, given the title of each mark's line.
 
     The first line is at height 0, the second at height 1, and so on. The marks of a line are spread
-    evenly around its height.
+    evenly.
     """
     num_marks = Counter(lines)
     height_of_line = {line: height for height, line in enumerate(num_marks)}
@@ -139,35 +282,44 @@ def _mark_heights(lines: Sequence[str]) -> list[float]:
     heights = []
     num_placed: Counter[str] = Counter()
     for line in lines:
+        middle = height_of_line[line] + shape.marks_middle
         place_in_line = (num_placed[line] + 0.5) / num_marks[line]  # from 0 to 1
-        heights.append(height_of_line[line] + _MARKED_SHARE * (place_in_line - 0.5))
+        heights.append(middle + shape.marks_share * (place_in_line - 0.5))
         num_placed[line] += 1
     return heights
 
 
-def _draw_mark(axis: Any, row: Any, height: float) -> None:
-    """Draw the mark of a row of a forest plot, with its interval and the text beside it."""
+def _draw_mark(axis: Any, row: Any, height: float, shape: _ForestShape) -> None:
+    """Draw the mark of a row of a forest plot, with its interval and its margin."""
     has_interval = row.n >= FEW and not math.isnan(row.low)
     if has_interval:
         ends = [row.low * 100, row.high * 100]
         axis.plot(ends, [height, height], color=row.style.colour, lw=1.4)
-    axis.plot(row.delta * 100, height, ls="", ms=4.5, **row.style.mark)
-    if getattr(row, "text", ""):
-        # just outside the right end of the axis, at the height of the mark
-        beside: Any = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 7}
-        axis.annotate(row.text, (1.01, height), **beside)
+    axis.plot(row.delta * 100, height, ls="", **_mark_options(row.style))
+
+    margin = getattr(row, "margin", math.nan)
+    if not math.isnan(margin):
+        band_height = _BAND_HEIGHT / shape.line_height
+        axis.barh(height, 200 * margin, band_height, left=-100 * margin, color=_BAND, zorder=0.6)
 
 
-def _draw_series_legend(figure: Any, axis: Any, rows: pd.DataFrame) -> None:
+def _mark_options(style: MethodStyle) -> dict[str, Any]:
+    """Return the arguments of ``plot`` for a mark. Crosses are larger, because they are thin."""
+    if style.marker == "x":
+        return {"ms": 5.5, "mew": 1.5, **style.mark}
+    return {"ms": 4.5, **style.mark}
+
+
+def _draw_series_legend(figure: Any, axis: Any, rows: pd.DataFrame, shape: _ForestShape) -> None:
     """Draw the legend of a forest plot below the figure, with one entry per series.
 
     ``axis`` gets an invisible mark for each series, which the legend shows.
     """
     for name, styles in rows.groupby("series", sort=False)["style"]:
         style = _legend_style(styles)
-        axis.plot([], [], ls="", ms=4.5, label=name, **style.mark)
+        axis.plot([], [], ls="", label=name, **_mark_options(style))
     longest_name = rows["series"].str.len().max()
-    num_columns = 3 if longest_name < _LONG_SERIES else 1
+    num_columns = shape.legend_columns if longest_name < _LONG_SERIES else 1
     legend_below(figure, [axis], num_columns)
 
 
@@ -271,7 +423,7 @@ def save(figure: Any, path: Path, description: str | None = None) -> None:
     """
     with atomic_write(path.with_suffix(".png")) as temporary:
         metadata = {"Software": None, "Description": description}
-        figure.savefig(temporary, format="png", dpi=160, metadata=metadata)
+        figure.savefig(temporary, format="png", metadata=metadata)
     # keep the present layout, because a second layout would take as long as drawing
     figure.set_layout_engine("none")
     with atomic_write(path.with_suffix(".pdf")) as temporary:

@@ -14,6 +14,7 @@ _TABLE_FOLDERS = ("harness/config", "harness/report", "harness/results", "harnes
 # files in these folders that shape only the claims
 _CLAIM_FILES = (
     "harness/report/claims.py",
+    "harness/report/claims_figure.py",
     "harness/report/claims_table.py",
     "harness/report/evidence.py",
 )

@@ -8,10 +8,10 @@ from benchmarks.harness import base as paths
 from benchmarks.harness.config.benchmark import benchmark_names
 from benchmarks.harness.config.suite import Suite, plain_suite, suite_names
 from benchmarks.harness.report.artifacts import (
-    CLAIMS,
     Artifacts,
     all_artifacts,
     artifacts_of,
+    claim_artifacts,
     numbers_file,
     suite_artifacts,
 )
@@ -133,7 +133,7 @@ def output_files(suite: Suite, benchmark: str | None = None, part: str | None = 
     """
     shown = _shown(suite, benchmark, part)
     if benchmark is None and claimed_benchmarks(suite):
-        shown = [CLAIMS, *shown]
+        shown = [claim_artifacts(suite), *shown]
     files = []
     for artifacts in shown:
         files.extend(artifacts.table_files(suite.name))

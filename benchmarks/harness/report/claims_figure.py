@@ -1,0 +1,102 @@
+"""Draw the figures of the claims: our differences and the paper's effects."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pandas as pd
+
+from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.report.artifacts import CLAIMS, NARROW, claimed_in_points
+from benchmarks.harness.report.evidence import Verdict
+from benchmarks.harness.report.plots import draw_forest, placeholder_figure, wrap_text
+from benchmarks.harness.report.style import MethodStyle
+from benchmarks.harness.report.table import MISSING
+
+_AXIS_LABEL = "Difference in points, with 95 % interval; shaded: no difference that matters"
+_HEADING = "Pairs are {}s, not trainings"
+_TRAININGS = ("seed", "trial")  # pairs that are trainings
+_LABEL_WIDTH = 1.4  # inches of a test's title, beside its marks
+_MINUS = "\u2212"
+
+# names of series, besides the verdicts
+_NO_VERDICT = "random weights"
+_PAPER = "the paper"
+_STYLES = {
+    Verdict.SUPPORTED: MethodStyle("#0072b2", "o"),
+    Verdict.CONTRADICTED: MethodStyle("#d55e00", "X"),
+    "equivalent": MethodStyle("#009e73", "s"),
+    Verdict.UNDECIDED: MethodStyle("#777777", "D"),
+    Verdict.UNTESTABLE: MethodStyle("#777777", "D", hollow=True),
+    _NO_VERDICT: MethodStyle("#777777", "o"),
+    _PAPER: MethodStyle("#222222", "x"),
+}
+
+
+def draw_all_claims(suite: Suite, rows: pd.DataFrame, folder: Path) -> None:
+    """Draw the main tests, wide and narrow, and all tests of each benchmark, in a folder.
+
+    ``rows`` are from :func:`.claims_table.judge_claims`.
+    """
+    main_rows = rows[rows["headline"]]
+    draw_claims(main_rows, folder / CLAIMS.name)
+    draw_claims(main_rows, folder / CLAIMS.stem(NARROW), narrow=True)
+    for name in claimed_in_points(suite):
+        rows_of_benchmark = rows[rows["benchmark"] == name]
+        draw_claims(rows_of_benchmark, folder / CLAIMS.stem(name))
+
+
+def draw_claims(rows: pd.DataFrame, path: Path, *, narrow: bool = False) -> None:
+    """Draw a forest plot of the tests in points, with one panel per claim.
+
+    Crosses mark the paper's effects. Tests whose pairs are not trainings are apart, at the bottom,
+    because the noise of training is not in their intervals.
+
+    Args:
+        rows: Rows of :func:`.claims_table.judge_claims`. Tests in other units, and claims without
+            evidence, are left out.
+        path: The path without ending.
+        narrow: True to draw for a telephone.
+    """
+    has_number = rows["delta"].notna()
+    is_in_points = rows["unit"].eq("points")
+    shown = rows[has_number & is_in_points]
+    if shown.empty:
+        placeholder_figure(path)
+        return
+
+    is_training = shown["pair"].isin(_TRAININGS)
+    headings = shown["pair"].map(_HEADING.format)
+    groups = headings.mask(is_training, "")
+    # trainings have no heading, so they come first
+    grouped = shown.assign(group=groups).sort_values("group", kind="stable")
+    marks = pd.concat([_our_marks(grouped), _paper_marks(grouped)])
+    numbers = ["delta", "low", "high", "margin"]
+    marks[numbers] /= 100  # draw_forest takes shares and prints points
+    titles = marks["test"]
+    with_places = marks.assign(
+        panel=marks["claim_title"],
+        line=titles if narrow else [wrap_text(title, _LABEL_WIDTH, 7) for title in titles],
+        style=marks["series"].map(_STYLES),
+    )
+    draw_forest(with_places, path, _AXIS_LABEL, narrow=narrow)
+
+
+def _our_marks(rows: pd.DataFrame) -> pd.DataFrame:
+    """Add the columns ``series`` and ``text``, for the marks of our differences.
+
+    ``series`` is the entry of the legend, and ``text`` has the difference and the count of pairs.
+    """
+    series = rows["verdict"].replace(MISSING, _NO_VERDICT)
+    differences = rows["runs_shown"].str.replace(" points", "").str.replace("-", _MINUS)
+    return rows.assign(series=series, text=differences + "\nn " + rows["n_shown"])
+
+
+def _paper_marks(rows: pd.DataFrame) -> pd.DataFrame:
+    """Make the marks of the paper's effects, one per row with a known effect."""
+    with_effect = rows[rows["effect"].notna()]
+    # n = 0, so that the mark is drawn without an interval
+    return with_effect.assign(
+        delta=with_effect["effect"], n=0, margin=math.nan, series=_PAPER, text=""
+    )
