@@ -12,10 +12,12 @@ from benchmarks.harness.results.records import Record
 from benchmarks.text.ablations import ablation_figure, ablation_table
 from benchmarks.text.outcomes import TextOutcomes
 from benchmarks.text.routing import TRACES, USAGE, trace_table, usage_table
+from benchmarks.text.selection_gain import selection_gain_table, selection_sentences
 from benchmarks.text.tables import TABLES, verdicts
 
 # These lines change the dictionary of tables.py itself instead of a copy, because plugins may add
 # tables to it at any time.
+TABLES["selection_gain"] = selection_gain_table
 TABLES["usage"] = usage_table
 TABLES["traces"] = trace_table
 FIGURES = {"usage": USAGE, "traces": TRACES}
@@ -49,7 +51,7 @@ def present_text(
         {**tables, **ablation_tables},
         {**figures, **ablation_figures},
         outcomes,
-        verdicts=list(verdicts(outcomes)),
+        verdicts=[*verdicts(outcomes), *selection_sentences(outcomes)],
         note=NOTE,
         optimizer=optimizer,
     )

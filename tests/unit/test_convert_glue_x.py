@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.base import ROOT
 from benchmarks.text.data import load_split
 from tests.text_sets import GLUE, LABELS, MEANING, OWN_FILES, TASKS, task, write_glue, write_own
 from tools.convert_glue_x import main as convert
@@ -59,6 +62,11 @@ def test_texts_are_read_unchanged(root: Path) -> None:
                 "SICK_test_annotated.txt": "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment\n"
                 "6\tA dog.\tA cat.\t3.3\tNEUTRAL\n"
             },
+            [1],
+        ),
+        (
+            "sick_entailment",  # a copy without the first line
+            {"SICK_test_annotated.txt": "6\tA dog.\tA cat.\t3.3\tNEUTRAL\r\n"},
             [1],
         ),
         (
@@ -133,3 +141,44 @@ def test_files_that_are_not_as_described_are_named(
         path.write_text(path.read_text().replace(old, new))
     with pytest.raises(SystemExit, match=message):
         convert(root, [name])
+
+
+def test_one_wrong_file_does_not_stop_the_others(root: Path) -> None:
+    broken = write_own(root, "snli", raw=True) / "snli_1.0_test.jsonl"
+    broken.write_text("[1]\n")
+    texts = write_own(root, "imdb", raw=True) / "test/neg"
+    (texts / "0_2.txt").unlink()
+    split = write_own(root, "twitter_pit", raw=True) / "train.data"  # the second of three splits
+    split.write_text("49\tShocking\tIt snows\tSnow\t(1, 5)\n")
+    write_own(root, "hans", raw=True)  # the last set of tasks.yaml
+    write_own(root, "yelp_polarity", raw=True)
+    converted = subprocess.run(
+        [sys.executable, ROOT / "tools/convert_glue_x.py", root],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert converted.returncode == 1
+    lines = converted.stderr.splitlines()
+    assert len(lines) == 3
+    assert f"{texts} holds no .txt file" in lines
+    assert f"{broken}, row 1 is not a JSON object" in lines
+    assert any(line.startswith(f"{split}, row 1: '(1, 5)' is no label") for line in lines)
+    for name in ("hans", "yelp_polarity"):
+        assert load_split(task(name), "test").labels == MEANING[name][0]
+    assert not (broken.parent / "test.jsonl").exists()
+    assert sorted(path.name for path in split.parent.glob("*.jsonl")) == [
+        "test.jsonl",
+        "validation.jsonl",
+    ]
+
+
+def test_sick_is_written_with_both_labels_or_not_at_all(root: Path) -> None:
+    """A misspelt column is a header that is refused, and no row of a copy without header."""
+    folder = root / TASKS["sick_entailment"]["source"]["folder"]
+    folder.mkdir()
+    header = "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgement\n"
+    (folder / "SICK_test_annotated.txt").write_text(header + "6\ta\tb\t3.3\tNEUTRAL\n")
+    with pytest.raises(SystemExit, match="no column 'entailment_judgment'; it has"):
+        convert(root, [])
+    assert not (folder / "test.jsonl").exists()

@@ -12,6 +12,7 @@ from scipy import stats
 from benchmarks.harness.results.statistics import (
     confidence_interval,
     critical_difference,
+    expected_maximum,
     friedman_ranks,
     holm,
     mean_difference,
@@ -94,6 +95,14 @@ def test_all_tests_of_a_table_are_one_family() -> None:
     )
     assert with_verdicts(rows)["verdict"].tolist() == ["within noise"] * 2
     assert with_verdicts(rows, ["method"])["verdict"].tolist() == ["worse"] * 2
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(1, 0.0), (2, 1 / math.sqrt(math.pi)), (3, 1.5 / math.sqrt(math.pi)), (10, 1.53875)],
+)
+def test_expected_maxima_are_the_known_ones(count: int, expected: float) -> None:
+    assert expected_maximum(count) == pytest.approx(expected, abs=1e-5)  # 10: Harter 1961
 
 
 def test_critical_differences_are_demsars() -> None:

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import special, stats
+from scipy import integrate, special, stats
 
 CONFIDENCE = 0.95  # of intervals
 SIGNIFICANCE = 0.05  # a smaller p is significant
@@ -251,6 +251,19 @@ def critical_difference(methods: int, sets: int) -> float:
     quantile = float(stats.studentized_range.ppf(CONFIDENCE, methods, math.inf)) / math.sqrt(2)
     standard_error = math.sqrt(methods * (methods + 1) / (6 * sets))
     return quantile * standard_error
+
+
+def expected_maximum(count: int) -> float:
+    """Return the expected maximum of ``count`` independent standard normal variables."""
+
+    def weighted_density(x: float) -> float:
+        # the maximum is x if one variable is x, and the others are smaller
+        density_of_one = math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+        share_of_smaller = float(special.ndtr(x))
+        return x * count * density_of_one * share_of_smaller ** (count - 1)
+
+    # the density is negligible outside
+    return float(integrate.quad(weighted_density, -10.0, 10.0)[0])
 
 
 def mutual_information(counts: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -1,0 +1,207 @@
+"""Compute what the choice of the best hyper-parameters adds to scores, and how much is luck."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pandas as pd
+
+from benchmarks.harness.report.common import format_counts, name_or_count, with_numbers
+from benchmarks.harness.report.table import Column, Table
+from benchmarks.harness.results.statistics import expected_maximum
+from benchmarks.text.definition import CLEAN, ID, PUBLISHED
+from benchmarks.text.outcomes import CELL, KEYS, PROTOCOLS, TextOutcomes, choices
+
+# one selection is shown for each model and task, so that all methods are chosen by the same rows
+_KEYS_OF_GROUP = ["protocol", "model", "task"]
+_KEYS_OF_ROW = [*_KEYS_OF_GROUP, "method"]
+
+
+def selection_gains(outcomes: TextOutcomes) -> pd.DataFrame:
+    """Compute how far the best choice of each row is above the mean choice, and how far by luck.
+
+    A choice is a variant and a learning rate. Its score is the mean dev score over seeds. For each
+    model and task, the choices are those of the authors' selection if it has runs, else of the
+    clean selection. A model and task is left out if no method has several choices.
+
+    Returns:
+        One row per protocol, model, task and method, with titles and these columns (scores and
+        gains are shares):
+
+        - ``n``: the number of seeds of each choice, as text
+        - ``num_choices``: the number of choices
+        - ``best_gain``: the score of the best choice, minus the mean score of all choices
+        - ``deviation``: the unbiased standard deviation over seeds, pooled over the choices; nan if
+          every choice has a single seed
+        - ``luck``: what ``best_gain`` would be on average if all choices were equally good, see
+          :func:`_gain_by_luck`
+        - ``baseline_luck``: the same for the baseline, if it had as many choices as the row
+    """
+    tried = _tried_choices(outcomes)
+    rows = []
+    for names, of_row in tried.groupby(_KEYS_OF_ROW, sort=False):
+        deviation = _pooled_deviation(of_row)
+        row = {
+            **dict(zip(_KEYS_OF_ROW, names, strict=True)),
+            "num_choices": len(of_row),
+            "best_gain": of_row["mean"].max() - of_row["mean"].mean(),
+            "deviation": deviation,
+            "error": deviation * math.sqrt((1 / of_row["n"]).mean()),
+        }
+        rows.append(row)
+    numbers = ["num_choices", "best_gain", "deviation", "error"]
+    gains = pd.DataFrame(rows, columns=[*_KEYS_OF_ROW, *numbers])
+
+    is_baseline = gains["method"] == outcomes.baseline
+    with_baseline = with_numbers(
+        gains,
+        on=_KEYS_OF_GROUP,
+        numbers=gains.loc[is_baseline, [*_KEYS_OF_GROUP, "error"]],
+        prefix="baseline_",
+    )
+    with_luck = with_baseline.assign(
+        luck=_gain_by_luck(with_baseline["num_choices"], with_baseline["error"]),
+        baseline_luck=_gain_by_luck(with_baseline["num_choices"], with_baseline["baseline_error"]),
+    )
+    most_choices = with_luck.groupby(_KEYS_OF_GROUP)["num_choices"].transform("max")
+    shown = with_luck[most_choices > 1].drop(columns=["error", "baseline_error"])
+    counts = format_counts(tried, _KEYS_OF_ROW)
+    return outcomes.order(shown.merge(counts, on=_KEYS_OF_ROW), CELL)
+
+
+def _tried_choices(outcomes: TextOutcomes) -> pd.DataFrame:
+    """Return the choices of all rows, with one selection for each model and task.
+
+    It is the authors' selection if it has runs, else the clean selection. The columns are
+    ``protocol`` and those of :func:`~.outcomes.choices`.
+    """
+    tables = []
+    for protocol in (PUBLISHED, CLEAN):
+        tables.append(choices(outcomes.records, protocol).assign(protocol=protocol))
+    tried = pd.concat(tables, ignore_index=True)
+    first_protocol = tried.groupby(["model", "task"])["protocol"].transform("first")
+    return tried[tried["protocol"] == first_protocol]
+
+
+def _pooled_deviation(choices_of_row: pd.DataFrame) -> float:
+    """Return an unbiased standard deviation over seeds, pooled over the choices of a row.
+
+    It is nan if every choice has a single seed.
+    """
+    freedom = choices_of_row["n"] - 1
+    total = freedom.sum()
+    if total == 0:
+        return math.nan
+    # a choice with a single seed has no deviation, and the weight 0
+    variances = choices_of_row["std"].fillna(0.0) ** 2
+    deviation = math.sqrt((freedom * variances).sum() / total)
+    # the root of an unbiased variance is too small on average: a fifth for two seeds of one choice
+    log_of_ratio = math.lgamma((total + 1) / 2) - math.lgamma(total / 2)
+    share_of_true = math.sqrt(2 / total) * math.exp(log_of_ratio)
+    return deviation / share_of_true
+
+
+def _gain_by_luck(num_choices: pd.Series[int], error: pd.Series[float]) -> pd.Series[float]:
+    """Return how far the best of equally good choices is above their mean on average.
+
+    The scores of choices are taken as independent and normal around the same mean.
+
+    Args:
+        num_choices: The number of choices of each row.
+        error: The standard deviation of the score of a choice, which is a mean over seeds.
+    """
+    maxima = [expected_maximum(count) for count in num_choices]
+    # the type is given, because pandas cannot infer it without rows
+    return error * pd.Series(maxima, num_choices.index, dtype=float)
+
+
+def selection_gain_table(outcomes: TextOutcomes) -> Table:
+    """Make a table of what the selection adds to each row, beside the differences to the baseline.
+
+    It has a row per model, training task and method.
+    """
+    columns = [
+        Column("runs", "num_choices", "Choices"),
+        Column("score", "best_gain", "Best − mean", decimals=2),
+        Column("score", "deviation", "Deviation of seeds", decimals=2),
+        Column("score", "luck", "By luck", decimals=2),
+        Column(
+            "score",
+            "baseline_luck",
+            f"By luck, {outcomes.baseline_title} with as many choices",
+            decimals=2,
+        ),
+    ]
+    frame = selection_gains(outcomes)
+    for protocol in (PUBLISHED, CLEAN):
+        differences = outcomes.of(ID, protocol)[[*CELL, "delta", "low", "high"]]
+        frame = with_numbers(frame, on=CELL, numbers=differences, prefix=f"{protocol}_")
+        difference = Column(
+            "score",
+            f"{protocol}_delta",
+            f"Δ, {PROTOCOLS[protocol]} selection",
+            interval=(f"{protocol}_low", f"{protocol}_high"),
+            signed=True,
+            decimals=2,
+        )
+        columns.append(difference)
+    return Table(
+        "What the selection adds",
+        _caption(outcomes),
+        {**KEYS, "selection": "Selection", "n": "n"},
+        columns,
+        frame,
+        # without protocol, because the runs of both selections are behind a row
+        origins=outcomes.records.drop(columns="protocol"),
+    )
+
+
+def _caption(outcomes: TextOutcomes) -> str:
+    """Write the caption of :func:`selection_gain_table`."""
+    baseline = outcomes.baseline_title
+    return (
+        "The authors' selection reports the dev score that it chooses by, so luck in the choice "
+        "raises the reported score. A choice is a learning rate and a variant; its dev score is a "
+        "mean over n seeds. Best − mean: the dev score of the best choice, minus the mean of all "
+        "choices. By luck: this difference on average if all choices were equally good (with "
+        "independent normal scores that have the deviation of seeds; the deviation is pooled over "
+        "the choices, and unbiased). Luck adds less if some choices are really better, or if equal "
+        f"seeds are lucky together. By luck, {baseline} with as many choices: the same with the "
+        f"deviation of {baseline}. Δ: the reported score minus that of {baseline}, paired by seed, "
+        "with a 95 % confidence interval (Student's t). Without runs "
+        "of a selection, Δ is a dash or has no column. If a task has only clean runs, the choices "
+        "are those of the clean selection, where luck does not enter the reported score. The "
+        "choice of the epoch is not counted. A task is left out if every method has a single "
+        "choice."
+    )
+
+
+def selection_sentences(outcomes: TextOutcomes) -> Iterator[str]:
+    """Yield a sentence for each model on what luck in the authors' selection adds to the baseline.
+
+    A model whose baseline has no runs, or a single seed for each choice, has no sentence.
+    """
+    gains = selection_gains(outcomes)
+    of_authors = gains[gains["protocol"] == PUBLISHED]
+    for model, of_model in of_authors.groupby("model", sort=False):
+        of_baseline = of_model[of_model["method"] == outcomes.baseline]
+        # means over the tasks, in points
+        luck = of_baseline["luck"].mean() * 100
+        luck_with_most = of_model.groupby("task")["baseline_luck"].max().mean() * 100
+        if math.isnan(luck):
+            continue
+
+        num_choices = of_baseline["num_choices"].max()
+        with_most = of_model.loc[of_model["num_choices"].idxmax()]
+        most = f"the {with_most['num_choices']} choices of {with_most['method_title']}"
+        if num_choices == 1:
+            text = f"the best of {most} would be {luck_with_most:.1f} points above their mean"
+        else:
+            text = f"the best of {num_choices} choices is {luck:.1f} points above their mean"
+            if with_most["num_choices"] > num_choices:
+                text += f"; with {most}, it would be {luck_with_most:.1f} points"
+        row_title = f"{outcomes.baseline_title}, {outcomes.title('model', str(model))}"
+        tasks = name_or_count(list(of_baseline["task_title"]), "tasks")
+        selection = f"{PROTOCOLS[PUBLISHED]} selection"
+        yield f"{row_title}, {selection}: by luck alone, {text} ({tasks})."
