@@ -26,7 +26,7 @@ _PAPER = "the paper"
 _STYLES = {
     Verdict.SUPPORTED: MethodStyle("#0072b2", "o"),
     Verdict.CONTRADICTED: MethodStyle("#d55e00", "X"),
-    "equivalent": MethodStyle("#009e73", "s"),
+    Verdict.EQUIVALENT: MethodStyle("#009e73", "s"),
     Verdict.UNDECIDED: MethodStyle("#777777", "D"),
     Verdict.UNTESTABLE: MethodStyle("#777777", "D", hollow=True),
     _NO_VERDICT: MethodStyle("#777777", "o"),
