@@ -325,7 +325,7 @@ def check(suite: str, benchmarks: tuple[str, ...], elsewhere: bool) -> None:
     help="Seed of the choice of runs; by default it is drawn and printed.",
 )
 def verify(suite: str, count: int, seed: int | None) -> None:
-    """Run some runs of a suite, and compare them with the blessed numbers.
+    """Repeat some runs, and compare them with the blessed ones.
 
     They run in temporary folders, and no run has to be finished here. The exit status is 1 if a
     number differs by more than its tolerance, or a run fails.
