@@ -120,7 +120,7 @@ def _results_caption(outcomes: DomainOutcomes, name: str) -> str:
         _selections_note(outcomes, [name]),
         _experts_note(outcomes, [name]),
         "Δ is paired by trial, with a 95 % confidence interval (Student's t), not corrected "
-        "for multiple tests. Bold marks the best method, without controls.",
+        f"for multiple tests. {_TRIALS_COVER} Bold marks the best method, without controls.",
     )
 
 
@@ -210,6 +210,13 @@ def _summary_caption(outcomes: DomainOutcomes) -> str:
     )
 
 
+# what intervals over trials cover, for captions
+_TRIALS_COVER = (
+    "Intervals over trials cover what a trial draws: the split of the images, the new head and the "
+    "order of the images."
+)
+
+
 def tests_table(outcomes: DomainOutcomes) -> Table:
     """Make the table of significance tests against the baseline, paired by trial."""
     baseline = outcomes.baseline_title
@@ -217,7 +224,7 @@ def tests_table(outcomes: DomainOutcomes) -> Table:
         against=baseline,
         caption=f"Differences to {baseline} of the mean over held-out environments, paired by "
         "trial, over all n trials of both rows. Other tables use the trials that all their rows "
-        "share.",
+        f"share. {_TRIALS_COVER}",
         keys={**_HEADINGS, "n": "n"},
         metric="accuracy",
         frame=outcomes.order(outcomes.tests, _ORDER),

@@ -88,7 +88,7 @@ def _results_caption(outcomes: InstructionOutcomes) -> str:
         f"{_questions_note(outcomes)}Δ to {baseline} compares with the equally tuned {baseline}, "
         "paired by seed; for an untuned model it is the cost of conversion. Δ to not tuned "
         "compares with the same untuned method; it is the gain of tuning. Both have a 95 % "
-        "confidence interval over seeds (Student's t). "
+        f"confidence interval over seeds (Student's t). {common.SEEDS_COVER} "
         f"{rate_note}Bold marks the best method of a tuning, without controls."
     )
 
@@ -472,7 +472,8 @@ def _reference_titles(outcomes: InstructionOutcomes) -> dict[str, str]:
 
 _NOTE = (
     "Losses are paired by seed, with a 95 % confidence interval if there are several seeds. "
-    "Accuracies are paired by question, with an interval over questions; verdicts are corrected "
+    f"{common.SEEDS_COVER} Accuracies are paired by question. Their intervals cover the choice of "
+    "the questions, not the training, because all seeds are averaged first. Verdicts are corrected "
     "with Holm's procedure over all rows of the table of tests."
 )
 

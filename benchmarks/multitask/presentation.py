@@ -105,7 +105,7 @@ def _gains_caption(outcomes: MultitaskOutcomes) -> str:
         "Means over the tasks of a mixture (in domain) and over the sets that no task is trained "
         "on (out of domain), ± sample standard deviation over n seeds. Δ is the difference to "
         f"{outcomes.baseline_title} on the same tasks, paired by seed, with a 95 % confidence "
-        "interval (Student's t), not corrected for multiple tests. "
+        f"interval (Student's t), not corrected for multiple tests. {common.SEEDS_COVER} "
         f"{outcomes.shared_note} Best set: the largest of several differences, so an optimistic "
         "number. The paper gives only its largest gains (T5-Base, N = 32 and k = 8 in domain; "
         "sources in paper.csv), neither tasks nor absolute scores, so they cannot be compared "
@@ -181,7 +181,7 @@ def _transfer_caption(outcomes: MultitaskOutcomes) -> str:
         "Below 0, the other tasks do harm. The second "
         f"Δ compares a method with {outcomes.baseline_title}, with a 95 % confidence interval "
         "(Student's t), not corrected for multiple tests: the paper explains its gains with this "
-        "difference."
+        f"difference. {common.SEEDS_COVER}"
     )
 
 

@@ -18,6 +18,7 @@ from benchmarks.harness.config.methods import ABLATION, CONTROL
 from benchmarks.harness.config.yaml import NUMBER_COLUMNS
 from benchmarks.harness.report import plots
 from benchmarks.harness.report.common import (
+    SEEDS_COVER,
     SETTING,
     cell_means,
     name_or_count,
@@ -323,9 +324,9 @@ def _table_caption(ablation: Ablation) -> str:
     return (
         f"{ablation.question} Score (%): mean ± standard deviation over the n seeds that all "
         f"rows of a set and selection share. Δ is the difference to the {reference}, paired by "
-        "seed, with a 95 % confidence interval (Student's t). p is from the paired t-test, "
-        "corrected with Holm's procedure over the rows of a set and selection; the verdict uses it "
-        "at 5 %. The paper's numbers are for its own models and tasks."
+        f"seed, with a 95 % confidence interval (Student's t). {SEEDS_COVER} p is from the paired "
+        "t-test, corrected with Holm's procedure over the rows of a set and selection; the verdict "
+        "uses it at 5 %. The paper's numbers are for its own models and tasks."
     )
 
 

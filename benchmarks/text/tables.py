@@ -132,9 +132,10 @@ def _results_caption(outcomes: TextOutcomes) -> str:
     """Write the caption of :func:`results_table`."""
     return (
         f"{_DEVIATION} Differences are paired by seed, with a 95 % confidence interval (Student's "
-        f"t), not corrected for multiple tests. {outcomes.shared_note} ID is the training task, "
-        f"OOD the mean over the other sets, without further training. {_SELECTIONS} Bold marks the "
-        f"best method, without controls. {_metric_note(outcomes)}"
+        f"t), not corrected for multiple tests. {common.SEEDS_COVER} "
+        f"{outcomes.shared_note} ID is the training task, OOD the mean over the other sets, "
+        f"without further training. {_SELECTIONS} Bold marks the best method, without controls. "
+        f"{_metric_note(outcomes)}"
     )
 
 
@@ -182,7 +183,7 @@ def tests_table(outcomes: TextOutcomes) -> Table:
     }
     caption = (
         f"Differences to {outcomes.baseline_title}, paired by seed, over all n seeds of both rows. "
-        f"Other tables use the seeds that all their rows share. {_SELECTIONS}"
+        f"Other tables use the seeds that all their rows share. {common.SEEDS_COVER} {_SELECTIONS}"
     )
     return common.tests_table(
         against=outcomes.baseline_title,
@@ -388,10 +389,10 @@ def _paper_caption(outcomes: TextOutcomes) -> str:
     """Write the caption of :func:`paper_table`."""
     return (
         f"Δ is the difference to {outcomes.baseline_title}. Ours is paired by seed, with a 95 % "
-        f"confidence interval for single tasks. {outcomes.shared_note} Status: published (from the "
-        "authors' notebooks or quoted from the paper), inferred (published, but the row is our "
-        "interpretation), unknown (in the paper, but unavailable). A dash: unavailable, or not run "
-        "by this suite."
+        f"confidence interval for single tasks. {common.SEEDS_COVER} "
+        f"{outcomes.shared_note} Status: published (from the authors' notebooks or quoted from the "
+        "paper), inferred (published, but the row is our interpretation), unknown (in the paper, "
+        "but unavailable). A dash: unavailable, or not run by this suite."
     )
 
 

@@ -41,6 +41,11 @@ COMPARED = [
 _COST_TABLE_METRICS = (*COST, *MODEL, *LOADS, *information_numbers("class", "environment"))
 
 
+# what intervals over seeds cover, for captions
+SEEDS_COVER = (
+    "Intervals over seeds cover what a seed draws (new head, adapters, order of the rows), not the "
+    "choice of the training rows."
+)
 # the end of the caption of tests_table
 _TESTS_CAPTION = (
     "Intervals are 95 % confidence intervals (Student's t). p is from the paired t-test; p (Holm) "
