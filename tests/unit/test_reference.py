@@ -69,10 +69,13 @@ def test_the_shipped_files_belong_to_suites_and_their_benchmarks() -> None:
         assert path.with_name(path.name.replace(".jsonl.gz", ".csv")).is_file()
     suites = {csv.parent.name for csv in SHIPPED}
     assert {path.name for path in REFERENCE.iterdir()} == suites  # nothing of an older form
-    for name in ("smoke", "mini"):
-        assert {csv.stem for csv in SHIPPED if csv.parent.name == name} == set(
-            plain_suite(name).settings.benchmarks
-        )
+    for name in ("smoke", "mini"):  # parts of longer suites are blessed one by one
+        benchmarks = set(plain_suite(name).settings.benchmarks)
+        files = [path.name for path in REFERENCE.glob(f"{name}/*")]
+        numbers = {file.removesuffix(".csv") for file in files if file.endswith(".csv")}
+        records = {file.removesuffix(".jsonl.gz") for file in files if file.endswith(".gz")}
+        assert numbers == benchmarks
+        assert records in (set(), benchmarks)
 
 
 @pytest.mark.parametrize("benchmark", ["glue", "domainbed"])
