@@ -124,12 +124,15 @@ def _text(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:
         chosen = {"run": run.spec["candidates"][0], "learning_rate": 0.1, "variant": ""}
         evaluated = {"scores": {"test": scores(0.88, tasks), "ood": ood}, **used, "chosen": chosen}
         return evaluated | {"cost": _EVALUATION, "data": data}
-    made: dict[str, Any] = {
-        "scores": {"dev": scores(0.9, tasks), "test": scores(0.88, tasks), "ood": ood}
-    }
+    name = task["name"]
+    dev = scores(0.9, tasks)
+    made: dict[str, Any] = {"scores": {"dev": dev, "test": scores(0.88, tasks), "ood": ood}}
     made["epochs"] = [
-        {"epoch": e, **scores(base, tasks)[task["name"]]} for e, base in ((1.0, 0.85), (2.0, 0.9))
+        {"epoch": e, **scores(base, tasks)[name]} for e, base in ((1.0, 0.85), (2.0, 0.9))
     ]
+    # only evaluations of the test split and of OOD sets have a loss at the best temperature
+    for numbers in (dev[name], *made["epochs"]):
+        numbers.pop("loss_calibrated", None)
     if config:
         loads = (
             np.random.default_rng(draw.randrange(2**32))

@@ -466,15 +466,18 @@ class TextOutcomes(Outcomes):
             if routing is not None and routing.windows is not None:
                 change = mean_load_change(routing.windows)
                 changes.append((record.run.id, record.run.method, change))
-        columns = ["run_id", "trained_as", "value"]
-        by_run = pd.DataFrame(changes, columns=columns).astype({"value": float})
+        types = {"run_id": str, "trained_as": str, "value": float}
+        by_run = pd.DataFrame(changes, columns=list(types)).astype(types)
 
         has_own_protocol = self.chosen["run_protocol"] == self.chosen["protocol"]
         runs = self.chosen.loc[has_own_protocol, [*_KEYS_OF_RUN, "run_id"]].drop_duplicates()
         # A row of converted models has another name than the method that it was trained as. So it
         # gets no number here.
         methods = [split_name(name).method for name in runs["method"]]
-        with_changes = runs.assign(trained_as=methods).merge(by_run, on=["run_id", "trained_as"])
+        # the type is given, because pandas cannot infer it if there are no runs
+        trained_as = pd.Series(methods, runs.index, dtype=str)
+        keys = ["run_id", "trained_as"]
+        with_changes = runs.assign(trained_as=trained_as).merge(by_run, on=keys)
         return with_changes.assign(domain=TRAINING, metric="load_change")
 
     def _memory_ratios(self) -> pd.DataFrame:

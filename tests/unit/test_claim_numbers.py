@@ -103,7 +103,11 @@ def test_losses_are_those_of_the_records_and_means_over_the_sets_out_of_domain(
 def test_evaluations_have_losses_of_transformed_models_and_settings_their_own(
     ood: list[Run], lora: list[Run]
 ) -> None:
-    losses = values(claimed_numbers("glue_ood", ood), "ood_mean", "loss")
+    numbers = claimed_numbers("glue_ood", ood)
+    losses = values(numbers, "ood_mean", "loss")
+    for domain in ("id", "ood_mean"):
+        with_loss = values(numbers, domain, "loss").index
+        assert set(with_loss) == set(values(numbers, domain, "score").index)
     recorded = content(find(ood, "emoe2lora"))["scores"]["ood"]
     expected = np.mean([by_metric["loss"] for by_metric in recorded.values()])
     assert losses["emoe2lora", "", 0] == pytest.approx(expected)
@@ -263,3 +267,20 @@ def test_a_seed_that_a_ranked_method_lacks_has_no_ranks(ood: list[Run]) -> None:
     finished = [run for run in ood if (run.method, run.seed) != ("lora_gmoe", 3)]
     ranks = values(claimed_numbers("glue_ood", finished), "ood_rank", "ood_rank", task="")
     assert set(ranks.index.get_level_values("seed")) == {0, 1, 2, 4}
+
+
+def test_a_seed_that_lacks_one_of_the_sets_has_no_ranks(here: Path) -> None:
+    """Ranks over fewer sets do not compare with those over all."""
+    planned = [
+        run
+        for run in runs_of("glue_ood", "paper")
+        if run.model == "bert-large-cased"
+        and run.task in ("mrpc", "rte")
+        and run.spec["protocol"] == "clean"
+    ]
+    finished = [
+        run for run in planned if (run.method, run.task, run.seed) != ("lora_gmoe", "rte", 1)
+    ]
+    fake_runs.write_runs(finished)
+    ranks = values(claimed_numbers("glue_ood", finished), "ood_rank", "ood_rank", task="")
+    assert set(ranks.index.get_level_values("seed")) == {0, 2}
