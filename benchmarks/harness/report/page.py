@@ -128,6 +128,7 @@ class _Page:
         return {
             "name": path.name,
             "image": _read_image(path),
+            "narrow_image": "",  # for telephones; without it, they show the same image
             "files": self.link(path),
             "caption": caption,
             "alt": caption_title(caption),
@@ -195,8 +196,7 @@ class _Page:
         figures = self.results / "figures"
         figure = self.drawn_figure(figures / CLAIMS.name, CAPTION)
         if figure:
-            narrow_image = _read_image(figures / CLAIMS.stem(NARROW))
-            figure = {**figure, "narrow_image": narrow_image}  # for telephones
+            figure["narrow_image"] = _read_image(figures / CLAIMS.stem(NARROW))
 
         main_caption = load_paper().items[main_item()].caption or ""
         return {
