@@ -6,6 +6,7 @@ Heavy imports stay inside the commands, so that help appears at once.
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import sys
 import time
@@ -262,18 +263,29 @@ def mirror(suite: str, output: Path | None) -> None:
         click.echo(text)
 
 
+_benchmarks = click.option(
+    "--benchmark",
+    "benchmarks",
+    multiple=True,
+    help="Only this benchmark; the option may be repeated.",
+)
+
+
 @cli.command()
 @_suite
+@_benchmarks
 @click.option("--elsewhere", is_flag=True, help="Use the tolerances for different machines.")
-def check(suite: str, elsewhere: bool) -> None:
+def check(suite: str, benchmarks: tuple[str, ...], elsewhere: bool) -> None:
     """Compare a suite's numbers with the blessed ones.
 
-    `bless` wrote these into results/reference/. The exit status is 1 if a number differs by more
-    than its tolerance, or a run is not finished.
+    `bless` wrote these into results/reference/. Finished runs are compared even if others are
+    missing. The exit status is 1 if a number differs by more than its tolerance, or a run is not
+    finished.
     """
-    from benchmarks.harness.results.check import check as check_suite
+    from benchmarks.harness.results.suite_check import check as check_suite
 
-    comparison = check_suite(_load_suite(suite), elsewhere=elsewhere)
+    loaded = _load_suite(suite)
+    comparison = check_suite(loaded, _chosen(loaded, benchmarks), elsewhere=elsewhere)
     click.echo(comparison)
     raise click.exceptions.Exit(not comparison.passed)
 
@@ -288,30 +300,49 @@ def check(suite: str, elsewhere: bool) -> None:
     show_default=True,
     help="Number of runs.",
 )
-def verify(suite: str, count: int) -> None:
-    """Rerun some finished runs, and compare their numbers.
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    help="Seed of the choice of runs; by default it is drawn and printed.",
+)
+def verify(suite: str, count: int, seed: int | None) -> None:
+    """Repeat some runs, and compare them with the blessed ones.
 
-    The exit status is 1 if a number differs, or a run fails.
+    They run in temporary folders, and no run has to be finished here. The exit status is 1 if a
+    number differs by more than its tolerance, or a run fails.
     """
-    from benchmarks.harness.results.check import verify as verify_runs
+    from benchmarks.harness.results.verify import verify as verify_runs
+    from benchmarks.harness.workflow.environment import job_environment
 
-    result = verify_runs(_load_suite(suite), count, click.echo)
+    loaded = _load_suite(suite)
+    # the runs look for data and models where the suite's jobs look
+    os.environ.update(job_environment(loaded))
+    if seed is None:
+        seed = secrets.randbelow(2**31)
+    result = verify_runs(loaded, count, seed, click.echo)
     click.echo(str(result))
     raise click.exceptions.Exit(not result.passed)
 
 
 @cli.command()
 @_suite
-def bless(suite: str) -> None:
+@_benchmarks
+def bless(suite: str, benchmarks: tuple[str, ...]) -> None:
     """Bless the current numbers of a suite.
 
-    Writes them into results/reference/, as the numbers that `check` compares with. Needs a clean
-    checkout. The fastest run of each benchmark is rerun, and must give exactly the same numbers.
+    Writes them into results/reference/, as the numbers that `check` compares with, and the records
+    that `claims` and `tables` read where no run is finished. Needs a clean checkout. The fastest
+    run of each benchmark is rerun, and must give exactly the same numbers.
     """
-    from benchmarks.harness.results.check import bless as bless_suite
+    from benchmarks.harness.results.bless import bless as bless_suite
+    from benchmarks.harness.workflow.environment import job_environment
 
-    file = bless_suite(_load_suite(suite), click.echo)
-    click.echo(f"wrote {file}")
+    loaded = _load_suite(suite)
+    # the reruns look for data and models where the suite's jobs look
+    os.environ.update(job_environment(loaded))
+    files = bless_suite(loaded, _chosen(loaded, benchmarks), click.echo)
+    for file in files:
+        click.echo(f"wrote {file}")
 
 
 @cli.command()
@@ -466,6 +497,21 @@ def _load_suite_with(suite: str, benchmark: str, part: str | None = None) -> Sui
     if part:
         check_names(Location(source, "part"), [part], loaded.parts(benchmark))
     return loaded
+
+
+def _chosen(suite: Suite, benchmarks: tuple[str, ...]) -> list[str]:
+    """Return the chosen benchmarks of a suite, in the suite's order; all if none is given.
+
+    Raises:
+        DefinitionError: The suite does not run one of them.
+    """
+    from benchmarks.harness.config.yaml import Location, check_names
+
+    names = list(suite.settings.benchmarks)
+    if not benchmarks:
+        return names
+    check_names(Location(f"suite {suite.name}", "benchmark"), benchmarks, names)
+    return [name for name in names if name in benchmarks]
 
 
 def _change_to_folder_with_results() -> None:

@@ -19,6 +19,7 @@ from benchmarks.harness.report.claims import claimed_benchmarks
 from benchmarks.harness.report.presentation import present
 from benchmarks.harness.results import records as results
 from benchmarks.harness.results.records import Record, read_record
+from benchmarks.harness.results.reference import write_reference
 from benchmarks.llama.definition import InstructionSpec
 from tests.planned import plan
 
@@ -371,6 +372,13 @@ def collect(suite: Suite) -> None:
     for benchmark in suite.settings.benchmarks:
         for part in suite.record_parts(benchmark):
             results.collect(suite, benchmark, part)
+
+
+def bless(suite: Suite, leave_out: Iterable[Run] = ()) -> None:
+    """Write the finished runs of a suite as the reference, without some of them."""
+    for name in suite.settings.benchmarks:
+        blessed = [run for run in suite.runs_of(name) if run not in leave_out]
+        write_reference(suite.name, name, records(blessed), "0123456789" * 4)
 
 
 def claim_numbers(suite: Suite) -> dict[str, pd.DataFrame]:

@@ -1,44 +1,33 @@
-"""`check`, `verify` and `bless`: equal on one machine, within tolerances on two, and what cannot be blessed."""
+"""`check`: equal on one machine, within tolerances on two, and what is missing."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from benchmarks.harness.base import RUNS, DataError, DefinitionError, write_json
+from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.suite import Suite, load_suite
+from benchmarks.harness.config.suite import Suite, load_suite, plain_suite
 from benchmarks.harness.results import check as checking
+from benchmarks.harness.results import reference
 from benchmarks.harness.results.check import (
-    KEYS,
     Numbers,
-    bless,
-    check,
-    check_numbers,
-    clean_commit,
     code_digest,
     compare,
-    read_reference,
     tolerance_of,
     values_agree,
-    write_reference,
 )
-from benchmarks.harness.results.content import Metrics
-from benchmarks.harness.results.files import records_file
-from benchmarks.harness.results.records import Record, read_record
+from benchmarks.harness.results.reference import read_reference, reference_file
+from benchmarks.harness.results.suite_check import SuiteCheck
+from benchmarks.harness.results.suite_check import check as check_benchmarks
 from tests import fake_runs
-from tests.executed import finish, prepare
 from tests.fake_runs import edit
-from tests.planned import plan
 from tests.programs import call
 
 SCORES = ("dev", "test", "ood", "ood_mean")
@@ -46,25 +35,36 @@ SCORES = ("dev", "test", "ood", "ood_mean")
 
 @pytest.fixture
 def suite(here: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
-    """Finish and collect text and measurements in an empty working directory; their numbers are the reference."""
-    monkeypatch.setattr(checking, "REFERENCE", here / "reference")
+    """Finish text and measurements in an empty working directory; their numbers are the reference."""
+    monkeypatch.setattr(reference, "REFERENCE", here / "reference")
     suite = load_suite({"suite": "smoke", "benchmarks": ["glue", "speed"]})
     fake_runs.write_runs(suite.runs)
-    fake_runs.collect(suite)
-    bless_all(suite.runs)
+    fake_runs.bless(suite)
     return suite
 
 
-def bless_all(runs: list[Run]) -> None:
-    """Write the numbers of some runs as the reference."""
-    write_reference("smoke", check_numbers(fake_runs.records(runs)), "0" * 40)
+def check(suite: Suite, *, elsewhere: bool = False) -> SuiteCheck:
+    """Check all benchmarks of a suite."""
+    return check_benchmarks(suite, list(suite.settings.benchmarks), elsewhere=elsewhere)
+
+
+def differences(checked: SuiteCheck) -> pd.DataFrame:
+    """Return the numbers that do not agree."""
+    return pd.concat([result.differences for result in checked.results])
 
 
 def changed(suite: Suite, *, elsewhere: bool = False) -> set[tuple[str, str]]:
-    """Collect a suite, and return the part and metric of the numbers that differ from the reference."""
-    fake_runs.collect(suite)
-    differences = check(suite, elsewhere=elsewhere).differences
-    return set(differences[["part", "metric"]].itertuples(index=False, name=None))
+    """Return the part and metric of the numbers that differ from the reference."""
+    rows = differences(check(suite, elsewhere=elsewhere))
+    return set(rows[["part", "metric"]].itertuples(index=False, name=None))
+
+
+def blessed_numbers(suite: str) -> Numbers:
+    """Read the shipped numbers of all benchmarks of a suite."""
+    parts = [read_reference(suite, name) for name in plain_suite(suite).settings.benchmarks]
+    rows = pd.concat([part.rows for part in parts], ignore_index=True)
+    machines = {name: machine for part in parts for name, machine in part.machines.items()}
+    return Numbers(rows, machines, parts[0].code)
 
 
 def add_to_score(run: Run, difference: float) -> tuple[str, str]:
@@ -109,7 +109,7 @@ def swapped_methods(blessed: Numbers, parts: tuple[str, ...]) -> list[bool]:
 
 
 def test_the_tolerant_check_sees_swapped_methods_and_scores() -> None:
-    blessed = read_reference("smoke")
+    blessed = blessed_numbers("smoke")
     records, scores = (
         swapped_methods(blessed, tuple(set(blessed.rows["part"]))),
         swapped_methods(blessed, SCORES),
@@ -146,14 +146,16 @@ def test_the_last_digit_counts_for_one_machine_and_code_and_the_tolerance_otherw
     score = add_to_score(run, 2e-16)
     assert changed(suite) == {score}
     assert changed(suite, elsewhere=True) == set()
-    assert str(check(suite)).endswith(" agree, 1 changed, 0 missing, 0 new")
+    assert " agree, 1 changed, 0 missing, 0 new\n" in str(check(suite))
 
-    reference = checking.REFERENCE / "smoke.json"
-    content = json.loads(reference.read_text())
-    reference.write_text(json.dumps(content | {"code": "0" * 64}))
-    assert "within tolerances: the reference was made by older code" in str(check(suite))
+    origin = reference_file("smoke", "glue", "json")
+    content = json.loads(origin.read_text())
+    origin.write_text(json.dumps(content | {"code": "0" * 64}))
+    text = str(check(suite))
+    assert "within tolerances: the reference was made by older code" in text
+    assert " numbers exactly" in text  # the other benchmark
     assert changed(suite) == set()
-    reference.write_text(json.dumps(content))
+    origin.write_text(json.dumps(content))
     for each in suite.runs:
         edit(each, lambda content: content["environment"]["fingerprint"].update({"threads": "2"}))
     assert changed(suite) == set()
@@ -209,209 +211,107 @@ def test_times_are_not_compared_but_the_work_of_a_measurement_is(suite: Suite) -
     assert {metric for _, metric in changed(suite)} == {"inertia"}
 
 
-def test_lost_and_new_runs_fail(suite: Suite) -> None:
-    lost = suite.runs[1]
-    bless_all(suite.runs[3:])
-    assert set(check(suite).differences["status"]) == {"new"}
-    bless_all(suite.runs)
-    without = load_suite({"suite": "smoke", "benchmarks": ["glue"]})
-    assert set(check(without).differences["status"]) == {"missing"}
-    lost.metrics_file.unlink()
-    unfinished = check(suite)
-    assert not unfinished.passed
-    assert unfinished.unfinished == [lost.name]
-    assert set(unfinished.differences["status"]) == {"missing"}
+def test_a_finished_part_agrees_while_the_rest_is_missing(suite: Suite) -> None:
+    for run in suite.runs_of("speed"):
+        run.metrics_file.unlink()
+    whole = check(suite)
+    assert not whole.passed
+    assert differences(whole).empty  # the numbers of missing runs are not listed one by one
+    lines = str(whole).splitlines()
+    count = compared_numbers("glue")
+    assert lines[-2] == f"glue: {count:,} numbers agree (15 of 15 runs)"
+    assert lines[-1] == "speed: nothing to compare (0 of 4 runs)"
+    assert [line for line in lines if line.startswith("missing: ")] == [
+        f"missing: 1 run of {name} (seed 0)" for name in names_of("speed")
+    ]
+    words = ("check", "--suite", "smoke", "--benchmark")
+    assert call(*words, "glue").splitlines()[-1] == lines[-2]
+    assert call(*words, "glue", "--benchmark", "speed", status=1).splitlines() == lines
+    with pytest.raises(DefinitionError, match=r"^no run of speed in the suite 'smoke' is finished"):
+        call(*words, "speed")
 
 
-def test_runs_that_are_not_collected_are_unfinished(suite: Suite) -> None:
-    records_file("smoke", "speed").unlink()
-    result = check(suite)
+def compared_numbers(benchmark: str) -> int:
+    """Count the blessed numbers of a benchmark that have a tolerance."""
+    metrics = read_reference("smoke", benchmark).rows["metric"]
+    return sum(tolerance_of(metric) is not None for metric in metrics)
+
+
+def names_of(benchmark: str) -> list[str]:
+    """Return the names of the blessed runs of a benchmark, in the order of the grid."""
+    names = set(read_reference("smoke", benchmark).rows["run"])
+    order = [checking.group_name(run) for run in plain_suite("smoke").runs_of(benchmark)]
+    return sorted(names, key=order.index)
+
+
+def test_a_number_that_differs_is_counted_for_its_benchmark(suite: Suite) -> None:
+    add_to_score(suite.runs[0], -0.25)
+    glue, speed = str(check(suite)).splitlines()[-2:]
+    count = compared_numbers("glue") - 1
+    assert glue == f"glue: {count:,} numbers agree, 1 do not (15 of 15 runs)"
+    assert speed == f"speed: {compared_numbers('speed')} numbers agree (4 of 4 runs)"
+
+
+def test_missing_runs_are_grouped_by_their_settings(suite: Suite) -> None:
+    """Seven seeds of two settings are missing, and later whole settings."""
+    several = load_suite({"suite": "mini", "benchmarks": ["glue"]})
+    fake_runs.write_runs(several.runs)
+    fake_runs.bless(several)
+    groups: dict[str, list[Run]] = {}
+    for run in several.runs:
+        groups.setdefault(checking.group_name(run), []).append(run)
+    (first, runs), (second, others) = list(groups.items())[:2]
+    for run in [*runs[:3], others[0], others[2]]:
+        run.metrics_file.unlink()
+    result = check(several)
     assert not result.passed
-    assert result.unfinished == sorted(run.name for run in suite.runs_of("speed"))
-    records_file("smoke", "glue").unlink()
-    with pytest.raises(
-        DefinitionError,
-        match="no finished run of the suite 'smoke' is collected: `make run SUITE=smoke`",
-    ):
-        check(suite)
+    assert [line for line in str(result).splitlines() if line.startswith("missing")] == [
+        f"missing: 3 runs of {first} (seeds 0 to 2)",
+        f"missing: 2 runs of {second} (seeds 0, 2)",
+    ]
+    num_runs = len(several.runs)
+    assert str(result).endswith(f" numbers agree ({num_runs - 5} of {num_runs} runs)")
 
 
-@pytest.mark.usefixtures("checkout")
-def test_records_that_are_older_than_a_run_are_refused(suite: Suite) -> None:
-    run = suite.runs[-1]
-    edit(run, lambda content: content["cost"].update(job_seconds=3.0))
-    message = f"^{run.metrics_file} has changed since it was collected; run the workflow again, which collects it anew$"
-    for refuse in (lambda: check(suite), lambda: bless(suite, print)):
-        with pytest.raises(DataError, match=message):
-            refuse()
-    fake_runs.collect(suite)
-    assert check(suite).passed
+def test_a_long_list_of_missing_runs_ends_with_a_count(here: Path, suite: Suite) -> None:
+    lora = load_suite({"suite": "smoke", "benchmarks": ["glue_lora"]})
+    fake_runs.write_runs(lora.runs)
+    fake_runs.bless(lora)
+    names = [checking.group_name(run) for run in lora.runs]
+    for run in lora.runs[1:]:
+        run.metrics_file.unlink()
+    num_missing = len(set(names) - {names[0]})
+    assert num_missing > 20
+    lines = [line for line in str(check(lora)).splitlines() if line.startswith("missing")]
+    assert len(lines) == 21
+    assert lines[-1] == f"missing: and {num_missing - 20} more groups"
 
 
-def test_the_reference_has_every_number_with_all_digits_and_its_machine(suite: Suite) -> None:
+def test_new_runs_and_runs_that_are_no_longer_planned_fail(suite: Suite) -> None:
+    fake_runs.bless(suite, leave_out=suite.runs[:1])
+    checked = check(suite)
+    assert not checked.passed
+    assert set(differences(checked)["status"]) == {"new"}
+    fake_runs.bless(suite)
+
+    run = suite.runs_of("speed")[-1]
+    fewer = replace(suite)
+    fewer.__dict__["runs"] = [other for other in suite.runs if other != run]
+    checked = check(fewer)
+    assert not checked.passed
+    assert differences(checked).empty
+    line = f"blessed, but not planned: 1 run of {checking.group_name(run)} (seed 0)"
+    assert line in str(checked).splitlines()
+
+
+def test_a_number_that_a_finished_run_lacks_or_has_in_addition_is_listed(suite: Suite) -> None:
     run = suite.runs[0]
-    reference, record, task = read_reference("smoke"), read_record(run), run.spec["task"]
-    scores = record.metrics.scores or {}
-    assert repr(scores["test"][task["name"]][task["metric"]]) in set(reference.rows["value"])
-    assert list(reference.machines.values()) == [record.metrics.environment.fingerprint]
-    assert set(reference.rows["machine"]) == set(reference.machines)
-    assert not reference.rows.duplicated(KEYS).any()
-    with pytest.raises(DefinitionError, match="two finished runs have the same number"):
-        check_numbers([record, replace(record, run=Run("other", run.spec))])
-
-
-def without_key(file: Path) -> None:
-    content = json.loads(file.read_text())
-    del content["machines"]
-    file.write_text(json.dumps(content))
-
-
-def of_another_machine(file: Path) -> None:
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps({**content, "machines": {"other": {}}}))
-
-
-DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "other columns": (
-        "csv",
-        lambda file: file.write_text("benchmark,mean\n"),
-        "damaged or of an older form: .*None of",
-    ),
-    "an empty csv": (
-        "csv",
-        lambda file: file.write_text(""),
-        "damaged or of an older form: No columns",
-    ),
-    "a seed that is no number": (
-        "csv",
-        lambda file: file.write_text(file.read_text().replace(",0,", ",x,")),
-        "damaged",
-    ),
-    "no csv": ("csv", Path.unlink, "cannot be read: No such file"),
-    "cut json": ("json", lambda file: file.write_text("{"), "is damaged: 'the file': Invalid JSON"),
-    "a list": (
-        "json",
-        lambda file: file.write_text("[]"),
-        "is damaged: 'the file': Input should be an object",
-    ),
-    "a missing key": ("json", without_key, "is damaged: 'machines': Field required"),
-    "another machine": (
-        "json",
-        of_another_machine,
-        "names the machine '.*', which its json does not have",
-    ),
-    "no json": ("json", Path.unlink, "cannot be read: No such file"),
-}
-
-
-@pytest.mark.parametrize("case", DAMAGES)
-def test_a_damaged_reference_is_named(case: str, suite: Suite) -> None:
-    ending, damage, message = DAMAGES[case]
-    damage(checking.REFERENCE / f"smoke.{ending}")
-    with pytest.raises(
-        (DataError, DefinitionError),
-        match=rf"^\S+/smoke\.\w+ .*{message}.*; bless a run of the suite",
-    ) as error:
-        check(suite)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("ending", ["csv", "json"])
-def test_a_pipe_in_place_of_a_reference_is_not_waited_for(ending: str, suite: Suite) -> None:
-    file = checking.REFERENCE / f"smoke.{ending}"
-    file.unlink()
-    os.mkfifo(file)
-    with pytest.raises(
-        (DataError, DefinitionError), match=r"smoke\.\w+ cannot be read: it is not a file; bless"
-    ):
-        check(suite)
+    edit(run, lambda content: content["probe"]["losses"].pop())
+    assert set(differences(check(suite))["status"]) == {"missing"}
+    fake_runs.write_runs(suite.runs)
+    edit(run, lambda content: content["data"].update(extra=next(iter(content["data"].values()))))
+    assert set(differences(check(suite))["status"]) == {"new"}
 
 
 def test_a_damaged_number_of_the_reference_is_a_difference() -> None:
     assert not values_agree("0.5", "half", 0.1)
-
-
-def test_verify_runs_again_and_leaves_the_run_as_it_is(
-    workdir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = next(
-        run
-        for run in plan(["modularity"], "smoke")
-        if run.spec["method"]["name"] == "random_partition"
-    )
-    path, verify = prepare(run, str(RUNS)), ("verify", "--suite", "smoke")
-    with pytest.raises(DefinitionError, match="no run of the suite 'smoke' is finished"):
-        call(*verify)
-    finish(path)
-    edit(run, lambda content: next(iter(content["data"].values())).update(rows=7))
-    before = {file: file.stat().st_mtime_ns for file in path.parent.iterdir()}
-    output = call(*verify, "--runs", "5", status=1)
-    assert "content" in output
-    assert output.endswith(" agree, 1 changed, 0 missing, 0 new\n")
-    monkeypatch.setattr(sys, "executable", "false")
-    assert f"1 runs are not finished, the first is {run.name}: no output" in call(*verify, status=1)
-    assert {file: file.stat().st_mtime_ns for file in path.parent.iterdir()} == before
-
-
-@pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make an empty checkout."""
-    folder = tmp_path / "checkout"
-    folder.mkdir()
-    for command in (
-        "init -q",
-        "config user.email a@b",
-        "config user.name a",
-        "commit -q --allow-empty -m first",
-    ):
-        subprocess.run(["git", *command.split()], cwd=folder, check=True)
-    monkeypatch.setattr(checking, "ROOT", folder)
-    return folder
-
-
-def test_bless_refuses_a_tree_with_changes_but_for_blessed_numbers(checkout: Path) -> None:
-    write_json(checkout / "results/reference/mini.json", {})
-    assert len(clean_commit()) == 40
-    (checkout / "code.py").write_text("x = 1")
-    with pytest.raises(DefinitionError, match=r"1 files are not committed, the first is code\.py"):
-        clean_commit()
-
-
-@pytest.mark.usefixtures("checkout")
-def test_only_numbers_that_repeat_are_blessed(
-    suite: Suite, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    repeated, failures = list[str](), list[str]()
-
-    def bless_runs(change: Callable[[dict[str, Any]], None] = lambda content: None) -> Path:
-        def run_again(chosen: list[Record], _say: object) -> tuple[Numbers, list[str]]:
-            results = []
-            for record in chosen:
-                repeated.append(record.run.id)
-                content = json.loads(record.run.metrics_file.read_text())
-                change(content)
-                results.append(replace(record, metrics=Metrics.model_validate(content)))
-            return check_numbers(results), failures
-
-        monkeypatch.setattr(checking, "run_again", run_again)
-        return bless(suite, print)
-
-    fastest = [suite.runs_of(name)[-1] for name in ("glue", "speed")]
-    for run in fastest:
-        edit(run, lambda content: content["cost"].update(job_seconds=0.5))
-    fake_runs.collect(suite)
-    bless_runs()
-    assert check(suite).passed
-    assert sorted(repeated) == sorted(run.id for run in fastest)
-    for change in (
-        lambda content: content.get("probe", {}).update(losses=["0.25"]),
-        lambda content: content["environment"]["fingerprint"].update(threads="2"),
-    ):
-        with pytest.raises(DefinitionError, match="the runs do not repeat here exactly"):
-            bless_runs(change)
-    failures.append("minilm: ValueError: odd")
-    with pytest.raises(DefinitionError, match="the runs do not repeat here exactly"):
-        bless_runs()
-    suite.runs[1].metrics_file.unlink()
-    with pytest.raises(DefinitionError, match=r"1 of \d+ runs .* is missing"):
-        bless_runs()

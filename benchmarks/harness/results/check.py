@@ -1,4 +1,4 @@
-"""Compare a suite's numbers with the blessed numbers, rerun finished runs, and bless new numbers.
+"""Compare the numbers of runs with older ones, mostly with the blessed numbers.
 
 Blessed numbers are those of a reference run, kept in ``results/reference/``. Numbers of the same
 machine and code must be equal to the last digit. Other numbers may differ by the ``tolerance`` of
@@ -9,51 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from benchmarks.harness.base import (
-    BENCHMARKS,
-    REFERENCE,
-    ROOT,
-    DefinitionError,
-    atomic_write,
-    check_is_file,
-    first_line,
-    git,
-    write_json,
-    write_text,
-)
+from benchmarks.harness.base import BENCHMARKS, ROOT, DefinitionError
 from benchmarks.harness.config.benchmark import benchmark_names
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.results.content import Metrics, ModelNumbers, Probe
-from benchmarks.harness.results.files import records_file
 from benchmarks.harness.results.records import (
     GROUP_KEYS,
     Record,
     RunNumber,
-    check_current,
-    check_finished,
-    read_record,
-    read_records,
     run_keys,
     run_numbers,
 )
-from benchmarks.harness.results.reference import bless_advice, read_origin
 
 KEYS = ["run", "seed", "part", "eval_task", "metric"]
-_COLUMNS = [*KEYS, "value", "machine"]
+COLUMNS = [*KEYS, "value", "machine"]
 # Tolerances of numbers that runs record only for this check. They were measured like those in
 # metrics.yaml.
 _TOLERANCES = {
@@ -304,10 +281,11 @@ def check_numbers(records: Iterable[Record]) -> Numbers:
         fingerprint = record.metrics.environment.fingerprint
         machine = _machine_name(fingerprint)
         machines[machine] = fingerprint
-        name = _group_name(run)
+        name = group_name(run)
         for part, data_set, metric, value in _numbers_of(record):
             numbers.append((name, run.seed, part, data_set, metric, value, machine))
-    rows = pd.DataFrame(numbers, columns=_COLUMNS)
+    # a frame without rows would not have this type
+    rows = pd.DataFrame(numbers, columns=COLUMNS).astype({"seed": int})
 
     # the comparison would join the numbers of two runs with the same keys
     repeated = rows[rows.duplicated(KEYS)]
@@ -325,7 +303,7 @@ def _machine_name(fingerprint: Mapping[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _group_name(run: Run) -> str:
+def group_name(run: Run) -> str:
     """Join the settings of a run in one text. The seed is left out."""
     texts = []
     for key, value in run_keys(run).items():
@@ -407,202 +385,3 @@ def _model_numbers(model: ModelNumbers) -> Iterator[RunNumber]:
             yield RunNumber("model", name, "inertia", repr(1 - layer.explained))
     for group, trained in model.trained.items():
         yield RunNumber("model", group, "trained", f"{trained.parameters} {trained.names}")
-
-
-def read_reference(suite: str) -> Numbers:
-    """Read the blessed numbers of a suite.
-
-    Raises:
-        DefinitionError: The csv is missing, damaged or of an older form.
-        DataError: The json with the origin is missing, damaged or of an older form.
-    """
-    path = REFERENCE / f"{suite}.csv"
-    advice = bless_advice(suite)
-    try:
-        check_is_file(path)
-        # all values stay texts, because the last digit counts
-        texts = pd.read_csv(path, keep_default_na=False, dtype=str)
-        rows = texts[_COLUMNS].astype({"seed": int})
-    except OSError as error:
-        raise DefinitionError(f"{path} cannot be read: {error.strerror}; {advice}") from error
-    except (KeyError, ValueError) as error:
-        raise DefinitionError(
-            f"{path} is damaged or of an older form: {first_line(error)}; {advice}"
-        ) from error
-    origin = read_origin(path.with_suffix(".json"))
-    unknown = sorted(set(rows["machine"]) - set(origin.machines))
-    if unknown:
-        raise DefinitionError(
-            f"{path} names the machine '{unknown[0]}', which its json does not have; {advice}"
-        )
-    return Numbers(rows, origin.machines, origin.code)
-
-
-def write_reference(suite: str, numbers: Numbers, commit: str) -> Path:
-    """Write a suite's blessed numbers as csv, and their commit, machines and code as JSON.
-
-    Returns the path of the csv.
-    """
-    path = REFERENCE / f"{suite}.csv"
-    with atomic_write(path) as temporary:
-        numbers.rows.to_csv(temporary, index=False, lineterminator="\n")
-    origin = {"commit": commit, "machines": numbers.machines, "code": numbers.code}
-    write_json(path.with_suffix(".json"), origin)
-    return path
-
-
-def check(suite: Suite, *, elsewhere: bool = False) -> CheckResult:
-    """Compare the collected records of a suite with its blessed numbers.
-
-    Runs without a collected record, or without their ``metrics.json``, are listed as unfinished.
-    ``elsewhere`` applies tolerances even on the same machine.
-
-    Raises:
-        DefinitionError: No finished run is collected, or the csv of the blessed numbers is missing
-            or damaged.
-        DataError: A file of records is damaged or older than a ``metrics.json``, or the json with
-            the origin of the blessed numbers is missing or damaged.
-    """
-    records = _read_finished(suite)
-    if not records:
-        raise DefinitionError(
-            f"no finished run of the suite '{suite.name}' is collected: "
-            f"`make run SUITE={suite.name}`"
-        )
-    # a rerun after the collection would be compared with its old numbers
-    for record in records:
-        check_current(record)
-    finished = {record.run.folder for record in records}
-    unfinished = sorted(run.name for run in suite.runs if run.folder not in finished)
-
-    before = read_reference(suite.name)
-    after = check_numbers(records)
-    return compare(before, after, suite.name, elsewhere=elsewhere, unfinished=unfinished)
-
-
-def _read_finished(suite: Suite) -> list[Record]:
-    """Read the collected records of the runs that still have their ``metrics.json``."""
-    records: list[Record] = []
-    for name in suite.settings.benchmarks:
-        for part in suite.record_parts(name):
-            if not records_file(suite.name, name, part).exists():
-                continue
-            for record in read_records(suite, name, part):
-                if record.run.metrics_file.exists():
-                    records.append(record)
-    return records
-
-
-def run_again(records: Sequence[Record], say: Callable[[str], None]) -> tuple[Numbers, list[str]]:
-    """Rerun finished runs, each in a new process that writes to a temporary folder.
-
-    ``say`` prints a line about each run.
-
-    Returns:
-        The new numbers, and for each failed run its name and last line of output.
-    """
-    repeated: list[Record] = []
-    failures: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="again-") as name:
-        folder = Path(name)
-        for record in records:
-            run = record.run
-            say(f"running {run.name} again, about {record.metrics.cost.job_seconds:.0f} s")
-            failure = _run_in_process(record, folder)
-            if failure is None:
-                repeated.append(read_record(run, folder))
-            else:
-                failures.append(f"{run.name}: {failure}")
-    return check_numbers(repeated), failures
-
-
-def _run_in_process(record: Record, folder: Path) -> str | None:
-    """Rerun a finished run, with its files below ``folder``.
-
-    Returns the last line of its error output if it fails, else None.
-    """
-    path = folder / record.run.folder / "run.json"
-    write_text(path, record.run.to_json())
-    # as many threads as before, because sums depend on them
-    threads = str(record.metrics.environment.threads)
-    command = [sys.executable, "-m", "benchmarks", "run", str(path), "--threads", threads]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    if process.returncode == 0:
-        return None
-    output = process.stderr.strip() or "no output"
-    return output.splitlines()[-1]
-
-
-def verify(suite: Suite, count: int, say: Callable[[str], None]) -> CheckResult:
-    """Rerun up to ``count`` finished runs, chosen at random, and compare new and old numbers.
-
-    ``say`` prints a line about each run.
-
-    Raises:
-        DefinitionError: No run is finished.
-        DataError: A ``metrics.json`` is damaged.
-    """
-    finished = [run for run in suite.runs if run.metrics_file.exists()]
-    if not finished:
-        raise DefinitionError(
-            f"no run of the suite '{suite.name}' is finished: `make run SUITE={suite.name}`"
-        )
-    # unseeded, so that repeated calls verify different runs
-    chosen = random.sample(finished, min(count, len(finished)))
-    records = [read_record(run) for run in chosen]
-    before = check_numbers(records)
-    after, failures = run_again(records, say)
-    return compare(before, after, suite.name, unfinished=failures)
-
-
-def bless(suite: Suite, say: Callable[[str], None]) -> Path:
-    """Write the present numbers as the new blessed ones, if reruns repeat them exactly.
-
-    The fastest run of each benchmark is rerun. ``say`` prints a line about each rerun, and the
-    differences if there are any. Returns the path of the written csv.
-
-    Raises:
-        DefinitionError: The checkout is not clean, a run is not finished, or a rerun has other
-            numbers.
-        DataError: A file of records is missing, damaged, or older than a ``metrics.json``.
-    """
-    commit = clean_commit()
-    check_finished(suite.runs, f"of the suite '{suite.name}'", f"make run SUITE={suite.name}")
-
-    records: list[Record] = []
-    fastest: list[Record] = []  # one run per benchmark, to save time
-    for name in suite.settings.benchmarks:
-        benchmark_records = read_records(suite, name)
-        records += benchmark_records
-        fastest.append(min(benchmark_records, key=lambda record: record.metrics.cost.job_seconds))
-    for record in records:
-        check_current(record)
-
-    after, failures = run_again(fastest, say)
-    before = check_numbers(fastest)
-    result = compare(before, after, suite.name, unfinished=failures)
-    # a comparison within tolerances passes too, but it proves less
-    is_exact = all(sentence.endswith("exactly") for sentence in result.machines)
-    if not result.passed or not is_exact:
-        say(str(result))
-        raise DefinitionError(
-            "the runs do not repeat here exactly, so their numbers cannot be blessed"
-        )
-    return write_reference(suite.name, check_numbers(records), commit)
-
-
-def clean_commit() -> str:
-    """Return the commit of the checkout, which must have no uncommitted changes.
-
-    Changes to blessed numbers are allowed.
-
-    Raises:
-        DefinitionError: Another file has changes that are not committed.
-    """
-    status = git(ROOT, "status", "--porcelain", "--", ".", ":(exclude)results/reference")
-    # one line per file, which ends with its path
-    changed = status.splitlines()
-    if changed:
-        first = changed[0].split()[-1]
-        raise DefinitionError(f"{len(changed)} files are not committed, the first is {first}")
-    return git(ROOT, "rev-parse", "HEAD")

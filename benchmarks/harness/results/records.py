@@ -73,6 +73,18 @@ class Record:
     digest: str
 
 
+class ParsedRecords(NamedTuple):
+    """The records of a file.
+
+    Attributes:
+        records: The records of runs that the suite plans, by the folder of the run.
+        unplanned: The folders of the other runs.
+    """
+
+    records: dict[str, Record]
+    unplanned: list[str]
+
+
 class RunNumber(NamedTuple):
     """One number of a run.
 
@@ -129,16 +141,16 @@ def collect(suite: Suite, benchmark: str, part: str | None = None) -> list[Path]
     line of JSON per run, in the order of the grid.
     """
     files = []
-    for file_part in _parts_with_files(suite, benchmark, part):
+    for file_part in parts_with_files(suite, benchmark, part):
         path = records_file(suite.name, benchmark, file_part)
         runs = suite.runs_of(benchmark, file_part)
         # a generator, so that only one record at a time is in memory
-        write_lines(path, (_to_line(read_record(run)) for run in runs))
+        write_lines(path, (format_record(read_record(run)) for run in runs))
         files.append(path)
     return files
 
 
-def _parts_with_files(suite: Suite, benchmark: str, part: str | None) -> list[str | None]:
+def parts_with_files(suite: Suite, benchmark: str, part: str | None) -> list[str | None]:
     """List the data sets whose records have their own file, or only ``part`` if it is given.
 
     The list is ``[None]`` if one file has the records of all runs.
@@ -148,8 +160,8 @@ def _parts_with_files(suite: Suite, benchmark: str, part: str | None) -> list[st
     return suite.record_parts(benchmark)
 
 
-def _to_line(record: Record) -> str:
-    """Format a record as a line of JSON."""
+def format_record(record: Record) -> str:
+    """Format a record as a line of JSON, without a line end."""
     run = record.run
     line = _Line(folder=run.folder, name=run.name, digest=record.digest, metrics=record.metrics)
     return line.model_dump_json(by_alias=True, exclude_unset=True)
@@ -165,7 +177,7 @@ def read_records(suite: Suite, benchmark: str, part: str | None = None) -> list[
             plans. The message names the file.
     """
     records_by_folder: dict[str, Record] = {}
-    for file_part in _parts_with_files(suite, benchmark, part):
+    for file_part in parts_with_files(suite, benchmark, part):
         path = records_file(suite.name, benchmark, file_part)
         # without --force, Snakemake keeps the existing file
         advice = (
@@ -182,27 +194,46 @@ def _read_file(path: Path, runs: Sequence[Run], advice: str) -> dict[str, Record
     Raises:
         DataError: The file cannot be read, is damaged, lacks one of ``runs``, or has another run.
     """
+    parsed = parse_records(read_bytes(path, advice), runs, path, advice)
+    if parsed.unplanned:
+        raise DataError(
+            f"{path} has the run '{parsed.unplanned[0]}', which the suite does not plan; {advice}"
+        )
+    for run in runs:
+        if run.folder not in parsed.records:
+            raise DataError(f"{path} lacks the run '{run.folder}'; {advice}")
+    return parsed.records
+
+
+def parse_records(content: bytes, runs: Sequence[Run], path: Path, advice: str) -> ParsedRecords:
+    """Parse the lines of :func:`format_record`.
+
+    Args:
+        content: The lines.
+        runs: The runs that the suite plans.
+        path: The file with the lines, for messages.
+        advice: What the user should do about a damaged file. It ends the error message.
+
+    Raises:
+        DataError: A line is damaged. The message names the file and the line.
+    """
     # a record names its run by the folder, which has the run's id
     runs_by_folder = {run.folder: run for run in runs}
     records: dict[str, Record] = {}
-    for number, text in enumerate(read_bytes(path, advice).splitlines(), start=1):
+    unplanned: list[str] = []
+    for number, text in enumerate(content.splitlines(), start=1):
         try:
             line = _Line.model_validate_json(text)
         except ValidationError as error:
             raise DataError(
                 f"{path}, line {number}, is damaged: {first_problem(error)}; {advice}"
             ) from error
-        if line.folder not in runs_by_folder:
-            raise DataError(
-                f"{path} has the run '{line.folder}', which the suite does not plan; {advice}"
-            )
-        run = runs_by_folder[line.folder]
-        records[line.folder] = Record(run, line.metrics, line.digest)
-
-    for folder in runs_by_folder:
-        if folder not in records:
-            raise DataError(f"{path} lacks the run '{folder}'; {advice}")
-    return records
+        if line.folder in runs_by_folder:
+            run = runs_by_folder[line.folder]
+            records[line.folder] = Record(run, line.metrics, line.digest)
+        else:
+            unplanned.append(line.folder)
+    return ParsedRecords(records, unplanned)
 
 
 def check_current(record: Record) -> None:

@@ -1,12 +1,38 @@
-"""Read the origin of a suite's blessed numbers, ``results/reference/<suite>.json``."""
+"""Read and write the blessed numbers and records of a suite, three files for each benchmark.
+
+``results/reference/<suite>/`` has these files:
+
+- ``<benchmark>.csv``: the numbers that the check compares, one per row.
+- ``<benchmark>.json``: their origin.
+- ``<benchmark>.jsonl.gz``: the collected records of the runs, for tables and claims. It may be
+  missing.
+"""
 
 from __future__ import annotations
 
+import gzip
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
-from benchmarks.harness.base import read_json
+from benchmarks.harness.base import (
+    REFERENCE,
+    DataError,
+    DefinitionError,
+    atomic_write,
+    check_is_file,
+    first_line,
+    read_bytes,
+    read_json,
+    write_json,
+)
+from benchmarks.harness.config.suite import Suite, suite_names
+from benchmarks.harness.results.check import COLUMNS, Numbers, check_numbers
+from benchmarks.harness.results.records import Record, format_record, parse_records
 
 
 class Origin(BaseModel):
@@ -21,16 +47,141 @@ class Origin(BaseModel):
     code: str
     """The digest of the code that numbers depend on."""
 
+    @property
+    def processors(self) -> str:
+        """Return the processors of the machines, separated by commas."""
+        names = [machine.get("processor", "?") for machine in self.machines.values()]
+        return ", ".join(sorted(set(names)))
 
-def bless_advice(suite: str) -> str:
-    """Return the advice of error messages on how to renew a suite's blessed numbers."""
-    return f"bless a run of the suite (`python -m benchmarks bless --suite {suite}`)"
+
+@dataclass(frozen=True)
+class BlessedRecords:
+    """The blessed records of a benchmark.
+
+    Attributes:
+        records: The records of runs that the suite plans, by the folder of the run.
+        unplanned: The number of blessed runs that the suite does not plan.
+        origin: The origin of the records.
+    """
+
+    records: dict[str, Record]
+    unplanned: int
+    origin: Origin
 
 
-def read_origin(path: Path) -> Origin:
-    """Read the origin of a suite's blessed numbers from ``<suite>.json``.
+def reference_file(suite: str, benchmark: str, ending: str) -> Path:
+    """Return the path of a blessed file. ``ending`` is ``csv``, ``json`` or ``jsonl.gz``."""
+    return REFERENCE / suite / f"{benchmark}.{ending}"
+
+
+def blessed_benchmarks(suite: Suite) -> list[str]:
+    """Return the names of the suite's benchmarks that have blessed numbers."""
+    names = suite.settings.benchmarks
+    return [name for name in names if reference_file(suite.name, name, "csv").exists()]
+
+
+def suites_with_records() -> list[str]:
+    """Return the names of the suites that have blessed records of any benchmark."""
+    return [name for name in suite_names() if any((REFERENCE / name).glob("*.jsonl.gz"))]
+
+
+def read_reference(suite: str, benchmark: str) -> Numbers:
+    """Read the blessed numbers of a benchmark.
+
+    Raises:
+        DefinitionError: The csv is missing, damaged or of an older form.
+        DataError: The json with the origin is missing, damaged or of an older form.
+    """
+    path = reference_file(suite, benchmark, "csv")
+    advice = _bless_advice(suite, benchmark)
+    try:
+        check_is_file(path)
+        # all values stay texts, because the last digit counts
+        texts = pd.read_csv(path, keep_default_na=False, dtype=str)
+        rows = texts[COLUMNS].astype({"seed": int})
+    except OSError as error:
+        raise DefinitionError(f"{path} cannot be read: {error.strerror}; {advice}") from error
+    except (KeyError, ValueError) as error:
+        raise DefinitionError(
+            f"{path} is damaged or of an older form: {first_line(error)}; {advice}"
+        ) from error
+    origin = read_origin(suite, benchmark)
+    unknown = sorted(set(rows["machine"]) - set(origin.machines))
+    if unknown:
+        raise DefinitionError(
+            f"{path} names the machine '{unknown[0]}', which its json does not have; {advice}"
+        )
+    return Numbers(rows, origin.machines, origin.code)
+
+
+def read_origin(suite: str, benchmark: str) -> Origin:
+    """Read the origin of the blessed numbers of a benchmark.
 
     Raises:
         DataError: The file is missing, damaged or of an older form.
     """
-    return read_json(path, Origin, bless_advice(path.stem))
+    path = reference_file(suite, benchmark, "json")
+    return read_json(path, Origin, _bless_advice(suite, benchmark))
+
+
+def read_blessed_records(suite: Suite, benchmark: str) -> BlessedRecords | None:
+    """Read the blessed records of a benchmark. Return None if it has none.
+
+    Raises:
+        DataError: The file of the records or of their origin is damaged or of an older form, or
+            the origin is missing.
+    """
+    path = reference_file(suite.name, benchmark, "jsonl.gz")
+    if not path.exists():
+        return None
+    advice = _bless_advice(suite.name, benchmark)
+    try:
+        content = gzip.decompress(read_bytes(path, advice))
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is damaged: {first_line(error)}; {advice}") from error
+    parsed = parse_records(content, suite.runs_of(benchmark), path, advice)
+    origin = read_origin(suite.name, benchmark)
+    return BlessedRecords(parsed.records, len(parsed.unplanned), origin)
+
+
+def write_reference(
+    suite: str, benchmark: str, records: Sequence[Record], commit: str
+) -> list[Path]:
+    """Write the records of a benchmark as the blessed ones, with their numbers and their origin.
+
+    Args:
+        suite: The name of the suite.
+        benchmark: The name of the benchmark.
+        records: The records of all its runs.
+        commit: The commit of the checkout that made them.
+
+    Returns:
+        The paths of the three written files.
+    """
+    numbers = check_numbers(records)
+    csv = reference_file(suite, benchmark, "csv")
+    with atomic_write(csv) as temporary:
+        numbers.rows.to_csv(temporary, index=False, lineterminator="\n")
+    json = reference_file(suite, benchmark, "json")
+    write_json(json, {"commit": commit, "machines": numbers.machines, "code": numbers.code})
+    compressed = reference_file(suite, benchmark, "jsonl.gz")
+    _write_compressed(compressed, [format_record(record) for record in records])
+    return [csv, json, compressed]
+
+
+def _write_compressed(path: Path, lines: Sequence[str]) -> None:
+    """Write lines of text, compressed. The same lines give the same file."""
+    content = "".join(f"{line}\n" for line in lines)
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("wb") as file,
+        # without a name and a time, which would differ from file to file
+        gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as compressed,
+    ):
+        compressed.write(content.encode())
+
+
+def _bless_advice(suite: str, benchmark: str) -> str:
+    """Return the advice of error messages on how to renew the blessed numbers of a benchmark."""
+    command = f"python -m benchmarks bless --suite {suite} --benchmark {benchmark}"
+    return f"bless a run of the suite (`{command}`)"

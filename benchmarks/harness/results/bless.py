@@ -1,0 +1,91 @@
+"""Bless the present numbers of a suite, so that later numbers are compared with them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.harness.base import ROOT, DefinitionError, git
+from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.results.check import check_numbers, compare
+from benchmarks.harness.results.records import Record, check_finished, read_record
+from benchmarks.harness.results.reference import write_reference
+from benchmarks.harness.results.verify import Rerun, Say, run_again
+
+
+def bless(suite: Suite, benchmarks: Sequence[str], say: Say) -> list[Path]:
+    """Write the present records of benchmarks as the blessed ones, if reruns repeat them exactly.
+
+    The fastest run of each benchmark is rerun.
+
+    Args:
+        suite: The suite.
+        benchmarks: The names of the benchmarks.
+        say: Prints a line about each rerun, and the differences if there are any.
+
+    Returns:
+        The paths of the written files.
+
+    Raises:
+        DefinitionError: The checkout is not clean, a run is not finished, or a rerun has other
+            numbers.
+        DataError: A ``metrics.json`` is damaged.
+    """
+    commit = clean_commit()
+    runs = [run for run in suite.runs if run.benchmark in benchmarks]
+    check_finished(runs, f"of the suite '{suite.name}'", f"make run SUITE={suite.name}")
+
+    records: dict[str, list[Record]] = {}
+    fastest: list[Record] = []  # one run per benchmark, to save time
+    for name in benchmarks:
+        records[name] = [read_record(run) for run in suite.runs_of(name)]
+        fastest.append(min(records[name], key=lambda record: record.metrics.cost.job_seconds))
+    _check_repeatable(suite, fastest, say)
+
+    files: list[Path] = []
+    for name in benchmarks:
+        files += write_reference(suite.name, name, records[name], commit)
+    return files
+
+
+def _check_repeatable(suite: Suite, records: Sequence[Record], say: Say) -> None:
+    """Rerun finished runs, and check that their numbers are the same to the last digit.
+
+    Raises:
+        DefinitionError: A run fails or has other numbers.
+    """
+    reruns = []
+    for record in records:
+        threads = str(record.metrics.environment.threads)
+        reruns.append(Rerun(record.run, threads))
+    with tempfile.TemporaryDirectory(prefix="again-") as folder:
+        # an evaluation reads the trained runs of this working directory
+        repeated, failures = run_again(reruns, Path(folder), Path.cwd(), say)
+    before = check_numbers(records)
+    after = check_numbers(repeated)
+    result = compare(before, after, suite.name, unfinished=list(failures.values()))
+    # a comparison within tolerances passes too, but it proves less
+    is_exact = all(sentence.endswith("exactly") for sentence in result.machines)
+    if not result.passed or not is_exact:
+        say(str(result))
+        raise DefinitionError(
+            "the runs do not repeat here exactly, so their numbers cannot be blessed"
+        )
+
+
+def clean_commit() -> str:
+    """Return the commit of the checkout, which must have no uncommitted changes.
+
+    Changes to blessed numbers are allowed.
+
+    Raises:
+        DefinitionError: Another file has changes that are not committed.
+    """
+    status = git(ROOT, "status", "--porcelain", "--", ".", ":(exclude)results/reference")
+    # one line per file, which ends with its path
+    changed = status.splitlines()
+    if changed:
+        first = changed[0].split()[-1]
+        raise DefinitionError(f"{len(changed)} files are not committed, the first is {first}")
+    return git(ROOT, "rev-parse", "HEAD")

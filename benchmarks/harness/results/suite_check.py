@@ -1,0 +1,265 @@
+"""Compare the finished runs of a suite with its blessed numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+
+from benchmarks.harness.base import DefinitionError
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.results.check import (
+    KEYS,
+    CheckResult,
+    Numbers,
+    check_numbers,
+    compare,
+    group_name,
+    tolerance_of,
+)
+from benchmarks.harness.results.records import read_record
+from benchmarks.harness.results.reference import read_reference
+
+_MOST_GROUPS = 20  # groups of runs that are listed; more are only counted
+
+# a run in files of numbers: its name without the seed, and its seed
+RunKey = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The blessed and the new numbers of some runs of a benchmark.
+
+    Attributes:
+        before: The blessed numbers.
+        after: The new numbers.
+        failures: For each run that failed, its name and the reason.
+    """
+
+    before: Numbers
+    after: Numbers
+    failures: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class BenchmarkCheck:
+    """How many runs and numbers of a benchmark were compared with the blessed ones.
+
+    Attributes:
+        equal: The number of numbers that agree.
+        different: The number of numbers that do not agree.
+        planned: The number of runs that the suite plans.
+        missing: The planned runs that are not finished.
+        unplanned: The blessed runs that the suite does not plan.
+    """
+
+    equal: int
+    different: int
+    planned: int
+    missing: Sequence[RunKey]
+    unplanned: Sequence[RunKey]
+
+    def __str__(self) -> str:
+        finished = self.planned - len(self.missing)
+        runs = f"{finished:,} of {self.planned:,} runs"
+        if not finished:
+            return f"nothing to compare ({runs})"
+        text = f"{self.equal:,} numbers agree"
+        if self.different:
+            text += f", {self.different:,} do not"
+        return f"{text} ({runs})"
+
+
+@dataclass(frozen=True)
+class SuiteCheck:
+    """The comparison of a suite's finished runs with its blessed numbers.
+
+    Attributes:
+        results: The comparisons of :func:`compare_pairs`.
+        benchmarks: The counts by the name of the benchmark.
+    """
+
+    results: Sequence[CheckResult]
+    benchmarks: Mapping[str, BenchmarkCheck]
+
+    @property
+    def missing(self) -> list[RunKey]:
+        """Return the planned runs that are not finished."""
+        return [key for counts in self.benchmarks.values() for key in counts.missing]
+
+    @property
+    def unplanned(self) -> list[RunKey]:
+        """Return the blessed runs that the suite does not plan."""
+        return [key for counts in self.benchmarks.values() for key in counts.unplanned]
+
+    @property
+    def passed(self) -> bool:
+        """Return True if all numbers agree, and the blessed runs are the planned and finished."""
+        all_agree = all(result.passed for result in self.results)
+        return all_agree and not self.missing and not self.unplanned
+
+    def __str__(self) -> str:
+        results = [str(result) for result in self.results]
+        missing = _group_lines("missing", self.missing)
+        unplanned = _group_lines("blessed, but not planned", self.unplanned)
+        summary = [f"{name}: {counts}" for name, counts in self.benchmarks.items()]
+        return "\n".join([*results, *missing, *unplanned, *summary])
+
+
+def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -> SuiteCheck:
+    """Compare the finished runs of some benchmarks with their blessed numbers.
+
+    Args:
+        suite: The suite.
+        benchmarks: The names of the benchmarks.
+        elsewhere: True to apply tolerances even on the same machine.
+
+    Raises:
+        DefinitionError: No run of the benchmarks is finished, or a csv of blessed numbers is
+            missing or damaged.
+        DataError: A ``metrics.json`` is damaged, or a json with the origin of blessed numbers is
+            missing or damaged.
+    """
+    runs = [run for run in suite.runs if run.benchmark in benchmarks]
+    if not any(run.metrics_file.exists() for run in runs):
+        raise DefinitionError(
+            f"no run of {', '.join(benchmarks)} in the suite '{suite.name}' is finished: "
+            f"`make run SUITE={suite.name}`"
+        )
+    # read before the runs, which take longer, so that a missing file is reported at once
+    blessed = {name: read_reference(suite.name, name) for name in benchmarks}
+    pairs = {}
+    for name, before in blessed.items():
+        finished = [run for run in suite.runs_of(name) if run.metrics_file.exists()]
+        after = check_numbers(read_record(run) for run in finished)
+        pairs[name] = Pair(rows_of_runs(before, finished), after)
+    results = compare_pairs(suite, pairs.values(), elsewhere=elsewhere)
+
+    differences = pd.concat([result.differences for result in results])
+    different = benchmarks_of_rows(differences).value_counts()
+    counts = {}
+    for name, pair in pairs.items():
+        counts[name] = _count(suite, name, blessed[name], pair, int(different.get(name, 0)))
+    return SuiteCheck(results, counts)
+
+
+def _count(
+    suite: Suite, benchmark: str, blessed: Numbers, pair: Pair, different: int
+) -> BenchmarkCheck:
+    """Count the compared numbers and runs of a benchmark.
+
+    Args:
+        suite: The suite.
+        benchmark: The name of the benchmark.
+        blessed: All its blessed numbers.
+        pair: The compared numbers.
+        different: The number of numbers that do not agree.
+    """
+    names = pd.concat([pair.before.rows[KEYS], pair.after.rows[KEYS]]).drop_duplicates()
+    # numbers without a tolerance are not compared
+    is_compared = names["metric"].map(tolerance_of).notna()
+
+    planned = [run_key(run) for run in suite.runs_of(benchmark)]
+    finished = set(keys_of_rows(pair.after))
+    return BenchmarkCheck(
+        equal=int(is_compared.sum()) - different,
+        different=different,
+        planned=len(planned),
+        missing=[key for key in planned if key not in finished],
+        unplanned=sorted(set(keys_of_rows(blessed)) - set(planned)),
+    )
+
+
+def compare_pairs(
+    suite: Suite, pairs: Iterable[Pair], *, elsewhere: bool = False
+) -> list[CheckResult]:
+    """Compare the new numbers of several benchmarks with the blessed ones.
+
+    Benchmarks may be blessed one by one. Those that were blessed with the same code are compared
+    together, so that the result describes each pair of machines once.
+
+    Args:
+        suite: The suite.
+        pairs: The numbers of the benchmarks.
+        elsewhere: True to apply tolerances even on the same machine.
+    """
+    pairs_by_code: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        pairs_by_code.setdefault(pair.before.code, []).append(pair)
+
+    results = []
+    for same_code in pairs_by_code.values():
+        before = _join([pair.before for pair in same_code])
+        after = _join([pair.after for pair in same_code])
+        failures: list[str] = []
+        for pair in same_code:
+            failures += pair.failures
+        result = compare(before, after, suite.name, elsewhere=elsewhere, unfinished=failures)
+        results.append(result)
+    return results
+
+
+def _join(parts: Sequence[Numbers]) -> Numbers:
+    """Join the numbers of several benchmarks that the same code made."""
+    rows = pd.concat([part.rows for part in parts], ignore_index=True)
+    machines: dict[str, Mapping[str, str]] = {}
+    for part in parts:
+        machines.update(part.machines)
+    return Numbers(rows, machines, parts[0].code)
+
+
+def run_key(run: Run) -> RunKey:
+    """Return the name of a run without its seed, and the seed."""
+    return group_name(run), run.seed
+
+
+def keys_of_rows(numbers: Numbers) -> list[RunKey]:
+    """Return the key of the run of each row."""
+    return list(zip(numbers.rows["run"], numbers.rows["seed"], strict=True))
+
+
+def rows_of_runs(numbers: Numbers, runs: Iterable[Run]) -> Numbers:
+    """Return only the numbers of some runs."""
+    keys = {run_key(run) for run in runs}
+    is_of_runs = [key in keys for key in keys_of_rows(numbers)]
+    return replace(numbers, rows=numbers.rows[is_of_runs])
+
+
+def benchmarks_of_rows(rows: pd.DataFrame) -> pd.Series[str]:
+    """Return the benchmark of the run of each row."""
+    # the name of a run begins with the benchmark
+    return rows["run"].str.split(" ").str[0]
+
+
+def _group_lines(what: str, keys: Sequence[RunKey]) -> list[str]:
+    """Write a line for each group of runs that differ only in their seed.
+
+    The lines begin with ``what``, such as ``missing``.
+    """
+    seeds_by_name: dict[str, list[int]] = {}
+    for name, seed in keys:
+        seeds_by_name.setdefault(name, []).append(seed)
+
+    lines = []
+    for name, seeds in seeds_by_name.items():
+        noun = "run" if len(seeds) == 1 else "runs"
+        lines.append(f"{what}: {len(seeds):,} {noun} of {name} ({_seeds_text(seeds)})")
+    if len(lines) > _MOST_GROUPS:
+        num_more = len(lines) - _MOST_GROUPS
+        noun = "group" if num_more == 1 else "groups"
+        return [*lines[:_MOST_GROUPS], f"{what}: and {num_more:,} more {noun}"]
+    return lines
+
+
+def _seeds_text(seeds: Sequence[int]) -> str:
+    """Format seeds, such as ``seed 3``, ``seeds 0 to 15`` or ``seeds 0, 2, 5``."""
+    ordered = sorted(seeds)
+    first = ordered[0]
+    last = ordered[-1]
+    if first == last:
+        return f"seed {first}"
+    if ordered == list(range(first, last + 1)):
+        return f"seeds {first} to {last}"
+    return "seeds " + ", ".join(str(seed) for seed in ordered)

