@@ -184,11 +184,14 @@ def collect(suite: str, benchmark: str, part: str | None) -> None:
 def tables(suite: str, benchmark: str, part: str | None) -> None:
     """Write the tables and figures of a benchmark.
 
-    It reads the collected runs, and also writes what `claims` and `report` read.
+    It reads the finished runs, or the blessed records if no run is finished here. If all runs are
+    finished, it also writes what `claims --write` and `report` read.
     """
     from benchmarks.harness.report.writing import write_tables
 
-    write_tables(_load_suite_with(suite, benchmark, part), benchmark, part)
+    note = write_tables(_load_suite_with(suite, benchmark, part), benchmark, part)
+    if note:
+        click.echo(note, err=True)
 
 
 @cli.command()
@@ -197,7 +200,11 @@ def tables(suite: str, benchmark: str, part: str | None) -> None:
     "--write", is_flag=True, help="Write tables and figures below results/ instead of printing."
 )
 def claims(suite: str, write: bool) -> None:
-    """Test the paper's claims on the numbers of `tables`."""
+    """Test the paper's claims on finished runs.
+
+    For a benchmark without finished runs, it takes the blessed records. `--write` needs the numbers
+    that `tables` wrote.
+    """
     from benchmarks.harness.report.claims_table import (
         claims_table,
         judge_claims,
@@ -206,9 +213,15 @@ def claims(suite: str, write: bool) -> None:
     )
     from benchmarks.harness.report.paper import draw_main
     from benchmarks.harness.report.paper_items import main_figure
+    from benchmarks.harness.report.writing import find_claim_numbers, has_claim_numbers
 
     loaded = _load_suite(suite)
-    numbers = read_claim_numbers(loaded)
+    if write or has_claim_numbers(loaded):
+        numbers = read_claim_numbers(loaded)
+    else:
+        numbers, notes = find_claim_numbers(loaded)
+        for note in notes:
+            click.echo(note, err=True)
     judged = judge_claims(loaded, numbers)
     if write:
         write_claims(loaded, judged)
@@ -242,15 +255,21 @@ def report(suite: str, output: Path, benchmark: str | None) -> None:
 @_suite
 @click.option("--output", type=_PATH, help="File for the summary that is printed otherwise.")
 def mirror(suite: str, output: Path | None) -> None:
-    """Mirror the collected runs to MLflow."""
-    from benchmarks.harness.base import write_text
+    """Mirror the finished runs to MLflow."""
+    from benchmarks.harness.base import DefinitionError, write_text
+    from benchmarks.harness.results.available import find_finished, missing_text
     from benchmarks.harness.results.mlflow import mirror as mirror_records
-    from benchmarks.harness.results.records import check_current, read_records
+    from benchmarks.harness.results.records import check_current
 
     loaded = _load_suite(suite)
     records = []
     for name in loaded.settings.benchmarks:
-        records += read_records(loaded, name)
+        records += find_finished(loaded, name).records
+    num_missing = len(loaded.runs) - len(records)
+    if not records:
+        raise DefinitionError(missing_text(loaded, num_missing, len(loaded.runs)))
+    if num_missing:
+        click.echo(missing_text(loaded, num_missing, len(loaded.runs)), err=True)
     # MLflow also gets the files of the runs, which may have changed since
     for record in records:
         check_current(record)

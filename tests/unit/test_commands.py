@@ -70,12 +70,14 @@ def test_planning_and_listing_import_no_heavy_package(program: str) -> None:
             "1 of 15 runs of the suite smoke is missing; make it with ",
         ),
         (
-            "claims --suite smoke",
+            "claims --write --suite smoke",
             "results/smoke/numbers/glue.jsonl cannot be read: No such file or directory; ",
         ),
+        ("mirror --suite mini", "186 of 186 runs are missing: make run SUITE=mini"),
+        ("check --benchmark glue", "no run of glue in the suite 'mini' is finished: `make run "),
         (
-            "mirror --suite smoke",
-            "results/smoke/records/glue.jsonl cannot be read: No such file or directory; ",
+            "bless --benchmark speed",
+            "suite mini: 'benchmark' is 'speed', which does not exist; choose from glue,",
         ),
         (
             "report --suite smoke --output a.html",

@@ -75,6 +75,8 @@ class Presentation:
         note: An explanation of the verdicts.
         optimizer: The optimizer, shown in the report; empty if nothing is trained.
         parts: The presentations of data sets, by name; empty if these have no tables of their own.
+        origin: A sentence for the captions of all tables, such as that only some of the runs are
+            finished; empty if all are.
     """
 
     benchmark: AnyBenchmark
@@ -86,6 +88,7 @@ class Presentation:
     note: str = ""
     optimizer: str = ""
     parts: Mapping[str, Presentation] = field(default_factory=dict)
+    origin: str = ""
 
     @property
     def artifacts(self) -> Artifacts:
@@ -134,7 +137,10 @@ class Presentation:
         # a table has its own origins if it shows only some of the runs, or other runs
         origins = self.outcomes.origins if table.origins is None else table.origins
         table_with_runs = with_runs(table, origins, self.benchmark.name)
-        complete_table = replace(table_with_runs, name=self.artifacts.stem(name))
+        caption = table.caption
+        if self.origin:
+            caption = f"{self.origin}. {caption}"
+        complete_table = replace(table_with_runs, name=self.artifacts.stem(name), caption=caption)
         if has_random_weights(self.outcomes.runs):
             return complete_table.with_random_weights_note()
         return complete_table

@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.harness.base import RESULTS, write_json
+import pandas as pd
+
+from benchmarks.harness.base import RESULTS, DefinitionError, write_json
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.report.artifacts import numbers_file
 from benchmarks.harness.report.claims import claimed_benchmarks
 from benchmarks.harness.report.claims_table import write_claim_numbers
 from benchmarks.harness.report.paper import write_paper_items
 from benchmarks.harness.report.presentation import present
 from benchmarks.harness.report.section import make_section
-from benchmarks.harness.results.records import read_records
+from benchmarks.harness.results.available import find_records
 
 
-def write_tables(suite: Suite, benchmark: str, part: str | None = None) -> None:
-    """Write the tables and figures of a benchmark, or of one data set, from collected records.
+def write_tables(suite: Suite, benchmark: str, part: str | None = None) -> str:
+    """Write the tables and figures of a benchmark, or of one data set, from available records.
 
-    Also writes our versions of the paper's tables and figures, the section file that pages are
-    written from, and, for a whole benchmark, the numbers that claims compare. ``part`` is the set.
+    Also writes our versions of the paper's tables and figures. If all runs are finished, it writes
+    two more files: the section file that pages are written from, and, for a whole benchmark, the
+    numbers that claims compare.
+
+    Args:
+        suite: The suite.
+        benchmark: The name of the benchmark.
+        part: The name of one of its data sets; None for all.
+
+    Returns:
+        The note of :func:`.find_records`, which the captions of the tables repeat.
+
+    Raises:
+        DefinitionError: There are no records.
     """
-    records = read_records(suite, benchmark, part)
-    of_benchmark = present(load_benchmark(benchmark), records)
-    presentation = of_benchmark.parts[part] if part else of_benchmark
+    found = find_records(suite, benchmark, part)
+    if not found.records:
+        raise DefinitionError(found.note)
+    of_benchmark = present(load_benchmark(benchmark), found.records)
+    of_part = of_benchmark.parts[part] if part else of_benchmark
+    presentation = replace(of_part, origin=found.note)
 
     folder = RESULTS / suite.name
     for table in presentation.tables:
@@ -33,8 +52,12 @@ def write_tables(suite: Suite, benchmark: str, part: str | None = None) -> None:
     # after the figures, because some of them are copied
     write_paper_items(suite, presentation)
 
+    # pages and files of numbers would not say which records they are made from
+    if found.note:
+        return found.note
+
     # also after the figures, to see which of them are placeholders
-    section = make_section(presentation, records, suite.name)
+    section = make_section(presentation, found.records, suite.name)
     section_file = Path(presentation.artifacts.section_file(suite.name))
     write_json(section_file, section.model_dump())
 
@@ -42,3 +65,36 @@ def write_tables(suite: Suite, benchmark: str, part: str | None = None) -> None:
     if part is None and benchmark in claimed_benchmarks(suite):
         numbers = of_benchmark.outcomes.claim_numbers()
         write_claim_numbers(suite.name, benchmark, numbers)
+    return found.note
+
+
+def has_claim_numbers(suite: Suite) -> bool:
+    """Return True if the files of all numbers that claims compare exist."""
+    files = [Path(numbers_file(suite.name, name)) for name in claimed_benchmarks(suite)]
+    return all(file.exists() for file in files)
+
+
+def find_claim_numbers(suite: Suite) -> tuple[dict[str, pd.DataFrame], list[str]]:
+    """Compute the numbers that claims compare from the available records.
+
+    Benchmarks without records are left out.
+
+    Returns:
+        The numbers as :func:`.read_claim_numbers` returns them, and the notes of
+        :func:`.find_records`.
+
+    Raises:
+        DefinitionError: No benchmark has records.
+    """
+    numbers: dict[str, pd.DataFrame] = {}
+    notes: list[str] = []
+    for name in claimed_benchmarks(suite):
+        found = find_records(suite, name)
+        if found.note:
+            notes.append(found.note)
+        if found.records:
+            outcomes = present(load_benchmark(name), found.records).outcomes
+            numbers[name] = outcomes.claim_numbers()
+    if not numbers and notes:
+        raise DefinitionError(notes[0])
+    return numbers, notes

@@ -1,0 +1,123 @@
+"""Find the records from which tables and claims are made: of finished runs, or the blessed ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.results.files import records_file
+from benchmarks.harness.results.records import (
+    Record,
+    parts_with_files,
+    read_record,
+    read_records,
+)
+from benchmarks.harness.results.reference import (
+    BlessedRecords,
+    read_blessed_records,
+    suites_with_records,
+)
+
+
+@dataclass(frozen=True)
+class FoundRecords:
+    """The records of a benchmark, or of one of its data sets, that are available here.
+
+    Attributes:
+        records: The records in the order of the grid; empty if there are none.
+        note: A sentence that says where the records come from, and which are missing. It is empty
+            if all runs are finished here.
+    """
+
+    records: list[Record]
+    note: str = ""
+
+
+def find_finished(suite: Suite, benchmark: str, part: str | None = None) -> FoundRecords:
+    """Find the records of the runs that are finished here.
+
+    Collected records are read if they exist. The workflow collects only complete benchmarks, so the
+    ``metrics.json`` of each finished run is read otherwise.
+
+    Args:
+        suite: The suite.
+        benchmark: The name of the benchmark.
+        part: The name of one of its data sets; None for all.
+
+    Raises:
+        DataError: A file of records or a ``metrics.json`` is damaged, or the collected runs are not
+            those that the suite plans.
+    """
+    file_parts = parts_with_files(suite, benchmark, part)
+    files = [records_file(suite.name, benchmark, file_part) for file_part in file_parts]
+    if all(file.exists() for file in files):
+        return FoundRecords(read_records(suite, benchmark, part))
+
+    runs = suite.runs_of(benchmark, part)
+    finished = [run for run in runs if run.metrics_file.exists()]
+    records = [read_record(run) for run in finished]
+    num_missing = len(runs) - len(finished)
+    if not num_missing:
+        return FoundRecords(records)
+    if not finished:
+        return FoundRecords([], f"{benchmark}: no run of '{suite.name}' is finished here")
+    return FoundRecords(records, f"{benchmark}: {missing_text(suite, num_missing, len(runs))}")
+
+
+def find_records(suite: Suite, benchmark: str, part: str | None = None) -> FoundRecords:
+    """Find the records of the runs that are finished here; without any, the blessed records.
+
+    The arguments and errors are those of :func:`find_finished`. There may be no records. The note
+    then gives both ways to get some.
+    """
+    found = find_finished(suite, benchmark, part)
+    if found.records:
+        return found
+
+    blessed = read_blessed_records(suite, benchmark)
+    if blessed is None:
+        return FoundRecords([], f"{found.note}, and no records of it are blessed; {_ways(suite)}")
+    runs = suite.runs_of(benchmark, part)
+    records = []
+    for run in runs:
+        if run.folder in blessed.records:
+            records.append(blessed.records[run.folder])
+    if not records:
+        return FoundRecords(
+            [], f"{found.note}, and none of the planned runs is blessed; {_ways(suite)}"
+        )
+    text = _describe_blessed(blessed, num_planned=len(runs), num_used=len(records))
+    return FoundRecords(records, f"{found.note}; {text}")
+
+
+def missing_text(suite: Suite, num_missing: int, num_planned: int) -> str:
+    """Say how many of the planned runs are missing, and which command makes them."""
+    verb = "is" if num_missing == 1 else "are"
+    counts = f"{num_missing:,} of {num_planned:,} runs"
+    return f"{counts} {verb} missing: make run SUITE={suite.name}"
+
+
+def _describe_blessed(blessed: BlessedRecords, num_planned: int, num_used: int) -> str:
+    """Describe blessed records that are used.
+
+    Args:
+        blessed: The records.
+        num_planned: The number of runs that the suite plans.
+        num_used: The number of these runs that have a blessed record.
+    """
+    origin = blessed.origin
+    text = f"these are the blessed records of commit {origin.commit[:8]} ({origin.processors})"
+    if num_used < num_planned:
+        text += f", which lack {num_planned - num_used:,} of the {num_planned:,} planned runs"
+    if blessed.unplanned:
+        text += f"; {blessed.unplanned:,} runs that the suite does not plan are left out"
+    return text
+
+
+def _ways(suite: Suite) -> str:
+    """Say how to get records: make the runs, or take a suite that has blessed records."""
+    text = f"`make run SUITE={suite.name}` makes the runs"
+    others = [name for name in suites_with_records() if name != suite.name]
+    if others:
+        text += f"; suites with blessed records: {', '.join(others)}"
+    return text
