@@ -48,8 +48,9 @@ _NUMBER = TypeAdapter(dict[str, str | int | float | None])
 
 CAPTION = (
     "The claims of the paper and the differences that these runs measured, with 95 % intervals "
-    "(from three pairs on); thin crosses are the paper's effects. The shaded band has no "
-    "difference that matters. Tests in other units than points are in the table."
+    "(from three pairs on); crosses are the paper's effects. The shaded band has no difference "
+    "that matters. Rows at the bottom are paired by question: their intervals are over questions, "
+    "not over trainings. Tests in other units than points are in the table."
 )
 _TABLE_CAPTION = (
     "Differences are means over n pairs (seeds, trials or questions), with a 95 % confidence "
