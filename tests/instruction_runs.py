@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import pytest
 
 from benchmarks.harness.config.runs import Run, run_from_spec
@@ -28,6 +29,43 @@ def write_rows(root: Path) -> None:
     """Write a set called ``own`` below a data root."""
     root.mkdir(exist_ok=True)
     (root / "own.json").write_text(json.dumps(ROWS, indent=1))
+
+
+def write_mmlu(root: Path) -> Path:
+    """Write made-up questions of all 57 subjects below a data root, in the fields of the hub.
+
+    Each subject has 3 test questions and 2 dev questions. Answers in algebra have one digit. Returns
+    the folder.
+    """
+    folder = root / "mmlu"
+    folder.mkdir(parents=True)
+    for split, count in {"test": 3, "dev": 2}.items():
+        lines = []
+        for subject in _subjects():
+            for number in range(count):
+                row = _question(subject, split, number)
+                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        (folder / f"{split}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def _subjects() -> list[str]:
+    """Return the names of MMLU's subjects, which lm-eval has a file for."""
+    files = (Path(lm_eval.__file__).parent / "tasks/mmlu/default").glob("mmlu_*.yaml")
+    return sorted(file.stem.removeprefix("mmlu_") for file in files)
+
+
+def _question(subject: str, split: str, number: int) -> dict[str, Any]:
+    """Make up a question with four different choices."""
+    choices = [f"“{subject}” {number} plus {choice}" for choice in range(4)]
+    if subject == "abstract_algebra":
+        choices = [str(number + choice) for choice in range(4)]
+    return {
+        "question": f" What is {split} question {number} of {subject}? ",
+        "subject": subject,
+        "choices": choices,
+        "answer": (number + len(subject)) % 4,
+    }
 
 
 def offer_only(folder: str, patch: pytest.MonkeyPatch) -> None:

@@ -159,18 +159,34 @@ class EvaluationTask(Strict):
     """One task of lm-eval."""
 
     task: str
-    """Name of a task or group. `mmlu_dev` has MMLU's few-shot questions, which lm-eval ships."""
+    """Name of a task or group. `mmlu` and `mmlu_continuation` have MMLU's test questions, from
+    `mmlu/test.jsonl` and `mmlu/dev.jsonl` below data_root if that folder exists, else from the hub.
+    `mmlu_dev` has MMLU's few-shot questions, which lm-eval ships."""
     num_fewshot: Whole
     """Few-shot examples per question."""
     limit: Count | None = None
     """Number of first questions per task; null for all."""
+    draw: Count | None = optional()
+    """Number of questions that are drawn at random, the same for all runs. Each task of a group has
+    about its share, and at least one. By default all are asked. It excludes `limit`."""
+
+    def model_post_init(self, _context: Any, /) -> None:
+        """Raise if both numbers of questions are given."""
+        if self.limit is not None and self.draw is not None:
+            raise refusal("'limit' and 'draw' exclude each other; set one")
 
     @property
     def title(self) -> str:
-        """Return the name in records: ``mmlu (5-shot)``, ``mmlu_dev (0-shot, first 3)``."""
+        """Return the name in records.
+
+        Examples are ``mmlu (5-shot)``, ``mmlu (5-shot, 2,000 drawn)`` and
+        ``mmlu_dev (0-shot, first 3)``.
+        """
         settings = f"{self.num_fewshot}-shot"
         if self.limit:
             settings = f"{settings}, first {self.limit}"
+        if self.draw:
+            settings = f"{settings}, {self.draw:,} drawn"
         return f"{self.task} ({settings})"
 
 
@@ -389,3 +405,15 @@ class Instruction(BaseModel):
     input: Annotated[str, BeforeValidator(_none_as_empty)] = ""
     output: Text
     position: str = ""
+
+
+class Question(BaseModel):
+    """One question of MMLU, in the fields of the hub."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    question: str
+    subject: str
+    choices: Annotated[list[Text], Field(min_length=4, max_length=4)]
+    answer: Annotated[int, Field(ge=0, le=3)]
+    """Index of the right choice."""

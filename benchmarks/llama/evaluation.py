@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
+import json
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.harness.training.trainer import autocast
 from benchmarks.llama.definition import NATS, EvaluationTask, Instruction
 from benchmarks.llama.encoding import IGNORED, EncodedRows, collator, without_prompt_logits
-from benchmarks.llama.questions import ensure_mmlu_dev, is_mmlu_dev
+from benchmarks.llama.questions import draw_by_subject, is_mmlu, is_mmlu_dev, write_tasks
 from benchmarks.llama.shared_prompt import SharedPromptLM
 from benchmarks.llama.templates import Template
 from emoe.errors import did_you_mean
@@ -40,21 +41,37 @@ _PYTHON_SEED = 0
 _SEED = 1234
 
 
-def load_task(entry: EvaluationTask) -> dict[str, Any]:
-    """Load a task or group of lm-eval, and check that it can be evaluated.
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task or group of lm-eval that can be evaluated once.
 
-    Returns:
-        What lm-eval's task manager returns. The entry ``tasks`` has the tasks by name: the task
-        itself, or all tasks of the group. The result can be evaluated only once.
+    Attributes:
+        content: What lm-eval's task manager returns.
+        tasks: The tasks by name: the task itself, or all tasks of the group.
+        drawn: The indices of the drawn questions, by name of the task; None without a draw.
+        sources: The sources of the questions, and the drawn ones, in words.
+        note: A warning about an unexpected number of questions, or None.
+    """
+
+    content: Mapping[str, Any]
+    tasks: Mapping[str, Any]
+    drawn: dict[str, list[int]] | None
+    sources: Sequence[str]
+    note: str | None
+
+
+def load_task(entry: EvaluationTask) -> LoadedTask:
+    """Load a task or group of lm-eval, draw its questions, and check that it can be evaluated.
 
     Raises:
-        DefinitionError: The task does not exist, executes code, needs images, or has too few
-            few-shot examples, or the tasks of the group share no metric.
+        DefinitionError: The task does not exist, executes code, needs images, has too few few-shot
+            examples, or has too few or too many questions for the draw, or the tasks of the group
+            share no metric.
         DataError: The data of the task cannot be loaded.
     """
     name = entry.task
-    folder = ensure_mmlu_dev() if is_mmlu_dev(name) else None
-    manager = _manager(folder)
+    written = write_tasks(name)
+    manager = _manager(written.path if written else None)
     where = f"'evaluation.tasks' names '{name}'"
     if name not in manager.all_tasks:
         raise DefinitionError(
@@ -64,16 +81,61 @@ def load_task(entry: EvaluationTask) -> dict[str, Any]:
         loaded: dict[str, Any] = manager.load([name])
     except Exception as error:  # the hub, parsers and the task's own code raise many types
         raise DataError(f"lm-eval cannot load '{name}': {first_line(error)}") from error
-    metrics_of_tasks = []
     # in a group, each subject is a task of its own
-    for subject, task in loaded["tasks"].items():
+    tasks: dict[str, Any] = loaded["tasks"]
+    metrics_of_tasks = []
+    for subject, task in tasks.items():
         _check_subject(entry, subject, task, where)
         metrics_of_tasks.append(list(task.aggregation()))
     if _shared_metric(metrics_of_tasks) is None:
         raise DefinitionError(
             f"{where}, whose tasks are scored by different metrics; name them one by one"
         )
-    return loaded
+    sources = [written.source] if written else _hub_sources(tasks)
+    note = written.note if written else None
+    if entry.draw is None:
+        return LoadedTask(loaded, tasks, None, sources, note)
+    drawn = _draw(entry.draw, tasks, where)
+    return LoadedTask(loaded, tasks, drawn, [*sources, _describe_draw(drawn, tasks)], note)
+
+
+def _draw(count: int, tasks: Mapping[str, Any], where: str) -> dict[str, list[int]]:
+    """Draw questions of all tasks.
+
+    Args:
+        count: The number of questions.
+        tasks: The tasks of lm-eval by name.
+        where: The beginning of an error message, which names the setting.
+
+    Returns:
+        The indices of the drawn questions, by name of the task.
+
+    Raises:
+        DefinitionError: There are more tasks than questions to draw, or fewer questions.
+    """
+    sizes = {name: len(task.eval_docs) for name, task in tasks.items()}
+    available = sum(sizes.values())
+    if not len(tasks) <= count <= available:
+        raise DefinitionError(
+            f"{where} with 'draw: {count}', but it takes {len(tasks)} (one for each task) to "
+            f"{available} questions"
+        )
+    return draw_by_subject(sizes, count)
+
+
+def _describe_draw(drawn: Mapping[str, Sequence[int]], tasks: Mapping[str, Any]) -> str:
+    """Describe the drawn questions by their number and a digest of their content."""
+    digest = hashlib.sha256()
+    count = 0
+    available = 0
+    for name, numbers in drawn.items():
+        questions = tasks[name].eval_docs
+        for number in numbers:
+            content = json.dumps(questions[number], sort_keys=True, default=str)
+            digest.update(content.encode())
+        count += len(numbers)
+        available += len(questions)
+    return f"{count:,} of {available:,} questions drawn, sha256 {digest.hexdigest()[:16]}"
 
 
 def _check_subject(entry: EvaluationTask, subject: str, task: Any, where: str) -> None:
@@ -97,26 +159,29 @@ def _check_subject(entry: EvaluationTask, subject: str, task: Any, where: str) -
         raise DefinitionError(
             f"{where} with {shots} shots, but '{subject}' has none in lm-eval; set 0"
         )
+    if not is_mmlu_dev(entry.task) and not is_mmlu(entry.task):
+        return
+    available = len(list(task.fewshot_docs()))
+    noun = "few-shot questions"
     if is_mmlu_dev(entry.task):
         # the few-shot examples are the subject's questions, without the evaluated question
-        other_questions = len(list(task.fewshot_docs())) - 1
-        if shots > other_questions:
-            raise DefinitionError(
-                f"{where} with {shots} shots, but '{subject}' has {other_questions} other questions"
-            )
+        available -= 1
+        noun = "other questions"
+    if shots > available:
+        raise DefinitionError(f"{where} with {shots} shots, but '{subject}' has {available} {noun}")
 
 
-def _source(name: str, task: Any) -> str:
-    """Return the source of a task's questions, with its revision or commit.
+def _hub_sources(tasks: Mapping[str, Any]) -> list[str]:
+    """Return the repositories that lm-eval's tasks read, with their revisions or commits.
 
-    The commit is recorded because lm-eval pins few of its sources. ``name`` is the task or group in
-    the run's settings.
+    The commit is recorded because lm-eval pins few of its sources.
     """
-    if is_mmlu_dev(name):
-        return f"package lm-eval {version('lm-eval')}"
-    loading_options = task.get_config("dataset_kwargs") or {}
-    revision = loading_options.get("revision")
-    return hub_name(task.DATASET_PATH, revision, commit_of(task.dataset))
+    sources = set()
+    for task in tasks.values():
+        loading_options = task.get_config("dataset_kwargs") or {}
+        revision = loading_options.get("revision")
+        sources.add(hub_name(task.DATASET_PATH, revision, commit_of(task.dataset)))
+    return sorted(sources)
 
 
 def _shared_metric(metrics_of_tasks: Sequence[Sequence[str]]) -> str | None:
@@ -147,7 +212,7 @@ def run_task(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     entry: EvaluationTask,
-    loaded: Mapping[str, Any],
+    loaded: LoadedTask,
     batch_size: int,
     precision: str,
     prefix: Prefix | None = None,
@@ -166,7 +231,8 @@ def run_task(
         prefix: The frozen layers of the model, if any.
 
     Returns:
-        The summary of :func:`summarise`, and ``source``: the sources of the questions.
+        The summary of :func:`summarise`, and ``source``: the sources of the questions, and the
+        drawn ones.
     """
     wrapped = SharedPromptLM(
         prefix=prefix,
@@ -179,22 +245,21 @@ def run_task(
     random.seed(_PYTHON_SEED)
     np.random.seed(_SEED)
     torch.manual_seed(_SEED)
-    tasks = loaded["tasks"].values()
-    for task in tasks:
+    for task in loaded.tasks.values():
         # 0 means that the task forbids few-shot examples, so it stays 0
         if task.get_config("num_fewshot") != 0:
             task.set_config(key="num_fewshot", value=entry.num_fewshot)
         task.set_fewshot_seed(seed=_SEED)
     result = evaluate(
         lm=wrapped,
-        task_dict=loaded,
+        task_dict=loaded.content,
         limit=entry.limit,
+        samples=loaded.drawn,
         log_samples=True,
         bootstrap_iters=0,  # no standard errors, because `summarise` omits them
         fewshot_as_multiturn=True,
     )
-    sources = {_source(entry.task, task) for task in tasks}
-    return {**summarise(result), "source": sorted(sources)}
+    return {**summarise(result), "source": list(loaded.sources)}
 
 
 @dataclass(frozen=True)
@@ -348,13 +413,21 @@ def _correct_digits(samples: Sequence[Mapping[str, Any]]) -> str | None:
 def _nats_by_subject(
     samples: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> dict[str, list[float | None]] | None:
-    """Return the nats per byte of each subject's right answers; None if any subject has none."""
+    """Return the nats per byte of each subject's right answers.
+
+    The result is None if any subject has none, or if all answers of all subjects are single
+    letters.
+    """
     nats = {}
     for subject, rows in samples.items():
         values = nats_per_byte(rows)
         if values is None:
             return None
         nats[subject] = values
+    # a letter stands for an answer, and its likelihood is not the likelihood of this answer; a
+    # subject of few questions may have only answers of one digit, which are no such letters
+    if all(_answers_are_letters(sample) for sample in itertools.chain(*samples.values())):
+        return None
     return nats
 
 
@@ -377,14 +450,10 @@ def nats_per_byte(samples: Sequence[Mapping[str, Any]]) -> list[float | None] | 
 
     Returns:
         A number for each question, in the order of the questions. A number that is not finite is
-        replaced by None. The whole result is None if the questions are not multiple-choice, or if
-        all answers are single letters.
+        replaced by None. The whole result is None if the questions are not multiple-choice.
     """
     in_order = _in_order(samples)
     if not all(_is_choice(sample) for sample in in_order):
-        return None
-    # a letter stands for an answer, and its likelihood is not the likelihood of this answer
-    if all(_answers_are_letters(sample) for sample in in_order):
         return None
     nats = []
     for sample in in_order:

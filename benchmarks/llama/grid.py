@@ -40,6 +40,7 @@ from benchmarks.llama.definition import (
     accumulation,
 )
 from benchmarks.llama.instructions import load_instructions
+from benchmarks.llama.questions import MMLU, MMLU_ROWS, describe_mmlu, is_mmlu
 
 
 class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, InstructionPart]):
@@ -115,7 +116,11 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
     def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
         task = spec["task"]
         describe = functools.partial(self._describe, task["name"], task["source"])
-        return [SetReader(task["name"], ALL, describe)]
+        readers = [SetReader(task["name"], ALL, describe)]
+        if any(is_mmlu(entry["task"]) for entry in spec["evaluation"]["tasks"]):
+            for split in MMLU_ROWS:
+                readers.append(SetReader(MMLU, split, functools.partial(describe_mmlu, split)))
+        return readers
 
     def _describe(
         self, name: str, source: Mapping[str, Any], _open_files: bool

@@ -33,6 +33,7 @@ Row = tuple[Any, ...]
 # the titles of lm-eval's tasks
 _TITLES = {
     "mmlu": "MMLU",
+    "mmlu_continuation": "MMLU, continuations",
     "mmlu_dev": "MMLU-dev",
     "mmlu_dev_continuation": "MMLU-dev, continuations",
 }

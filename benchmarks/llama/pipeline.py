@@ -33,7 +33,13 @@ from benchmarks.harness.training.routing import evaluate_with_routing
 from benchmarks.harness.training.trainer import available_precision
 from benchmarks.llama.definition import EvaluationTask, InstructionSpec, RunInstructionTraining
 from benchmarks.llama.encoding import EncodedRows, collator, model_inputs
-from benchmarks.llama.evaluation import generate_answers, held_out_loss, load_task, run_task
+from benchmarks.llama.evaluation import (
+    LoadedTask,
+    generate_answers,
+    held_out_loss,
+    load_task,
+    run_task,
+)
 from benchmarks.llama.instructions import Instructions, load_instructions, refuse_broken
 from benchmarks.llama.templates import Template, find_template
 from benchmarks.llama.training import train
@@ -61,12 +67,18 @@ def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, An
     training = spec.training
     tokenizer = load_tokenizer(spec.model)
     data = read_data(spec, tokenizer)
-    tasks: dict[EvaluationTask, dict[str, Any]] = {}
+    tasks: dict[EvaluationTask, LoadedTask] = {}
     if is_main():
         # loaded before the training, so that an unknown task ends the run early
         tasks = {entry: load_task(entry) for entry in spec.evaluation.tasks}
-        if data.note:
-            progress.say(f"warning: {data.note}")
+        notes = [data.note]
+        for loaded in tasks.values():
+            # two forms of the same questions have the same warning
+            if loaded.note not in notes:
+                notes.append(loaded.note)
+        for note in notes:
+            if note:
+                progress.say(f"warning: {note}")
     _report_rows(data, spec.data.max_length, progress)
 
     trainable = _build(spec, data)
@@ -273,7 +285,7 @@ def _evaluate(
     spec: InstructionSpec,
     trainable: Trainable,
     data: Data,
-    tasks: Mapping[EvaluationTask, dict[str, Any]],
+    tasks: Mapping[EvaluationTask, LoadedTask],
     progress: Progress,
 ) -> dict[str, Any]:
     """Compute the held-out loss, the scores of lm-eval's tasks, and some answers.
@@ -282,7 +294,7 @@ def _evaluate(
         spec: The settings of the run.
         trainable: The model.
         data: The rows of the run.
-        tasks: The tasks of lm-eval, each with the result of :func:`load_task`.
+        tasks: The tasks of lm-eval, as in the spec and as loaded.
         progress: The progress line.
 
     Returns:

@@ -441,13 +441,18 @@ def _questions_note(outcomes: InstructionOutcomes) -> str:
             notes.append(_accuracy_note(task, result.questions))
     if not notes:
         return ""
+    draw_note = ""
+    if any(task.endswith(" drawn)") for task in outcomes.eval_tasks):
+        draw_note = (
+            "Drawn questions are the same for all runs, and each subject has about its share. "
+        )
     dev_note = ""
     if any(task.startswith("mmlu_dev") for task in outcomes.eval_tasks):
         dev_note = (
             "MMLU-dev has MMLU's few-shot development questions from lm-eval, not its test "
             "questions. "
         )
-    return f"{'; '.join(notes)}. {dev_note}"
+    return f"{'; '.join(notes)}. {draw_note}{dev_note}"
 
 
 def _accuracy_note(task: str, questions: int) -> str:

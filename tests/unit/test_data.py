@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.run.data import missing_sets
 from benchmarks.harness.sources.packages import PackageFile, find_package, sha256
 from tests.image_sets import write_images
+from tests.instruction_runs import write_mmlu
 from tests.planned import plan_once
 from tests.programs import call
 from tests.text_sets import write_own
@@ -38,12 +40,14 @@ def row(text: str, name: str, part: str) -> str:
 def test_everything_missing_says_where_each_set_comes_from(root: Path) -> None:
     text = check("--suite", "paper", "--data-root", str(root), status=1)
     for line in (
-        "0 of 33 parts are there",
+        "0 of 35 parts are there",
         "cola: on the hub as nyu-mll/glue (cola)",
         "flipkart: by hand. Kaggle, niraliivaghani/flipkart-product-customer-reviews-dataset, Dataset-SA.csv",
         f"vlcs: {root}/VLCS does not exist; it must hold <environment>/<class>/<image>",
         "alpaca: could not load tatsu-lab/alpaca from the hub",
         "pacs: could not load the set 'flwrlabs/pacs' from the hub",
+        "mmlu: on the hub as cais/mmlu",
+        f"Folder: {root}/mmlu (test.jsonl, dev.jsonl; hub columns question, subject, choices, answer)",
     ):
         assert line in text
 
@@ -55,8 +59,12 @@ def test_rows_of_existing_sets_are_counted_by_label(root: Path) -> None:
         write_images(root, name)
     rows = [{"instruction": f"Say {word}.", "input": "", "output": word} for word in ("a", "")]
     (root / "alpaca.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    write_mmlu(root)
     text = check("--suite", "paper", "--data-root", str(root), status=0)
-    assert "49 of 49 parts are there" in text
+    assert "51 of 51 parts are there" in text
+    assert row(text, "mmlu", "test").split()[2:5] == ["171", "of", "14,042"]
+    assert row(text, "mmlu", "dev").split()[2:7] == ["114", "of", "285", "0", "57"]
+    assert "warning: mmlu (test): 171 rows, its makers count 14,042" in text
     assert "unacceptable 2, acceptable 2" in row(text, "grammar_test", "test")
     assert "2.1 to 4.9" in row(text, "sick_relatedness", "test")
     assert row(text, "vlcs", "all").split()[2:5] == ["24", "of", "10,729"]
@@ -108,13 +116,16 @@ def test_a_packaged_set_that_is_not_fetched_yet(root: Path, archive: Path) -> No
     assert "negative 164, positive 340" in row(text, "tweets", "dev")
 
 
-def test_a_wrong_label_and_a_damaged_image_are_reported(root: Path) -> None:
+def test_a_wrong_label_a_wrong_answer_and_a_damaged_image_are_reported(root: Path) -> None:
     write_data(root)
     path = write_own(root, "hans") / "validation.jsonl"
     path.write_text(path.read_text().replace("non-entailment", "contradiction"))
     image = write_images(root, "pacs") / "photo" / "dog" / "001.jpg"
     image.write_bytes(image.read_bytes()[:300])
+    questions = write_mmlu(root) / "dev.jsonl"
+    questions.write_text(questions.read_text().replace('"answer": 3', '"answer": 4', 1))
     text = check("--suite", "paper", "--data-root", str(root), "--open", status=1)
+    assert re.search(rf"mmlu: {questions}, line \d+: 'answer': .* less than or equal to 3", text)
     assert f"hans: {path}, row 1: 'contradiction' is no label of task 'hans'" in text
     assert f"{image} cannot be used" in text
 

@@ -44,6 +44,27 @@ def runs() -> list[Run]:
     return planned
 
 
+def test_drawn_questions_have_titles_a_note_and_the_papers_difference() -> None:
+    """Only MMLU's letters, which the paper asked, have a difference to the paper."""
+    entries = [
+        {"task": name, "num_fewshot": 0, "limit": None, "draw": 2000}
+        for name in ("mmlu", "mmlu_continuation")
+    ]
+    drawn = []
+    for run in plan(["llama"], "smoke"):
+        model = {**run.spec["model"], "name": "llama2-7b"}
+        evaluation = {**run.spec["evaluation"], "tasks": entries}
+        drawn.append(run_from_spec({**run.spec, "model": model, "evaluation": evaluation}))
+    write_runs(drawn, {})
+    outcomes = outcomes_of(drawn)
+    text = results(outcomes).markdown()
+    assert "MMLU, continuations (0-shot, 2,000 drawn), right answer" in text
+    assert "Drawn questions are the same for all runs" in text
+    assert "MMLU-dev has" not in text
+    ours = paper_table(outcomes).frame.dropna(subset="difference")
+    assert set(ours["eval_task_title"]) == {"MMLU (0-shot, 2,000 drawn)"}
+
+
 def of(
     runs: list[Run], tuning: str, method: str, number: Callable[[dict[str, Any]], float]
 ) -> list[float]:

@@ -237,7 +237,7 @@ def edit_question(checkout: Path) -> None:
 
 def asked_about_anatomy() -> list[str]:
     entry = EvaluationTask(task=LETTERS, num_fewshot=0)
-    task = load_task(entry)["tasks"][LETTERS]
+    task = load_task(entry).tasks[LETTERS]
     return [row["question"] for row in task.test_docs()]
 
 
@@ -260,7 +260,7 @@ def sample(number: int, choices: list[str], right: int, logs: list[float]) -> di
             [2.0, 0.5],
         ),
         ([sample(0, ["yes", "no"], 1, [0.0, -math.inf])], [None]),  # diverged
-        ([sample(0, ["A", "B"], 0, [-1.0, -2.0])], None),  # letters
+        ([sample(0, ["4", "5"], 0, [-1.0, -2.0])], [1.0]),  # short, but no letters
         ([{"doc_id": 0, "acc": 1.0}], None),
     ],
 )
