@@ -19,6 +19,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
+import emoe
 from benchmarks.domainbed.definition import RunImageSet
 from benchmarks.domainbed.validation import load_set
 from benchmarks.harness.base import MODEL_ROOT, DataError
@@ -26,6 +27,7 @@ from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import ModelSpec, load_models
 from benchmarks.harness.models import loading
 from benchmarks.harness.models.image import load_image_classifier
+from benchmarks.harness.models.partitions import partition_keys
 from benchmarks.harness.run import environment
 from benchmarks.harness.sources import hub
 from benchmarks.llama.instructions import load_instructions
@@ -175,6 +177,23 @@ def test_a_damaged_folder_is_refused_in_one_line(model_root: Path, damage: str, 
 def test_a_whole_folder_loads(model_root: Path, kind: str) -> None:
     name, load = LOADERS[kind]
     assert load(ModelSpec(name=name, hub=f"nobody/{name}"))
+
+
+@pytest.mark.parametrize("weights", [None, "bf16"])
+def test_only_the_clustered_weights_of_a_language_model_change_their_type(
+    model_root: Path, weights: str | None
+) -> None:
+    """The partition is that of the model that a run loads, or the run would cluster again."""
+    tiny_models.build_generator("llama").half().save_pretrained(model_root / "llama")
+    model = ModelSpec(name="llama", hub="nobody/llama", modality="language", weights=weights)
+    config = emoe.EMoEConfig(num_experts=4, top_k=1, layers=[1])
+    loaded = loading.load_language_keys(model, [1])
+    assert partition_keys(loaded, config) == partition_keys(
+        loading.load_language_model(model), config
+    )
+    types = {parameter.dtype for parameter in loaded.parameters() if parameter.ndim > 1}
+    assert types == {torch.float16, torch.bfloat16 if weights == "bf16" else torch.float32}
+    assert sum(parameter.dtype != torch.float16 for parameter in loaded.parameters()) == 1
 
 
 def test_a_model_that_is_nowhere_names_the_remedy(model_root: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,70 @@ def test_a_change_of_data_models_or_packages_changes_the_ids_of_runs(
     with edited_project(tmp_path, file, old, new):
         after = {run.id for run in suite.load_suite({"suite": "smoke"}).runs_of(benchmark)}
     assert not before & after
+
+
+# what the trial of `paper` changes in a run's spec, by benchmark
+_TEXT = {"training.epochs", "training.train_rows", "training.eval_rows"}
+SHORTENED = {
+    "glue": _TEXT,
+    "glue_lora": _TEXT,
+    "glue_ood": {"evaluation.rows", "candidates"},
+    "multitask": {
+        "training.epochs",
+        "training.rows_per_epoch",
+        "training.eval_rows",
+        "training.dev_rows",
+    },
+    "modularity": {"reading.rows", "ood"},
+    "domainbed": {"training.steps", "training.eval_every", "training.eval_rows", "sweep"},
+    "llama": {
+        "data.train_rows",
+        "data.held_out_rows",
+        "training.epochs",
+        "training.batch_size",
+        "evaluation.tasks",
+        "evaluation.generations",
+        "evaluation.new_tokens",
+    },
+}
+
+
+def kept(run: runs.Run) -> tuple[str, str]:
+    """Return what the trial must not change in a run: its other settings, and its resources."""
+    spec = copy.deepcopy(run.spec)
+    for path in SHORTENED[run.benchmark]:
+        *sections, key = path.split(".")
+        holder = spec
+        for section in sections:
+            holder = holder[section]
+        holder.pop(key, None)  # untuned models have no training settings
+    return runs.canonical_json(spec), runs.canonical_json(run.resources)
+
+
+def test_the_trial_has_shortened_runs_of_the_paper_with_each_of_its_models() -> None:
+    trial = plan([*SHORTENED], "paper_trial")
+    paper = plan([*SHORTENED], "paper")
+    # the trial has the first seed alone, and copying takes time
+    first_seeds = [run for run in paper if run.seed == 0]
+    assert {kept(run) for run in trial} <= {kept(run) for run in first_seeds}
+    assert {run.model for run in trial} == {run.model for run in paper}
+    assert {run.benchmark for run in trial} == {run.benchmark for run in paper}
+
+
+def test_each_training_of_the_trial_takes_three_steps() -> None:
+    for run in plan([*SHORTENED], "paper_trial"):
+        if "training" not in run.spec:  # nothing is trained
+            continue
+        training = run.spec["training"]
+        if run.benchmark == "domainbed":
+            assert training["steps"] == 3
+            continue
+        assert training["epochs"] == 1
+        if run.benchmark == "multitask":
+            rows = training["rows_per_epoch"] * len(run.spec["task"]["tasks"])
+        elif run.benchmark == "llama":
+            rows = run.spec["data"]["train_rows"]
+        else:
+            rows = training["train_rows"]
+        rows_of_step = training["batch_size"] * training.get("gradient_accumulation_steps", 1)
+        assert rows == 3 * rows_of_step

@@ -48,8 +48,9 @@ rule partition_neurons:
         ENVIRONMENT
     threads: 1
     resources:
-        mem_mb=3000,
-        runtime=60,
+        # as for runs: more each time that a job is tried again
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
+        runtime=lambda wildcards, attempt: 60 * attempt,
     params:
         spec=lambda wildcards: partition_of(wildcards).to_json(),
     message:

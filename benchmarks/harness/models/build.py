@@ -26,6 +26,7 @@ from benchmarks.harness.models.loading import (
     build_empty_language_model,
     load_backbone,
     load_classifier,
+    load_language_keys,
     load_language_model,
     load_seq2seq,
     source_of,
@@ -49,11 +50,11 @@ from emoe.partitioning import Partition
 # files in the folder of a trained model
 _TRAINED = "trained.safetensors"
 _PARTITION = "partition.safetensors"
-# loaders of the network whose neurons are clustered, by modality (None for text classifiers)
+# Loaders of the network whose neurons are clustered, by modality (None for text classifiers).
+# Language models have a loader of their own, because they may be larger than the memory.
 _NETWORK_LOADERS: dict[str | None, Callable[[ModelSpec], nn.Module]] = {
     None: load_backbone,
     "image": load_image_network,
-    "language": load_language_model,
     "seq2seq": load_seq2seq,
 }
 
@@ -449,8 +450,12 @@ def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
     torch.set_num_threads(threads)
     model_spec = ModelSpec(**content["model"])
     config = EMoEConfig.from_dict(content["config"])
-    load_network = _NETWORK_LOADERS[model_spec.modality]
-    model = load_network(model_spec)
+    model: nn.Module
+    if model_spec.modality == "language":
+        model = load_language_keys(model_spec, config.layers)
+    else:
+        load_network = _NETWORK_LOADERS[model_spec.modality]
+        model = load_network(model_spec)
     partition = cached_partition(model, config)
     receipt = {
         "partitions": partition_keys(model, config),

@@ -222,6 +222,29 @@ def load_language_model(model: ModelSpec) -> PreTrainedModel:
     return load_pretrained(AutoModelForCausalLM, model, **options)
 
 
+def load_language_keys(model: ModelSpec, layers: Any) -> PreTrainedModel:
+    """Load a pre-trained language model to cluster the neurons of some layers.
+
+    The in-projections of these layers have the type in which a run loads them. All other weights
+    keep the type that ``config.json`` names, so that their files are mapped and not copied into
+    memory. In another type, a model of 30 billion parameters would take 60 or 120 GB.
+
+    Args:
+        model: The model.
+        layers: Layer numbers, or text such as ``last:2``.
+
+    Raises:
+        DataError: The weights are missing or damaged.
+    """
+    # random weights have no files, and weights in 4 bits are few
+    if model.config is not None or model.quantize is not None:
+        return load_language_model(model)
+    loaded = load_pretrained(AutoModelForCausalLM, model, dtype="auto", new_head=False)
+    for ffn in _ffns_of(loaded, layers):
+        ffn.proj_in.to(_dtype(model))
+    return loaded
+
+
 def _dtype(model: ModelSpec) -> torch.dtype:
     """Return the dtype in which a language model's weights are loaded."""
     if model.weights == "bf16":
