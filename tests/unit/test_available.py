@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.harness.base import OVERRIDES, DefinitionError
+from benchmarks.harness.base import OVERRIDES, RESULTS, DefinitionError
 from benchmarks.harness.config.suite import Suite, load_suite
-from benchmarks.harness.report.artifacts import numbers_file
+from benchmarks.harness.report.artifacts import artifacts_of, numbers_file
 from benchmarks.harness.report.claims_table import claims_table, judge_claims
 from benchmarks.harness.results import reference
 from benchmarks.harness.results.available import find_finished, find_records
@@ -29,6 +29,7 @@ BLESSED = "these are the blessed records of commit 01234567 (CPU)"
 @pytest.fixture
 def suite(here: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None) -> Suite:
     """Plan two benchmarks of mini in an empty working directory without finished or blessed runs."""
+    (here / RESULTS).mkdir()  # else the commands would work in the checkout
     monkeypatch.setattr(reference, "REFERENCE", here / "reference")
     monkeypatch.setenv(OVERRIDES, json.dumps(PART))
     return load_suite(PART)
@@ -187,6 +188,30 @@ def test_tables_of_blessed_records_say_so_and_write_no_numbers_or_section(
     assert list(Path("results/mini/tables").glob("domainbed_rotated_mnist_5k_*.md"))
 
 
+SMOKE = load_suite({"suite": "smoke"})
+
+
+@pytest.mark.parametrize("benchmark", SMOKE.settings.benchmarks)
+@pytest.mark.parametrize("place", [0, -1])
+def test_one_finished_run_has_tables_and_figures(
+    benchmark: str,
+    place: int,
+    suite: Suite,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The first run of a benchmark is mostly of a dense model, and the last one of an ablation."""
+    runs = SMOKE.runs_of(benchmark)
+    fake_runs.write_runs([runs[place]])
+    note = f"{benchmark}: {len(runs) - 1} of {len(runs)} runs are missing: make run SUITE=smoke"
+    command = f"tables --suite smoke --benchmark {benchmark}"
+    assert shown(command, monkeypatch, capsys) == ("", [note], 0)
+    for name in artifacts_of(benchmark).table_files("smoke"):
+        assert Path(name).exists()
+    for name in artifacts_of(benchmark).figure_files("smoke"):
+        assert Path(name).exists()
+
+
 def tables() -> dict[str, pd.DataFrame]:
     """Read the written tables of GLUE by name."""
     files = sorted(Path("results/mini/tables").glob("glue_*.csv"))
@@ -220,6 +245,20 @@ def test_the_mirror_has_only_finished_runs_and_counts_the_missing(
     line = f"{count - 2} of {count} runs are missing: make run SUITE=mini"
     assert shown("mirror --suite mini", monkeypatch, capsys) == ("MLflow: 2 added\n", [line], 0)
     assert mirrored == [run.folder for run in some]
+
+
+def test_the_mirror_refuses_records_that_are_older_than_a_run(
+    blessed: Suite, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_runs.write_runs(blessed.runs)
+    fake_runs.collect(blessed)
+    run = blessed.runs[-1]
+    fake_runs.edit(run, lambda content: content["cost"].update(job_seconds=3.0))
+    line = (
+        f"error: {run.metrics_file} has changed since it was collected; "
+        "run the workflow again, which collects it anew"
+    )
+    assert shown("mirror --suite mini", monkeypatch, capsys) == ("", [line], 1)
 
 
 def test_collecting_still_refuses_a_benchmark_with_missing_runs(blessed: Suite) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness.base import RUNS, DefinitionError, RunError, write_json
+from benchmarks.harness.base import RESULTS, RUNS, DefinitionError, RunError, write_json
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite, load_suite, plain_suite
 from benchmarks.harness.results import bless as blessing
@@ -35,10 +35,10 @@ VERIFY = ("verify", "--suite", "smoke")
 
 @pytest.fixture
 def own_reference(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Use an empty reference in an empty working directory."""
-    folder = here / "reference"
-    monkeypatch.setattr(reference, "REFERENCE", folder)
-    return folder
+    """Use an empty reference in a working directory without runs; return this directory."""
+    (here / RESULTS).mkdir()  # else the commands would work in the checkout
+    monkeypatch.setattr(reference, "REFERENCE", here / "reference")
+    return here
 
 
 def bless_runs(runs: Sequence[Run]) -> None:
@@ -60,7 +60,7 @@ def test_verify_repeats_a_blessed_run_that_is_not_finished_here(
     )
     finish(prepare(run, str(RUNS)))
     bless_runs([run])
-    shutil.rmtree(RUNS)
+    shutil.rmtree(own_reference / RUNS)
     output = call(*VERIFY, "--runs", "5", "--seed", "1").splitlines()
     assert output[0] == "--seed 1 chooses 1 of 1 blessed runs"
     assert output[1] == f"running {run.name} (1 of 1)"
@@ -87,7 +87,7 @@ def test_verify_trains_the_run_that_an_evaluation_needs(own_reference: Path, wor
     for run in (trained, evaluation):
         finish(prepare(run, str(RUNS)))
     bless_runs([evaluation])
-    shutil.rmtree(RUNS)
+    shutil.rmtree(own_reference / RUNS)
     output = call(*VERIFY, "--seed", "1").splitlines()
     assert output[:4] == [
         "--seed 1 chooses 1 of 1 blessed runs",

@@ -177,11 +177,14 @@ class Outcomes:
 
         ``is_method`` is False for controls.
         """
-        columns: dict[str, list[Any]] = {}
+        # with types, because pandas cannot see the type of a column without rows
+        columns: dict[str, pd.Series] = {}
         for key in self.titles:
             if key in frame:
-                columns[f"{key}_title"] = [self.title(key, name) for name in frame[key]]
-        columns["is_method"] = [self.role(name) != CONTROL for name in frame["method"]]
+                titles = [self.title(key, name) for name in frame[key]]
+                columns[f"{key}_title"] = pd.Series(titles, frame.index, dtype=str)
+        is_method = [self.role(name) != CONTROL for name in frame["method"]]
+        columns["is_method"] = pd.Series(is_method, frame.index, dtype=bool)
         return frame.assign(**columns)
 
     def order(self, frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
