@@ -308,7 +308,8 @@ def _bare_row(name: str, claim: Claim, test: ClaimTest, remark: str) -> ClaimRow
     if test.paper.effect is None:
         effect = "no number"
     else:
-        effect = f"{test.paper.effect:+g} {test.paper.unit}"
+        # a rank has no unit
+        effect = f"{test.paper.effect:+g} {test.paper.unit}".rstrip()
     return ClaimRow(
         claim=name,
         claim_title=claim.title,
