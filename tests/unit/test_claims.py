@@ -536,3 +536,22 @@ def test_wrong_numbers_are_named_with_the_way_to_make_them_again(
     with pytest.raises(DataError, match=rf"^{path} {problem}; {advice}$") as error:
         read_claim_numbers(suite)
     assert "\n" not in str(error.value)
+
+
+def test_the_margin_is_at_most_half_of_the_papers_effect(rows: pd.DataFrame) -> None:
+    by_test = rows.set_index(["claim", "test"])
+    # Fig. 2 has +0.79, and half of its share of our errors is less than half of it, or than 0.35
+    row = by_test.loc["in_domain", "text, LoRA"]
+    smallest = min(0.35, 0.79 / 2, abs(row.expected) / 2)
+    assert row.margin == pytest.approx(smallest)
+    # the paper has no number, so the margin is that of the metric
+    assert by_test.loc["gate", "scale-matched gate: text, LoRA"].margin == pytest.approx(0.35)
+    # a claim of equality keeps the margin of the metric, although the paper's effect is +0.08
+    same = by_test.loc["data", "EMoE on 80 % of the rows, dense on all, LoRA"]
+    assert (same.effect, same.margin) == (0.08, pytest.approx(0.35))
+
+
+def test_a_loss_at_the_best_temperature_is_of_the_second_endpoint(rows: pd.DataFrame) -> None:
+    endpoints = rows.groupby("metric")["endpoint"].unique()
+    assert list(endpoints["loss_calibrated"]) == ["loss"]
+    assert list(endpoints["score"]) == ["main"]

@@ -14,7 +14,7 @@ from benchmarks.harness.report.plots import draw_forest, placeholder_figure, wra
 from benchmarks.harness.report.style import MethodStyle
 from benchmarks.harness.report.table import MISSING
 
-_AXIS_LABEL = "Difference in points, with 95 % interval; shaded: no difference that matters"
+_AXIS_LABEL = "Difference in points, with 95 % interval; shaded: the margin of equivalence"
 _HEADING = "Pairs are {}s, not trainings"
 _TRAININGS = ("seed", "trial")  # pairs that are trainings
 _LABEL_WIDTH = 1.4  # inches of a test's title, beside its marks

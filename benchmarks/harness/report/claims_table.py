@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,18 +48,20 @@ _NUMBER = TypeAdapter(dict[str, str | int | float | None])
 
 CAPTION = (
     "The claims of the paper and the differences that these runs measured, with 95 % intervals "
-    "(from three pairs on); crosses are the paper's effects. The shaded band has no difference "
-    "that matters. Rows at the bottom are paired by question: their intervals are over questions, "
+    "(from three pairs on); crosses are the paper's effects. The shaded band is the margin of "
+    "equivalence. Rows at the bottom are paired by question: their intervals are over questions, "
     "not over trainings. Tests in other units than points are in the table."
 )
 _TABLE_CAPTION = (
     "Differences are means over n pairs (seeds, trials or questions), with a 95 % confidence "
     "interval (Student's t). Each pair is averaged over tasks first. Intervals over seeds cover "
-    "what the seed varies: head, adapters and order of the rows. All seeds see the same training "
-    "rows. Intervals over questions cover the choice of the questions, not of the seeds. p is "
-    "from the paired t-test, corrected with Holm's procedure over the {num_tests} tests of this "
-    "table (tests of the loss, a second endpoint: over their own {num_loss_tests}). Equivalent: "
-    "the whole interval lies within the margin. Otherwise supported or contradicted: corrected p "
+    "what a seed draws: new head, adapters, order of the rows, random partitions and routers, but "
+    "not the choice of the training rows. Trials of images have different splits. Intervals over "
+    "questions cover the choice of the questions, not of the seeds. p is from the paired t-test, "
+    "corrected with Holm's procedure over the {num_tests} tests of this table (tests of losses, a "
+    "second endpoint: over their own {num_loss_tests}). Equivalent: "
+    "the whole interval lies within the margin, which is at most half of the paper's effect. "
+    "Otherwise supported or contradicted: corrected p "
     "below 5 %, with the claimed sign or the opposite one. Undecided: the rest, which is no "
     "evidence of equality. Claims without p (the same, not lower, near the dense cost): the whole "
     "interval lies within the margin, or outside. Next to the paper: smaller or larger needs two "
@@ -107,7 +109,7 @@ class ClaimRow:
         high: The upper end of its interval.
         n: The number of pairs.
         p: The uncorrected p of the t-test. Only claims of a higher or lower number have one.
-        margin: The largest negligible difference.
+        margin: The largest negligible difference. It is at most half of the paper's effect.
         margin_shown: The margin with its unit, as text.
         effect: The paper's difference; nan if it is unknown or has another unit.
         expected: The difference that reduces our errors by the paper's share; nan if it is unknown.
@@ -236,7 +238,8 @@ def _verdict(test: ClaimRow, p_holm: float) -> Verdict:
     """
     if test.compare is None or test.evidence is None:
         return Verdict.MISSING
-    margin = load_metrics()[test.metric].equivalence_margin or 0.0
+    # the row is scaled for printing, the evidence is not
+    margin = test.margin / _scale_of(test.compare)
     return judge(test.compare, test.evidence, p_holm, margin)
 
 
@@ -263,7 +266,9 @@ def _rows_of_test(
 
     The arguments are those of :func:`_claim_row`.
     """
-    rows = [_claim_row(name, claim, test, numbers)]
+    row = _claim_row(name, claim, test, numbers)
+    is_second_endpoint = test.compare is not None and test.compare.metric == "loss_calibrated"
+    rows = [replace(row, endpoint=_LOSS) if is_second_endpoint else row]
     if test.loss and test.compare is not None:
         test_of_loss = test.model_copy(
             update={
@@ -335,7 +340,6 @@ def _with_comparison(row: ClaimRow, compare: Comparison, paper: PaperEffect) -> 
     pair = "run" if compares_counts else benchmark.domains[compare.domain].pair
     unit = _unit_of_difference(metric)
     margin = math.nan if compares_counts else _margin_of(metric) * metric.scale
-    margin_shown = MISSING if math.isnan(margin) else f"{margin:g} {unit}".rstrip()
 
     return replace(
         row,
@@ -349,7 +353,7 @@ def _with_comparison(row: ClaimRow, compare: Comparison, paper: PaperEffect) -> 
         pair=pair,
         unit=unit,
         margin=margin,
-        margin_shown=margin_shown,
+        margin_shown=_margin_text(margin, unit),
         effect=_paper_effect(paper, unit),
         compare=compare,
     )
@@ -376,6 +380,38 @@ def _margin_of(metric: Metric) -> float:
     return metric.equivalence_margin or math.nan
 
 
+def _margin_below(margin: float, effects: Sequence[float]) -> float:
+    """Return the margin, or half of the smallest of some effects if that is less.
+
+    An equivalent difference is then always smaller than the paper's effect, in points and as a
+    share of the errors. Effects of nan are unknown.
+    """
+    halves = [abs(effect) / 2 for effect in effects if not math.isnan(effect)]
+    return min([margin, *halves])
+
+
+def _margin_text(margin: float, unit: str) -> str:
+    """Format a margin with its unit; a dash if there is none."""
+    if math.isnan(margin):
+        return MISSING
+    return f"{margin:.2g} {unit}".rstrip()
+
+
+def _is_paired(compare: Comparison) -> bool:
+    """Return True if scores are compared by pairs; False for counts and ratios."""
+    return compare.direction not in ("equal", "near")
+
+
+def _scale_of(compare: Comparison) -> float:
+    """Return the factor from stored numbers to printed ones, such as from shares to points.
+
+    Numbers of parameters and ratios of times are printed as they are stored.
+    """
+    if not _is_paired(compare):
+        return 1
+    return load_metrics()[compare.metric].scale
+
+
 def _with_evidence(
     row: ClaimRow, compare: Comparison, paper: PaperEffect, evidence: Evidence
 ) -> ClaimRow:
@@ -384,23 +420,25 @@ def _with_evidence(
     metric = load_metrics()[compare.metric]
     difference = evidence.difference  # in the unit of the runs, such as a share
 
-    # Scores are scaled for printing, such as from shares to points. Numbers of parameters ("equal")
-    # and ratios of times ("near") are not scaled.
-    is_paired = compare.direction not in ("equal", "near")
-    scale = metric.scale if is_paired else 1
+    scale = _scale_of(compare)
     scaled = difference.scaled(scale)
 
     # only claims of a higher or lower number are tested with p
     has_direction = compare.direction in ("higher", "lower")
     # counts do not vary by chance, and ratios have a range instead of an interval
-    has_paper_effect = is_paired and not math.isnan(row.effect)
+    has_paper_effect = _is_paired(compare) and not math.isnan(row.effect)
     gap = PaperGap(math.nan, math.nan)
     if has_paper_effect:
         gap = find_gap(scaled, paper)
 
     shares = _error_shares(scaled, row.effect, evidence.reference_mean * scale, metric, paper)
+    margin = row.margin
+    if has_direction:
+        margin = _margin_below(row.margin, [row.effect, shares.expected])
     return replace(
         row,
+        margin=margin,
+        margin_shown=_margin_text(margin, row.unit),
         errors_shown=_error_text(shares),
         n_shown=_with_noun(difference.n, row.pair),
         runs_shown=_runs_text(scaled, row.unit, compare, metric),

@@ -306,8 +306,8 @@ def interval_text(low: float, high: float, decimals: int = 1) -> str:
     """
     if math.isnan(low):
         return ""
-    # z: no minus sign for a number that is rounded to 0
-    return f" [{low:+z.{decimals}f}, {high:+z.{decimals}f}]"
+    # without z, so that an end that is rounded to 0 keeps its sign
+    return f" [{low:+.{decimals}f}, {high:+.{decimals}f}]"
 
 
 def difference_text(row: Any, unit: str = "") -> str:
