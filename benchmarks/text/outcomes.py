@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -465,7 +466,9 @@ class TextOutcomes(Outcomes):
             routing = record.metrics.routing
             if routing is not None and routing.windows is not None:
                 change = mean_load_change(routing.windows)
-                changes.append((record.run.id, record.run.method, change))
+                # a single window has no change
+                if not math.isnan(change):
+                    changes.append((record.run.id, record.run.method, change))
         types = {"run_id": str, "trained_as": str, "value": float}
         by_run = pd.DataFrame(changes, columns=list(types)).astype(types)
 

@@ -12,7 +12,7 @@ from benchmarks.harness.results.records import Record
 from benchmarks.text.ablations import ablation_figure, ablation_table
 from benchmarks.text.outcomes import TextOutcomes
 from benchmarks.text.routing import TRACES, USAGE, trace_table, usage_table
-from benchmarks.text.selection_gain import selection_gain_table, selection_sentences
+from benchmarks.text.selection_gain import selection_gain_table
 from benchmarks.text.tables import TABLES, verdicts
 
 # These lines change the dictionary of tables.py itself instead of a copy, because plugins may add
@@ -51,7 +51,7 @@ def present_text(
         {**tables, **ablation_tables},
         {**figures, **ablation_figures},
         outcomes,
-        verdicts=[*verdicts(outcomes), *selection_sentences(outcomes)],
+        verdicts=list(verdicts(outcomes)),
         note=NOTE,
         optimizer=optimizer,
     )

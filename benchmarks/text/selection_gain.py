@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pandas as pd
 
-from benchmarks.harness.report.common import format_counts, name_or_count, with_numbers
+from benchmarks.harness.report.common import format_counts, with_numbers
 from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.statistics import expected_maximum
 from benchmarks.text.definition import CLEAN, ID, PUBLISHED
@@ -175,33 +174,3 @@ def _caption(outcomes: TextOutcomes) -> str:
         "choice of the epoch is not counted. A task is left out if every method has a single "
         "choice."
     )
-
-
-def selection_sentences(outcomes: TextOutcomes) -> Iterator[str]:
-    """Yield a sentence for each model on what luck in the authors' selection adds to the baseline.
-
-    A model whose baseline has no runs, or a single seed for each choice, has no sentence.
-    """
-    gains = selection_gains(outcomes)
-    of_authors = gains[gains["protocol"] == PUBLISHED]
-    for model, of_model in of_authors.groupby("model", sort=False):
-        of_baseline = of_model[of_model["method"] == outcomes.baseline]
-        # means over the tasks, in points
-        luck = of_baseline["luck"].mean() * 100
-        luck_with_most = of_model.groupby("task")["baseline_luck"].max().mean() * 100
-        if math.isnan(luck):
-            continue
-
-        num_choices = of_baseline["num_choices"].max()
-        with_most = of_model.loc[of_model["num_choices"].idxmax()]
-        most = f"the {with_most['num_choices']} choices of {with_most['method_title']}"
-        if num_choices == 1:
-            text = f"the best of {most} would be {luck_with_most:.1f} points above their mean"
-        else:
-            text = f"the best of {num_choices} choices is {luck:.1f} points above their mean"
-            if with_most["num_choices"] > num_choices:
-                text += f"; with {most}, it would be {luck_with_most:.1f} points"
-        row_title = f"{outcomes.baseline_title}, {outcomes.title('model', str(model))}"
-        tasks = name_or_count(list(of_baseline["task_title"]), "tasks")
-        selection = f"{PROTOCOLS[PUBLISHED]} selection"
-        yield f"{row_title}, {selection}: by luck alone, {text} ({tasks})."

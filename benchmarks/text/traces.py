@@ -76,7 +76,7 @@ def _measure_changes(shares: NDArray[np.float64]) -> dict[str, float]:
 
     Returns:
         - ``load_change``: the mean distance between consecutive windows. It grows if windows have
-          fewer tokens, so compare it only within a run.
+          fewer tokens, so compare it only between runs with the same data, N and k.
         - ``load_drift``: the distance between the mean shares of the first and the last quarter.
         - ``load_drift_chance``: the drift that is expected by chance. In each half of the training,
           it is the distance between the mean shares of the even and the odd windows. The two

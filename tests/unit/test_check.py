@@ -192,7 +192,9 @@ def test_rounding_errors_are_no_shift(suite_name: str, seed: int) -> None:
 def balanced_accuracies(values: list[float], seeds: list[int]) -> Numbers:
     """Make one group of scores; if there are more scores than seeds, a run has several sets."""
     names = [("glue m t emoe 1", seed, "ood", "", "balanced_accuracy") for seed in seeds]
-    rows = pd.DataFrame(names, columns=checking.KEYS).assign(value=[repr(value) for value in values])
+    rows = pd.DataFrame(names, columns=checking.KEYS).assign(
+        value=[repr(value) for value in values]
+    )
     rows["eval_task"] = rows.groupby("seed").cumcount().astype(str)
     return Numbers(rows.assign(machine="one"), {"one": {}}, "code")
 

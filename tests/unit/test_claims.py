@@ -150,17 +150,32 @@ def test_two_methods_that_only_guess_have_no_verdict(
 
 def test_the_gap_to_the_paper_is_tested_with_the_papers_error() -> None:
     difference = evidence_of([0.02, -0.01, 0.04, 0.03]).difference.scaled(100)
-    paper = PaperEffect(effect=1.5, error=0.4, seeds=3, where="Fig. 3")
-    gap = find_gap(difference, paper)
+    paper = PaperEffect(effect=1.5, error=0.4, seeds=3, reference=80, where="Fig. 3")
+    gap = find_gap(difference, 1.5, paper)
     n = difference.n
     # two methods with three seeds each have four degrees of freedom, like one group of five
     expected = stats.ttest_ind_from_stats(
         difference.mean, difference.standard_error() * n**0.5, n, 1.5, 0.4 * 5**0.5, 5, False
     )
     assert (gap.mean, gap.p) == pytest.approx((difference.mean - 1.5, expected.pvalue))
-    assert math.isnan(find_gap(difference, PaperEffect(effect=1.5, where="Fig. 2")).p)
+    assert math.isnan(find_gap(difference, 1.5, PaperEffect(effect=1.5, where="Fig. 2")).p)
+    one_pair = evidence_of([0.02]).difference
+    assert math.isnan(find_gap(one_pair, 1.5, paper).p)
     with pytest.raises(ValueError, match="'error' needs the key 'seeds'"):
-        PaperEffect(effect=1.5, error=0.4, where="Fig. 3")
+        PaperEffect(effect=1.5, error=0.4, reference=80, where="Fig. 3")
+
+
+@pytest.mark.parametrize("change", [{"direction": "lower"}, {"chance": 0.25}])
+def test_only_scores_that_are_claimed_to_be_higher_or_the_same_have_a_loss(
+    change: dict[str, Any],
+) -> None:
+    compare = HIGHER.model_dump(exclude_none=True)
+    test = {"title": "b", "paper": {"where": "Fig. 1"}, "loss": True}
+    Claim(title="A", tests=[{**test, "compare": compare}])
+    with pytest.raises(ValueError, match="'loss' needs a comparison that claims higher or same"):
+        Claim(title="A", tests=[{**test, "compare": {**compare, **change}}])
+    with pytest.raises(ValueError, match="'loss' needs a comparison"):
+        Claim(title="A", tests=[{**test, "needs": "more"}])
 
 
 @pytest.mark.parametrize(
@@ -181,7 +196,7 @@ def test_a_gain_is_smaller_or_larger_only_if_both_facts_hold(
     direction: str, effect: float, expected: float, p: float, word: str
 ) -> None:
     difference = evidence_of([0.010, 0.012, 0.009, 0.013]).difference.scaled(100)
-    gap = find_gap(difference, PaperEffect(effect=effect, where="Fig. 3"))
+    gap = find_gap(difference, effect, PaperEffect(effect=effect, where="Fig. 3"))
     assert compare_gains(claimed(direction), difference, gap, p, expected) == word
 
 

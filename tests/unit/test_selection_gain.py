@@ -15,13 +15,12 @@ from scipy import integrate, stats
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import load_suite
-from benchmarks.harness.report.presentation import present, with_runs
+from benchmarks.harness.report.presentation import with_runs
 from benchmarks.harness.results.records import Record
 from benchmarks.text.outcomes import TextOutcomes
 from benchmarks.text.selection_gain import (
     selection_gain_table,
     selection_gains,
-    selection_sentences,
 )
 from tests import fake_runs
 
@@ -187,29 +186,3 @@ def test_without_a_choice_the_table_is_empty(records: list[Record]) -> None:
     without_search = [record for record in records if record.run.method != "lora_emoe_search"]
     assert selection_gain_table(only(without_search, learning_rate=3.0e-4)).frame.empty
     assert selection_gain_table(TextOutcomes(LORA, [])).frame.empty
-
-
-def test_a_sentence_compares_with_the_most_choices(records: list[Record]) -> None:
-    def sentences(kept: list[Record]) -> list[str]:
-        return list(selection_sentences(TextOutcomes(LORA, kept)))
-
-    frame = selection_gains(TextOutcomes(LORA, records)).set_index("method")
-    own = frame.loc["lora", "luck"].mean() * 100
-    most = frame.loc["lora_emoe_search", "baseline_luck"].mean() * 100
-    assert sentences(records) == [
-        "LoRA, BERT-large, authors' selection: by luck alone, the best of 3 choices is "
-        f"{own:.1f} points above their mean; with the 9 choices of {SEARCHED}, it would be "
-        f"{most:.1f} points (CoLA, MRPC)."
-    ]
-    assert list(present(LORA, records).verdicts)[-1:] == sentences(records)
-    without_search = [record for record in records if record.run.method != "lora_emoe_search"]
-    assert sentences(without_search) == [
-        "LoRA, BERT-large, authors' selection: by luck alone, the best of 3 choices is "
-        f"{own:.1f} points above their mean (CoLA, MRPC)."
-    ]
-    of_a_rate = [record for record in records if record.run.spec["learning_rate"] == 3.0e-4]
-    assert f"the best of the 3 choices of {SEARCHED} would be" in sentences(of_a_rate)[0]
-    clean = [record for record in records if record.run.spec["protocol"] == "clean"]
-    assert not sentences(clean)  # where luck does not enter the reported score
-    assert not sentences([record for record in records if record.run.method != "lora"])
-    assert not sentences([record for record in records if record.run.spec["seed"] == 2])

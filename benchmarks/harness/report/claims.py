@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -21,6 +21,7 @@ from benchmarks.harness.config.yaml import (
     check_names,
     optional,
     read,
+    refusal,
 )
 
 
@@ -30,6 +31,7 @@ class PaperEffect(Strict):
     together = (
         ("error", "effect"),
         ("error", "seeds"),
+        ("error", "reference"),
         ("seeds", "error"),
         ("reference", "effect"),
     )
@@ -39,10 +41,10 @@ class PaperEffect(Strict):
     """Unit of the difference, such as percentage points."""
     error: Annotated[float, Field(gt=0)] | None = optional()
     """Standard error of the effect, in the same unit. Without it, our difference cannot be tested
-    against the paper's."""
+    against the paper's. It needs `reference`, because smaller and larger need both."""
     seeds: Annotated[int, Field(ge=2)] | None = optional()
     """Seeds of each method behind the standard error."""
-    reference: Number | None = optional()
+    reference: Annotated[float, Field(ge=0, lt=100)] | None = optional()
     """The paper's score of the reference method in percent. With it, the effect is also stated as a
     share of the errors that the reference method makes."""
     where: str
@@ -59,13 +61,15 @@ class Comparison(Strict):
     against: str
     """The reference method."""
     domain: str
-    """The group of compared numbers. Text benchmarks have `id`, `ood` and `ood_mean`, images have
-    `held_out`, and instructions have `held_out` and `questions`. Counts of parameters are in
-    `model`. For measurements it is the name of a measure."""
+    """The group of compared numbers. Text benchmarks have `id`, `ood`, `ood_mean` and `routing`; if
+    they train, also `training` and `memory`; if they rank methods out of domain, also `ood_rank`.
+    Images have `held_out`, and instructions have `held_out` and `questions`. Counts of parameters
+    are in `model`. For measurements it is the name of a measure."""
     metric: str
     """Name in metrics.yaml."""
     direction: Literal["higher", "lower", "same", "not_lower", "equal", "near"]
-    """Claimed direction. `higher` and `lower` are tested with a paired t-test. `same` is supported
+    """Claimed direction. `higher` and `lower` are tested with a paired t-test, unless the whole
+    interval lies within the margin: then both methods are equivalent. `same` is supported
     if the whole interval lies within the metric's margin. `not_lower` is supported if the interval
     lies above the margin's lower end. `equal` compares counts. `near` claims a ratio of about 1 or
     less. It is supported if the upper end of the range lies within the margin."""
@@ -103,7 +107,18 @@ class ClaimTest(Strict):
     headline: bool = False
     """True to show the test in the small figure of README and report."""
     loss: bool = False
-    """True to repeat the comparison with the loss, as a second endpoint."""
+    """True to repeat the comparison with the loss, as a second endpoint. This is possible for
+    scores that are claimed to be higher or the same."""
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Refuse ``loss`` for a test that has no loss to compare."""
+        super().model_post_init(context)
+        if not self.loss:
+            return
+        compare = self.compare
+        can_repeat = compare is not None and compare.direction in ("higher", "same")
+        if not can_repeat or (compare is not None and compare.chance is not None):
+            raise refusal("'loss' needs a comparison that claims higher or same, without 'chance'")
 
 
 class Claim(Strict):
@@ -144,9 +159,10 @@ def load_claims() -> dict[str, Claim]:
 def loss_comparison(compare: Comparison) -> Comparison:
     """Return the same comparison of losses instead of scores.
 
-    A claim of a higher score becomes a claim of a lower loss.
+    A claim of a higher score becomes a claim of a lower loss, and one of the same score becomes one
+    of the same loss.
     """
-    direction = "lower" if compare.direction == "higher" else compare.direction
+    direction = "lower" if compare.direction == "higher" else "same"
     return compare.model_copy(update={"metric": "loss", "direction": direction})
 
 

@@ -210,9 +210,11 @@ def judge_claims(suite: Suite, numbers: Mapping[str, pd.DataFrame]) -> pd.DataFr
         numbers: The numbers that claims compare, by benchmark, from :func:`read_claim_numbers`.
 
     Returns:
-        One row per test, in the order of ``claims.yaml``. The columns are the fields of
-        :class:`ClaimRow`, then ``p_holm`` (p, corrected over all tests) and ``verdict``. The
-        verdict is a dash if all models have random weights.
+        One row per test, in the order of ``claims.yaml``, each followed by its test of the loss if
+        it has one. The columns are the fields of :class:`ClaimRow`, then ``p_holm`` (p, corrected
+        over the tests of an endpoint), ``verdict``, ``gap_p_holm`` (corrected over all gaps) and
+        ``against_paper`` (our difference next to the paper's, as text). The verdict is a dash if
+        all models have random weights.
     """
     tests = []
     for name, claim in load_claims().items():
@@ -244,12 +246,12 @@ def _verdict(test: ClaimRow, p_holm: float) -> Verdict:
 
 
 def _against_paper(test: ClaimRow, gap_p_holm: float) -> str:
-    """Describe our difference next to the paper's, such as ``not shown (p 0.38)``.
+    """Describe our difference next to the paper's, such as ``not shown (gap -0.89, p 0.380)``.
 
     ``gap_p_holm`` is the corrected p of the gap; nan if it was not tested. The text is a dash if
-    there is nothing to compare.
+    there is nothing to compare, or if our difference has no interval.
     """
-    if test.compare is None or math.isnan(test.gap):
+    if test.compare is None or math.isnan(test.gap) or math.isnan(test.low):
         return MISSING
     if math.isnan(gap_p_holm):
         return "the paper's error is unknown"
@@ -429,7 +431,7 @@ def _with_evidence(
     has_paper_effect = _is_paired(compare) and not math.isnan(row.effect)
     gap = PaperGap(math.nan, math.nan)
     if has_paper_effect:
-        gap = find_gap(scaled, paper)
+        gap = find_gap(scaled, row.effect, paper)
 
     shares = _error_shares(scaled, row.effect, evidence.reference_mean * scale, metric, paper)
     margin = row.margin
@@ -607,4 +609,8 @@ def verdict_sentences(rows: pd.DataFrame) -> list[str]:
 def _count_text(rows: pd.DataFrame) -> str:
     """Count the verdicts of some tests, such as ``2 supported, 5 undecided``."""
     counts = rows["verdict"].value_counts()
-    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict if verdict in counts)
+    texts = []
+    for verdict in Verdict:
+        if verdict in counts:
+            texts.append(f"{counts[verdict]} {verdict}")
+    return ", ".join(texts)

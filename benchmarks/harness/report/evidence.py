@@ -256,14 +256,15 @@ class PaperGap:
 
     Attributes:
         mean: The gap.
-        p: The p of the test that there is no gap; nan if the paper's standard error is unknown.
+        p: The p of the test that there is no gap. It is nan if the paper's standard error is
+            unknown, or if our difference has no interval.
     """
 
     mean: float
     p: float
 
 
-def find_gap(difference: Difference, paper: PaperEffect) -> PaperGap:
+def find_gap(difference: Difference, effect: float, paper: PaperEffect) -> PaperGap:
     """Test our difference against the paper's, by Welch's t-test.
 
     The paper's methods are taken as independent groups of ``paper.seeds`` seeds, because only the
@@ -271,11 +272,10 @@ def find_gap(difference: Difference, paper: PaperEffect) -> PaperGap:
 
     Args:
         difference: Our difference, in the unit of the paper's.
-        paper: The paper's effect, which must be known.
+        effect: The paper's difference.
+        paper: Its standard error and number of seeds, if known.
     """
-    if paper.effect is None:
-        raise ValueError("the paper gives no effect")
-    gap = difference.mean - paper.effect
+    gap = difference.mean - effect
     has_interval = not math.isnan(difference.low)
     if paper.error is None or paper.seeds is None or not has_interval:
         return PaperGap(gap, math.nan)
@@ -298,8 +298,9 @@ def compare_gains(
 ) -> str:
     """Say if our gain is smaller or larger than the paper's.
 
-    A gain is a difference in the claimed direction. The word needs two facts. The gap is
-    significant, and our interval excludes the paper's gain as a share of the errors.
+    A gain is a difference in the claimed direction; for claims without a direction it is the
+    difference itself. The word needs two facts. The gap is significant, and our interval excludes
+    the paper's gain as a share of the errors.
 
     Args:
         compare: The comparison.
@@ -325,6 +326,8 @@ def compare_gains(
 
 def judge(compare: Comparison, evidence: Evidence, p: float, margin: float) -> Verdict:
     """Judge a claim by the margin, and by the corrected p if it names a direction.
+
+    Two methods that are no better than a guess are untestable.
 
     Args:
         compare: The comparison.
