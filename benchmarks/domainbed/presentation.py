@@ -60,6 +60,12 @@ _ERROR_NOTE = (
     "number"
 )
 
+# what intervals over trials cover, for captions
+_TRIALS_COVER = (
+    "Intervals over trials cover what a trial draws: the split of the images, the new head and the "
+    "order of the images."
+)
+
 
 def results(outcomes: DomainOutcomes, name: str) -> Table:
     """Make the table of accuracies on one image set in DomainBed's layout.
@@ -208,13 +214,6 @@ def _summary_caption(outcomes: DomainOutcomes) -> str:
         _selections_note(outcomes, outcomes.sets),
         _experts_note(outcomes, outcomes.sets),
     )
-
-
-# what intervals over trials cover, for captions
-_TRIALS_COVER = (
-    "Intervals over trials cover what a trial draws: the split of the images, the new head and the "
-    "order of the images."
-)
 
 
 def tests_table(outcomes: DomainOutcomes) -> Table:
