@@ -212,9 +212,10 @@ def judge_claims(suite: Suite, numbers: Mapping[str, pd.DataFrame]) -> pd.DataFr
     Returns:
         One row per test, in the order of ``claims.yaml``, each followed by its test of the loss if
         it has one. The columns are the fields of :class:`ClaimRow`, then ``p_holm`` (p, corrected
-        over the tests of an endpoint), ``verdict``, ``gap_p_holm`` (corrected over all gaps) and
-        ``against_paper`` (our difference next to the paper's, as text). The verdict is a dash if
-        all models have random weights.
+        over the tests of an endpoint), ``verdict``, ``gap_p_holm`` (corrected over all gaps),
+        ``gain`` (``smaller``, ``larger``, ``not shown`` or a dash) and ``against_paper`` (our
+        difference next to the paper's, as text). The verdict is a dash if all models have random
+        weights.
     """
     tests = []
     for name, claim in load_claims().items():
@@ -229,8 +230,10 @@ def judge_claims(suite: Suite, numbers: Mapping[str, pd.DataFrame]) -> pd.DataFr
         verdicts = [MISSING for _ in tests]
     else:
         verdicts = [str(_verdict(test, p)) for test, p in zip(tests, p_holm, strict=True)]
-    words = [_against_paper(test, p) for test, p in zip(tests, gap_p_holm, strict=True)]
-    return rows.assign(p_holm=p_holm, verdict=verdicts, gap_p_holm=gap_p_holm, against_paper=words)
+    gains = [_gain_word(test, p) for test, p in zip(tests, gap_p_holm, strict=True)]
+    with_tests = rows.assign(p_holm=p_holm, verdict=verdicts, gap_p_holm=gap_p_holm, gain=gains)
+    texts = [_against_paper(row) for row in with_tests.itertuples()]
+    return with_tests.assign(against_paper=texts)
 
 
 def _verdict(test: ClaimRow, p_holm: float) -> Verdict:
@@ -245,20 +248,29 @@ def _verdict(test: ClaimRow, p_holm: float) -> Verdict:
     return judge(test.compare, test.evidence, p_holm, margin)
 
 
-def _against_paper(test: ClaimRow, gap_p_holm: float) -> str:
-    """Describe our difference next to the paper's, such as ``not shown (gap -0.89, p 0.380)``.
+def _gain_word(test: ClaimRow, gap_p_holm: float) -> str:
+    """Say if our gain is smaller or larger than the paper's; a dash if that was not tested.
 
-    ``gap_p_holm`` is the corrected p of the gap; nan if it was not tested. The text is a dash if
-    there is nothing to compare, or if our difference has no interval.
+    ``gap_p_holm`` is the corrected p of the gap; nan if it was not tested.
     """
-    if test.compare is None or math.isnan(test.gap) or math.isnan(test.low):
+    if test.compare is None or math.isnan(gap_p_holm):
         return MISSING
-    if math.isnan(gap_p_holm):
-        return "the paper's error is unknown"
     difference = Difference(test.delta, test.low, test.high, test.p, int(test.n))
     gap = PaperGap(test.gap, test.gap_p)
-    word = compare_gains(test.compare, difference, gap, gap_p_holm, test.expected)
-    return f"{word} (gap {test.gap:+z.2f}, p {gap_p_holm:.3f})"
+    return compare_gains(test.compare, difference, gap, gap_p_holm, test.expected)
+
+
+def _against_paper(row: Any) -> str:
+    """Describe our difference next to the paper's, such as ``not shown (gap -0.89, p 0.380)``.
+
+    ``row`` is a row of :func:`judge_claims`. The text is a dash if there is nothing to compare, or
+    if our difference has no interval.
+    """
+    if math.isnan(row.gap) or math.isnan(row.low):
+        return MISSING
+    if row.gain == MISSING:
+        return "the paper's error is unknown"
+    return f"{row.gain} (gap {row.gap:+z.2f}, p {row.gap_p_holm:.3f})"
 
 
 def _rows_of_test(
