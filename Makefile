@@ -73,7 +73,7 @@ test-oldest: $(OLDEST)/.installed ## the library's contract with the oldest vers
 	@$(OLDEST)/bin/python -m pytest -n 2 -q tests/contract tests/golden tests/unit/test_docs.py --ignore tests/contract/test_several_processes.py \
 		-k 'not (checkpoint_loads_with_emoe and (VisionTransformer or Beit or SwinTransformer))'
 
-test-paper-size: $(STAMP) ## the paper's suite at its size: all runs' graph and tables with made-up results, and a trial of each pipeline; needs 8 GB of disk and memory
+test-paper-size: $(STAMP) ## the paper's suite at its size: all runs' graph and tables with made-up results, and a trial of each pipeline; needs many GB of disk and memory
 	@$(BIN)/python -m pytest -m paper_size tests/workflow/test_paper_size.py tests/workflow/test_paper_trial.py
 
 lint: $(STAMP) ## style, types, imports between rooms, workflow style
