@@ -192,7 +192,9 @@ def test_rounding_errors_are_no_shift(suite_name: str, seed: int) -> None:
 def balanced_accuracies(values: list[float], seeds: list[int]) -> Numbers:
     """Make one group of scores; if there are more scores than seeds, a run has several sets."""
     names = [("glue m t emoe 1", seed, "ood", "", "balanced_accuracy") for seed in seeds]
-    rows = pd.DataFrame(names, columns=checking.KEYS).assign(value=[repr(value) for value in values])
+    rows = pd.DataFrame(names, columns=checking.KEYS).assign(
+        value=[repr(value) for value in values]
+    )
     rows["eval_task"] = rows.groupby("seed").cumcount().astype(str)
     return Numbers(rows.assign(machine="one"), {"one": {}}, "code")
 
@@ -362,6 +364,25 @@ def test_a_finished_part_agrees_while_the_rest_is_missing(suite: Suite) -> None:
     assert call(*words, "glue", "--benchmark", "speed", status=1).splitlines() == lines
     with pytest.raises(DefinitionError, match=r"^no run of speed in the suite 'smoke' is finished"):
         call(*words, "speed")
+
+
+def test_a_benchmark_that_is_not_blessed_is_listed_while_the_others_are_compared(
+    suite: Suite,
+) -> None:
+    for ending in ("csv", "json", "jsonl.gz"):
+        reference_file("smoke", "glue", ending).unlink()
+    result = check(suite)
+    assert not result.passed
+    lines = str(result).splitlines()
+    count = compared_numbers("speed")
+    assert lines[-2:] == [f"speed: {count} numbers agree (4 of 4 runs)", "glue: not blessed"]
+    words = ("check", "--suite", "smoke", "--benchmark")
+    assert call(*words, "glue", "--benchmark", "speed", status=1).splitlines() == lines
+    assert call(*words, "speed").splitlines()[-1] == lines[-2]
+    with pytest.raises(
+        DefinitionError, match=r"^no numbers of glue in the suite 'smoke' are blessed: `make bless "
+    ):
+        call(*words, "glue")
 
 
 def compared_numbers(benchmark: str) -> int:
