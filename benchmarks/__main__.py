@@ -259,20 +259,19 @@ def mirror(suite: str, output: Path | None) -> None:
     from benchmarks.harness.base import DefinitionError, write_text
     from benchmarks.harness.results.available import find_finished, missing_text
     from benchmarks.harness.results.mlflow import mirror as mirror_records
-    from benchmarks.harness.results.records import check_current
 
     loaded = _load_suite(suite)
     records = []
     for name in loaded.settings.benchmarks:
-        records += find_finished(loaded, name).records
+        for record in find_finished(loaded, name).records:
+            # MLflow also gets the files of the run, which its collected record may outlive
+            if record.run.metrics_file.exists():
+                records.append(record)
     num_missing = len(loaded.runs) - len(records)
     if not records:
         raise DefinitionError(missing_text(loaded, num_missing, len(loaded.runs)))
     if num_missing:
         click.echo(missing_text(loaded, num_missing, len(loaded.runs)), err=True)
-    # MLflow also gets the files of the runs, which may have changed since
-    for record in records:
-        check_current(record)
     counts = mirror_records(records, loaded.tracking_uri)
     described_counts = [f"{count} {word}" for word, count in counts.items()]
     text = "MLflow: " + ", ".join(described_counts)

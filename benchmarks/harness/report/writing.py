@@ -96,5 +96,5 @@ def find_claim_numbers(suite: Suite) -> tuple[dict[str, pd.DataFrame], list[str]
             outcomes = present(load_benchmark(name), found.records).outcomes
             numbers[name] = outcomes.claim_numbers()
     if not numbers and notes:
-        raise DefinitionError(notes[0])
+        raise DefinitionError("; ".join(notes))
     return numbers, notes

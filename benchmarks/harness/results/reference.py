@@ -80,9 +80,10 @@ def blessed_benchmarks(suite: Suite) -> list[str]:
     return [name for name in names if reference_file(suite.name, name, "csv").exists()]
 
 
-def suites_with_records() -> list[str]:
-    """Return the names of the suites that have blessed records of any benchmark."""
-    return [name for name in suite_names() if any((REFERENCE / name).glob("*.jsonl.gz"))]
+def suites_with_records(benchmark: str) -> list[str]:
+    """Return the names of the suites that have blessed records of a benchmark."""
+    suites = suite_names()
+    return [name for name in suites if reference_file(name, benchmark, "jsonl.gz").exists()]
 
 
 def read_reference(suite: str, benchmark: str) -> Numbers:
