@@ -213,10 +213,10 @@ def claims(suite: str, write: bool) -> None:
     )
     from benchmarks.harness.report.paper import draw_main
     from benchmarks.harness.report.paper_items import main_figure
-    from benchmarks.harness.report.writing import find_claim_numbers, has_claim_numbers
+    from benchmarks.harness.report.writing import find_claim_numbers
 
     loaded = _load_suite(suite)
-    if write or has_claim_numbers(loaded):
+    if write:
         numbers = read_claim_numbers(loaded)
     else:
         numbers, notes = find_claim_numbers(loaded)

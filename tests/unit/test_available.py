@@ -188,6 +188,43 @@ def test_claims_leave_out_a_benchmark_without_records(
     assert "trial" in output
 
 
+def test_claims_are_tested_on_the_present_runs_although_older_numbers_are_written(
+    suite: Suite, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_runs.write_runs(suite.runs)
+    for name in ("glue", "domainbed"):
+        assert shown(f"tables --suite mini --benchmark {name}", monkeypatch, capsys)[2] == 0
+    fake_runs.write_runs(suite.runs, {"emoe": 0.1})
+    before, _, _ = shown("claims --suite mini", monkeypatch, capsys)
+    numbers = fake_runs.claim_numbers(suite)
+    assert before == f"{claims_table(suite, judge_claims(suite, numbers)).markdown()}\n"
+
+
+def test_tables_of_some_runs_delete_the_section_and_the_numbers_of_all(
+    suite: Suite, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_runs.write_runs(suite.runs)
+    words = "tables --suite mini --benchmark"
+    for name in ("glue", "domainbed"):
+        shown(f"{words} {name}", monkeypatch, capsys)
+    sections = {name: Path(artifacts_of(name).section_file("mini")) for name in PART["benchmarks"]}
+    numbers = {name: Path(numbers_file("mini", name)) for name in PART["benchmarks"]}
+    assert all(file.exists() for file in (*sections.values(), *numbers.values()))
+
+    suite.runs_of("glue")[0].metrics_file.unlink()
+    shown(f"{words} glue", monkeypatch, capsys)
+    assert not sections["glue"].exists()
+    assert not numbers["glue"].exists()
+    assert sections["domainbed"].exists()
+    assert numbers["domainbed"].exists()
+
+    # the numbers are those of all sets, whose tables are not written here
+    suite.runs_of("domainbed")[0].metrics_file.unlink()
+    shown(f"{words} domainbed --part rotated_mnist_5k", monkeypatch, capsys)
+    assert sections["domainbed"].exists()
+    assert numbers["domainbed"].exists()
+
+
 def test_claims_that_are_written_need_the_numbers_of_tables(
     blessed: Suite, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
