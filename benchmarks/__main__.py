@@ -330,11 +330,9 @@ def verify(suite: str, count: int, seed: int | None) -> None:
     number differs by more than its tolerance, or a run fails.
     """
     from benchmarks.harness.results.verify import verify as verify_runs
-    from benchmarks.harness.workflow.environment import job_environment
 
     loaded = _load_suite(suite)
-    # the runs look for data and models where the suite's jobs look
-    os.environ.update(job_environment(loaded))
+    _use_job_environment(loaded)
     if seed is None:
         seed = secrets.randbelow(2**31)
     result = verify_runs(loaded, count, seed, click.echo)
@@ -353,11 +351,9 @@ def bless(suite: str, benchmarks: tuple[str, ...]) -> None:
     run of each benchmark is rerun, and must give exactly the same numbers.
     """
     from benchmarks.harness.results.bless import bless as bless_suite
-    from benchmarks.harness.workflow.environment import job_environment
 
     loaded = _load_suite(suite)
-    # the reruns look for data and models where the suite's jobs look
-    os.environ.update(job_environment(loaded))
+    _use_job_environment(loaded)
     files = bless_suite(loaded, _chosen(loaded, benchmarks), click.echo)
     for file in files:
         click.echo(f"wrote {file}")
@@ -385,11 +381,9 @@ def data(suite: str, check: bool, open_images: bool, data_root: str | None) -> N
 
     from benchmarks.harness.base import DATA_ROOT
     from benchmarks.harness.run import data as sets
-    from benchmarks.harness.workflow.environment import job_environment
 
     loaded = _load_suite(suite)
-    # look where the suite's jobs look
-    os.environ.update(job_environment(loaded))
+    _use_job_environment(loaded)
     if data_root:
         os.environ[DATA_ROOT] = data_root
     if not check:
@@ -515,6 +509,16 @@ def _load_suite_with(suite: str, benchmark: str, part: str | None = None) -> Sui
     if part:
         check_names(Location(source, "part"), [part], loaded.parts(benchmark))
     return loaded
+
+
+def _use_job_environment(suite: Suite) -> None:
+    """Set the environment variables of a suite's jobs.
+
+    Data and models are then looked for where the jobs look.
+    """
+    from benchmarks.harness.workflow.environment import job_environment
+
+    os.environ.update(job_environment(suite))
 
 
 def _chosen(suite: Suite, benchmarks: tuple[str, ...]) -> list[str]:
