@@ -213,10 +213,10 @@ def claims(suite: str, write: bool) -> None:
     )
     from benchmarks.harness.report.paper import draw_main
     from benchmarks.harness.report.paper_items import main_figure
-    from benchmarks.harness.report.writing import find_claim_numbers, has_claim_numbers
+    from benchmarks.harness.report.writing import find_claim_numbers
 
     loaded = _load_suite(suite)
-    if write or has_claim_numbers(loaded):
+    if write:
         numbers = read_claim_numbers(loaded)
     else:
         numbers, notes = find_claim_numbers(loaded)
@@ -259,20 +259,19 @@ def mirror(suite: str, output: Path | None) -> None:
     from benchmarks.harness.base import DefinitionError, write_text
     from benchmarks.harness.results.available import find_finished, missing_text
     from benchmarks.harness.results.mlflow import mirror as mirror_records
-    from benchmarks.harness.results.records import check_current
 
     loaded = _load_suite(suite)
     records = []
     for name in loaded.settings.benchmarks:
-        records += find_finished(loaded, name).records
+        for record in find_finished(loaded, name).records:
+            # MLflow also gets the files of the run, which its collected record may outlive
+            if record.run.metrics_file.exists():
+                records.append(record)
     num_missing = len(loaded.runs) - len(records)
     if not records:
         raise DefinitionError(missing_text(loaded, num_missing, len(loaded.runs)))
     if num_missing:
         click.echo(missing_text(loaded, num_missing, len(loaded.runs)), err=True)
-    # MLflow also gets the files of the runs, which may have changed since
-    for record in records:
-        check_current(record)
     counts = mirror_records(records, loaded.tracking_uri)
     described_counts = [f"{count} {word}" for word, count in counts.items()]
     text = "MLflow: " + ", ".join(described_counts)
@@ -331,11 +330,9 @@ def verify(suite: str, count: int, seed: int | None) -> None:
     number differs by more than its tolerance, or a run fails.
     """
     from benchmarks.harness.results.verify import verify as verify_runs
-    from benchmarks.harness.workflow.environment import job_environment
 
     loaded = _load_suite(suite)
-    # the runs look for data and models where the suite's jobs look
-    os.environ.update(job_environment(loaded))
+    _use_job_environment(loaded)
     if seed is None:
         seed = secrets.randbelow(2**31)
     result = verify_runs(loaded, count, seed, click.echo)
@@ -354,11 +351,9 @@ def bless(suite: str, benchmarks: tuple[str, ...]) -> None:
     run of each benchmark is rerun, and must give exactly the same numbers.
     """
     from benchmarks.harness.results.bless import bless as bless_suite
-    from benchmarks.harness.workflow.environment import job_environment
 
     loaded = _load_suite(suite)
-    # the reruns look for data and models where the suite's jobs look
-    os.environ.update(job_environment(loaded))
+    _use_job_environment(loaded)
     files = bless_suite(loaded, _chosen(loaded, benchmarks), click.echo)
     for file in files:
         click.echo(f"wrote {file}")
@@ -386,11 +381,9 @@ def data(suite: str, check: bool, open_images: bool, data_root: str | None) -> N
 
     from benchmarks.harness.base import DATA_ROOT
     from benchmarks.harness.run import data as sets
-    from benchmarks.harness.workflow.environment import job_environment
 
     loaded = _load_suite(suite)
-    # look where the suite's jobs look
-    os.environ.update(job_environment(loaded))
+    _use_job_environment(loaded)
     if data_root:
         os.environ[DATA_ROOT] = data_root
     if not check:
@@ -516,6 +509,16 @@ def _load_suite_with(suite: str, benchmark: str, part: str | None = None) -> Sui
     if part:
         check_names(Location(source, "part"), [part], loaded.parts(benchmark))
     return loaded
+
+
+def _use_job_environment(suite: Suite) -> None:
+    """Set the environment variables of a suite's jobs.
+
+    Data and models are then looked for where the jobs look.
+    """
+    from benchmarks.harness.workflow.environment import job_environment
+
+    os.environ.update(job_environment(suite))
 
 
 def _chosen(suite: Suite, benchmarks: tuple[str, ...]) -> list[str]:

@@ -18,6 +18,7 @@ from benchmarks.harness.report.claims_table import claims_table, judge_claims
 from benchmarks.harness.results import reference
 from benchmarks.harness.results.available import find_finished, find_records
 from benchmarks.harness.results.files import records_file
+from benchmarks.harness.results.records import collect
 from benchmarks.harness.results.reference import reference_file
 from tests import fake_runs
 from tests.programs import call
@@ -94,6 +95,34 @@ def test_collected_records_are_taken_first(blessed: Suite) -> None:
     assert ([record.run for record in found.records], found.note) == (blessed.runs_of("glue"), "")
 
 
+def test_runs_are_read_if_one_has_changed_since_it_was_collected(suite: Suite) -> None:
+    fake_runs.write_runs(suite.runs)
+    fake_runs.collect(suite)
+    run, other, *_ = suite.runs_of("glue")
+    other.metrics_file.unlink()
+    assert find_finished(suite, "glue").note == ""  # its record is as good
+    fake_runs.edit(run, lambda content: content["cost"].update(job_seconds=3.0))
+    found = find_finished(suite, "glue")
+    assert found.records[0].metrics.cost.job_seconds == 3.0
+    assert found.note.startswith("glue: 1 of ")
+
+
+def test_runs_are_read_if_other_runs_were_collected(suite: Suite) -> None:
+    runs = suite.runs_of("glue")
+    fake_runs.write_runs(runs)
+    fewer = replace(suite)
+    fewer.__dict__["runs"] = runs[1:]
+    collect(fewer, "glue")
+    complete = find_finished(suite, "glue")
+    assert ([record.run for record in complete.records], complete.note) == (runs, "")
+
+    # collected runs that are not planned are left out
+    collect(suite, "glue")
+    for run in runs:
+        run.metrics_file.unlink()
+    assert [record.run for record in find_finished(fewer, "glue").records] == runs[1:]
+
+
 def test_blessed_runs_that_are_not_planned_are_left_out_and_counted(blessed: Suite) -> None:
     """The plan has another run in the place of a blessed one, and one run less."""
     runs = blessed.runs_of("glue")
@@ -123,10 +152,14 @@ def test_without_any_records_the_error_gives_both_ways(
     fake_runs.bless(smoke)
     line = (
         "error: glue: no run of 'mini' is finished here, and no records of it are blessed; "
-        "`make run SUITE=mini` makes the runs; suites with blessed records: smoke"
+        "`make run SUITE=mini` makes the runs; suites with blessed records of it: smoke"
     )
-    for command in ("tables --benchmark glue", "claims"):
-        assert shown(f"{command} --suite mini", monkeypatch, capsys) == ("", [line], 1)
+    other = (
+        "domainbed: no run of 'mini' is finished here, and no records of it are blessed; "
+        "`make run SUITE=mini` makes the runs"
+    )
+    for command, error in (("tables --benchmark glue", line), ("claims", f"{line}; {other}")):
+        assert shown(f"{command} --suite mini", monkeypatch, capsys) == ("", [error], 1)
     line = f"error: {len(suite.runs)} of {len(suite.runs)} runs are missing: make run SUITE=mini"
     assert shown("mirror --suite mini", monkeypatch, capsys) == ("", [line], 1)
 
@@ -153,6 +186,43 @@ def test_claims_leave_out_a_benchmark_without_records(
     assert errors[0].startswith("glue: no run of 'mini' is finished here, and no records of it are")
     assert errors[1] == f"domainbed: no run of 'mini' is finished here; {BLESSED}"
     assert "trial" in output
+
+
+def test_claims_are_tested_on_the_present_runs_although_older_numbers_are_written(
+    suite: Suite, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_runs.write_runs(suite.runs)
+    for name in ("glue", "domainbed"):
+        assert shown(f"tables --suite mini --benchmark {name}", monkeypatch, capsys)[2] == 0
+    fake_runs.write_runs(suite.runs, {"emoe": 0.1})
+    before, _, _ = shown("claims --suite mini", monkeypatch, capsys)
+    numbers = fake_runs.claim_numbers(suite)
+    assert before == f"{claims_table(suite, judge_claims(suite, numbers)).markdown()}\n"
+
+
+def test_tables_of_some_runs_delete_the_section_and_the_numbers_of_all(
+    suite: Suite, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_runs.write_runs(suite.runs)
+    words = "tables --suite mini --benchmark"
+    for name in ("glue", "domainbed"):
+        shown(f"{words} {name}", monkeypatch, capsys)
+    sections = {name: Path(artifacts_of(name).section_file("mini")) for name in PART["benchmarks"]}
+    numbers = {name: Path(numbers_file("mini", name)) for name in PART["benchmarks"]}
+    assert all(file.exists() for file in (*sections.values(), *numbers.values()))
+
+    suite.runs_of("glue")[0].metrics_file.unlink()
+    shown(f"{words} glue", monkeypatch, capsys)
+    assert not sections["glue"].exists()
+    assert not numbers["glue"].exists()
+    assert sections["domainbed"].exists()
+    assert numbers["domainbed"].exists()
+
+    # the numbers are those of all sets, whose tables are not written here
+    suite.runs_of("domainbed")[0].metrics_file.unlink()
+    shown(f"{words} domainbed --part rotated_mnist_5k", monkeypatch, capsys)
+    assert sections["domainbed"].exists()
+    assert numbers["domainbed"].exists()
 
 
 def test_claims_that_are_written_need_the_numbers_of_tables(
@@ -246,19 +316,14 @@ def test_the_mirror_has_only_finished_runs_and_counts_the_missing(
     assert shown("mirror --suite mini", monkeypatch, capsys) == ("MLflow: 2 added\n", [line], 0)
     assert mirrored == [run.folder for run in some]
 
-
-def test_the_mirror_refuses_records_that_are_older_than_a_run(
-    blessed: Suite, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    # the store also gets the files of a run, so its collected record is not enough
     fake_runs.write_runs(blessed.runs)
     fake_runs.collect(blessed)
-    run = blessed.runs[-1]
-    fake_runs.edit(run, lambda content: content["cost"].update(job_seconds=3.0))
-    line = (
-        f"error: {run.metrics_file} has changed since it was collected; "
-        "run the workflow again, which collects it anew"
-    )
-    assert shown("mirror --suite mini", monkeypatch, capsys) == ("", [line], 1)
+    for run in blessed.runs[2:]:
+        run.metrics_file.unlink()
+    mirrored.clear()
+    assert shown("mirror --suite mini", monkeypatch, capsys) == ("MLflow: 2 added\n", [line], 0)
+    assert mirrored == [run.folder for run in some]
 
 
 def test_collecting_still_refuses_a_benchmark_with_missing_runs(blessed: Suite) -> None:

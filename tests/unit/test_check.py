@@ -366,6 +366,25 @@ def test_a_finished_part_agrees_while_the_rest_is_missing(suite: Suite) -> None:
         call(*words, "speed")
 
 
+def test_a_benchmark_that_is_not_blessed_is_listed_while_the_others_are_compared(
+    suite: Suite,
+) -> None:
+    for ending in ("csv", "json", "jsonl.gz"):
+        reference_file("smoke", "glue", ending).unlink()
+    result = check(suite)
+    assert not result.passed
+    lines = str(result).splitlines()
+    count = compared_numbers("speed")
+    assert lines[-2:] == [f"speed: {count} numbers agree (4 of 4 runs)", "glue: not blessed"]
+    words = ("check", "--suite", "smoke", "--benchmark")
+    assert call(*words, "glue", "--benchmark", "speed", status=1).splitlines() == lines
+    assert call(*words, "speed").splitlines()[-1] == lines[-2]
+    with pytest.raises(
+        DefinitionError, match=r"^no numbers of glue in the suite 'smoke' are blessed: `make bless "
+    ):
+        call(*words, "glue")
+
+
 def compared_numbers(benchmark: str) -> int:
     """Count the blessed numbers of a benchmark that have a tolerance."""
     metrics = read_reference("smoke", benchmark).rows["metric"]

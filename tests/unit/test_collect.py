@@ -35,6 +35,7 @@ def test_collected_records_are_those_of_the_runs_in_the_order_of_the_grid(
 ) -> None:
     runs = suite.runs_of(benchmark)
     read = read_records(suite, benchmark)
+    assert read is not None
     direct = fake_runs.records(runs)
     assert [record.run for record in read] == runs
     assert read == direct
@@ -49,9 +50,9 @@ def digest_of(run: Run) -> str:
 def test_a_set_with_its_own_tables_has_its_own_file(suite: Suite) -> None:
     for part in suite.parts("domainbed"):
         assert records_file("smoke", "domainbed", part).is_file()
-        assert [record.run for record in read_records(suite, "domainbed", part)] == suite.runs_of(
-            "domainbed", part
-        )
+        read = read_records(suite, "domainbed", part)
+        assert read is not None
+        assert [record.run for record in read] == suite.runs_of("domainbed", part)
     assert not records_file("smoke", "domainbed").exists()
 
 
@@ -77,7 +78,9 @@ def test_unusual_numbers_are_collected_to_the_last_digit(glue: Suite) -> None:
 
     fake_runs.edit(glue.runs[0], change)
     fake_runs.collect(glue)
-    record = read_records(glue, "glue")[0]
+    read = read_records(glue, "glue")
+    assert read is not None
+    record = read[0]
     assert record == fake_runs.records(glue.runs)[0]
     assert record.metrics.scores is not None
     scores = record.metrics.scores["test"]["tweets"]
@@ -115,7 +118,7 @@ def mistype_number(path: Path) -> None:
     path.write_text(path.read_text().replace('"job_seconds":2.0', '"job_seconds":"2"', 1))
 
 
-def drop_line(path: Path) -> None:
+def drop_last_line(path: Path) -> None:
     lines = path.read_text().splitlines()
     path.write_text("\n".join(lines[:-1]))
 
@@ -131,17 +134,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         mistype_number,
         ", line 1, is damaged: 'metrics.cost.job_seconds': Input .* valid number",
     ),
-    "a missing run": (drop_line, f" lacks the run '{SMOKE.runs_of('glue')[-1].folder}'"),
-    "a run of another plan": (
-        rename_run,
-        " has the run 'glue/0123456789ab', which the suite does not plan",
-    ),
-    "a missing file": (Path.unlink, " cannot be read: No such file or directory"),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-def test_a_wrong_file_is_named_with_the_way_to_collect_it_again(case: str, glue: Suite) -> None:
+def test_a_damaged_file_is_named_with_the_way_to_collect_it_again(case: str, glue: Suite) -> None:
     damage, problem = DAMAGES[case]
     fake_runs.collect(glue)
     path = records_file("smoke", "glue")
@@ -152,14 +149,20 @@ def test_a_wrong_file_is_named_with_the_way_to_collect_it_again(case: str, glue:
     assert "\n" not in str(error.value)
 
 
-def test_a_run_that_only_one_of_several_files_lacks_is_named_with_that_file(here: Path) -> None:
+@pytest.mark.parametrize("change", [drop_last_line, rename_run, Path.unlink])
+def test_a_file_without_all_planned_runs_is_not_taken(
+    change: Callable[[Path], None], glue: Suite
+) -> None:
+    fake_runs.collect(glue)
+    change(records_file("smoke", "glue"))
+    assert read_records(glue, "glue") is None
+
+
+def test_one_of_several_files_without_all_its_runs_is_not_taken(here: Path) -> None:
     suite = load_suite({"suite": "smoke", "benchmarks": ["domainbed"]})
     fake_runs.write_runs(suite.runs)
     fake_runs.collect(suite)
     first, *others = (records_file("smoke", "domainbed", part) for part in suite.parts("domainbed"))
     assert others
-    drop_line(first)
-    with pytest.raises(
-        DataError, match=rf"^{first} lacks the run 'domainbed/\w+'; .* --force {first} "
-    ):
-        read_records(suite, "domainbed")
+    drop_last_line(first)
+    assert read_records(suite, "domainbed") is None

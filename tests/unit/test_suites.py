@@ -10,6 +10,7 @@ import pytest
 from benchmarks.harness import base
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config import runs, suite
+from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.workflow.environment import suite_of_job
 from tests.planned import edited_project, plan
 
@@ -222,3 +223,15 @@ def test_each_training_of_the_trial_takes_three_steps() -> None:
             rows = training["train_rows"]
         rows_of_step = training["batch_size"] * training.get("gradient_accumulation_steps", 1)
         assert rows == 3 * rows_of_step
+
+
+def test_a_tolerance_of_an_unknown_benchmark_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    metric = load_metrics()["accuracy"]
+    changed = metric.model_copy(update={"tolerance_by_benchmark": {"domainbet": 0.1}})
+    monkeypatch.setattr(suite, "load_metrics", lambda: {"accuracy": changed})
+    with pytest.raises(
+        DefinitionError,
+        match=r"metrics\.yaml: 'metrics\.accuracy\.tolerance_by_benchmark' is 'domainbet', which "
+        "does not exist; did you mean 'domainbed'",
+    ):
+        suite.load_suite({"suite": "smoke"})

@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness.base import RESULTS, RUNS, DefinitionError, RunError, write_json
+from benchmarks.harness.base import (
+    DATA_ROOT,
+    MODEL_ROOT,
+    RESULTS,
+    RUNS,
+    DataError,
+    DefinitionError,
+    RunError,
+    write_json,
+)
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite, load_suite, plain_suite
 from benchmarks.harness.results import bless as blessing
@@ -22,7 +31,7 @@ from benchmarks.harness.results.bless import bless, clean_commit
 from benchmarks.harness.results.content import Metrics
 from benchmarks.harness.results.records import Record
 from benchmarks.harness.results.reference import reference_file, write_reference
-from benchmarks.harness.results.verify import Rerun
+from benchmarks.harness.results.verify import Failure, Rerun
 from benchmarks.harness.sources.packages import PackageFile
 from tests import fake_runs
 from tests.executed import finish, prepare
@@ -109,10 +118,10 @@ def repeated(own_reference: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
 
     def run_again(
         reruns: Sequence[Rerun], *_arguments: object
-    ) -> tuple[list[Record], dict[str, str]]:
+    ) -> tuple[list[Record], list[Failure]]:
         repeated[:] = [rerun.run for rerun in reruns]
         assert {rerun.threads for rerun in reruns} == {"1"}
-        return fake_runs.records(repeated), {}
+        return fake_runs.records(repeated), []
 
     monkeypatch.setattr(verify, "run_again", run_again)
     monkeypatch.setattr(verify, "_make_inputs", lambda runs, say: None)
@@ -176,6 +185,61 @@ def test_runs_that_cannot_be_repeated_alone_are_an_error(own_reference: Path) ->
         verify.verify(suite, 3, 0, print)
 
 
+@pytest.mark.parametrize("several", [{"processes": 2}, {"gpu": 2}])
+def test_runs_with_several_processes_or_gpus_are_left_out(
+    several: dict[str, int], repeated: list[Run]
+) -> None:
+    """The evaluation of such a run is left out too."""
+    suite = plain_suite("smoke")
+    evaluation = suite.runs_of("glue_ood")[0]
+    (folder,) = evaluation.spec["candidates"]
+    changed = replace(suite)
+    runs = []
+    for run in suite.runs:
+        is_parallel = run.folder == folder
+        runs.append(replace(run, resources=run.resources | several) if is_parallel else run)
+    changed.__dict__["runs"] = runs
+
+    verify.verify(suite, 1000, 0, lambda line: None)
+    usual = {run.folder for run in repeated}
+    verify.verify(changed, 1000, 0, lambda line: None)
+    assert usual - {run.folder for run in repeated} == {folder, *evaluations_of(folder, suite)}
+
+
+def evaluations_of(folder: str, suite: Suite) -> list[str]:
+    """Return the folders of the runs that evaluate only this trained run."""
+    return [run.folder for run in suite.runs if run.spec.get("candidates") == [folder]]
+
+
+def test_a_json_without_the_number_of_threads_is_named(repeated: list[Run]) -> None:
+    path = reference_file("smoke", "glue", "json")
+    origin = json.loads(path.read_text())
+    (machine,) = origin["machines"]
+    del origin["machines"][machine]["threads"]
+    write_json(path, origin)
+    with pytest.raises(
+        DataError, match=rf"^{path} lacks 'machines\.{machine}\.threads'; bless a run of the suite"
+    ):
+        call(*VERIFY)
+
+
+@pytest.mark.parametrize("variable", [DATA_ROOT, MODEL_ROOT])
+def test_relative_folders_of_data_and_models_are_those_of_the_working_directory(
+    variable: str, own_reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program that is called instead of Python prints the folder as an error."""
+    program = own_reference / "program"
+    program.write_text(f'#!/bin/sh\necho "${variable}" >&2\nexit 1\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setenv(variable, "folder")
+    run = plan(["glue"], "smoke")[0]
+    directory = own_reference / "elsewhere"
+    directory.mkdir()
+    _, failures = verify.run_again([Rerun(run, "1")], directory / RUNS, directory, print)
+    assert failures == [Failure(run, f"{run.name}: {own_reference / 'folder'}")]
+
+
 def test_missing_packages_and_partitions_are_made_first(
     own_reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,14 +285,14 @@ Change = Callable[[dict[str, Any]], object]
 def test_only_numbers_that_repeat_are_blessed(monkeypatch: pytest.MonkeyPatch) -> None:
     suite = load_suite({"suite": "smoke", "benchmarks": ["glue", "speed"]})
     fake_runs.write_runs(suite.runs)
-    repeated, failures = list[str](), dict[str, str]()
+    repeated, failures = list[str](), list[Failure]()
 
     def bless_runs(
         change: Change = lambda content: None, benchmarks: Sequence[str] = ("glue", "speed")
     ) -> list[Path]:
         def run_again(
             reruns: Sequence[Rerun], *_arguments: object
-        ) -> tuple[list[Record], dict[str, str]]:
+        ) -> tuple[list[Record], list[Failure]]:
             results = []
             for (run, _threads), record in zip(
                 reruns, fake_runs.records(rerun.run for rerun in reruns), strict=True
@@ -257,7 +321,7 @@ def test_only_numbers_that_repeat_are_blessed(monkeypatch: pytest.MonkeyPatch) -
     ):
         with pytest.raises(DefinitionError, match="the runs do not repeat here exactly"):
             bless_runs(change)
-    failures["glue"] = "minilm: ValueError: odd"
+    failures.append(Failure(fastest[0], "minilm: ValueError: odd"))
     with pytest.raises(DefinitionError, match="the runs do not repeat here exactly"):
         bless_runs()
     failures.clear()

@@ -24,7 +24,7 @@ def write_tables(suite: Suite, benchmark: str, part: str | None = None) -> str:
 
     Also writes our versions of the paper's tables and figures. If all runs are finished, it writes
     two more files: the section file that pages are written from, and, for a whole benchmark, the
-    numbers that claims compare.
+    numbers that claims compare. Otherwise it deletes them, because they describe older tables.
 
     Args:
         suite: The suite.
@@ -52,26 +52,24 @@ def write_tables(suite: Suite, benchmark: str, part: str | None = None) -> str:
     # after the figures, because some of them are copied
     write_paper_items(suite, presentation)
 
+    section_file = Path(presentation.artifacts.section_file(suite.name))
+    # claims compare numbers of all sets, so they are not written for a single set
+    has_numbers = part is None and benchmark in claimed_benchmarks(suite)
+
     # pages and files of numbers would not say which records they are made from
     if found.note:
+        section_file.unlink(missing_ok=True)
+        if has_numbers:
+            Path(numbers_file(suite.name, benchmark)).unlink(missing_ok=True)
         return found.note
 
     # also after the figures, to see which of them are placeholders
     section = make_section(presentation, found.records, suite.name)
-    section_file = Path(presentation.artifacts.section_file(suite.name))
     write_json(section_file, section.model_dump())
-
-    # claims compare numbers of all sets, so they are not written for a single set
-    if part is None and benchmark in claimed_benchmarks(suite):
+    if has_numbers:
         numbers = of_benchmark.outcomes.claim_numbers()
         write_claim_numbers(suite.name, benchmark, numbers)
     return found.note
-
-
-def has_claim_numbers(suite: Suite) -> bool:
-    """Return True if the files of all numbers that claims compare exist."""
-    files = [Path(numbers_file(suite.name, name)) for name in claimed_benchmarks(suite)]
-    return all(file.exists() for file in files)
 
 
 def find_claim_numbers(suite: Suite) -> tuple[dict[str, pd.DataFrame], list[str]]:
@@ -84,7 +82,7 @@ def find_claim_numbers(suite: Suite) -> tuple[dict[str, pd.DataFrame], list[str]
         :func:`.find_records`.
 
     Raises:
-        DefinitionError: No benchmark has records.
+        DefinitionError: No benchmark that claims compare has records.
     """
     numbers: dict[str, pd.DataFrame] = {}
     notes: list[str] = []
@@ -96,5 +94,5 @@ def find_claim_numbers(suite: Suite) -> tuple[dict[str, pd.DataFrame], list[str]
             outcomes = present(load_benchmark(name), found.records).outcomes
             numbers[name] = outcomes.claim_numbers()
     if not numbers and notes:
-        raise DefinitionError(notes[0])
+        raise DefinitionError("; ".join(notes))
     return numbers, notes

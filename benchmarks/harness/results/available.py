@@ -5,13 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.results.files import records_file
-from benchmarks.harness.results.records import (
-    Record,
-    parts_with_files,
-    read_record,
-    read_records,
-)
+from benchmarks.harness.results.records import Record, is_outdated, read_record, read_records
 from benchmarks.harness.results.reference import (
     BlessedRecords,
     read_blessed_records,
@@ -36,8 +30,9 @@ class FoundRecords:
 def find_finished(suite: Suite, benchmark: str, part: str | None = None) -> FoundRecords:
     """Find the records of the runs that are finished here.
 
-    Collected records are read if they exist. The workflow collects only complete benchmarks, so the
-    ``metrics.json`` of each finished run is read otherwise.
+    The collected records are taken if they are those of all planned runs, and no ``metrics.json``
+    here is another one. A job on a cluster may see no ``metrics.json``. Otherwise the
+    ``metrics.json`` of each finished run is read.
 
     Args:
         suite: The suite.
@@ -45,13 +40,11 @@ def find_finished(suite: Suite, benchmark: str, part: str | None = None) -> Foun
         part: The name of one of its data sets; None for all.
 
     Raises:
-        DataError: A file of records or a ``metrics.json`` is damaged, or the collected runs are not
-            those that the suite plans.
+        DataError: A file of records or a ``metrics.json`` is damaged.
     """
-    file_parts = parts_with_files(suite, benchmark, part)
-    files = [records_file(suite.name, benchmark, file_part) for file_part in file_parts]
-    if all(file.exists() for file in files):
-        return FoundRecords(read_records(suite, benchmark, part))
+    collected = read_records(suite, benchmark, part)
+    if collected is not None and not any(is_outdated(record) for record in collected):
+        return FoundRecords(collected)
 
     runs = suite.runs_of(benchmark, part)
     finished = [run for run in runs if run.metrics_file.exists()]
@@ -76,16 +69,16 @@ def find_records(suite: Suite, benchmark: str, part: str | None = None) -> Found
 
     blessed = read_blessed_records(suite, benchmark)
     if blessed is None:
-        return FoundRecords([], f"{found.note}, and no records of it are blessed; {_ways(suite)}")
+        ways = _ways(suite, benchmark)
+        return FoundRecords([], f"{found.note}, and no records of it are blessed; {ways}")
     runs = suite.runs_of(benchmark, part)
     records = []
     for run in runs:
         if run.folder in blessed.records:
             records.append(blessed.records[run.folder])
     if not records:
-        return FoundRecords(
-            [], f"{found.note}, and none of the planned runs is blessed; {_ways(suite)}"
-        )
+        ways = _ways(suite, benchmark)
+        return FoundRecords([], f"{found.note}, and none of the planned runs is blessed; {ways}")
     text = _describe_blessed(blessed, num_planned=len(runs), num_used=len(records))
     return FoundRecords(records, f"{found.note}; {text}")
 
@@ -114,10 +107,10 @@ def _describe_blessed(blessed: BlessedRecords, num_planned: int, num_used: int) 
     return text
 
 
-def _ways(suite: Suite) -> str:
-    """Say how to get records: make the runs, or take a suite that has blessed records."""
+def _ways(suite: Suite, benchmark: str) -> str:
+    """Say how to get records of a benchmark: make the runs, or take a suite with blessed ones."""
     text = f"`make run SUITE={suite.name}` makes the runs"
-    others = [name for name in suites_with_records() if name != suite.name]
+    others = [name for name in suites_with_records(benchmark) if name != suite.name]
     if others:
-        text += f"; suites with blessed records: {', '.join(others)}"
+        text += f"; suites with blessed records of it: {', '.join(others)}"
     return text

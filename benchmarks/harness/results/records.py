@@ -168,42 +168,38 @@ def format_record(record: Record) -> str:
     return line.model_dump_json(by_alias=True, exclude_unset=True)
 
 
-def read_records(suite: Suite, benchmark: str, part: str | None = None) -> list[Record]:
-    """Read the collected records of a benchmark in the order of the grid.
+def read_records(suite: Suite, benchmark: str, part: str | None = None) -> list[Record] | None:
+    """Read the collected records of a benchmark, or of one of its data sets.
 
-    ``part`` selects the runs on one of its data sets.
+    Args:
+        suite: The suite.
+        benchmark: The name of the benchmark.
+        part: The name of one of its data sets; None for all.
+
+    Returns:
+        The records of the planned runs in the order of the grid. None if a file is missing or lacks
+        a planned run.
 
     Raises:
-        DataError: A file of records is missing or damaged, or its runs are not those that the suite
-            plans. The message names the file.
+        DataError: A file of records is damaged. The message names the file.
     """
     records_by_folder: dict[str, Record] = {}
     for file_part in parts_with_files(suite, benchmark, part):
         path = records_file(suite.name, benchmark, file_part)
+        if not path.exists():
+            return None
         # without --force, Snakemake keeps the existing file
         advice = (
             f"`snakemake --cores all --force {path} --config suite={suite.name}` collects it again"
         )
         runs = suite.runs_of(benchmark, file_part)
-        records_by_folder.update(_read_file(path, runs, advice))
-    return [records_by_folder[run.folder] for run in suite.runs_of(benchmark, part)]
+        parsed = parse_records(read_bytes(path, advice), runs, path, advice)
+        records_by_folder.update(parsed.records)
 
-
-def _read_file(path: Path, runs: Sequence[Run], advice: str) -> dict[str, Record]:
-    """Read a file of records. Map the folder of each run to its record.
-
-    Raises:
-        DataError: The file cannot be read, is damaged, lacks one of ``runs``, or has another run.
-    """
-    parsed = parse_records(read_bytes(path, advice), runs, path, advice)
-    if parsed.unplanned:
-        raise DataError(
-            f"{path} has the run '{parsed.unplanned[0]}', which the suite does not plan; {advice}"
-        )
-    for run in runs:
-        if run.folder not in parsed.records:
-            raise DataError(f"{path} lacks the run '{run.folder}'; {advice}")
-    return parsed.records
+    runs = suite.runs_of(benchmark, part)
+    if any(run.folder not in records_by_folder for run in runs):
+        return None
+    return [records_by_folder[run.folder] for run in runs]
 
 
 def parse_records(content: bytes, runs: Sequence[Run], path: Path, advice: str) -> ParsedRecords:
@@ -237,19 +233,17 @@ def parse_records(content: bytes, runs: Sequence[Run], path: Path, advice: str) 
     return ParsedRecords(records, unplanned)
 
 
-def check_current(record: Record) -> None:
-    """Check that a record has the content of the present ``metrics.json``.
+def is_outdated(record: Record) -> bool:
+    """Return True if the run's ``metrics.json`` exists here, but is not that of the record.
 
     Raises:
-        DataError: The file has changed since its records were collected.
+        DataError: The file cannot be read.
     """
     path = record.run.metrics_file
+    if not path.exists():
+        return False
     digest = hashlib.sha256(read_bytes(path, rerun_advice(path))).hexdigest()
-    if digest != record.digest:
-        raise DataError(
-            f"{path} has changed since it was collected; run the workflow again, which collects "
-            "it anew"
-        )
+    return digest != record.digest
 
 
 def check_finished(runs: Sequence[Run], which: str, command: str) -> None:

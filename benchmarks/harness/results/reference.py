@@ -80,9 +80,10 @@ def blessed_benchmarks(suite: Suite) -> list[str]:
     return [name for name in names if reference_file(suite.name, name, "csv").exists()]
 
 
-def suites_with_records() -> list[str]:
-    """Return the names of the suites that have blessed records of any benchmark."""
-    return [name for name in suite_names() if any((REFERENCE / name).glob("*.jsonl.gz"))]
+def suites_with_records(benchmark: str) -> list[str]:
+    """Return the names of the suites that have blessed records of a benchmark."""
+    suites = suite_names()
+    return [name for name in suites if reference_file(name, benchmark, "jsonl.gz").exists()]
 
 
 def read_reference(suite: str, benchmark: str) -> Numbers:
@@ -93,7 +94,7 @@ def read_reference(suite: str, benchmark: str) -> Numbers:
         DataError: The json with the origin is missing, damaged or of an older form.
     """
     path = reference_file(suite, benchmark, "csv")
-    advice = _bless_advice(suite, benchmark)
+    advice = bless_advice(suite, benchmark)
     try:
         check_is_file(path)
         # all values stay texts, because the last digit counts
@@ -121,7 +122,7 @@ def read_origin(suite: str, benchmark: str) -> Origin:
         DataError: The file is missing, damaged or of an older form.
     """
     path = reference_file(suite, benchmark, "json")
-    return read_json(path, Origin, _bless_advice(suite, benchmark))
+    return read_json(path, Origin, bless_advice(suite, benchmark))
 
 
 def read_blessed_records(suite: Suite, benchmark: str) -> BlessedRecords | None:
@@ -134,7 +135,7 @@ def read_blessed_records(suite: Suite, benchmark: str) -> BlessedRecords | None:
     path = reference_file(suite.name, benchmark, "jsonl.gz")
     if not path.exists():
         return None
-    advice = _bless_advice(suite.name, benchmark)
+    advice = bless_advice(suite.name, benchmark)
     try:
         content = gzip.decompress(read_bytes(path, advice))
     except (OSError, EOFError, zlib.error) as error:
@@ -181,7 +182,7 @@ def _write_compressed(path: Path, lines: Sequence[str]) -> None:
         compressed.write(content.encode())
 
 
-def _bless_advice(suite: str, benchmark: str) -> str:
+def bless_advice(suite: str, benchmark: str) -> str:
     """Return the advice of error messages on how to renew the blessed numbers of a benchmark."""
     command = f"python -m benchmarks bless --suite {suite} --benchmark {benchmark}"
     return f"bless a run of the suite (`{command}`)"

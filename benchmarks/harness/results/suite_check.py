@@ -20,7 +20,7 @@ from benchmarks.harness.results.check import (
     tolerance_of,
 )
 from benchmarks.harness.results.records import read_record
-from benchmarks.harness.results.reference import read_reference
+from benchmarks.harness.results.reference import blessed_benchmarks, read_reference
 
 _MOST_GROUPS = 20  # groups of runs that are listed; more are only counted
 
@@ -79,37 +79,48 @@ class SuiteCheck:
     Attributes:
         results: The comparisons of :func:`compare_pairs`.
         benchmarks: The counts by the name of the benchmark.
+        unblessed: The names of the benchmarks without blessed numbers, which are not compared.
     """
 
     results: Sequence[CheckResult]
     benchmarks: Mapping[str, BenchmarkCheck]
+    unblessed: Sequence[str]
 
     @property
     def missing(self) -> list[RunKey]:
         """Return the planned runs that are not finished."""
-        return [key for counts in self.benchmarks.values() for key in counts.missing]
+        missing: list[RunKey] = []
+        for counts in self.benchmarks.values():
+            missing += counts.missing
+        return missing
 
     @property
     def unplanned(self) -> list[RunKey]:
         """Return the blessed runs that the suite does not plan."""
-        return [key for counts in self.benchmarks.values() for key in counts.unplanned]
+        unplanned: list[RunKey] = []
+        for counts in self.benchmarks.values():
+            unplanned += counts.unplanned
+        return unplanned
 
     @property
     def passed(self) -> bool:
         """Return True if all numbers agree, and the blessed runs are the planned and finished."""
         all_agree = all(result.passed for result in self.results)
-        return all_agree and not self.missing and not self.unplanned
+        return all_agree and not self.missing and not self.unplanned and not self.unblessed
 
     def __str__(self) -> str:
         results = [str(result) for result in self.results]
         missing = _group_lines("missing", self.missing)
         unplanned = _group_lines("blessed, but not planned", self.unplanned)
         summary = [f"{name}: {counts}" for name, counts in self.benchmarks.items()]
-        return "\n".join([*results, *missing, *unplanned, *summary])
+        unblessed = [f"{name}: not blessed" for name in self.unblessed]
+        return "\n".join([*results, *missing, *unplanned, *summary, *unblessed])
 
 
 def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -> SuiteCheck:
     """Compare the finished runs of some benchmarks with their blessed numbers.
+
+    Benchmarks without blessed numbers are only listed.
 
     Args:
         suite: The suite.
@@ -117,8 +128,8 @@ def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -
         elsewhere: True to apply tolerances even on the same machine.
 
     Raises:
-        DefinitionError: No run of the benchmarks is finished, or a csv of blessed numbers is
-            missing or damaged.
+        DefinitionError: No run of the benchmarks is finished, none of the benchmarks is blessed, or
+            a csv of blessed numbers is damaged.
         DataError: A ``metrics.json`` is damaged, or a json with the origin of blessed numbers is
             missing or damaged.
     """
@@ -128,8 +139,18 @@ def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -
             f"no run of {', '.join(benchmarks)} in the suite '{suite.name}' is finished: "
             f"`make run SUITE={suite.name}`"
         )
-    # read before the runs, which take longer, so that a missing file is reported at once
-    blessed = {name: read_reference(suite.name, name) for name in benchmarks}
+    with_numbers = blessed_benchmarks(suite)
+    unblessed = [name for name in benchmarks if name not in with_numbers]
+    if len(unblessed) == len(benchmarks):
+        raise DefinitionError(
+            f"no numbers of {', '.join(benchmarks)} in the suite '{suite.name}' are blessed: "
+            f"`make bless SUITE={suite.name}`"
+        )
+    # read before the runs, which take longer, so that a damaged file is reported at once
+    blessed = {}
+    for name in benchmarks:
+        if name in with_numbers:
+            blessed[name] = read_reference(suite.name, name)
     pairs = {}
     for name, before in blessed.items():
         finished = [run for run in suite.runs_of(name) if run.metrics_file.exists()]
@@ -142,7 +163,7 @@ def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -
     counts = {}
     for name, pair in pairs.items():
         counts[name] = _count(suite, name, blessed[name], pair, int(different.get(name, 0)))
-    return SuiteCheck(results, counts)
+    return SuiteCheck(results, counts, unblessed)
 
 
 def _count(

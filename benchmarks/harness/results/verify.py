@@ -13,13 +13,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import ROOT, DefinitionError, RunError, write_text
+from benchmarks.harness.base import ROOT, DataError, DefinitionError, RunError, write_text
 from benchmarks.harness.config.catalogue import rebuilt_from
 from benchmarks.harness.config.runs import Run, model_files, partition_jobs, run_inputs
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.results.check import CheckResult, Numbers, check_numbers
 from benchmarks.harness.results.records import Record, read_record
-from benchmarks.harness.results.reference import blessed_benchmarks, read_reference
+from benchmarks.harness.results.reference import (
+    bless_advice,
+    blessed_benchmarks,
+    read_reference,
+    reference_file,
+)
 from benchmarks.harness.results.suite_check import (
     Pair,
     RunKey,
@@ -45,6 +50,18 @@ class Rerun(NamedTuple):
     threads: str
 
 
+class Failure(NamedTuple):
+    """A run that failed when it was repeated.
+
+    Attributes:
+        run: The run.
+        text: Its name and the last line of its output.
+    """
+
+    run: Run
+    text: str
+
+
 @dataclass(frozen=True)
 class VerifyResult:
     """The numbers of repeated runs, compared with the blessed ones.
@@ -68,9 +85,9 @@ def verify(suite: Suite, count: int, seed: int, say: Say) -> VerifyResult:
     """Run up to ``count`` runs of a suite, and compare their numbers with the blessed ones.
 
     The runs are chosen among the planned runs that have blessed numbers. Nothing has to be finished
-    here. Measurements are left out, because they take the whole machine. An evaluation of a trained
-    run needs that run, which is run first. Evaluations that choose among several trained runs are
-    left out.
+    here. Measurements are left out, because they take the whole machine, and so are runs with
+    several processes or GPUs. An evaluation of a trained run needs that run, which is run first.
+    Evaluations that choose among several trained runs are left out.
 
     Args:
         suite: The suite.
@@ -79,8 +96,10 @@ def verify(suite: Suite, count: int, seed: int, say: Say) -> VerifyResult:
         say: Prints a line, such as one about each run.
 
     Raises:
-        DefinitionError: No run of the suite is blessed, or none that can be repeated alone.
-        DataError: A package could not be downloaded, or a blessed file is damaged.
+        DefinitionError: No run of the suite is blessed, or none that can be repeated alone. Or a
+            csv of blessed numbers is damaged.
+        DataError: A package could not be downloaded, or a json with the origin of blessed numbers
+            is damaged.
         RunError: The files that a run needs could not be made.
     """
     blessed = {name: read_reference(suite.name, name) for name in blessed_benchmarks(suite)}
@@ -90,8 +109,8 @@ def verify(suite: Suite, count: int, seed: int, say: Say) -> VerifyResult:
             f"with: bless finished runs (`make bless SUITE={suite.name}`)"
         )
     threads_by_key: dict[RunKey, str] = {}
-    for numbers in blessed.values():
-        threads_by_key.update(_threads_by_key(numbers))
+    for name, numbers in blessed.items():
+        threads_by_key.update(_threads_by_key(suite, name, numbers))
 
     repeatable = _repeatable_runs(suite, threads_by_key)
     chosen = random.Random(seed).sample(repeatable, min(count, len(repeatable)))
@@ -99,8 +118,8 @@ def verify(suite: Suite, count: int, seed: int, say: Say) -> VerifyResult:
     reruns = _plan_reruns(suite, chosen, threads_by_key, say)
     _make_inputs([rerun.run for rerun in reruns], say)
 
-    with tempfile.TemporaryDirectory(prefix="verify-") as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="verify-") as temporary:
+        folder = Path(temporary)
         # packages and models are shared; trained runs are looked for in the working directory
         resources = paths.PACKAGES.parent
         (folder / resources).symlink_to(resources.resolve())
@@ -108,11 +127,21 @@ def verify(suite: Suite, count: int, seed: int, say: Say) -> VerifyResult:
     return _compare_with_blessed(suite, blessed, records, failures)
 
 
-def _threads_by_key(numbers: Numbers) -> dict[RunKey, str]:
-    """Map the key of each blessed run to the number of threads of its machine."""
+def _threads_by_key(suite: Suite, benchmark: str, numbers: Numbers) -> dict[RunKey, str]:
+    """Map the key of each blessed run of a benchmark to the number of threads of its machine.
+
+    Raises:
+        DataError: The fingerprint of a machine lacks the number.
+    """
+    for name, machine in numbers.machines.items():
+        if "threads" not in machine:
+            path = reference_file(suite.name, benchmark, "json")
+            advice = bless_advice(suite.name, benchmark)
+            raise DataError(f"{path} lacks 'machines.{name}.threads'; {advice}")
+
     threads = {}
-    for key, machine in zip(keys_of_rows(numbers), numbers.rows["machine"], strict=True):
-        threads[key] = numbers.machines[machine]["threads"]
+    for key, name in zip(keys_of_rows(numbers), numbers.rows["machine"], strict=True):
+        threads[key] = numbers.machines[name]["threads"]
     return threads
 
 
@@ -125,14 +154,29 @@ def _repeatable_runs(suite: Suite, threads_by_key: Mapping[RunKey, str]) -> list
         DefinitionError: There are none.
     """
     planned = [run for run in suite.runs if run_key(run) in threads_by_key]
-    # a measurement has no method
-    repeatable = [run for run in planned if run.method and len(_trained_runs(run)) <= 1]
+    repeatable = [run for run in planned if _is_repeatable(suite, run)]
     if not repeatable:
         raise DefinitionError(
             f"none of the {len(planned):,} blessed runs of the suite '{suite.name}' can be "
-            "repeated alone: they are measurements, or evaluations that choose among several runs"
+            "repeated alone: they are measurements, have several processes or GPUs, or are "
+            "evaluations that choose among several runs"
         )
     return sorted(repeatable, key=lambda run: run.folder)
+
+
+def _is_repeatable(suite: Suite, run: Run) -> bool:
+    """Return True if a run can be repeated alone, after the trained run that it evaluates."""
+    trained = _trained_runs(run)
+    # a measurement has no method
+    if not run.method or len(trained) > 1:
+        return False
+    needed = [run, *(suite.runs_by_folder[folder] for folder in trained)]
+    return not any(_is_parallel(each) for each in needed)
+
+
+def _is_parallel(run: Run) -> bool:
+    """Return True if a run has several processes or GPUs, which it does not get here."""
+    return run.resources.get("processes", 1) > 1 or run.resources["gpu"] > 1
 
 
 def _trained_runs(run: Run) -> list[str]:
@@ -216,7 +260,7 @@ def _make(path: Path, arguments: Sequence[str], say: Say) -> None:
 
 def run_again(
     reruns: Sequence[Rerun], runs_folder: Path, directory: Path, say: Say
-) -> tuple[list[Record], dict[str, str]]:
+) -> tuple[list[Record], list[Failure]]:
     """Repeat runs, each in a new process.
 
     Args:
@@ -227,10 +271,10 @@ def run_again(
         say: Prints a line about each run.
 
     Returns:
-        The new records, and for each failed run its last line of output, by the run's folder.
+        The new records, and the runs that failed.
     """
     records: list[Record] = []
-    failures: dict[str, str] = {}
+    failures: list[Failure] = []
     for number, (run, threads) in enumerate(reruns, start=1):
         say(f"running {run.name} ({number} of {len(reruns)})")
         spec_file = runs_folder / run.folder / "run.json"
@@ -239,7 +283,7 @@ def run_again(
         if problem is None:
             records.append(read_record(run, runs_folder))
         else:
-            failures[run.folder] = f"{run.name}: {problem}"
+            failures.append(Failure(run, f"{run.name}: {problem}"))
     return records, failures
 
 
@@ -248,17 +292,22 @@ def _run_command(arguments: Sequence[str], directory: Path) -> str | None:
 
     Returns the last line of its error output if it fails, else None.
     """
-    # the process finds this checkout's code from any working directory
+    environment = dict(os.environ)
+    # the process finds this checkout's code, data and models from any working directory
     search_path = str(ROOT)
     if os.environ.get("PYTHONPATH"):
         search_path += os.pathsep + os.environ["PYTHONPATH"]
+    environment["PYTHONPATH"] = search_path
+    for name in (paths.DATA_ROOT, paths.MODEL_ROOT):
+        if os.environ.get(name):
+            environment[name] = str(Path(os.environ[name]).resolve())
     process = subprocess.run(
         [sys.executable, "-m", "benchmarks", *arguments],
         capture_output=True,
         text=True,
         check=False,
         cwd=directory,
-        env={**os.environ, "PYTHONPATH": search_path},
+        env=environment,
     )
     if process.returncode == 0:
         return None
@@ -270,7 +319,7 @@ def _compare_with_blessed(
     suite: Suite,
     blessed: Mapping[str, Numbers],
     records: Sequence[Record],
-    failures: Mapping[str, str],
+    failures: Sequence[Failure],
 ) -> VerifyResult:
     """Compare the records of repeated runs with the blessed numbers.
 
@@ -278,12 +327,12 @@ def _compare_with_blessed(
         suite: The suite.
         blessed: The blessed numbers by the name of the benchmark.
         records: The records of the runs that did not fail.
-        failures: For each run that failed, its name and the reason, by the run's folder.
+        failures: The runs that failed.
     """
     pairs = []
     for name, numbers in blessed.items():
         repeated = [record for record in records if record.run.benchmark == name]
-        failed = [text for folder, text in failures.items() if folder.startswith(f"{name}/")]
+        failed = [failure.text for failure in failures if failure.run.benchmark == name]
         if repeated or failed:
             before = rows_of_runs(numbers, [record.run for record in repeated])
             pairs.append(Pair(before, check_numbers(repeated), failed))

@@ -27,6 +27,7 @@ _FILES_OF_NO_TABLE = (
     "harness/results/check.py",
     "harness/results/mlflow.py",
     "harness/results/reference.py",
+    "harness/results/shifts.py",
     "harness/results/suite_check.py",
     "harness/results/verify.py",
 )
