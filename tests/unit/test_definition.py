@@ -112,6 +112,11 @@ def test_mistakes_in_a_benchmark_are_named_with_the_nearest_valid_value(
             40,
             "is 40, but the 1536 neurons of .* 'minilm' .*; the nearest divisor is 32",
         ),
+        (
+            "methods.emoe.layers",
+            "last-half",
+            r"method 'emoe': layers 'last-half' is invalid; write a list, 'all', 'last:2', ",
+        ),
         ("grid.0.protocol", ["published"], "'published' is for tasks without a test split"),
         ("methods.vanilla", {"tune": "blocks"}, "sets 'tune: blocks' but no 'layers'"),
         (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.harness.base import DefinitionError
@@ -14,6 +14,7 @@ from benchmarks.harness.config.yaml import Location, NotNegative, Strict
 from emoe.config import EMoEConfig, GMoEConfig, resolve_layers
 from emoe.errors import ConfigError, nearest_divisor
 
+_MANY_LAYERS = 10_000  # more than any model has, so that only the form of a request is checked
 VARIANT_KEYS = ("num_experts", "top_k_fraction", "layers")
 TRAINING_KEYS = ("train_share", "epochs_factor")  # training settings that a variant also names
 # the letter of each setting in a variant such as ``N16-k0.25``
@@ -235,6 +236,19 @@ def _check_divisor(num_experts: int, model: str, where: str) -> None:
     )
 
 
+def _check_layers(layers: str | Sequence[int], where: str) -> None:
+    """Refuse a request for layers that is no valid text, such as ``last-half``.
+
+    Whether the model has the layers is checked when it is converted.
+    """
+    if not isinstance(layers, str):
+        return
+    try:
+        resolve_layers(layers, _MANY_LAYERS)
+    except ConfigError as error:
+        raise DefinitionError(f"{where}: {error}") from None
+
+
 def _config(method: Method, model: str, seed: int, where: str) -> dict[str, Any] | None:
     """Make the configuration of EMoE or GMoE with all its defaults; None for a dense model.
 
@@ -254,6 +268,7 @@ def _config(method: Method, model: str, seed: int, where: str) -> dict[str, Any]
             raise DefinitionError(f"{where} is dense and takes no '{unused[0]}'")
         return None
     config = _experts_config(method, seed, where)
+    _check_layers(config["layers"], where)
     if method.kind == "emoe":  # splits the neurons of an FFN; GMoE copies the whole FFN
         _check_divisor(config["num_experts"], model, where)
     return config
