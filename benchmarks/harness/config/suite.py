@@ -15,7 +15,6 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import DefinitionError, read_yaml
 from benchmarks.harness.config.benchmark import Part, benchmark_names, load_benchmark, parse_part
-from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.names import check_name
 from benchmarks.harness.config.planning import plan_runs
 from benchmarks.harness.config.runs import PartitionJob, Run, partition_jobs
@@ -142,7 +141,6 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
     given = command_line.values()
     file = paths.CONFIG / f"{name}.yaml"
     check_name(name, file)
-    _check_tolerances()
     # the source of the settings, for messages
     where = str(file)
     if given.keys() - {"suite"}:  # the command line also gives settings
@@ -227,14 +225,6 @@ def _check_settings(settings: SuiteSettings, where: str, parts: Mapping[str, Par
         folder = getattr(settings, key)
         if folder and not Path(folder).is_dir():
             raise DefinitionError(f"{where}: '{key}' is '{folder}', which is not a folder")
-
-
-def _check_tolerances() -> None:
-    """Check that metrics.yaml has tolerances only of benchmarks that exist."""
-    file = paths.BENCHMARKS / "metrics.yaml"
-    for name, metric in load_metrics().items():
-        location = Location(file, f"metrics.{name}.tolerance_by_benchmark")
-        check_names(location, metric.tolerance_by_benchmark, benchmark_names())
 
 
 def _with_seeds(content: Any, seeds: int) -> Any:
