@@ -180,13 +180,17 @@ def test_a_shift_of_all_methods_is_seen(suite_name: str) -> None:
 
 
 @pytest.mark.parametrize("suite_name", ["mini", "full"])
-@pytest.mark.parametrize("seed", range(5))
-def test_rounding_errors_are_no_shift(suite_name: str, seed: int) -> None:
+def test_rounding_errors_are_rarely_a_shift(suite_name: str) -> None:
+    """With three seeds of images, one simulation in a hundred or so has a shift by chance."""
     blessed = blessed_numbers(suite_name)
-    errors = rounding_errors(blessed, seed)
-    assert np.count_nonzero(errors) > 10
-    result = compare(blessed, add(blessed, errors), suite_name, elsewhere=True)
-    assert result.passed, str(result)
+    alarms = []
+    for seed in range(6):
+        errors = rounding_errors(blessed, seed)
+        assert np.count_nonzero(errors) > 10
+        result = compare(blessed, add(blessed, errors), suite_name, elsewhere=True)
+        if not result.passed:
+            alarms.append(str(result))
+    assert len(alarms) <= 1, alarms
 
 
 def balanced_accuracies(values: list[float], seeds: list[int]) -> Numbers:
