@@ -446,7 +446,7 @@ def test_every_test_has_a_row_and_its_p_is_corrected_within_its_endpoint(
 
     first, second = verdict_sentences(rows)
     assert first.startswith(f"{len(others)} tests of {rows['claim'].nunique()} claims")
-    assert second.startswith(f"{len(losses)} of them again with the loss: ")
+    assert second.startswith(f"{len(losses)} tests of losses: ")
 
 
 def test_a_difference_is_also_a_share_of_the_errors(rows: pd.DataFrame) -> None:

@@ -614,7 +614,7 @@ def verdict_sentences(rows: pd.DataFrame) -> list[str]:
 
     losses = rows[rows["endpoint"] == _LOSS]
     if len(losses):
-        sentences.append(f"{len(losses)} of them again with the loss: {_count_text(losses)}.")
+        sentences.append(f"{len(losses)} tests of losses: {_count_text(losses)}.")
     return sentences
 
 
