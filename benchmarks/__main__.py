@@ -268,10 +268,11 @@ def mirror(suite: str, output: Path | None) -> None:
             if record.run.metrics_file.exists():
                 records.append(record)
     num_missing = len(loaded.runs) - len(records)
+    missing = missing_text(loaded, num_missing, len(loaded.runs))
     if not records:
-        raise DefinitionError(missing_text(loaded, num_missing, len(loaded.runs)))
+        raise DefinitionError(missing)
     if num_missing:
-        click.echo(missing_text(loaded, num_missing, len(loaded.runs)), err=True)
+        click.echo(missing, err=True)
     counts = mirror_records(records, loaded.tracking_uri)
     described_counts = [f"{count} {word}" for word, count in counts.items()]
     text = "MLflow: " + ", ".join(described_counts)

@@ -74,8 +74,8 @@ class CheckResult:
 
     Attributes:
         differences: The numbers that do not agree, with the columns ``status`` (changed, missing or
-            new), :data:`KEYS`, ``before``, ``after`` and ``tolerance``.
-        equal: The count of numbers that agree.
+            new), ``benchmark``, :data:`KEYS`, ``before``, ``after`` and ``tolerance``.
+        equal: How many numbers agree, by benchmark.
         shifts: The groups of numbers whose mean has shifted, from :func:`find_shifts`.
         machines: One sentence per pair of old and new machine: how many numbers were compared, and
             whether exactly or within tolerances.
@@ -83,7 +83,7 @@ class CheckResult:
     """
 
     differences: pd.DataFrame
-    equal: int
+    equal: Mapping[str, int]
     shifts: pd.DataFrame
     machines: list[str]
     unfinished: Sequence[str] = ()
@@ -106,7 +106,8 @@ class CheckResult:
         changed = statuses.count("changed")
         missing = statuses.count("missing")
         new = statuses.count("new")
-        lines.append(f"{self.equal} agree, {changed} changed, {missing} missing, {new} new")
+        equal = sum(self.equal.values())
+        lines.append(f"{equal} agree, {changed} changed, {missing} missing, {new} new")
         return "\n".join(lines)
 
 
@@ -189,9 +190,10 @@ def compare(
 
     is_equal = _rows_agree(rows)
     differences = rows.rename(columns={"value_before": "before", "value_after": "after"})
+    shown = ["status", "benchmark", *KEYS, "before", "after", "tolerance"]
     return CheckResult(
-        differences=differences.loc[~is_equal, ["status", *KEYS, "before", "after", "tolerance"]],
-        equal=int(is_equal.sum()),
+        differences=differences.loc[~is_equal, shown],
+        equal=rows.loc[is_equal, "benchmark"].value_counts().to_dict(),
         shifts=find_shifts(rows),
         machines=_machine_sentences(rows, before, after, elsewhere=elsewhere),
         unfinished=unfinished,
@@ -201,10 +203,10 @@ def compare(
 def _join_numbers(before: Numbers, after: Numbers, suite: str) -> pd.DataFrame:
     """Join old and new numbers of metrics that are compared, with their tolerance.
 
-    The columns are :data:`KEYS`, ``value_before``, ``value_after``, ``machine_before``,
-    ``machine_after``, ``tolerance``, and ``status``. The status is ``missing`` if there is no new
-    number, and ``new`` if there is no old one. With both numbers it is ``changed``, even if they
-    agree. The absent number and its machine are empty texts.
+    The columns are :data:`KEYS`, ``benchmark``, ``value_before``, ``value_after``,
+    ``machine_before``, ``machine_after``, ``tolerance``, and ``status``. The status is ``missing``
+    if there is no new number, and ``new`` if there is no old one. With both numbers it is
+    ``changed``, even if they agree. The absent number and its machine are empty texts.
     """
     joined = before.rows.merge(
         after.rows, on=KEYS, how="outer", suffixes=("_before", "_after"), indicator="sides"
@@ -212,6 +214,7 @@ def _join_numbers(before: Numbers, after: Numbers, suite: str) -> pd.DataFrame:
     status_by_sides = {"both": "changed", "left_only": "missing", "right_only": "new"}
     status = joined.pop("sides").astype(str).map(status_by_sides)
 
+    # the name of a run begins with the benchmark
     benchmarks = joined["run"].str.split(" ").str[0]
     tolerances = [
         tolerance_of(metric, benchmark)
@@ -219,7 +222,7 @@ def _join_numbers(before: Numbers, after: Numbers, suite: str) -> pd.DataFrame:
     ]
     suite_scale = _SUITE_SCALES.get(suite, 1)
     scaled = pd.Series(tolerances, joined.index, float) * suite_scale
-    with_tolerance = joined.assign(tolerance=scaled, status=status)
+    with_tolerance = joined.assign(benchmark=benchmarks, tolerance=scaled, status=status)
     # metrics that are not compared, such as times, have no tolerance
     compared = with_tolerance.dropna(subset="tolerance")
     return compared.fillna("")

@@ -38,10 +38,10 @@ def find_shifts(rows: pd.DataFrame) -> pd.DataFrame:
     A group with one seed has no standard error and is not compared.
 
     Args:
-        rows: One row per number, with the columns ``run`` (the settings without the seed),
-            ``seed``, ``part``, ``eval_task``, ``metric``, ``value_before``, ``value_after`` (texts)
-            and ``tolerance``. Rows with a tolerance of 0 are skipped, and so are metrics that
-            ``metrics.yaml`` does not have.
+        rows: One row per number, with the columns ``benchmark``, ``run`` (the settings without the
+            seed), ``seed``, ``part``, ``eval_task``, ``metric``, ``value_before``, ``value_after``
+            (texts) and ``tolerance``. Rows with a tolerance of 0 are skipped, and so are metrics
+            that ``metrics.yaml`` does not have.
 
     Returns:
         One row per shifted group, with the columns :data:`SHIFT_COLUMNS`: the name of the group,
@@ -74,7 +74,7 @@ def find_shifts(rows: pd.DataFrame) -> pd.DataFrame:
 def _read_numbers(compared: pd.DataFrame) -> pd.DataFrame:
     """Convert the texts of numbers, and add the settings of their runs.
 
-    The added columns are ``benchmark``, ``model``, ``task``, ``method``, ``before``, ``after`` and
+    The added columns are ``model``, ``task``, ``method``, ``before``, ``after`` and
     ``scatter``. The method of a converted model is the one that it was converted to.
     """
     # absent and damaged texts become nan
@@ -86,7 +86,6 @@ def _read_numbers(compared: pd.DataFrame) -> pd.DataFrame:
     converted_to = parts[2]
     numbers = compared.assign(
         run=compared["run"] + parts[1] + converted_to,
-        benchmark=settings.str[0],
         model=settings.str[1],
         task=settings.str[2],
         method=converted_to.where(converted_to != "", settings.str[3]),

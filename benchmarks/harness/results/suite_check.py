@@ -11,13 +11,11 @@ from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.results.check import (
-    KEYS,
     CheckResult,
     Numbers,
     check_numbers,
     compare,
     group_name,
-    tolerance_of,
 )
 from benchmarks.harness.results.records import read_record
 from benchmarks.harness.results.reference import blessed_benchmarks, read_reference
@@ -158,16 +156,14 @@ def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -
         pairs[name] = Pair(rows_of_runs(before, finished), after)
     results = compare_pairs(suite, pairs.values(), elsewhere=elsewhere)
 
-    differences = pd.concat([result.differences for result in results])
-    different = benchmarks_of_rows(differences).value_counts()
     counts = {}
-    for name, pair in pairs.items():
-        counts[name] = _count(suite, name, blessed[name], pair, int(different.get(name, 0)))
+    for name, before in blessed.items():
+        counts[name] = _count(suite, name, before, pairs[name].after, results)
     return SuiteCheck(results, counts, unblessed)
 
 
 def _count(
-    suite: Suite, benchmark: str, blessed: Numbers, pair: Pair, different: int
+    suite: Suite, benchmark: str, blessed: Numbers, after: Numbers, results: Sequence[CheckResult]
 ) -> BenchmarkCheck:
     """Count the compared numbers and runs of a benchmark.
 
@@ -175,17 +171,19 @@ def _count(
         suite: The suite.
         benchmark: The name of the benchmark.
         blessed: All its blessed numbers.
-        pair: The compared numbers.
-        different: The number of numbers that do not agree.
+        after: The numbers of its finished runs.
+        results: The comparisons of all benchmarks.
     """
-    names = pd.concat([pair.before.rows[KEYS], pair.after.rows[KEYS]]).drop_duplicates()
-    # numbers without a tolerance are not compared
-    is_compared = [tolerance_of(metric, benchmark) is not None for metric in names["metric"]]
+    equal = 0
+    different = 0
+    for result in results:
+        equal += result.equal.get(benchmark, 0)
+        different += int(result.differences["benchmark"].eq(benchmark).sum())
 
     planned = [run_key(run) for run in suite.runs_of(benchmark)]
-    finished = set(keys_of_rows(pair.after))
+    finished = set(keys_of_rows(after))
     return BenchmarkCheck(
-        equal=sum(is_compared) - different,
+        equal=equal,
         different=different,
         planned=len(planned),
         missing=[key for key in planned if key not in finished],
@@ -246,12 +244,6 @@ def rows_of_runs(numbers: Numbers, runs: Iterable[Run]) -> Numbers:
     keys = {run_key(run) for run in runs}
     is_of_runs = [key in keys for key in keys_of_rows(numbers)]
     return replace(numbers, rows=numbers.rows[is_of_runs])
-
-
-def benchmarks_of_rows(rows: pd.DataFrame) -> pd.Series[str]:
-    """Return the benchmark of the run of each row."""
-    # the name of a run begins with the benchmark
-    return rows["run"].str.split(" ").str[0]
 
 
 def _group_lines(what: str, keys: Sequence[RunKey]) -> list[str]:
