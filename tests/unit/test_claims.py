@@ -197,7 +197,7 @@ def test_a_gain_is_smaller_or_larger_only_if_both_facts_hold(
 ) -> None:
     difference = evidence_of([0.010, 0.012, 0.009, 0.013]).difference.scaled(100)
     gap = find_gap(difference, effect, PaperEffect(effect=effect, where="Fig. 3"))
-    assert compare_gains(claimed(direction), difference, gap, p, expected) == word
+    assert compare_gains(claimed(direction), difference, gap.mean, p, expected) == word
 
 
 def test_the_margin_of_scores_is_below_half_of_every_main_effect() -> None:

@@ -106,6 +106,9 @@ class ClaimTest(Strict):
     """The missing requirement, if no suite can run the test."""
     headline: bool = False
     """True to show the test in the small figure of README and report."""
+    endpoint: Literal["main", "loss"] = "main"
+    """`loss` for a test of the second endpoint. The p values of each endpoint are corrected apart
+    from those of the other."""
     loss: bool = False
     """True to repeat the comparison with the loss, as a second endpoint. This is possible for
     scores that are claimed to be higher or the same."""
@@ -154,6 +157,16 @@ def load_claims() -> dict[str, Claim]:
             if test.compare and test.loss:
                 check_comparison(loss_comparison(test.compare), file, key_path)
     return claims
+
+
+def loss_test(test: ClaimTest, compare: Comparison) -> ClaimTest:
+    """Return the test that repeats a test with the loss. ``compare`` is the test's comparison."""
+    return ClaimTest(
+        title=f"{test.title}: loss",
+        paper=PaperEffect(where="no losses"),
+        compare=loss_comparison(compare),
+        endpoint="loss",
+    )
 
 
 def loss_comparison(compare: Comparison) -> Comparison:

@@ -14,6 +14,12 @@ from benchmarks.harness.report.plots import draw_forest, placeholder_figure, wra
 from benchmarks.harness.report.style import MethodStyle
 from benchmarks.harness.report.table import MISSING
 
+CAPTION = (
+    "The claims of the paper and the differences that these runs measured, with 95 % intervals "
+    "(from three pairs on); crosses are the paper's effects. The shaded band is the margin of "
+    "equivalence. Rows at the bottom are paired by question: their intervals are over questions, "
+    "not over trainings. Tests in other units than points are in the table."
+)
 _AXIS_LABEL = "Difference in points, with 95 % interval; shaded: the margin of equivalence"
 _HEADING = "Pairs are {}s, not trainings"
 _TRAININGS = ("seed", "trial")  # pairs that are trainings

@@ -25,10 +25,15 @@ from benchmarks.harness.report.claims import (
     PaperEffect,
     claimed_benchmarks,
     load_claims,
-    loss_comparison,
+    loss_test,
 )
 from benchmarks.harness.report.claims_figure import draw_all_claims
-from benchmarks.harness.report.common import COMPARED, interval_text, name_or_count
+from benchmarks.harness.report.common import (
+    COMPARED,
+    SEEDS_COVER,
+    interval_text,
+    name_or_count,
+)
 from benchmarks.harness.report.evidence import (
     Evidence,
     PaperGap,
@@ -46,22 +51,14 @@ from benchmarks.harness.results.statistics import Difference, holm
 # :mod:`.common`.
 _NUMBER = TypeAdapter(dict[str, str | int | float | None])
 
-CAPTION = (
-    "The claims of the paper and the differences that these runs measured, with 95 % intervals "
-    "(from three pairs on); crosses are the paper's effects. The shaded band is the margin of "
-    "equivalence. Rows at the bottom are paired by question: their intervals are over questions, "
-    "not over trainings. Tests in other units than points are in the table."
-)
 _TABLE_CAPTION = (
     "Differences are means over n pairs (seeds, trials or questions), with a 95 % confidence "
-    "interval (Student's t). Each pair is averaged over tasks first. Intervals over seeds cover "
-    "what a seed draws: new head, adapters, order of the rows, random partitions and routers, but "
-    "not the choice of the training rows. Trials of images have different splits. Intervals over "
-    "questions cover the choice of the questions, not of the seeds. p is from the paired t-test, "
-    "corrected with Holm's procedure over the {num_tests} tests of this table (tests of losses, a "
-    "second endpoint: over their own {num_loss_tests}). Equivalent: "
-    "the whole interval lies within the margin, which is at most half of the paper's effect. "
-    "Otherwise supported or contradicted: corrected p "
+    f"interval (Student's t). Each pair is averaged over tasks first. {SEEDS_COVER} Trials of "
+    "images have different splits. Intervals over questions cover the choice of the questions, not "
+    "of the seeds. p is from the paired t-test, corrected with Holm's procedure over the "
+    "{num_tests} tests of this table (tests of losses, a second endpoint: over their own "
+    "{num_loss_tests}). Equivalent: the whole interval lies within the margin, which is at most "
+    "half of the paper's effect. Otherwise supported or contradicted: corrected p "
     "below 5 %, with the claimed sign or the opposite one. Undecided: the rest, which is no "
     "evidence of equality. Claims without p (the same, not lower, near the dense cost): the whole "
     "interval lies within the margin, or outside. Next to the paper: smaller or larger needs two "
@@ -133,7 +130,7 @@ class ClaimRow:
     method: str = MISSING
     metric: str = MISSING
     pair: str = MISSING
-    endpoint: str = _MAIN
+    endpoint: str
     errors_shown: str = MISSING
     unit: str = MISSING
     n_shown: str = MISSING
@@ -220,7 +217,10 @@ def judge_claims(suite: Suite, numbers: Mapping[str, pd.DataFrame]) -> pd.DataFr
     tests = []
     for name, claim in load_claims().items():
         for test in claim.tests:
-            tests += _rows_of_test(name, claim, test, numbers)
+            tests.append(_claim_row(name, claim, test, numbers))
+            if test.loss and test.compare is not None:
+                repeated = loss_test(test, test.compare)
+                tests.append(_claim_row(name, claim, repeated, numbers))
 
     rows = pd.DataFrame([vars(test) for test in tests])  # a column per field
     p_holm = rows.groupby("endpoint", sort=False)["p"].transform(holm)
@@ -253,11 +253,10 @@ def _gain_word(test: ClaimRow, gap_p_holm: float) -> str:
 
     ``gap_p_holm`` is the corrected p of the gap; nan if it was not tested.
     """
-    if test.compare is None or math.isnan(gap_p_holm):
+    if test.compare is None or test.evidence is None or math.isnan(gap_p_holm):
         return MISSING
-    difference = Difference(test.delta, test.low, test.high, test.p, int(test.n))
-    gap = PaperGap(test.gap, test.gap_p)
-    return compare_gains(test.compare, difference, gap, gap_p_holm, test.expected)
+    difference = test.evidence.difference.scaled(_scale_of(test.compare))
+    return compare_gains(test.compare, difference, test.gap, gap_p_holm, test.expected)
 
 
 def _against_paper(row: Any) -> str:
@@ -271,30 +270,6 @@ def _against_paper(row: Any) -> str:
     if row.gain == MISSING:
         return "the paper's error is unknown"
     return f"{row.gain} (gap {row.gap:+z.2f}, p {row.gap_p_holm:.3f})"
-
-
-def _rows_of_test(
-    name: str, claim: Claim, test: ClaimTest, numbers: Mapping[str, pd.DataFrame]
-) -> list[ClaimRow]:
-    """Make the row of a test, and the row of the same test with the loss if the file asks for it.
-
-    The arguments are those of :func:`_claim_row`.
-    """
-    row = _claim_row(name, claim, test, numbers)
-    is_second_endpoint = test.compare is not None and test.compare.metric == "loss_calibrated"
-    rows = [replace(row, endpoint=_LOSS) if is_second_endpoint else row]
-    if test.loss and test.compare is not None:
-        test_of_loss = test.model_copy(
-            update={
-                "title": f"{test.title}: loss",
-                "paper": PaperEffect(where="no losses"),
-                "compare": loss_comparison(test.compare),
-                "headline": False,
-            }
-        )
-        row = _claim_row(name, claim, test_of_loss, numbers)
-        rows.append(replace(row, endpoint=_LOSS))
-    return rows
 
 
 def _claim_row(
@@ -334,6 +309,7 @@ def _bare_row(name: str, claim: Claim, test: ClaimTest, remark: str) -> ClaimRow
         claim_title=claim.title,
         test=test.title,
         headline=test.headline,
+        endpoint=test.endpoint,
         test_shown=test.title,
         paper=f"{effect} ({test.paper.where})",
         remark=remark,

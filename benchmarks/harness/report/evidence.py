@@ -294,7 +294,7 @@ def find_gap(difference: Difference, effect: float, paper: PaperEffect) -> Paper
 
 
 def compare_gains(
-    compare: Comparison, difference: Difference, gap: PaperGap, p_holm: float, expected: float
+    compare: Comparison, difference: Difference, gap: float, p_holm: float, expected: float
 ) -> str:
     """Say if our gain is smaller or larger than the paper's.
 
@@ -316,7 +316,7 @@ def compare_gains(
     is_significant = p_holm < SIGNIFICANCE  # nan is not
     is_below = difference.high < expected
     is_above = difference.low > expected
-    excludes_expected = is_below if gap.mean < 0 else is_above
+    excludes_expected = is_below if gap < 0 else is_above
     if not is_significant or not excludes_expected:
         return "not shown"
     claims_less = compare.direction == "lower"

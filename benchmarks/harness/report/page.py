@@ -25,7 +25,8 @@ from benchmarks.harness.config.catalogue import model_title
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report.artifacts import CLAIMS, NARROW, artifacts_of
 from benchmarks.harness.report.claims import claimed_benchmarks
-from benchmarks.harness.report.claims_table import CAPTION, verdict_sentences
+from benchmarks.harness.report.claims_figure import CAPTION
+from benchmarks.harness.report.claims_table import verdict_sentences
 from benchmarks.harness.report.common import name_or_count
 from benchmarks.harness.report.paper import paper_index
 from benchmarks.harness.report.paper_items import load_paper, main_figure, main_item
@@ -111,24 +112,25 @@ class _Page:
             "command": f"snakemake --cores 1 {path}.csv --config suite={self.suite.name}",
         }
 
-    def drawn_figure(self, path: Path, caption: str) -> dict[str, str]:
+    def drawn_figure(self, path: Path, caption: str, narrow: Path | None = None) -> dict[str, str]:
         """Return a written figure as an image with caption and link, as :meth:`figure` does.
 
         The dictionary is empty if the figure is only a placeholder.
         """
         if not is_drawn(path):
             return {}
-        return self.figure(path, caption)
+        return self.figure(path, caption, narrow)
 
-    def figure(self, path: Path, caption: str) -> dict[str, str]:
+    def figure(self, path: Path, caption: str, narrow: Path | None = None) -> dict[str, str]:
         """Return a written figure as an image, with its caption and the link to its files.
 
-        ``path`` has no ending.
+        Paths have no ending. ``narrow`` is the same figure for telephones; without it, they show
+        the same image.
         """
         return {
             "name": path.name,
             "image": _read_image(path),
-            "narrow_image": "",  # for telephones; without it, they show the same image
+            "narrow_image": _read_image(narrow) if narrow else "",
             "files": self.link(path),
             "caption": caption,
             "alt": caption_title(caption),
@@ -194,16 +196,13 @@ class _Page:
             tests_by_claim[title] = tests.to_dict("records")
 
         figures = self.results / "figures"
-        figure = self.drawn_figure(figures / CLAIMS.name, CAPTION)
-        if figure:
-            figure["narrow_image"] = _read_image(figures / CLAIMS.stem(NARROW))
-
+        narrow = figures / CLAIMS.stem(NARROW)
         main_caption = load_paper().items[main_item()].caption or ""
         return {
             "sentences": [] if is_random else verdict_sentences(rows),
             "tests": tests_by_claim,
             "table": self.table(CLAIMS.name, "Every test"),
-            "figure": figure,
+            "figure": self.drawn_figure(figures / CLAIMS.name, CAPTION, narrow),
             "main": self.drawn_figure(main_figure(self.suite.name), main_caption),
         }
 
