@@ -109,7 +109,7 @@ class Data(Strict):
     max_length: Annotated[int, Field(ge=2)]
     """Maximum tokens of prompt and response; longer responses are cut and counted."""
     train_rows: Count | None
-    """Number of training rows, the same rows for all runs. Null: all rows that are not held out."""
+    """Number of training rows, drawn with the run's seed. Null: all rows that are not held out."""
     held_out_rows: Count
     """Number of rows for the held-out loss, the same rows for all runs."""
     broken_rows: Literal["refuse", "skip"]

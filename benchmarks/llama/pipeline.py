@@ -222,13 +222,15 @@ def _split_rows(
 ) -> tuple[list[int], list[int]]:
     """Split shuffled row indices into learned and held-out ones.
 
-    All runs on a set hold out the same rows. The learned rows fill whole steps of ``batch_size``.
+    All runs on a set hold out the same rows. The learned rows are drawn from the others with the
+    run's seed, and fill whole steps of ``batch_size``.
     """
     shuffled = list(range(num_rows))
     # the seed is the name of the set, not the run's seed
     random.Random(derive_seed("held out", spec.task.name)).shuffle(shuffled)
     held_out = shuffled[: spec.data.held_out_rows]
     remaining = shuffled[spec.data.held_out_rows :]
+    random.Random(derive_seed("learned", spec.task.name, spec.seed)).shuffle(remaining)
     available = remaining[: spec.data.train_rows]  # None takes all
     steps = len(available) // batch_size
     learned = available[: steps * batch_size]

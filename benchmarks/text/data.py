@@ -70,9 +70,10 @@ class TextSplit:
         return len(self.texts)
 
     def sample(self, rows: int | None, seed_name: str) -> TextSplit:
-        """Sample ``rows`` random rows, the same in every run; None keeps all rows.
+        """Sample ``rows`` random rows; None keeps all rows.
 
-        ``seed_name`` seeds the random numbers. The rows keep their order.
+        ``seed_name`` seeds the random numbers, so equal names give equal rows. The rows keep their
+        order.
         """
         if rows is None or rows >= len(self):
             return self
@@ -102,10 +103,11 @@ class TextSplit:
         return self._rows(kept), self._rows(sorted(held_out))
 
     def stratified_sample(self, share: float, seed_name: str) -> TextSplit:
-        """Sample a share of the rows of every class, the same rows in every run.
+        """Sample a share of the rows of every class.
 
         A larger share contains all rows of a smaller one. Every class keeps at least one row. In a
-        regression, rounded scores serve as classes. ``seed_name`` seeds the random numbers.
+        regression, rounded scores serve as classes. ``seed_name`` seeds the random numbers, so
+        equal names give equal rows.
         """
         by_class: dict[int, list[int]] = {}
         for row, label in enumerate(self.labels):

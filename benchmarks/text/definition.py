@@ -95,12 +95,14 @@ class TextTraining(EpochTraining):
     in_no_spec: ClassVar = {"by_model", "evaluate_ood", "epochs_by_task"}
 
     train_rows: Count | None
-    """Training rows, taken from the shuffled training split; null for all."""
+    """Training rows, drawn with the run's seed from those that are not held out; null for all."""
     train_share: Share | None = optional()
-    """Share of the training rows, sampled per class. A larger share contains the rows of a smaller
-    one. Default: all."""
+    """Share of the training rows, drawn per class with the run's seed. A larger share contains the
+    rows of a smaller one. Default: all."""
     dev_rows: Count | None = optional()
-    """Rows of the dev split, for tasks with a test split; null or omitted: `eval_rows`."""
+    """Rows that choose epoch and hyper-parameters, the same in every run: of the dev split if the
+    task has a test split, else of the held-out training rows. Null or omitted: `eval_rows`. Not
+    used if a published run chooses with the reported split."""
     ood_rows: Count | None = optional()
     """Rows of every OOD set; null or omitted: `eval_rows`."""
     patience: Count | None

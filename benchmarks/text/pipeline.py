@@ -16,7 +16,7 @@ from benchmarks.harness.models.conversion import convert_trained_
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.training.progress import Progress
 from benchmarks.text.data import TextSplit, load_part
-from benchmarks.text.definition import RunTask, TextSpec, TextTraining
+from benchmarks.text.definition import TextSpec
 from benchmarks.text.tokenization import calibration_batches
 from benchmarks.text.training import TextTrainer
 from benchmarks.text.usage import RoutingRecorder
@@ -36,7 +36,7 @@ def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
     task = spec.task
     training = spec.training
     load = partial(load_part, entries=load_benchmark(spec.benchmark).tasks, say=progress.say)
-    splits = _load_splits(task, training, load)
+    splits = _load_splits(spec, load)
     ood_rows = training.ood_rows or training.eval_rows
     ood = {other.name: load(other, "test", ood_rows) for other in spec.ood}
 
@@ -117,23 +117,30 @@ class _Splits(NamedTuple):
     test: TextSplit  # reported
 
 
-def _load_splits(task: RunTask, training: TextTraining, load: Callable[..., TextSplit]) -> _Splits:
+def _load_splits(spec: TextSpec, load: Callable[..., TextSplit]) -> _Splits:
     """Load the splits of a run with ``load``, which is :func:`.data.load_part`.
 
     If the task has no test split, the dev split is reported. Then a clean run selects with held-out
     training rows, and a published run with the reported split itself.
+
+    The rows for training are drawn with the run's seed, so they differ between seeds and are the
+    same for all methods. The rows for selection and for the report are the same in every run.
     """
-    train = load(task, "train", training.train_rows)
+    task = spec.task
+    training = spec.training
+    dev_rows = training.dev_rows or training.eval_rows
+    train = load(task, "train", None)
     # without a test split, `load` returns the dev split
     test = load(task, "test", training.eval_rows)
     # only a clean run of a task without a test split has this fraction
     if training.validation_fraction:
-        train, dev = train.hold_out(training.validation_fraction, f"{task.name}/held out")
+        train, held_out = train.hold_out(training.validation_fraction, f"{task.name}/held out")
+        dev = held_out.sample(dev_rows, f"{task.name}/held out rows")
     elif task.splits.test:
-        dev = load(task, "dev", training.dev_rows or training.eval_rows)
+        dev = load(task, "dev", dev_rows)
     else:
         dev = test
-    # the share is sampled only now, so that the held-out rows are the same for every share
+    drawn = train.sample(training.train_rows, f"{task.name}/train/{spec.seed}")
     if training.train_share:
-        train = train.stratified_sample(training.train_share, f"{task.name}/train")
-    return _Splits(train, dev, test)
+        drawn = drawn.stratified_sample(training.train_share, f"{task.name}/share/{spec.seed}")
+    return _Splits(drawn, dev, test)

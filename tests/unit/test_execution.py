@@ -190,7 +190,7 @@ def test_a_clean_run_of_a_task_without_a_test_split_holds_rows_out_to_choose_by(
     """Score the epochs by held-out rows, because the dev split is the reported one."""
     spec = copy.deepcopy(SPEC)
     spec["task"]["splits"]["test"] = None
-    spec["training"] |= {"train_rows": 60, "eval_rows": 30, "epochs": 2}
+    spec["training"] |= {"train_rows": 54, "dev_rows": 6, "eval_rows": 30, "epochs": 2}
     spec["training"] |= {"validation_fraction": 0.1, "checkpoint_selection": "best"}
     metrics = finish(write_run(run_from_spec(spec)))
     assert [metrics["data"][part]["rows"] for part in ("train", "dev", "test")] == [54, 6, 30]
@@ -200,6 +200,26 @@ def test_a_clean_run_of_a_task_without_a_test_split_holds_rows_out_to_choose_by(
     ]
     dev = load_split(RunTask.model_validate(spec["task"]), "dev").sample(30, "tweets/dev")
     assert metrics["data"]["test"] == dev.summary()
+
+
+def test_each_seed_draws_its_own_training_rows_and_all_are_scored_on_the_same(
+    workdir: Path,
+) -> None:
+    def digests(method: str, seed: int) -> dict[str, str]:
+        spec = next(run.spec for run in SMOKE if run.spec["method"]["name"] == method)
+        spec = copy.deepcopy(spec)
+        spec["task"]["splits"]["test"] = None
+        small = {"train_rows": 40, "dev_rows": 20, "eval_rows": 30, "epochs": 1}
+        spec["training"] |= {**small, "validation_fraction": 0.1}
+        data = finish(write_run(run_from_spec(spec | {"seed": seed})))["data"]
+        assert [data[part]["rows"] for part in ("train", "dev", "test")] == [40, 20, 30]
+        return {part: data[part]["digest"] for part in ("train", "dev", "test")}
+
+    first, other = digests("vanilla", seed=0), digests("vanilla", seed=1)
+    assert first["train"] != other["train"]
+    assert (first["dev"], first["test"]) == (other["dev"], other["test"])
+    # methods are paired by seed
+    assert digests("emoe", seed=0) == first
 
 
 @pytest.mark.parametrize("by_length", [False, True])

@@ -327,6 +327,8 @@ def test_the_real_sentiment_set(workdir: Path, domain: str, total: int) -> None:
     assert sizes["train"] > sizes["test"] > sizes["dev"] > 400
     assert all(set(labels) == {0, 1} and all(texts) for texts, labels, _ in parts.values())
     assert sum(len(texts) + dropped for texts, _, dropped in parts.values()) == total
+    # the files are UTF-8: read as Latin-1, "clichés" was "clichÃ©s" in 133 rows
+    assert not any("Ã" in text for texts, _, _ in parts.values() for text in texts)
 
 
 PAIRS = TextSplit(

@@ -43,8 +43,8 @@ _COST_TABLE_METRICS = (*COST, *MODEL, *LOADS, *information_numbers("class", "env
 
 # what intervals over seeds cover, for captions
 SEEDS_COVER = (
-    "Intervals over seeds cover what a seed draws (new head, adapters, order of the rows, random "
-    "partitions and routers), not the choice of the training rows."
+    "Intervals over seeds cover what a seed draws: new head, adapters, order of the rows, random "
+    "partitions and routers, and the training rows if the suite limits their number."
 )
 # the end of the caption of tests_table
 _TESTS_CAPTION = (

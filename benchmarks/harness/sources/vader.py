@@ -92,7 +92,7 @@ def _read_documents(domain: str) -> dict[str, list[_Sentence]]:
     """Read the rated sentences of a domain. Return a list for each document, by its name."""
     package = find_package(PACKAGE).check()
     ratings = _unpack(package.read_bytes())
-    content = ratings[_FILES[domain]].decode("latin-1")
+    content = ratings[_FILES[domain]].decode("utf-8")
     documents: dict[str, list[_Sentence]] = {}
     for line in content.splitlines():
         number, rating, text = line.split("\t", 2)
