@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -66,10 +66,12 @@ class EvaluationSpec(RunSpec):
     """The task that the candidates were trained on."""
     ood: list[RunTask]
     """The other sets that the chosen run is evaluated on."""
-    transform: Literal["dense", "emoe"] | None = optional()
-    """What the chosen model is converted to before its evaluation: a dense model, or EMoE with the
-    configuration ``method.config``. By default it is not converted."""
+    trained: str
+    """The method of the evaluated runs."""
+    used_as: str | None = optional()
+    """The method that the chosen model is converted to before its evaluation. The configuration is
+    that of this method's own chosen run with the same seed. By default it is not converted."""
     evaluation: Evaluation
     """The evaluation."""
     candidates: list[str]
-    """Folders of the candidate runs; one is chosen."""
+    """Folders of the candidate runs of both methods; one is chosen of each."""

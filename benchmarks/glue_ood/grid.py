@@ -49,17 +49,17 @@ class _Row(NamedTuple):
     """One row of the tables, which shows the evaluations of chosen runs of one cell.
 
     The chosen models may be converted to another method before the evaluation. Then they take the
-    configuration of the runs of this other method.
+    configuration of the chosen runs of this other method.
 
     Attributes:
         name: The name of the method, or of the row with converted models.
-        candidates: The folders of all runs of the cell. The evaluated runs are chosen among them.
-        used_as: The folders of the runs of the other method; empty without a conversion.
+        trained: The cell of the evaluated runs.
+        used_as: The cell of the other method; None without a conversion.
     """
 
     name: str
-    candidates: list[str]
-    used_as: list[str]
+    trained: _Cell
+    used_as: _Cell | None
 
 
 class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
@@ -101,18 +101,26 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
         self, part: Part[EvaluationPart], exclude: Collection[str], others: Sequence[Run]
     ) -> Iterator[dict[str, Any]]:
         # The learning rate and the variant are chosen when the runs of the other benchmark are
-        # finished. So a spec names all candidates of its cell, of all seeds. The run itself chooses
-        # with their records.
-        trained = {run.folder: run for run in others}
+        # finished. So a spec names all candidates of its cells, of all seeds. The run itself
+        # chooses with their records.
         settings = self.settings("evaluation", part).model_dump()
         cells = self._candidates(part, others)
         for row in _rows(self.definition, cells):
-            first = trained[row.candidates[0]]  # all candidates have its model, task and protocol
-            methods = _methods_by_seed(row, trained, self.file)
-            ood = [name for name in self.tasks[first.task].ood if name not in exclude]
+            trained = cells[row.trained]
+            candidates = list(trained)
+            seeds = _seeds(trained)
+            method_of_use = {}
+            if row.used_as is not None:
+                used_as = cells[row.used_as]
+                candidates += used_as
+                # the method that models are converted to may have fewer seeds
+                seeds = [seed for seed in seeds if seed in _seeds(used_as)]
+                method_of_use = {"used_as": row.used_as.method}
+            ood = [name for name in self.tasks[row.trained.task].ood if name not in exclude]
             if not ood:
                 continue
-            for seed, method_sections in methods.items():
+            first = trained[0]  # all runs of a cell have its model, task and protocol
+            for seed in seeds:
                 yield self.spec(
                     "",  # no variant, because it is not chosen yet
                     protocol=first.protocol,
@@ -120,21 +128,24 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
                     task=first.spec["task"],
                     ood=[self.tasks[name].spec() for name in ood],
                     evaluation=settings,
-                    candidates=row.candidates,
+                    candidates=[run.folder for run in candidates],
+                    trained=row.trained.method,
+                    # the configuration is that of the chosen run
+                    method={"name": row.name, "variant": "", "config": None},
                     learning_rate=0.0,
                     seed=seed,
-                    **method_sections,
+                    **method_of_use,
                 )
 
     def _candidates(
         self, part: Part[EvaluationPart], others: Sequence[Run]
-    ) -> dict[_Cell, list[str]]:
-        """Group the folders of the other benchmark's runs by cell. Its ablations are left out.
+    ) -> dict[_Cell, list[Run]]:
+        """Group the other benchmark's runs by cell. Its ablations are left out.
 
         Raises:
             DefinitionError: A run does not keep its weights.
         """
-        cells: dict[_Cell, list[str]] = {}
+        cells: dict[_Cell, list[Run]] = {}
         for run in others:
             if not run.keeps_weights:
                 raise DefinitionError(
@@ -146,8 +157,8 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
             if run.method not in self.definition.methods:
                 continue
             cell = _Cell(run.model, run.task, run.protocol, run.method)
-            folders = cells.setdefault(cell, [])
-            folders.append(run.folder)
+            runs = cells.setdefault(cell, [])
+            runs.append(run)
         return cells
 
 
@@ -158,75 +169,24 @@ def _main_rows(benchmark: TextBenchmark) -> dict[str, Method]:
     return {name: method for name, method in given.items() if roles[name] != ABLATION}
 
 
-def _rows(definition: EvaluationDefinition, cells: Mapping[_Cell, list[str]]) -> Iterator[_Row]:
+def _rows(definition: EvaluationDefinition, cells: Mapping[_Cell, list[Run]]) -> Iterator[_Row]:
     """Yield a row for each cell, then a row for each cell whose models are converted.
 
     A row with converted models needs runs of the method that they are converted to, with the same
     model, task and protocol. Without such runs, the row is left out.
     """
-    for cell, folders in cells.items():
-        yield _Row(cell.method, folders, used_as=[])
+    for cell in cells:
+        yield _Row(cell.method, cell, used_as=None)
     for name, transformed in definition.transformed.items():
-        for cell, folders in cells.items():
+        for cell in cells:
             if cell.method != transformed.trained:
                 continue
             # the cell of the method to convert to, with the same model, task and protocol
-            used_as = cells.get(cell._replace(method=transformed.used_as))
-            if used_as:
-                yield _Row(name, folders, used_as)
+            used_as = cell._replace(method=transformed.used_as)
+            if used_as in cells:
+                yield _Row(name, cell, used_as)
 
 
-def _methods_by_seed(
-    row: _Row, trained: Mapping[str, Run], file: Path
-) -> dict[int, dict[str, Any]]:
-    """Return the keys ``method`` and ``transform`` of the specs of a row, by seed.
-
-    A row has one spec for each seed. The key ``transform`` exists only if models are converted.
-
-    Args:
-        row: The row of the tables for which runs are planned.
-        trained: The runs of the evaluated benchmark, by folder.
-        file: The ``benchmark.yaml``, which the error names.
-
-    Raises:
-        DefinitionError: Models are converted to a method that was trained with several
-            configurations for the same seed.
-    """
-    # each seed once, in the order of the runs
-    seeds = dict.fromkeys(trained[folder].seed for folder in row.candidates)
-    if not row.used_as:
-        # without a conversion, the chosen model keeps its configuration
-        method = {"name": row.name, "variant": "", "config": None}
-        return {seed: {"method": method} for seed in seeds}
-    conversions = _conversions_by_seed(row, trained, file)
-    # the method that models are converted to may have fewer seeds
-    return {seed: conversions[seed] for seed in seeds if seed in conversions}
-
-
-def _conversions_by_seed(
-    row: _Row, trained: Mapping[str, Run], file: Path
-) -> dict[int, dict[str, Any]]:
-    """Return the keys ``transform`` and ``method`` of the specs of a row with converted models.
-
-    The result has an entry for each seed. Its configuration is the one of the runs in
-    ``row.used_as`` with this seed.
-
-    Raises:
-        DefinitionError: Runs of the same seed have different configurations.
-    """
-    conversions: dict[int, dict[str, Any]] = {}
-    for folder in row.used_as:
-        run = trained[folder]
-        config = run.config or None  # None for a dense model
-        conversion = {
-            "transform": "emoe" if config else "dense",
-            "method": {"name": row.name, "variant": "", "config": config},
-        }
-        # runs of the same seed may differ only in their learning rate
-        first_of_seed = conversions.setdefault(run.seed, conversion)
-        if conversion != first_of_seed:
-            raise DefinitionError(
-                f"{file}: 'transformed.{row.name}.used_as' runs with several N, k or layers; it "
-                "must have one setting"
-            )
-    return conversions
+def _seeds(runs: Sequence[Run]) -> list[int]:
+    """List the seeds of runs, each once, in the order of the runs."""
+    return list(dict.fromkeys(run.seed for run in runs))

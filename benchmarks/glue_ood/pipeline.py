@@ -53,14 +53,18 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
     # load all sets first: a missing one is reported before the model is loaded
     test = load(spec.task, "test")
     ood_splits = {other.name: _load_ood(other, load) for other in spec.ood}
-    chosen = _chosen(spec)
+    chosen = _chosen(spec, spec.trained)
     trained = parse(chosen.spec, TextSpec, chosen.folder)
     recorded = read_record(chosen).metrics
     tokenizer = load_tokenizer(trained.model)
     classifier = _reopen(chosen, trained, recorded, tokenizer)
     # evaluate the trained weights with the experts of another method, or without experts
-    if spec.transform is not None:
-        convert_trained_(classifier.model, spec.method.config)
+    if spec.used_as is not None:
+        target = _chosen(spec, spec.used_as)
+        # None for a dense model
+        convert_trained_(
+            classifier.model, parse(target.spec, TextSpec, target.folder).method.config
+        )
     evaluator = TextEvaluator(
         classifier,
         tokenizer,
@@ -137,7 +141,7 @@ def _has_recorded_score(spec: EvaluationSpec, trained: TextSpec) -> bool:
     has_same_rows = training.eval_rows == settings.rows
     has_same_lengths = training.max_length == settings.max_length
     # a conversion before the evaluation changes the model
-    has_same_model = spec.transform is None
+    has_same_model = spec.used_as is None
     return has_same_rows and has_same_lengths and has_same_model
 
 
@@ -151,15 +155,16 @@ def _load_ood(other: RunTask, load: Callable[..., TextSplit]) -> TextSplit:
         ) from error
 
 
-def _chosen(spec: EvaluationSpec) -> Run:
-    """Return the candidate run with the seed of the spec and the best hyper-parameters.
+def _chosen(spec: EvaluationSpec, method: str) -> Run:
+    """Return the candidate run of a method with the seed of the spec and the best hyper-parameters.
 
     The best variant and learning rate have the highest dev score, averaged over seeds.
 
     Raises:
         DataError: No candidate with this seed has the chosen variant and learning rate.
     """
-    candidates = [read_run(RUNS / candidate / "run.json") for candidate in spec.candidates]
+    all_candidates = [read_run(RUNS / folder / "run.json") for folder in spec.candidates]
+    candidates = [run for run in all_candidates if run.method == method]
     numbers = tabulate_numbers(read_record(candidate) for candidate in candidates)
     # the candidates share model, task, protocol and method; so only one choice is made, and all
     # selected records have the same hyper-parameters
@@ -174,6 +179,6 @@ def _chosen(spec: EvaluationSpec) -> Run:
     # such as: variant N16-k4 learning_rate 1e-05
     choice = " ".join(f"{key} {selected[key]}" for key in CHOICE)
     raise DataError(
-        f"{spec.benchmark}: seed {spec.seed} did not train {spec.method.name} with the chosen "
+        f"{spec.benchmark}: seed {spec.seed} did not train {method} with the chosen "
         f"{choice}; give every seed the same grid"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -103,6 +104,33 @@ def test_the_chosen_runs_of_all_seeds_are_evaluated(hub_here: Path) -> None:
         chosen = recorded(evaluation)["chosen"]
         assert chosen["learning_rate"] == rates[1]
         assert seed_of[chosen["run"]] == evaluation.spec["seed"]
+
+
+def test_a_model_is_converted_to_the_setting_that_the_other_method_chose(hub_here: Path) -> None:
+    dense = trainings("bert-large-cased", "mrpc", "lora")
+    usual = trainings("bert-large-cased", "mrpc", "lora_emoe")[0]
+    fewer = copy.deepcopy(usual.spec)
+    fewer["variant"] = fewer["method"]["variant"] = "k0.125"
+    fewer["method"]["config"]["top_k"] //= 4
+    experts = [usual, run_from_spec(fewer)]
+    for run in [*dense, *experts]:
+        recorded(run)
+    (converted,) = [
+        run for run in evaluations([*dense, *experts], "paper") if run.method == "lora2emoe"
+    ]
+    losses = []
+    for better in experts:
+        for run in experts:
+            score = 0.9 if run is better else 0.5
+            fake_runs.edit(
+                run,
+                lambda content, score=score: content["scores"]["dev"]["mrpc"].update(
+                    accuracy_f1=score
+                ),
+            )
+        (RUNS / converted.folder / "metrics.json").unlink(missing_ok=True)
+        losses.append(recorded(converted)["scores"]["test"]["mrpc"]["loss"])
+    assert losses[0] != losses[1]
 
 
 def test_weights_that_are_gone_or_changed_are_named_with_the_remedy(
