@@ -127,6 +127,18 @@ def select_runs(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
     return with_run_protocol.assign(protocol=protocol)
 
 
+def with_own_protocol(chosen: pd.DataFrame) -> pd.DataFrame:
+    """Keep the records of runs that were trained under the protocol that chose them.
+
+    A clean run that the protocol ``published`` chooses is left out: apart from its dev scores, it
+    has no number of this protocol.
+
+    Args:
+        chosen: The records from :func:`select_runs`.
+    """
+    return chosen[chosen["run_protocol"] == chosen["protocol"]]
+
+
 def reported_scores(chosen: pd.DataFrame) -> pd.DataFrame:
     """Return the in-domain scores that are reported, a row per protocol, cell and seed.
 
@@ -136,9 +148,7 @@ def reported_scores(chosen: pd.DataFrame) -> pd.DataFrame:
     Args:
         chosen: The records from :func:`select_runs`.
     """
-    # a clean run that the protocol `published` chooses has no reported score of this protocol
-    has_own_protocol = chosen["run_protocol"] == chosen["protocol"]
-    test = scores_of(chosen[has_own_protocol], "test")
+    test = scores_of(with_own_protocol(chosen), "test")
     dev_best = scores_of(chosen[chosen["protocol"] == PUBLISHED], "dev_best")
     return pd.concat([test, dev_best])
 
@@ -333,9 +343,7 @@ class TextOutcomes(Outcomes):
         # a benchmark that evaluates the runs of another shows in-domain scores only in ablations
         if self._include_ablations or self.benchmark.evaluates is None:
             scores.append(reported_scores(self.chosen).assign(domain=ID))
-        # a clean run that the protocol `published` chooses has no OOD score of this protocol
-        has_own_protocol = self.chosen["run_protocol"] == self.chosen["protocol"]
-        records = self.chosen[has_own_protocol]
+        records = with_own_protocol(self.chosen)
         for domain in (OOD, OOD_MEAN):
             scores.append(scores_of(records, domain).assign(domain=domain))
         seeds = pd.concat(scores)[
@@ -424,10 +432,8 @@ class TextOutcomes(Outcomes):
 
         The columns are those of :attr:`seeds`, except ``scope``, and ``metric``.
         """
-        is_loss = self.chosen["metric"].isin(LOSSES)
-        # a clean run that the protocol `published` chooses has no loss of this protocol
-        has_own_protocol = self.chosen["run_protocol"] == self.chosen["protocol"]
-        losses = self.chosen[is_loss & has_own_protocol]
+        records = with_own_protocol(self.chosen)
+        losses = records[records["metric"].isin(LOSSES)]
         columns = [*_KEYS_OF_RUN, "eval_task", "domain", "metric", "value"]
 
         in_domain = losses[losses["part"] == "test"].assign(domain=ID)
@@ -450,9 +456,8 @@ class TextOutcomes(Outcomes):
 
         The rows are those of the chosen runs that evaluated several sets with experts.
         """
-        is_information = self.chosen["metric"].isin(INFORMATION)
-        has_own_protocol = self.chosen["run_protocol"] == self.chosen["protocol"]
-        information = self.chosen[is_information & has_own_protocol]
+        records = with_own_protocol(self.chosen)
+        information = records[records["metric"].isin(INFORMATION)]
         return information.assign(domain=ROUTING)
 
     def _load_changes(self) -> pd.DataFrame:
@@ -472,8 +477,8 @@ class TextOutcomes(Outcomes):
         types = {"run_id": str, "trained_as": str, "value": float}
         by_run = pd.DataFrame(changes, columns=list(types)).astype(types)
 
-        has_own_protocol = self.chosen["run_protocol"] == self.chosen["protocol"]
-        runs = self.chosen.loc[has_own_protocol, [*_KEYS_OF_RUN, "run_id"]].drop_duplicates()
+        records = with_own_protocol(self.chosen)
+        runs = records[[*_KEYS_OF_RUN, "run_id"]].drop_duplicates()
         # A row of converted models has another name than the method that it was trained as. So it
         # gets no number here.
         methods = [split_name(name).method for name in runs["method"]]
