@@ -150,7 +150,6 @@ def rounding_errors(numbers: Numbers, seed: int) -> np.ndarray:
     return np.where(is_of_images, of_images, of_text) * is_score(numbers)
 
 
-@pytest.mark.parametrize("suite_name", ["mini", "full"])
 @pytest.mark.parametrize("points", [2.9, -2.9, 1.0, -1.0])
 def test_a_shift_of_a_methods_scores_is_seen(points: float) -> None:
     blessed = blessed_numbers("mini")
@@ -167,7 +166,6 @@ def test_a_shift_of_a_methods_scores_is_seen(points: float) -> None:
         assert shift > found["limit"]
 
 
-@pytest.mark.parametrize("suite_name", ["mini", "full"])
 def test_a_shift_of_all_methods_is_seen() -> None:
     blessed = blessed_numbers("mini")
     errors = rounding_errors(blessed, seed=0)
@@ -179,7 +177,6 @@ def test_a_shift_of_all_methods_is_seen() -> None:
     assert "\nshifted glue_lora minilm tweets lora clean 0.004, test" in str(result)
 
 
-@pytest.mark.parametrize("suite_name", ["mini", "full"])
 def test_rounding_errors_are_rarely_a_shift() -> None:
     """With three seeds of images, one simulation in a hundred or so has a shift by chance."""
     blessed = blessed_numbers("mini")
