@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from benchmarks.text.definition import (
     PUBLISHED,
     ROUTING,
     TRAINING,
+    TaskEntry,
 )
 from benchmarks.text.traces import mean_load_change
 
@@ -424,16 +425,18 @@ class TextOutcomes(Outcomes):
     def _losses(self) -> pd.DataFrame:
         """Return the losses of the chosen runs in domain, and their means over the OOD sets.
 
-        The losses are the metrics :data:`.definition.LOSSES`. Classes have a cross entropy, in nat.
-        A regression has a mean squared error instead, and no loss at the best temperature; it is
-        averaged as it is. A set whose classes are merged has no loss, so the mean leaves it out. A
-        run that lacks a loss which other runs of its model and task have, because it diverged,
-        has no mean.
+        The losses are the metrics :data:`.definition.LOSSES`, in nat. A regression is left out,
+        because its loss, the squared error, has another unit. A set whose classes are merged has no
+        loss, so the mean leaves it out. A run that lacks a loss which other runs of its model and
+        task have, because it diverged, has no mean.
 
         The columns are those of :attr:`seeds`, except ``scope``, and ``metric``.
         """
         records = with_own_protocol(self.chosen)
-        losses = records[records["metric"].isin(LOSSES)]
+        tasks: Mapping[str, TaskEntry] = self.benchmark.tasks
+        regressions = [name for name, task in tasks.items() if not task.labels]
+        is_loss = records["metric"].isin(LOSSES) & ~records["eval_task"].isin(regressions)
+        losses = records[is_loss]
         columns = [*_KEYS_OF_RUN, "eval_task", "domain", "metric", "value"]
 
         in_domain = losses[losses["part"] == "test"].assign(domain=ID)

@@ -118,6 +118,19 @@ def test_evaluations_have_losses_of_transformed_models_and_settings_their_own(
     assert in_domain["lora_emoe_part", "D0.8", 0] == loss_of_part
 
 
+def test_the_squared_error_of_a_regression_is_no_loss_of_a_claim(here: Path) -> None:
+    runs = [
+        run
+        for run in plan(["glue"], "paper")
+        if run.task in ("stsb", "rte") and run.model == "bert-base-cased"
+    ]
+    fake_runs.write_runs(runs)
+    numbers = claimed_numbers("glue", runs)
+    tasks = {metric: set(group["task"]) for metric, group in numbers.groupby("metric")}
+    assert tasks["score"] == {"stsb", "rte"}
+    assert tasks["loss"] == {"rte"}
+
+
 def test_a_run_that_diverged_on_a_set_has_no_mean_loss(glue: list[Run]) -> None:
     diverged = find(glue, "emoe", seed=1)
 
