@@ -53,17 +53,33 @@ def cli(context: click.Context) -> None:
     import_plugins()
 
 
-@cli.command("list")
-@click.argument("kind", metavar="KIND|SUITE")
+class _ListCommand(click.Command):
+    """A command whose help ends with the names of the lists and of the suites."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from benchmarks.harness.report.listing import list_names
+
+        for title, names in list_names().items():
+            with formatter.section(title):
+                formatter.write_text(", ".join(names))
+
+
+@cli.command("list", cls=_ListCommand)
+@click.argument("kind", metavar="[KIND|SUITE]", required=False)
 @_suite
-def list_command(kind: str, suite: str) -> None:
+@click.pass_context
+def list_command(context: click.Context, kind: str | None, suite: str) -> None:
     """List suites, benchmarks, methods, tasks and more.
 
     A suite's name lists its runs. `paper` lists the paper's tables and figures, with the files of
-    `--suite`.
+    `--suite`. Without an argument, the command prints this help.
     """
-    from benchmarks.harness.report.listing import LISTS, format_rows, suite_rows
+    from benchmarks.harness.report.listing import LISTS, check_list, format_rows, suite_rows
 
+    if kind is None:
+        click.echo(context.get_help())
+        return
+    check_list(kind)
     if kind == "paper":
         from benchmarks.harness.report.paper import paper_index
 

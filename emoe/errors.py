@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class EMoEError(ValueError):
@@ -28,15 +28,21 @@ class CheckpointError(EMoEError):
     """
 
 
+def nearest_name(given: object, names: Sequence[str]) -> str | None:
+    """Return the name that is most similar to a wrong one, or None if no name is similar."""
+    close = difflib.get_close_matches(str(given), names, n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
 def did_you_mean(given: object, options: Iterable[object]) -> str:
     """Return ``"; did you mean 'x'?"`` for a wrong name, to be appended to an error message.
 
     Without a close match, return ``"; choose from …"``. Without options, return an empty text.
     """
     names = [str(option) for option in options if str(option).strip()]
-    close = difflib.get_close_matches(str(given), names, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean '{close[0]}'?"
+    near = nearest_name(given, names)
+    if near:
+        return f"; did you mean '{near}'?"
     if names:
         return f"; choose from {', '.join(names)}"
     return ""

@@ -92,7 +92,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Path:
     ]
     write(root / "benchmarks/reviews/topics.csv", topics, ("text", "label", "split"))
     append(plugin, router)
-    replace(files["methods.yaml"], "plugins: []\n", plugins)
+    replace(files["methods.yaml"], quoted("plugins: []\n"), plugins)
     append(files["methods.yaml"], linear)
     append(plugin, tuning)
     append(files["methods.yaml"], bitfit)
@@ -111,12 +111,14 @@ def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Path:
         root / "config/smoke.yaml", "\n\n  glue_lora:\n", f"\n{elsewhere_block}\n  glue_lora:\n"
     )
     append(plugin, table)
-    replace(mine["benchmark.yaml"], "tables: [results, tasks, tests, cost, choices]\n", tables)
+    line = quoted("tables: [results, tasks, tests, cost, choices]\n")
+    replace(mine["benchmark.yaml"], line, tables)
     append(plugin, score)
     append(plugin, architecture)
     append(files["metrics.yaml"], metric)
     text = mine["tasks.yaml"].read_text()
-    mine["tasks.yaml"].write_text(text.replace("    metric: accuracy\n", metric_of_task, 1))
+    line = quoted("    metric: accuracy\n")
+    mine["tasks.yaml"].write_text(text.replace(line, metric_of_task, 1))
     return root
 
 
@@ -154,6 +156,12 @@ def write(
 def append(file: Path, block: str) -> None:
     before = file.read_text() if file.exists() else ""
     file.write_text(before + block)
+
+
+def quoted(line: str) -> str:
+    """Return a line of a file, after a check that the page tells its readers to replace it."""
+    assert f"line `{line.strip()}` with" in (ROOT / "docs/adding.md").read_text()
+    return line
 
 
 def replace(file: Path, old: str, new: str) -> None:

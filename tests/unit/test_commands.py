@@ -13,7 +13,9 @@ from filelock import FileLock
 
 from benchmarks.__main__ import cli as suite_cli
 from benchmarks.__main__ import main
+from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.runs import Run
+from benchmarks.harness.config.suite import suite_names
 from benchmarks.harness.report import listing
 from tests import fake_runs
 from tests.conftest import ROOT
@@ -43,7 +45,10 @@ START = "sys.argv[1:] = {}; runpy.run_module('benchmarks', run_name='__main__')"
     "program",
     [
         PLAN,
-        *(START.format(words) for words in (["check", "--help"], ["status", "--suite", "smoke"])),
+        *(
+            START.format(words)
+            for words in (["list"], ["check", "--help"], ["status", "--suite", "smoke"])
+        ),
     ],
 )
 def test_planning_and_listing_import_no_heavy_package(program: str) -> None:
@@ -60,7 +65,8 @@ def test_planning_and_listing_import_no_heavy_package(program: str) -> None:
     ("arguments", "message"),
     [
         ("status --suite smok", "there is no suite 'smok'; did you mean 'smoke'?"),
-        ("list smok", "there is no suite 'smok'; did you mean 'smoke'?"),
+        ("list smok", "there is no kind or suite 'smok'; did you mean 'smoke'? Kinds: paper, "),
+        ("list nothing-like-it", "there is no kind or suite 'nothing-like-it'; Kinds: paper, "),
         (
             "tables --benchmark speed",
             "suite mini: 'benchmark' is 'speed', which does not exist; choose from glue,",
@@ -106,6 +112,19 @@ def test_lists_have_every_name() -> None:
         text = call("list", kind)
         assert len(text.splitlines()) > 2
         assert all(row["name"] in text for row in listing.LISTS[kind]())
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["list", "--help"]])
+def test_list_names_all_kinds_and_suites(arguments: list[str]) -> None:
+    shown = call(*arguments)
+    words = re.findall(r"[\w-]+", shown.partition("Kinds:")[2])
+    assert words == ["paper", *listing.LISTS, "Suites", *suite_names()]
+
+
+def test_a_wrong_word_for_list_is_answered_with_all_words() -> None:
+    with pytest.raises(DefinitionError) as error:
+        listing.check_list("smok")
+    assert [word for word in [*listing.LISTS, *suite_names()] if word not in str(error.value)] == []
 
 
 @pytest.fixture

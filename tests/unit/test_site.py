@@ -83,6 +83,21 @@ def test_every_public_name_is_on_a_page_and_no_page_needs_the_network(site: Path
     assert [page.name for page, text in pages.items() if FETCHED.search(text)] == []
 
 
+NAVIGATION = re.compile(
+    r'<a href="([\w/]+\.html)" class="md-nav__link[^"]*">\s*<span class="md-ellipsis">\s*(.*?)\s*</span>',
+    re.DOTALL,
+)
+TITLE = re.compile(r"<h1[^>]*>(.*?)<a class=\"headerlink\"", re.DOTALL)
+
+
+def test_names_in_the_navigation_are_the_titles_of_the_pages(site: Path) -> None:
+    names = dict(NAVIGATION.findall((site / "index.html").read_text()))
+    pages = {str(page.relative_to(site)) for page in site.rglob("*.html")}
+    assert set(names) == pages - {"404.html"}
+    titles = {page: TITLE.search((site / page).read_text()) for page in names}
+    assert names == {page: title and title[1] for page, title in titles.items()}
+
+
 def test_notebooks_are_pages(site: Path) -> None:
     page = (site / "notebooks/read_results.html").read_text()
     assert "load_suite" in page

@@ -7,12 +7,14 @@ from typing import Any
 
 from tabulate import tabulate
 
+from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models
 from benchmarks.harness.config.methods import load_methods
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import plain_suite, suite_names, suite_parts
 from benchmarks.harness.report.claims import load_claims
+from emoe.errors import nearest_name
 
 Row = dict[str, Any]  # the cells of a row, by heading
 
@@ -155,3 +157,27 @@ LISTS: dict[str, Callable[[], list[Row]]] = {
     "metrics": _metrics,
     "claims": _claims,
 }
+
+
+def list_names() -> dict[str, list[str]]:
+    """Return the words that the command ``list`` takes, by heading."""
+    return {"Kinds": ["paper", *LISTS], "Suites": suite_names()}
+
+
+def check_list(word: str) -> None:
+    """Check that the command ``list`` takes a word.
+
+    Raises:
+        DefinitionError: It does not. The error has all words, and the most similar one first.
+    """
+    names = list_names()
+    words = [*names["Kinds"], *names["Suites"]]
+    if word in words:
+        return
+    near = nearest_name(word, words)
+    hint = f"did you mean '{near}'? " if near else ""
+    kinds = ", ".join(names["Kinds"])
+    suites = ", ".join(names["Suites"])
+    raise DefinitionError(
+        f"there is no kind or suite '{word:.100}'; {hint}Kinds: {kinds}; suites: {suites}"
+    )
