@@ -1,5 +1,5 @@
 # Two commands on a fresh machine with Python 3.11 to 3.13, git and make:
-#   make run     set up, run the suite (SUITE=mini), say where the results are
+#   make run     set up, run the suite (SUITE=mini), say what to open next
 #   make test    set up, run every check and test; CI calls exactly this
 SUITE ?= mini
 # the versions by which the numbers were blessed; `make setup CONSTRAINTS=` installs the newest that pyproject.toml allows
@@ -43,10 +43,7 @@ run: $(STAMP) ## run a suite: make run, make run SUITE=smoke
 	@echo "Running the suite '$(SUITE)': snakemake --cores all --config suite=$(SUITE)"
 	@$(BIN)/snakemake --cores all --quiet reason host rules --config suite=$(SUITE)
 	@echo
-	@echo "Tables:  results/$(SUITE)/tables/   (csv, md, tex, html)"
-	@echo "Figures: results/$(SUITE)/figures/"
-	@echo "Report:  results/$(SUITE)/report.html; a page a benchmark beside it"
-	@echo "MLflow:  make ui"
+	@$(BIN)/python -m benchmarks status --suite $(SUITE)
 
 test: lint ## every check and test
 	@echo "Running the tests"
@@ -95,5 +92,5 @@ check: $(STAMP) ## compare a suite's numbers with the blessed ones
 bless: $(STAMP) ## make a suite's present numbers the blessed ones
 	@$(BIN)/python -m benchmarks bless --suite $(SUITE)
 
-ui: $(STAMP) ## open the MLflow UI on the mirrored runs
-	@MLFLOW_BACKEND_STORE_URI=$${MLFLOW_TRACKING_URI:-sqlite:///results/mlflow.db} $(BIN)/mlflow ui
+ui: $(STAMP) ## open the MLflow UI on the mirrored runs, and print the links to them
+	@$(BIN)/python -m benchmarks ui --suite $(SUITE)

@@ -298,6 +298,29 @@ def mirror(suite: str, output: Path | None) -> None:
         click.echo(text)
 
 
+@cli.command()
+@_suite
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True)
+def ui(suite: str, port: int) -> None:
+    """Open MLflow's page on the mirrored runs.
+
+    Prints a link for each benchmark that leads to its runs and scores. Ctrl-C ends the page.
+    """
+    from benchmarks.harness.results.mlflow import run_links
+
+    uri = _load_suite(suite).tracking_uri
+    # a server has its own page
+    is_server = uri.startswith("http")
+    links = run_links(uri, uri if is_server else f"http://127.0.0.1:{port}")
+    click.echo("MLflow's own list opens experiments on their traces. These links open the runs:")
+    for link in links:
+        click.echo(link)
+    if not is_server:
+        sys.stdout.flush()
+        arguments = ["ui", "--backend-store-uri", uri, "--port", str(port)]
+        os.execv(sys.executable, [sys.executable, "-m", "mlflow", *arguments])  # noqa: S606
+
+
 _benchmarks = click.option(
     "--benchmark",
     "benchmarks",

@@ -29,7 +29,7 @@ from benchmarks.llama.outcomes import (
 )
 
 _LIKELIHOOD_NOTE = (
-    "Right answer: its negative log-likelihood per byte; less is better. "
+    "Nats per byte: the negative log-likelihood of the right answer; less is better. "
     "By length: the answer is the choice with the highest likelihood per letter. "
 )
 _LONGEST = 300  # letters of a text in a table
@@ -128,22 +128,37 @@ def _with_scores(
     """
     frame = cells
     columns = []
+    titles = _short_titles(outcomes)
     for task, result in outcomes.eval_tasks.items():
         # the end of a column's heading, by metric
         endings = {
             ACCURACY: "",
-            "accuracy_macro": ", mean of subjects",
+            "accuracy_macro": ", by subject",
             "accuracy_norm": ", by length",
-            NATS: ", right answer",
+            NATS: "",  # its unit tells it from the accuracy
             "task_score": f", {result.metric}",
         }
         for metric, ending in endings.items():
             name = f"{task} {metric}"
             scores = outcomes.numbers("test", metric, task)  # empty if the task lacks the metric
             frame = frame.join(_mean_and_std(scores, name), on=CELL)
-            heading = f"{format_task(task)}{ending}"
+            heading = f"{titles[task]}{ending}"
             columns.append(Column(metric, name, heading, std=f"{name} std", best=True))
     return frame, columns
+
+
+def _short_titles(outcomes: InstructionOutcomes) -> dict[str, str]:
+    """Map each evaluated task to the heading of its columns.
+
+    Settings that all tasks share, such as ``(0-shot)``, are left out if the caption has them.
+    """
+    tasks = outcomes.eval_tasks
+    settings = {task.partition(" ")[2] for task in tasks}
+    # the caption describes the questions of tasks that are scored by accuracy
+    in_caption = all(result.metric == "acc" for result in tasks.values())
+    if len(settings) > 1 or not in_caption:
+        return {task: format_task(task) for task in tasks}
+    return {task: format_task(task.partition(" ")[0]) for task in tasks}
 
 
 def _mean_and_std(values: pd.Series[float], name: str) -> pd.DataFrame:

@@ -58,7 +58,8 @@ def test_drawn_questions_have_titles_a_note_and_the_papers_difference() -> None:
     write_runs(drawn, {})
     outcomes = outcomes_of(drawn)
     text = results(outcomes).markdown()
-    assert "MMLU, continuations (0-shot, 2,000 drawn), right answer" in text
+    assert "MMLU, continuations (nat/byte)" in text
+    assert "MMLU (0-shot, 2,000 drawn) has " in text  # in the caption
     assert "Drawn questions are the same for all runs" in text
     assert "MMLU-dev has" not in text
     ours = paper_table(outcomes).frame.dropna(subset="difference")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sqlite3
@@ -19,13 +20,15 @@ from mlflow.tracking import MlflowClient
 
 from benchmarks.harness.base import RUNS, RunError
 from benchmarks.harness.config.runs import Run
+from benchmarks.harness.config.suite import plain_suite
 from benchmarks.harness.results import mlflow
-from benchmarks.harness.results.mlflow import mirror
+from benchmarks.harness.results.mlflow import mirror, name_in_mlflow, run_links
 from benchmarks.harness.results.records import read_record
 from tests import fake_runs
 from tests.conftest import ROOT
 from tests.fake_runs import records
 from tests.planned import plan
+from tests.programs import call
 
 KEPT_QUIET = "S3cret"
 ENDED = 1_700_000_000
@@ -73,9 +76,9 @@ def test_runs_have_their_numbers_and_a_second_mirror_changes_only_new_numbers(
     )  # None: the loss diverged
     assert mirror(records(runs), uri) == {"added": len(runs), "replaced": 0, "unchanged": 0}
     client, stored = MlflowClient(uri), mirrored(uri)
-    assert set(stored) == {run.name for run in runs}
+    assert set(stored) == {name_in_mlflow(run) for run in runs}
     for run in runs:
-        copy, scores = stored[run.name], read_record(run).metrics.scores or {}
+        copy, scores = stored[name_in_mlflow(run)], read_record(run).metrics.scores or {}
         assert (copy.info.status, copy.info.end_time) == (
             "FINISHED",
             1000 * (ENDED + run.spec["seed"]),
@@ -89,7 +92,7 @@ def test_runs_have_their_numbers_and_a_second_mirror_changes_only_new_numbers(
         assert copy.data.metrics[SCORE] == scores["test"]["tweets"]["balanced_accuracy"]
     settings = Counter(copy.data.tags["setting"] for copy in stored.values())
     assert sorted(settings.values()) == [2, 2]  # two seeds of two methods
-    history = client.get_metric_history(stored[runs[0].name].info.run_id, "step.loss")
+    history = client.get_metric_history(stored[name_in_mlflow(runs[0])].info.run_id, "step.loss")
     assert [(point.step, point.value) for point in history] == [(1, 0.5), (3, 0.25)]
 
     assert mirror(records(runs), uri) == {"added": 0, "replaced": 0, "unchanged": 4}
@@ -101,10 +104,57 @@ def test_runs_have_their_numbers_and_a_second_mirror_changes_only_new_numbers(
     )
     assert mirror(records(runs), uri) == {"added": 0, "replaced": 1, "unchanged": 3}
     stored = mirrored(uri)
-    assert (len(stored), stored[runs[0].name].data.metrics[SCORE]) == (4, 0.25)
-    client.delete_tag(stored[runs[0].name].info.run_id, "emoe.digest")  # the mirror was interrupted
+    assert (len(stored), stored[name_in_mlflow(runs[0])].data.metrics[SCORE]) == (4, 0.25)
+    client.delete_tag(
+        stored[name_in_mlflow(runs[0])].info.run_id, "emoe.digest"
+    )  # the mirror was interrupted
     assert mirror(records(runs), uri)["replaced"] == 1
     assert len(mirrored(uri)) == 4
+
+
+def test_a_link_opens_the_runs_with_their_score(runs: list[Run], tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/m.db"
+    mirror(records(runs), uri)
+    client = MlflowClient(uri)
+    client.create_experiment("another")  # is not listed
+    experiment = client.get_experiment_by_name("glue")
+    assert run_links(uri, "http://here:1/") == [
+        f"glue: http://here:1/#/experiments/{experiment.experiment_id}/runs"
+        "?workflowType=machine_learning&viewStateShareKey=scores"
+    ]
+    columns = json.loads(experiment.tags["mlflow.sharedViewState.scores"])["selectedColumns"]
+    assert columns[0] == f"metrics.`{SCORE}`"
+
+
+def test_the_command_prints_the_links_and_opens_the_page(
+    runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"sqlite:///{tmp_path}/m.db"
+    mirror(records(runs), uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with mock.patch("os.execv") as started:
+        text = call("ui", "--suite", "mini", "--port", "5123")
+    assert text.splitlines()[1:] == run_links(uri, "http://127.0.0.1:5123")
+    arguments = started.call_args.args[1]
+    assert arguments[1:] == ["-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", "5123"]
+
+
+def test_a_run_with_the_name_of_an_older_mirror_is_replaced(
+    runs: list[Run], tmp_path: Path
+) -> None:
+    uri = f"sqlite:///{tmp_path}/m.db"
+    mirror(records(runs), uri)
+    stored = mirrored(uri)[name_in_mlflow(runs[0])]
+    MlflowClient(uri).update_run(stored.info.run_id, name=runs[0].name)
+    assert mirror(records(runs), uri) == {"added": 0, "replaced": 1, "unchanged": 3}
+    assert set(mirrored(uri)) == {name_in_mlflow(run) for run in runs}
+
+
+@pytest.mark.parametrize("suite", ["smoke", "mini"])
+def test_names_differ_in_the_letters_that_mlflow_shows(suite: str) -> None:
+    planned = plain_suite(suite).runs
+    names = {name_in_mlflow(run)[:30] for run in planned}
+    assert len(names) == len(planned)
 
 
 @pytest.mark.parametrize(

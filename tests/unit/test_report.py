@@ -16,6 +16,7 @@ from PIL import Image
 from benchmarks.__main__ import cli
 from benchmarks.harness import base as paths
 from benchmarks.harness.config.suite import load_suite
+from benchmarks.harness.report.page import duration_text
 from benchmarks.harness.report.presentation import with_runs
 from benchmarks.harness.report.table import RUNS, Column, Table
 from tests import fake_runs
@@ -103,6 +104,48 @@ def test_a_telephone_gets_the_narrow_figure_of_the_claims(
         with Image.open(page_file.parent / f"figures/{name}.png") as written:
             assert tuple(size) == written.size
         assert image.bounding_box()["width"] <= width  # type: ignore[index]
+
+
+def test_a_telephone_shows_whole_tables_and_readable_figures(
+    browser: Browser, page_file: Path
+) -> None:
+    page, _ = opened(browser, page_file, 390)
+    page.evaluate("document.querySelectorAll('details').forEach((one) => (one.open = true))")
+    hidden = "(boxes) => boxes.filter((box) => box.scrollHeight > box.clientHeight + 1).length"
+    assert page.locator(".wide").evaluate_all(hidden) == 0
+    figure = page.locator("#glue img.readable").first
+    name = figure.evaluate("(image) => image.closest('figure').id")
+    with Image.open(page_file.parent / f"figures/{name}.png") as written:
+        inches = written.width / written.info["dpi"][0]
+    assert figure.bounding_box()["width"] == pytest.approx(120 * inches, abs=1)  # type: ignore[index]
+    # a word without blanks, such as a commit, is not wider than its cell
+    cells = "(cells) => cells.filter((cell) => cell.scrollWidth > cell.clientWidth + 1).length"
+    assert page.locator("#environment td").evaluate_all(cells) == 0
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_headings_have_one_line(browser: Browser, page_file: Path, width: int) -> None:
+    page, _ = opened(browser, page_file, width)
+    heights = "(cells) => cells.map((cell) => cell.getBoundingClientRect().height)"
+    assert max(page.locator("#glue_results thead th").evaluate_all(heights)) < 40
+
+
+def test_costs_are_in_plain_words(page_file: Path) -> None:
+    text = page_file.read_text()
+    assert "Read next" not in text
+    assert (
+        "<h2>Full fine-tuning of text classifiers, in and out of domain</h2>\n<p>47 runs, 2 min of computing."
+        in text
+    )
+    assert '<th scope="col">Typical run (s)</th>' in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(59.4, "59 s"), (60, "1 min"), (3_570, "1 h 0 min"), (7_500, "2 h 5 min")],
+)
+def test_durations_have_the_unit_that_fits(seconds: float, text: str) -> None:
+    assert duration_text(seconds) == text
 
 
 def test_runs_of_a_row_are_those_with_its_names() -> None:

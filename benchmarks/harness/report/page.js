@@ -62,7 +62,7 @@ for (const box of document.querySelectorAll(".wide")) {
   // what scrolls can be reached and scrolled by keyboard
   box.tabIndex = 0;
   box.setAttribute("role", "region");
-  box.setAttribute("aria-label", box.closest("figure")?.querySelector("b")?.textContent ?? box.closest("section").querySelector("h2").textContent);
+  box.setAttribute("aria-label", box.querySelector("img")?.alt ?? box.closest("figure")?.querySelector("b")?.textContent ?? box.closest("section").querySelector("h2").textContent);
 }
 
 function unfold() {

@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 from markupsafe import Markup
+from PIL import Image
 
 import emoe
 from benchmarks.harness import base as paths
@@ -30,11 +31,12 @@ from benchmarks.harness.report.claims_table import verdict_sentences
 from benchmarks.harness.report.common import name_or_count
 from benchmarks.harness.report.paper import paper_index
 from benchmarks.harness.report.paper_items import load_paper, main_figure, main_item
-from benchmarks.harness.report.plots import is_drawn
+from benchmarks.harness.report.plots import STYLE, is_drawn
 from benchmarks.harness.report.section import DataRow, Machine, Section, read_section, section_title
 from benchmarks.harness.report.table import TEMPLATES
 
 _HERE = Path(__file__).parent
+_READABLE_DPI = 120  # pixels of an inch; a letter of 7 points is then 11.7 pixels high
 
 
 def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> None:
@@ -55,7 +57,9 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
     total_costs = _cost_cells("all", all_sections)
     shown_sections = []
     for name, section in sections.items():
-        shown_sections.append({**page.section(name, section), "cost": costs[name]})
+        shown_section = page.section(name, section)
+        shown_section["cost"] = _cost_text([section])
+        shown_sections.append(shown_section)
 
     claims = {}
     paper_items = []
@@ -71,6 +75,7 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
         sections=shown_sections,
         models=_models_text(all_sections),
         paper=paper_items,
+        cost=_cost_text(all_sections),
         costs=[*costs.values(), total_costs],
         machines=_sum_machines(all_sections),
         runs_folder=page.link(paths.RUNS),
@@ -130,6 +135,7 @@ class _Page:
         return {
             "name": path.name,
             "image": _read_image(path),
+            "readable_width": _readable_width(path),
             "narrow_image": _read_image(narrow) if narrow else "",
             "files": self.link(path),
             "caption": caption,
@@ -298,11 +304,29 @@ def _cost_cells(name: str, sections: Sequence[Section]) -> dict[str, str]:
     return {
         "Benchmark": name,
         "Runs": f"{len(seconds):,}",
-        "Hours": f"{sum(seconds) / 3600:.2f}",
-        "Median run (s)": f"{statistics.median(seconds):.0f}",
-        "Longest run (s)": f"{max(seconds):.0f}",
-        "Peak memory (MB)": f"{peak_memory:,.0f}",
+        "All runs (min)": f"{sum(seconds) / 60:,.1f}",
+        "Typical run (s)": f"{statistics.median(seconds):,.0f}",
+        "Longest run (s)": f"{max(seconds):,.0f}",
+        "Most memory (GB)": f"{peak_memory / 1000:,.1f}",
     }
+
+
+def _cost_text(sections: Sequence[Section]) -> str:
+    """Write the number of runs and their time together, such as ``15 runs, 2 h 5 min``."""
+    num_runs = sum(len(section.job_seconds) for section in sections)
+    seconds = sum(sum(section.job_seconds) for section in sections)
+    noun = "run" if num_runs == 1 else "runs"
+    return f"{num_runs:,} {noun}, {duration_text(seconds)} of computing"
+
+
+def duration_text(seconds: float) -> str:
+    """Write a duration in hours and minutes, in minutes, or in seconds if it is short."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60:,} h {minutes % 60} min"
 
 
 def _sum_machines(sections: Iterable[Section]) -> list[Machine]:
@@ -314,6 +338,15 @@ def _sum_machines(sections: Iterable[Section]) -> list[Machine]:
             facts = tuple(machine.facts.items())
             runs[facts] += machine.runs
     return [Machine(runs=count, facts=dict(facts)) for facts, count in runs.most_common()]
+
+
+def _readable_width(path: Path) -> int:
+    """Return the width in pixels at which a telephone shows a figure with readable letters.
+
+    ``path`` has no ending.
+    """
+    with Image.open(path.with_suffix(".png")) as image:
+        return round(image.width / STYLE["savefig.dpi"] * _READABLE_DPI)
 
 
 def _read_image(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections import Counter
@@ -17,7 +18,15 @@ from sqlalchemy import NullPool, create_engine, text
 
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import RunError, first_line, hide_passwords
-from benchmarks.harness.results.records import GROUP_KEYS, Record, run_keys, run_numbers
+from benchmarks.harness.config.benchmark import OOD_MEAN
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.results.records import (
+    GROUP_KEYS,
+    Record,
+    run_keys,
+    run_numbers,
+    tabulate_numbers,
+)
 
 # the tag with the digest of a run's metrics.json, which is set when the run is completely written
 _DIGEST = "emoe.digest"
@@ -26,8 +35,14 @@ _POSTGRESQL = "postgresql"
 # Names the lock of this module in a PostgreSQL database. Any number works that no other program
 # locks.
 _LOCK_NUMBER = 231_010_908
-# with this tag, MLflow lists training runs on the experiment's first page
+# Says that the experiment trains models. A server with a menu of workflows ignores it and opens an
+# experiment on its traces, so `run_links` has the links to the runs.
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
+# The tag of an experiment with the columns of its table of runs. The address of a page chooses it
+# by the name after the last full stop.
+_VIEW = "scores"
+_VIEW_TAG = f"mlflow.sharedViewState.{_VIEW}"
+_MOST_COLUMNS = 4  # of scores, which then fit on a page
 _MOST_RUNS = 50_000  # the most stored runs that MLflow returns at once
 _FILES = ("run.json", "metrics.json", paths.LOG)
 
@@ -84,8 +99,12 @@ def _write_all(records: Sequence[Record], uri: str) -> dict[str, int]:
         experiment = _experiment(client, benchmark, has_files=not is_server)
         stored_runs = client.search_runs([experiment], max_results=_MOST_RUNS)
         stored_by_name = {run.info.run_name: run for run in stored_runs}
+        client.set_experiment_tag(experiment, _VIEW_TAG, _view(of_benchmark))
         for record in of_benchmark:
-            stored = stored_by_name.get(record.run.name)
+            stored = stored_by_name.get(name_in_mlflow(record.run))
+            if stored is None:
+                # an older mirror gave this name, so that run is replaced
+                stored = stored_by_name.get(record.run.name)
             outcome = _write(client, experiment, record, stored)
             counts[outcome] += 1
     return dict(counts)
@@ -132,30 +151,85 @@ def _experiment(client: MlflowClient, benchmark: str, *, has_files: bool) -> str
     return str(client.create_experiment(benchmark, location, _KIND))
 
 
+def name_in_mlflow(run: Run) -> str:
+    """Return the name of a run in MLflow: its id, method, settings, seed, model and task.
+
+    MLflow cuts names after about 30 letters. The id comes first, so that these letters differ.
+    """
+    # the readable name begins with the model and the task, which most runs share
+    beginning = f"{run.model}-{run.task}-"
+    settings = run.name.removeprefix(beginning).removesuffix(run.id).rstrip("-")
+    words = [run.id, settings, run.model, run.task]
+    return " ".join(word for word in words if word)
+
+
+def _view(records: Sequence[Record]) -> str:
+    """Return the state of MLflow's table of runs, as JSON: it shows the scores of the runs."""
+    columns = [f"metrics.`{name}`" for name in _score_names(records)]
+    return json.dumps({"selectedColumns": columns})
+
+
+def _score_names(records: Sequence[Record]) -> list[str]:
+    """List the names of the first scores of some runs; of measurements, their first numbers."""
+    numbers = tabulate_numbers(records)
+    is_score = numbers["is_score"] & numbers["part"].isin(["test", OOD_MEAN])
+    if not is_score.any():
+        is_score = ~numbers["part"].isin(["cost", "model"])
+    names: list[str] = []
+    for row in numbers[is_score].itertuples():
+        name = _number_name(str(row.part), str(row.eval_task), str(row.metric))
+        if name not in names:
+            names.append(name)
+    return names[:_MOST_COLUMNS]
+
+
+def run_links(uri: str, server: str) -> list[str]:
+    """Return a line for each experiment in a store: its name and the link to its table of runs.
+
+    Without such a link, MLflow opens an experiment on its traces, and these runs have none.
+
+    Args:
+        uri: The store.
+        server: The address of MLflow's page, such as ``http://127.0.0.1:5000``.
+    """
+    experiments = MlflowClient(uri).search_experiments(order_by=["experiment_id ASC"])
+    lines = []
+    for experiment in experiments:
+        # other experiments of the store are not from this module
+        if _VIEW_TAG not in experiment.tags:
+            continue
+        page = f"{server.rstrip('/')}/#/experiments/{experiment.experiment_id}/runs"
+        options = f"workflowType=machine_learning&viewStateShareKey={_VIEW}"
+        lines.append(f"{experiment.name}: {page}?{options}")
+    return lines
+
+
 def _write(client: MlflowClient, experiment: str, record: Record, stored: Any) -> str:
-    """Write a run. It is left as it is if the stored run has the same numbers.
+    """Write a run. It is left as it is if the stored run has the same name and numbers.
 
     Args:
         client: The store.
         experiment: The identifier of the benchmark's experiment.
         record: The run.
-        stored: The run of the same name in the store, or None.
+        stored: The same run in the store, or None. It may have the name of an older mirror.
 
     Returns:
         ``added``, ``replaced`` or ``unchanged``.
     """
-    if stored and stored.data.tags.get(_DIGEST) == record.digest:
-        return "unchanged"
+    run = record.run
+    name = name_in_mlflow(run)
     if stored:
+        has_name = stored.info.run_name == name
+        if has_name and stored.data.tags.get(_DIGEST) == record.digest:
+            return "unchanged"
         client.delete_run(stored.info.run_id)
 
-    run = record.run
     end_seconds = run.metrics_file.stat().st_mtime
     # MLflow's times are in milliseconds
     started = round((end_seconds - record.metrics.cost.job_seconds) * 1000)
     ended = round(end_seconds * 1000)
 
-    created = client.create_run(experiment, started, tags=_tags(record), run_name=run.name)
+    created = client.create_run(experiment, started, tags=_tags(record), run_name=name)
     identifier = created.info.run_id
     for file in _FILES:
         path = paths.RUNS / run.folder / file
@@ -197,8 +271,8 @@ def _numbers(record: Record, time: int) -> Iterator[Metric]:
     """
     metrics = record.metrics
     for part, data_set, metric, value in run_numbers(record.run, metrics):
-        name = ".".join(text for text in (part, data_set, metric) if text)
-        yield Metric(_plain(name), float(value), time, 0)
+        name = _number_name(part, data_set, metric)
+        yield Metric(name, float(value), time, 0)
     for point in metrics.records or ():
         numbers = {"epoch": point.epoch, "loss": point.loss, **point.numbers()}
         yield from _point("record", point.step, numbers, time)
@@ -206,6 +280,11 @@ def _numbers(record: Record, time: int) -> Iterator[Metric]:
         yield from _point("epoch", round(epoch.epoch), epoch.numbers(), time)
     for step, loss in enumerate(metrics.curve, start=1):
         yield from _point("step", step, {"loss": loss}, time)
+
+
+def _number_name(part: str, data_set: str, metric: str) -> str:
+    """Return the name of a number in MLflow, such as ``test.tweets.accuracy``."""
+    return _plain(".".join(text for text in (part, data_set, metric) if text))
 
 
 def _point(

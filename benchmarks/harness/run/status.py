@@ -16,6 +16,7 @@ from typing import Literal
 from benchmarks.harness.base import LOCK, LOG, RUNS, is_held, read_json
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.report.closing import closing_lines
 from benchmarks.harness.report.listing import format_rows
 from benchmarks.harness.results.content import Metrics, rerun_advice
 
@@ -48,12 +49,18 @@ class RunStatus:
 
 
 def describe(suite: Suite) -> str:
-    """Describe a suite's runs: a table of counts, and a line for each running or failed run."""
+    """Describe a suite's runs: a table of counts, and a line for each running or failed run.
+
+    If all runs are finished, the description ends with what to open next, and with the verdicts.
+    """
     statuses = [run_status(run) for run in suite.runs]
     counts = [count(name, statuses) for name in suite.settings.benchmarks]
     running = [str(status) for status in statuses if status.state == "running"]
     failed = [str(status) for status in statuses if status.state == "failed"]
-    return "\n".join([format_rows(counts), *running, *failed])
+    closing = []
+    if all(status.state == "finished" for status in statuses):
+        closing = closing_lines(suite)
+    return "\n".join([format_rows(counts), *running, *failed, *closing])
 
 
 def run_status(run: Run) -> RunStatus:

@@ -1,0 +1,59 @@
+"""Say at the end of a run what to open next, and list the verdicts on the paper's claims.
+
+This module reads the written table of claims without pandas, so that ``status`` starts at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import textwrap
+from pathlib import Path
+
+from benchmarks.harness import base as paths
+from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.report.artifacts import CLAIMS
+from benchmarks.harness.report.claims import claimed_benchmarks
+
+_WIDTH = 100  # letters of a line
+# cells of the column `verdict` that are no verdicts
+_NO_VERDICTS = ("missing", "–")
+
+
+def closing_lines(suite: Suite) -> list[str]:
+    """Say what to open next, and list the verdicts. Empty if the suite has no report yet."""
+    folder = paths.RESULTS / suite.name
+    if not (folder / "report.html").exists():
+        return []
+    return [
+        f"Open next: {folder}/report.html (a page for each benchmark is beside it)",
+        f"Tables:    {folder}/tables/ (csv, md, tex, html)",
+        f"Figures:   {folder}/figures/",
+        f"MLflow:    make ui SUITE={suite.name}",
+        *_verdict_lines(suite, folder / "tables" / f"{CLAIMS.name}.csv"),
+    ]
+
+
+def _verdict_lines(suite: Suite, file: Path) -> list[str]:
+    """Write a line for each verdict: the number of its main tests, and the claims.
+
+    There are five verdicts, so at most five lines follow the heading. The list is empty if the
+    suite tests no claim, or if its models have random weights.
+    """
+    # a table of an earlier choice of benchmarks may still be there
+    if not claimed_benchmarks(suite) or not file.exists():
+        return []
+    claims_by_verdict: dict[str, list[str]] = {}
+    with file.open(encoding="utf-8", newline="") as rows:
+        for row in csv.DictReader(rows):
+            if row["endpoint"] == "main" and row["verdict"] not in _NO_VERDICTS:
+                claims_by_verdict.setdefault(row["verdict"], []).append(row["claim_title"])
+    if not claims_by_verdict:
+        return []
+
+    lines = ["Verdicts on the paper's claims, by test:"]
+    for verdict in sorted(claims_by_verdict):
+        claims = claims_by_verdict[verdict]
+        distinct = dict.fromkeys(claims)  # each claim once, in order
+        text = f"{len(claims)} {verdict}: {'; '.join(distinct)}"
+        lines.append("  " + textwrap.shorten(text, _WIDTH - 2, placeholder=" …"))
+    return lines
