@@ -216,7 +216,7 @@ def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
             # all panels of a model show the same tokens, so only the first names the tasks
             first_axis = axes_of_model[0]
             first_axis.set_ylabel("tokens of")
-            plots.draw_heading(first_axis.title, title, "left")
+            plots.draw_heading(first_axis, first_axis.title, title, "left")
             _name_tasks(first_axis, runs[0].matrix.tasks, outcomes)
 
 

@@ -382,7 +382,9 @@ def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
             for axis, panel in zip(axis_row, row.panels, strict=False):
                 _draw_trace(axis, panel.trace, panel_width)
                 axis.set_title(plots.wrap_text(panel.title, panel_width, 7), fontsize=7)
-            plots.draw_heading(axis_row[0].title, row.title, "left")
+            titles = [axis.title for axis in axis_row]
+            longest = max(titles, key=lambda title: title.get_text().count("\n"))
+            plots.draw_heading(axis_row[0], longest, row.title, "left")
             last_step = max(panel.trace.index[-1] for panel in row.panels)
             axis_row[0].set_ylim(last_step, 0)  # the first step is at the top
             axis_row[0].set_ylabel("step")

@@ -221,7 +221,7 @@ def _draw_panel(
     wrapped = wrap_text(title, shape.title_width)
     title_text = axis.set_title(wrapped, loc=side, fontsize=8)
     if heading:
-        draw_heading(title_text, wrap_text(heading, shape.title_width), side)
+        draw_heading(axis, title_text, wrap_text(heading, shape.title_width), side)
     if shape.labels_above:
         _draw_labels_above(axis, rows)
     else:
@@ -233,23 +233,28 @@ def _draw_panel(
     axis.set_ylim(bottom, top)
 
 
-def draw_heading(title: Any, heading: str, side: str) -> None:
-    """Print the heading of a group of panels above the drawn title of its first panel.
+def draw_heading(axis: Any, title: Any, heading: str, side: str) -> None:
+    """Print the heading of a group of panels above their titles.
 
-    ``side`` is where the heading is along the panel: ``left`` or ``center``.
+    Args:
+        axis: The first panel.
+        title: The drawn title with the most lines, of this panel or of one beside it.
+        heading: The heading.
+        side: Where the heading is along the first panel: ``left`` or ``center``.
     """
     place = 0 if side == "left" else 0.5
-    gap = (0, 7)  # points
-    title.axes.annotate(
-        heading,
-        (place, 1),  # a share of the panel's width, and the top of the title
-        gap,
-        xycoords=("axes fraction", title),
-        textcoords="offset points",
-        ha=side,
-        fontsize=8,
-        fontweight="bold",
-    )
+    options: Any = {
+        "xycoords": ("axes fraction", title),
+        "textcoords": "offset points",
+        "ha": side,
+        "fontsize": 8,
+        "fontweight": "bold",
+    }
+    above_title = {"xy": (place, 1), "xytext": (0, 7)}
+    # A heading may be wider than its panel. If the layout knew its width, it would make all panels
+    # narrower. So only a blank text of the same height is part of the layout.
+    axis.annotate(heading, **above_title, **options).set_in_layout(False)
+    axis.annotate(re.sub(r"[^\n]+", " ", heading), **above_title, **options)
 
 
 def _texts_by_line(rows: pd.DataFrame) -> dict[str, str]:
