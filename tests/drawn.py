@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -34,6 +35,21 @@ def watched() -> Iterator[list[str]]:
 
     with mock.patch.object(Figure, "savefig", check):
         yield problems
+
+
+@contextmanager
+def saved_figures() -> Iterator[list[Figure]]:
+    """List the figures that are saved in the context, once each."""
+    figures: list[Figure] = []
+
+    def save(figure: Figure, path: Any, **options: Any) -> None:
+        Path(path).touch()
+        if options["format"] == "png":
+            figure.draw_without_rendering()  # lays it out
+            figures.append(figure)
+
+    with mock.patch.object(Figure, "savefig", save):
+        yield figures
 
 
 def undraw(patch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,10 @@ from benchmarks.harness.results.content import Chance
 from benchmarks.harness.results.statistics import mutual_information
 
 _SELECTION = "training"  # the selection that is drawn: training-domain validation
-_MOST_COLUMNS = 4  # most panels beside each other
+_COLUMNS = (4, 3)  # how many panels may be beside each other
 _MOST_LABELS = 20  # most classes that are named
+_PANEL_WIDTH = 1.4  # inches
+_CHANCE = "bit: mutual information with the expert; chance: mean and 95 % quantile, images shuffled"
 
 
 def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
@@ -50,7 +52,7 @@ def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
         style=rows["method"].map(styles),
         delta=rows["ours"],
     )
-    label = f"Accuracy (%), {plots.count_text(rows['n'], 'trials')}; bars: 95 % intervals"
+    label = f"Accuracy (%), {plots.sample_text(drawn, 'trials')}"
     plots.draw_forest(drawn, path, label, zero=False)
 
 
@@ -115,7 +117,7 @@ def _draw_panels(
     """
     # the heights of the two heatmaps in lines of text: many classes get less than a line each
     heights = [min(len(classes), _MOST_LABELS), len(env_titles)]
-    columns = min(_MOST_COLUMNS, len(panels))
+    columns = _count_columns(len(panels))
     lines_of_panels = math.ceil(len(panels) / columns)
     # in inches: a column of panels has a width of 1.6, and a line of text a height of 0.14; the
     # other numbers are room for the titles and the colour bar
@@ -147,7 +149,25 @@ def _draw_panels(
         figure.colorbar(
             plots.USE, ax=axes, shrink=0.6, label="use ÷ mean use of the expert", extend="max"
         )
-        figure.suptitle(plots.wrap_text(title, plots.WIDTH), fontsize=8)
+        lines = [plots.wrap_text(title, width), plots.wrap_text(_CHANCE, width)]
+        figure.suptitle("\n".join(lines), fontsize=8)
+
+
+def _count_columns(num_panels: int) -> int:
+    """Return how many panels are beside each other, so that the last line is as full as possible.
+
+    Five panels are in lines of three and two, not of four and one.
+    """
+
+    def fill_of_last_line(columns: int) -> float:
+        in_last_line = num_panels % columns or columns
+        return in_last_line / columns
+
+    most = max(_COLUMNS)
+    if num_panels <= most:
+        return num_panels
+    # the largest of equally good numbers, because it needs fewer lines
+    return max(_COLUMNS, key=fill_of_last_line)
 
 
 def _first_runs(outcomes: DomainOutcomes, name: str) -> _FirstRuns | None:
@@ -217,16 +237,16 @@ def _draw_use(axis: Any, counts: NDArray[np.int64]) -> None:
 
 
 def _label_panel(by_class: Any, by_environment: Any, panel: _Panel) -> None:
-    """Write a panel's title, the mutual information of both heatmaps, and the number of experts."""
+    """Write a panel's title, the mutual information of both heatmaps, and the experts' numbers."""
     loads = panel.loads
     _, _, num_experts = loads.shape
-    title = plots.wrap_text(panel.title, 1.4, 7)
+    title = plots.wrap_text(panel.title, _PANEL_WIDTH, 7)
     # sums over environments, and over classes
     class_text = _information("class", loads.sum(0), panel.chance.by_class)
     env_text = _information("environment", loads.sum(1), panel.chance.environment)
     by_class.set_title(f"{title}\n{class_text}", fontsize=7)
     by_environment.set_title(env_text, fontsize=7)
-    by_environment.set_xlabel(f"{num_experts} experts")
+    plots.number_experts(by_environment, num_experts, _PANEL_WIDTH)
 
 
 def _information(name: str, counts: NDArray[np.int64], chance: list[float]) -> str:
@@ -246,7 +266,7 @@ SET_FIGURES = {
     "accuracy": Figure(
         draw_accuracy,
         "Accuracy on each held-out environment by method, with training-domain validation: means "
-        "over trials, with 95 % intervals. The axis does not start at zero.",
+        "over trials, with 95 % intervals from three trials on. The axis does not start at zero.",
     ),
     "routing": Figure(
         draw_routing,

@@ -202,7 +202,7 @@ def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
         titles.append(title)
         runs_by_model.append(list(_first_runs(rows).itertuples()))
     columns = max(len(runs) for runs in runs_by_model)
-    size = (plots.WIDTH, 2.3 * len(titles) + 0.4)  # inches
+    size = (plots.WIDTH, 3.0 * len(titles) + 0.4)  # inches
     figure_of_panels = plots.panel_figure(
         path, len(titles), columns, size, plots.HEATMAP, sharex="row", sharey="row"
     )
@@ -215,7 +215,8 @@ def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
                 axis.set_xlabel("neurons, expert by expert")
             # all panels of a model show the same tokens, so only the first names the tasks
             first_axis = axes_of_model[0]
-            first_axis.set_ylabel(f"{title}\ntokens of")
+            first_axis.set_ylabel("tokens of")
+            plots.draw_heading(first_axis, first_axis.title, title, "left")
             _name_tasks(first_axis, runs[0].matrix.tasks, outcomes)
 
 
@@ -229,7 +230,6 @@ def _name_tasks(axis: Any, tasks_of_tokens: Sequence[str], outcomes: ModularityO
     middles = positions.groupby(tasks_of_tokens, sort=False).mean()
     titles = [outcomes.title("task", str(name)) for name in middles.index]
     axis.set_yticks(middles, titles)
-    axis.tick_params(axis="y", length=0)
 
 
 def _draw_matrix(axis: Any, matrix: Matrix, experts: int) -> None:
@@ -238,35 +238,30 @@ def _draw_matrix(axis: Any, matrix: Matrix, experts: int) -> None:
     # neurons of one expert are neighbours
     for edge in range(expert_size, matrix.neurons, expert_size):
         axis.axvline(edge - 0.5, color="#e3e3e3", lw=0.3, zorder=0)
-    axis.plot(
-        matrix.places,
-        matrix.tokens,
-        "s",
-        ms=0.9,
-        mew=0,
-        color=EMOE.colour,
-        alpha=0.8,
-        rasterized=True,
-    )
+    axis.plot(matrix.places, matrix.tokens, "s", ms=1.2, mew=0, color=EMOE.colour, rasterized=True)
     # the first token is at the top
     axis.set(xlim=(-0.5, matrix.neurons - 0.5), ylim=(len(matrix.tasks) - 0.5, -0.5))
     axis.set_xticks([0, matrix.neurons])
+    axis.tick_params(axis="y", length=0)  # the ticks are tasks, not values
 
 
 def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
     """Draw the magnitudes of activations in the first layer of the first model, as the paper does.
 
-    One 3D panel shows the neurons before clustering, and the other panel shows them after it.
+    One 3D panel shows the neurons before clustering, and the other panel shows them after it. Both
+    have the same axes.
     """
     title, rows = next(outcomes.panels())
     # the method "contiguous" keeps the order of the checkpoint, the baseline clusters the neurons
     is_shown = rows["method"].isin(["contiguous", outcomes.baseline])
     runs = list(_first_runs(rows[is_shown]).itertuples())
+    largest = max(max(run.matrix.values) for run in runs)
     with mpl.rc_context({**plots.STYLE, "font.size": 7}):
         figure = plt.figure(figsize=(plots.WIDTH, 3.0), layout="constrained")
         for number, run in enumerate(runs, 1):
             axis = figure.add_subplot(1, len(runs), number, projection="3d")
             _draw_matrix_3d(axis, run.matrix)
+            axis.set_zlim(0, largest)
             axis.set_title(f"{run.method_title}, N = {run.num_experts}", fontsize=7.5)
         figure.suptitle(title, fontsize=8)
         plots.save(figure, path)
@@ -280,18 +275,21 @@ def _draw_matrix_3d(axis: Any, matrix: Matrix) -> None:
         matrix.values,
         c=matrix.values,
         cmap="viridis",
-        s=1.2,
+        s=2.5,
         linewidths=0,
         rasterized=True,
     )
-    axis.set_xlabel("neurons", labelpad=-1)
-    axis.set_ylabel("tokens", labelpad=-4)
-    axis.set_zlabel("|activation|", labelpad=-8)
+    axis.set(xlim=(0, matrix.neurons), ylim=(0, len(matrix.tasks)))
+    axis.set_xlabel("neurons", labelpad=0)
+    axis.set_ylabel("tokens", labelpad=0)
+    axis.set_zlabel("|activation|", labelpad=-3)
     axis.tick_params(pad=-2, labelsize=7)
     axis.view_init(elev=35, azim=-70)
-    axis.set_box_aspect((1.3, 1, 0.6), zoom=1.1)
+    axis.set_box_aspect((1.3, 1, 0.6), zoom=1.0)
     for side in (axis.xaxis, axis.yaxis, axis.zaxis):
         side.set_major_locator(mpl.ticker.MaxNLocator(4))
+    # the lowest number would touch a number of the tokens
+    axis.zaxis.set_major_locator(mpl.ticker.MaxNLocator(4, prune="lower"))
 
 
 def _first_runs(rows: pd.DataFrame) -> pd.DataFrame:

@@ -348,7 +348,8 @@ def ablation_figure(outcomes: TextOutcomes, name: str) -> Figure:
         partial(draw_differences, name=name),
         f"{definition.title}. Differences to {reference}, paired by seed, with 95 % intervals: "
         "averages over the sets, hollow out of domain. The table has every set and selection. "
-        "Crosses, if any, are the paper's, averaged over its sets.",
+        "Crosses, if any, are the paper's, averaged over its sets. They have no intervals, because "
+        "the paper has no differences by seed.",
     )
 
 
@@ -356,14 +357,15 @@ def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
     """Draw the differences of the ablation ``name`` as a forest plot.
 
     They are differences to the baseline or, if the ablation has ``steps``, to the row above. Each
-    panel shows the runs of one model under the first protocol that the model has. Each line is a
-    method. A mark is a difference in domain or out of domain, averaged over sets if there are
-    several. With three or more seeds, it has a 95 % interval.
+    panel shows the runs of one model under the first protocol that the model has. Its title says
+    how many seeds they have, or that only the paper has numbers. Each line is a method. A mark is a
+    difference in domain or out of domain, averaged over sets if there are several. With three or
+    more seeds, it has a 95 % interval.
     """
     definition: Ablation = outcomes.benchmark.definition.ablations[name]
     rows = ablation_rows(outcomes, definition)
-    # each model has a panel; rows without the title of a model are the paper's
-    with_panels = rows.assign(panel=rows["model_title"].replace("", "the paper"))
+    # each model has a panel; some of the paper's rows have no model
+    with_panels = rows.assign(panel=rows["model_title"])
     ours = with_panels[with_panels["is_ours"] & with_panels["delta"].notna()]
     if ours.empty:
         plots.placeholder_figure(path)
@@ -371,15 +373,31 @@ def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
 
     shown = _shown_differences(ours)
     marks = pd.concat([shown, _paper_differences(with_panels)])
+    titles = {}
+    for model, of_model in marks.groupby("panel", sort=False):
+        titles[model] = _panel_title(str(model), of_model)
     owners = marks["is_ours"].map({True: "", False: "the paper, "})
     drawn = marks.assign(
+        panel=marks["panel"].map(titles),
         line=[plots.wrap_text(title, 2, 7) for title in marks["method_title"]],
         series=owners + marks["domain"].map(DOMAINS),
         style=[_mark_style(outcomes, mark) for mark in marks.itertuples()],
     )
-    reference = "the row above" if definition.steps else "the baseline"
-    counts = plots.count_text(_first_selection(ours)["n"])
-    plots.draw_forest(drawn, path, f"Difference to {reference} (points), {counts}")
+    reference = "the row above" if definition.steps else outcomes.baseline_title
+    plots.draw_forest(drawn, path, f"Difference to {reference} (points)")
+
+
+def _panel_title(model: str, marks: pd.DataFrame) -> str:
+    """Return the title of a panel: its model, and the seeds of our marks or that there are none.
+
+    ``model`` is empty for the paper's rows that name no model.
+    """
+    of_runs = marks[marks["is_ours"]]
+    if not of_runs.empty:
+        return f"{model}, {plots.sample_text(of_runs)}"
+    if model:
+        return f"{model} (the paper)"
+    return "the paper"
 
 
 def _first_selection(rows: pd.DataFrame) -> pd.DataFrame:
@@ -411,6 +429,5 @@ def _mark_style(outcomes: TextOutcomes, mark: Any) -> MethodStyle:
     if not mark.is_ours:
         marker = "+" if mark.domain == OOD else "x"
         return replace(style, marker=marker)
-    if mark.domain == OOD:
-        return replace(style, hollow=True)
-    return style
+    # in other figures, hollow marks show the authors' own settings
+    return replace(style, hollow=mark.domain == OOD)

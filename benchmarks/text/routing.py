@@ -26,6 +26,11 @@ from benchmarks.text.traces import NUMBERS, layer_traces, trace_numbers
 
 _MOST_LINES = 40  # of the figure of expert use; with more lines, classes are left out
 _MOST_PANELS = 3  # of the figure of expert use
+_PANEL_WIDTH = 5.0  # inches, in the figure of expert use
+# the meanings of the marks in the figure of expert use
+_ABOVE = "used more than by chance"
+_BELOW = "used less than by chance"
+_SHARED = "shared: used by all sets"
 _KEYS_OF_RUN = [*CELL, "seed"]
 _MOST_PANEL_ROWS = 4  # of the figure of traces; each row shows one model and task
 _PUBLISHED_WINDOW = 100  # steps of a window in the paper's traces
@@ -87,10 +92,10 @@ def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> 
     if not shows_classes:
         heights = [_count_lines(usage, with_classes=False) for _, usage in panels]
 
-    # inches: each line, the title of each panel, and the label below the last one
+    # inches: each line, the title of each panel, and the label and legend below the last one
     lines_height = 0.16 * sum(heights)
-    titles_height = 0.4 * len(panels)
-    size = (plots.WIDTH, lines_height + titles_height + 0.3)
+    titles_height = 0.7 * len(panels)  # with the numbers of the experts
+    size = (plots.WIDTH, lines_height + titles_height + 0.5)
     with plots.panel_figure(path, len(panels), 1, size, plots.HEATMAP, height_ratios=heights) as (
         figure,
         axes,
@@ -99,10 +104,10 @@ def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> 
             lines = _use_lines(outcomes, usage, with_classes=shows_classes)
             _draw_use(axis, usage, lines)
             axis.set_title(title, fontsize=7.5)
-        axes[-1, 0].set_xlabel("experts")
         figure.colorbar(
             plots.USE, ax=axes, shrink=0.6, label="use ÷ mean use over sets", extend="max"
         )
+        plots.legend_below(figure, axes[:, 0], columns=3)
 
 
 class _Line(NamedTuple):
@@ -156,16 +161,20 @@ def _draw_use(axis: Any, usage: Usage, lines: Sequence[_Line]) -> None:
         # names of sets are bold, names of classes are not
         weight = "normal" if line.marks is None else "bold"
         tick.set_fontweight(weight)
-    axis.set_xticks([])
+    num_experts = len(mean)
+    plots.number_experts(axis, num_experts, _PANEL_WIDTH)
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
+    if usage.shared:
+        axis.tick_params(axis="x", pad=7)  # room for the dots
 
     for place, line in enumerate(lines):
         _draw_marks(axis, place, line.marks or ())  # classes have no marks
     # without shared experts, an empty plot would be drawn in the figure's corner
     if usage.shared:
         below_last_line = [len(lines) - 0.15] * len(usage.shared)
-        axis.plot(usage.shared, below_last_line, "o", ms=2.5, color="black", clip_on=False)
+        dots: Any = {"ms": 3, "color": "black", "clip_on": False}
+        axis.plot(usage.shared, below_last_line, "o", label=_SHARED, **dots)
 
 
 def _draw_marks(axis: Any, line: int, marks: Sequence[int]) -> None:
@@ -174,7 +183,10 @@ def _draw_marks(axis: Any, line: int, marks: Sequence[int]) -> None:
         if mark == 0:
             continue
         triangle = "^" if mark > 0 else "v"
-        axis.plot(expert, line, triangle, ms=4, color="black", mec="white", mew=0.4)
+        meaning = _ABOVE if mark > 0 else _BELOW
+        axis.plot(
+            expert, line, triangle, label=meaning, ms=5, ls="", color="black", mec="white", mew=0.4
+        )
 
 
 _USAGE_CAPTION = (
@@ -358,9 +370,9 @@ def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
         return
 
     columns = max(len(row.panels) for row in rows)
-    size = (plots.WIDTH, 1.75 * len(rows) + 0.3)  # inches
+    size = (plots.WIDTH, 1.85 * len(rows) + 0.3)  # inches
     # inches: the labels and the colour bar take 1.7 of the width
-    title_width = (plots.WIDTH - 1.7) / columns
+    panel_width = (plots.WIDTH - 1.7) / columns
     with plots.panel_figure(path, len(rows), columns, size, plots.HEATMAP, sharey="row") as (
         figure,
         axes,
@@ -368,11 +380,14 @@ def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
         for axis_row, row in zip(axes, rows, strict=True):
             # not strict: a row may have fewer panels than axes
             for axis, panel in zip(axis_row, row.panels, strict=False):
-                _draw_trace(axis, panel.trace)
-                axis.set_title(plots.wrap_text(panel.title, title_width, 7), fontsize=7)
+                _draw_trace(axis, panel.trace, panel_width)
+                axis.set_title(plots.wrap_text(panel.title, panel_width, 7), fontsize=7)
+            titles = [axis.title for axis in axis_row]
+            longest = max(titles, key=lambda title: title.get_text().count("\n"))
+            plots.draw_heading(axis_row[0], longest, row.title, "left")
             last_step = max(panel.trace.index[-1] for panel in row.panels)
             axis_row[0].set_ylim(last_step, 0)  # the first step is at the top
-            axis_row[0].set_ylabel(f"{plots.wrap_text(row.title, 1.6, 7)}\nstep")
+            axis_row[0].set_ylabel("step")
         figure.colorbar(plots.USE, ax=axes, shrink=0.6, label="load ÷ mean load", extend="max")
 
 
@@ -384,7 +399,7 @@ def _paper_trace_rows(outcomes: TextOutcomes) -> list[_TraceRow]:
     panels = []
     for name, trace in published.items():
         panels.append(_TracePanel(outcomes.title("method", name), trace))
-    return [_TraceRow("the paper's", panels)]
+    return [_TraceRow("the paper", panels)]
 
 
 def _our_trace_rows(outcomes: TextOutcomes) -> list[_TraceRow]:
@@ -396,7 +411,7 @@ def _our_trace_rows(outcomes: TextOutcomes) -> list[_TraceRow]:
     of_methods = all_traces[all_traces["is_method"]]
     first = of_methods.drop_duplicates(CELL)  # the first seed and layer
     titled = first.assign(
-        row_title=first["model_title"] + "\n" + first["task_title"],
+        row_title=first["model_title"] + ", " + first["task_title"],
         panel_title=first["method_title"] + ", layer " + first["layer"],
     )
     definition = outcomes.benchmark.definition.published_traces
@@ -413,15 +428,17 @@ def _our_trace_rows(outcomes: TextOutcomes) -> list[_TraceRow]:
     return rows
 
 
-def _draw_trace(axis: Any, trace: pd.DataFrame) -> None:
-    """Draw a trace as a heatmap: windows from top to bottom, experts from left to right."""
+def _draw_trace(axis: Any, trace: pd.DataFrame, width: float) -> None:
+    """Draw a trace as a heatmap: windows from top to bottom, experts from left to right.
+
+    ``width`` is the width of the panel in inches.
+    """
     _, experts = trace.shape
     # left, right, bottom, top; the centre of the first expert is at 0, and the y axis shows steps
     extent = (-0.5, experts - 0.5, trace.index[-1], 0)
     # a balanced load is 1 / N, so shares times N are loads over the mean load
     plots.show_use(axis, trace.to_numpy() * experts, interpolation="nearest", extent=extent)
-    axis.set_xticks([0, experts - 1], ["1", str(experts)])
-    axis.set_xlabel("experts")
+    plots.number_experts(axis, experts, width)
     axis.yaxis.set_major_locator(mpl.ticker.MaxNLocator(4, integer=True))
 
 

@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from benchmarks.harness.base import RUNS, DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.method_specs import remove_settings
+from benchmarks.harness.config.method_specs import remove_settings, setting_text
 from benchmarks.harness.config.methods import ABLATION
 from benchmarks.harness.report.presentation import present
 from benchmarks.harness.results.records import Record
-from benchmarks.text.ablations import ablation_rows
+from benchmarks.text.ablations import ablation_rows, draw_differences
 from benchmarks.text.data import TextSplit
 from benchmarks.text.outcomes import TextOutcomes
 from tests import fake_runs
+from tests.drawn import saved_figures
 from tests.executed import recorded
 from tests.planned import edited_benchmark, edited_part, evaluations, paper_runs, plan, specs
 
@@ -160,6 +162,78 @@ def test_every_setting_is_a_row_and_main_tables_have_none(
     assert shown == {remove_settings(variant, {"L22", "L44"}) for variant in planned}
     main = present(LORA, finished).tables[0].frame
     assert {LORA.methods()[name].role for name in main["method"]}.isdisjoint({ABLATION})
+
+
+# figures
+
+
+@pytest.mark.parametrize(
+    ("variant", "words"),
+    [
+        ("Lall", "all layers"),
+        ("Llast:1", "last layer"),
+        ("N16-Llast:2", "N 16, last 2 layers"),
+        ("Llast-half:1-D0.8", "last half of the layers, 80 % of the rows"),
+        ("Llast-quarter:4", "every fourth layer of the last quarter"),
+        ("Llast-half:5", "every 5th layer of the last half"),
+        ("L3+5", "layers 3, 5"),
+        ("L28::2", "layers 28::2"),
+    ],
+)
+def test_a_request_for_layers_is_described_in_words(variant: str, words: str) -> None:
+    assert setting_text(variant) == words
+
+
+def figure_of(outcomes: TextOutcomes, name: str, folder: Path) -> Figure:
+    with saved_figures() as figures:
+        draw_differences(outcomes, folder / name, name)
+    (figure,) = figures
+    return figure
+
+
+def titles_of(figure: Figure) -> list[str]:
+    """Return the titles of all panels, with single blanks for line breaks and no-break spaces."""
+    return [" ".join(axis.get_title().split()) for axis in figure.axes]
+
+
+@pytest.fixture
+def tiny(here: Path) -> TextOutcomes:
+    """Make up numbers of the smallest suite's adapters, which have one seed."""
+    runs = fake_runs.write(RUNS, "smoke", benchmarks=("glue_lora",))
+    return TextOutcomes(LORA, fake_runs.records(runs))
+
+
+def test_marks_in_domain_are_filled_also_those_of_the_authors_settings(
+    tiny: TextOutcomes, here: Path
+) -> None:
+    (axis,) = figure_of(tiny, "steps", here).axes
+    # lines without a marker are intervals, and those without data are for the legend
+    marks = [line for line in axis.lines if line.get_marker() != "None" and len(line.get_xdata())]
+    assert len(marks) == len(LORA.definition.ablations["steps"].rows) - 1
+    assert all(mark.get_markerfacecolor() != "white" for mark in marks)
+
+
+def test_panels_say_whose_numbers_they_have_and_the_axis_names_the_baseline(
+    tiny: TextOutcomes, here: Path
+) -> None:
+    figure = figure_of(tiny, "settings", here)
+    assert titles_of(figure) == [
+        "tiny GPT-2 (random weights), n = 1 seed, no intervals: they need 3 seeds",
+        "BERT-large (the paper)",
+        "GPT2-XL (the paper)",
+    ]
+    last_axis = figure.axes[-1]
+    assert last_axis.get_xlabel() == "Difference to LoRA (points)"
+    (line,) = [label.get_text().replace("\n", " ") for label in last_axis.get_yticklabels()]
+    assert line == "LoRA + EMoE, every second layer of the last half"
+
+
+def test_panels_with_several_seeds_count_them_and_papers_rows_may_lack_a_model(
+    adapted: TextOutcomes, tmp_path: Path
+) -> None:
+    titles = titles_of(figure_of(adapted, "selection", tmp_path))
+    assert "MiniLM-L6 (22.7 M), n = 5 seeds, 95 % intervals" in titles
+    assert "the paper" in titles
 
 
 # trained as one thing, used as another

@@ -17,11 +17,12 @@ from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.results.records import Record, scores_of
 from benchmarks.harness.training.metrics import SCORES, score
 from benchmarks.text.outcomes import TextOutcomes, choices, reported_scores, select_runs
-from benchmarks.text.routing import published_traces
+from benchmarks.text.routing import draw_traces, published_traces
 from benchmarks.text.tables import paper_table, results_table, tasks_table
 from benchmarks.text.tables import tests_table as paired_tests_table
 from benchmarks.text.traces import trace_numbers
 from tests import fake_runs
+from tests.drawn import saved_figures
 
 
 @pytest.fixture(scope="module")
@@ -217,3 +218,18 @@ def test_the_papers_traces_have_the_numbers_that_are_known_of_them(
     assert numbers["load_entropy"] == pytest.approx(entropy, abs=6e-4)
     assert numbers["load_max_over_mean"] == pytest.approx(busiest, abs=6e-3)
     assert numbers["load_change"] == pytest.approx(change, abs=6e-4)
+
+
+def test_a_row_of_traces_has_a_heading_and_a_label_of_one_line(
+    outcomes: TextOutcomes, here: Path
+) -> None:
+    with saved_figures() as figures:
+        draw_traces(outcomes, here / "traces")
+    (figure,) = figures
+    first_panels = [axis for axis in figure.axes if axis.get_ylabel() == "step"]
+    headings = [text.get_text() for axis in first_panels for text in axis.texts]
+    # blank texts reserve the height of headings
+    headings = [heading for heading in headings if heading.strip()]
+    assert headings == ["tiny GPT-2 (random weights), Tweets", "the paper"]
+    # only the colour bar has another label
+    assert {axis.get_ylabel() for axis in figure.axes} == {"", "step", "load ÷ mean load"}

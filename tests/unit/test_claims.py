@@ -461,6 +461,12 @@ def test_a_difference_is_also_a_share_of_the_errors(rows: pd.DataFrame) -> None:
     assert row.against_paper == "the paper's error is unknown"
 
 
+def test_negative_numbers_of_a_cell_have_the_same_minus_sign(rows: pd.DataFrame) -> None:
+    # the paper's effect, and the numbers of the paper that it is made from
+    assert rows["paper"].str.contains(r"-\d.*\(.*-\d").any()
+    assert not rows["paper"].str.contains("\u2212").any()
+
+
 def test_differences_are_those_of_the_runs_and_the_table_shows_them(
     suite: Suite, rows: pd.DataFrame
 ) -> None:

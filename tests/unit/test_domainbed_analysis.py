@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.report import plots
 from benchmarks.harness.report.presentation import with_runs
+from tests import fake_runs
+from tests.drawn import saved_figures
 from tests.fake_runs import records, write_runs
 from tests.image_sets import pacs_run
 from tests.planned import plan
@@ -166,6 +170,57 @@ def test_environments_are_named_also_if_there_are_more_of_them_than_classes(
     assert ["cat", "dog"] in labels
     assert [f"{angle}°" for angle in (0, 15, 30, 45, 60, 75)] in labels
     plt.close(figure)
+
+
+def test_an_accuracy_has_no_promise_of_an_interval_from_one_trial(runs: list[Run]) -> None:
+    first_trials = [run for run in runs if run.spec["seed"] == 0]
+    labels = []
+    for drawn in (first_trials, runs):
+        with saved_figures() as figures:
+            draw_accuracy(outcomes(drawn), "rotated_mnist_5k", Path("accuracy"))
+        label = figures[0].axes[-1].get_xlabel()
+        labels.append(label.replace("\n", " "))
+    assert labels == [
+        "Accuracy (%), n = 1 trial, no intervals: they need 3 trials",
+        "Accuracy (%), n = 3 trials, 95 % intervals",
+    ]
+
+
+def add_layers(content: dict[str, Any], numbers: Sequence[int]) -> None:
+    """Give a run with experts further layers, with the routing of layer 8."""
+    routing = content["routing"]
+    if routing:
+        for number in numbers:
+            for name in ("loads", "chance"):
+                routing[name][str(number)] = routing[name]["8"]
+
+
+def test_no_panel_of_the_routing_is_alone_in_its_line(runs: list[Run]) -> None:
+    for run in runs:
+        name = run.spec["method"]["name"]
+        # GMoE keeps one layer, so there are five panels
+        if name != "gmoe":
+            fake_runs.edit(run, lambda content: add_layers(content, [10]))
+    with saved_figures() as figures:
+        draw_routing(outcomes(runs), "rotated_mnist_5k", Path("routing"))
+    (figure,) = figures
+    by_class = [axis for axis in figure.axes if "class" in axis.get_title()]
+    in_line = Counter(axis.get_subplotspec().rowspan.start for axis in by_class)
+    assert sorted(in_line.values()) == [2, 3]
+
+
+def test_the_routing_explains_chance_and_numbers_the_experts(runs: list[Run]) -> None:
+    with saved_figures() as figures:
+        draw_routing(outcomes(runs), "rotated_mnist_5k", Path("routing"))
+    (figure,) = figures
+    title = figure.get_suptitle().replace("\n", " ")
+    assert "chance: mean and 95 % quantile, images shuffled" in title
+    numbered = [axis for axis in figure.axes if axis.get_xlabel() == "expert"]
+    by_class = [axis for axis in figure.axes if "class" in axis.get_title()]
+    assert len(numbered) == len(by_class)
+    ends = {axis.get_images()[0].get_array().shape[1] for axis in numbered}
+    lasts = {axis.get_xticklabels()[-1].get_text() for axis in numbered}
+    assert lasts == {str(end) for end in ends}
 
 
 def test_figures_without_an_environment_held_out_alone_are_placeholders(runs: list[Run]) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import pandas as pd
 import pytest
@@ -17,9 +14,10 @@ from matplotlib.figure import Figure
 
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.report.claims_figure import draw_claims
+from benchmarks.harness.report.plots import sample_text, wrap_text
 from benchmarks.harness.report.presentation import present
 from tests import fake_runs
-from tests.drawn import drawn_texts, faults, watched
+from tests.drawn import drawn_texts, faults, saved_figures, watched
 from tests.planned import plan
 
 
@@ -73,6 +71,27 @@ def test_faults_of_a_figure_are_listed() -> None:
     plt.close(figure)
 
 
+@pytest.mark.parametrize(
+    ("counts", "lows", "text"),
+    [
+        ([5, 8], [-0.1, 0.1], "n = 5 to 8 seeds, 95 % intervals"),
+        ([1, 2], [math.nan, 0.1], "n = 1 to 2 seeds, no intervals: they need 3 seeds"),
+        ([1, 3], [math.nan, 0.1], "n = 1 to 3 seeds, 95 % intervals from 3 seeds on"),
+        ([3, 3], [math.nan, 0.1], "n = 3 seeds, 95 % intervals, none for equal differences"),
+    ],
+)
+def test_a_missing_interval_has_its_reason(counts: list[int], lows: list[float], text: str) -> None:
+    assert sample_text(pd.DataFrame({"n": counts, "low": lows})) == text
+
+
+def test_a_number_stays_in_the_line_of_its_name() -> None:
+    title = "EMoE, N, k and layers searched, N 8, k/N 0.25, layer 1"
+    together = ("N\u00a08", "k/N\u00a00.25", "layer\u00a01")
+    for inches in (1.0, 1.5, 2.0, 2.5):
+        wrapped = wrap_text(title, inches, 7)
+        assert all(words in wrapped for words in together)
+
+
 # like the main tests in the suite `full`, but with every verdict; the questions come first
 MAIN_TESTS = """
 claim_title,test,effect,delta,low,high,n,pair,verdict
@@ -95,21 +114,6 @@ def main_tests() -> pd.DataFrame:
         differences.append(f"{row.delta:+.2f} points{interval}")
         counts.append(f"{row.n} {row.pair}{'s' if row.n > 1 else ''}")
     return rows.assign(unit="points", margin=0.35, runs_shown=differences, n_shown=counts)
-
-
-@contextmanager
-def saved_figures() -> Iterator[list[Figure]]:
-    """List the figures that are saved in the context, once each."""
-    figures: list[Figure] = []
-
-    def save(figure: Figure, path: Any, **options: Any) -> None:
-        Path(path).touch()
-        if options["format"] == "png":
-            figure.draw_without_rendering()  # lays it out
-            figures.append(figure)
-
-    with mock.patch.object(Figure, "savefig", save):
-        yield figures
 
 
 def claims_drawn(folder: Path, narrow: bool) -> Figure:

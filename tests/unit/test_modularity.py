@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import emoe
 from benchmarks.harness.base import RUNS, DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.report.presentation import present
 from benchmarks.modularity.pipeline import concentration, dense_magnitudes, gini, neurons_used
-from benchmarks.modularity.presentation import ModularityOutcomes
+from benchmarks.modularity.presentation import (
+    ModularityOutcomes,
+    draw_activations,
+    draw_activations_3d,
+    draw_experts,
+)
 from benchmarks.text.usage import (
     class_information,
     mark_experts,
@@ -22,6 +29,7 @@ from benchmarks.text.usage import (
     task_information,
 )
 from tests import fake_runs, tiny_models
+from tests.drawn import saved_figures
 from tests.executed import finish, prepare
 from tests.planned import edited_benchmark, smoke_run
 
@@ -134,6 +142,60 @@ def test_methods_whose_experts_mean_nothing_before_training_are_refused() -> Non
     for method in ("gmoe", "emoe_learn"):
         with pytest.raises(DefinitionError, match=f"methods.{method}' must be an EMoE"):
             edited_benchmark("modularity", {"methods": {"emoe": {}, method: {}}})
+
+
+@pytest.fixture
+def outcomes(here: Path) -> ModularityOutcomes:
+    """Make up numbers of the mini suite."""
+    runs = fake_runs.write(RUNS, "mini", benchmarks=("modularity",))
+    return ModularityOutcomes(BENCHMARK, fake_runs.records(runs))
+
+
+def figure_of(draw: Callable[..., None], outcomes: ModularityOutcomes) -> Figure:
+    with saved_figures() as figures:
+        draw(outcomes, Path("figure"))
+    (figure,) = figures
+    return figure
+
+
+def test_panels_of_activations_have_equal_axes_and_no_ticks_for_tasks(
+    outcomes: ModularityOutcomes,
+) -> None:
+    panels = figure_of(draw_activations, outcomes).axes
+    assert len(panels) == 3
+    assert {axis.get_ylabel() for axis in panels} == {"tokens of", ""}
+    for axis in panels:
+        assert axis.get_xlim() == panels[0].get_xlim()
+        assert axis.get_ylim() == panels[0].get_ylim()
+        assert axis.yaxis.get_tick_params()["length"] == 0
+        # smaller dots are invisible on a page
+        dots = [line for line in axis.lines if line.get_marker() == "s"]
+        assert all(line.get_markersize() >= 1.2 for line in dots)
+
+
+def test_both_panels_in_3d_have_the_same_axes(outcomes: ModularityOutcomes) -> None:
+    first, second = figure_of(draw_activations_3d, outcomes).axes
+    assert first.get_zlim() == second.get_zlim()
+    assert first.get_xlim() == second.get_xlim()
+    assert first.get_ylim() == second.get_ylim()
+
+
+def test_the_marks_of_expert_use_are_explained_and_experts_are_numbered(
+    outcomes: ModularityOutcomes,
+) -> None:
+    figure = figure_of(draw_experts, outcomes)
+    (legend,) = figure.legends
+    meanings = {
+        handle.get_marker(): text.get_text()
+        for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=True)
+    }
+    assert meanings["^"] == "used more than by chance"
+    assert meanings["v"] == "used less than by chance"
+    assert meanings.get("o") in (None, "shared: used by all sets")
+    panel = figure.axes[0]
+    assert panel.get_xlabel() == "expert"
+    numbers = [label.get_text() for label in panel.get_xticklabels()]
+    assert numbers == [str(number) for number in range(1, 17)]
 
 
 def test_tables_have_means_over_seeds_the_papers_values_and_a_sentence_about_chance(

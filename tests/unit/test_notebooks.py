@@ -57,6 +57,13 @@ def test_the_notebook_of_training_shows_its_committed_outputs_except_numbers(
     ]
 
 
+def test_colours_end_at_twice_the_mean_load_and_an_arrow_shows_that_loads_do_not() -> None:
+    sources = [cell.source for cell in committed(NAMES[0]).cells if "colorbar(" in cell.source]
+    assert len(sources) == 1
+    assert "vmax=2" in sources[0]
+    assert 'extend="max"' in sources[0]
+
+
 def test_the_notebook_of_results_shows_its_committed_outputs(checkout: Path) -> None:
     assert shown(executed(committed(NAMES[1]), checkout)) == shown(committed(NAMES[1]))
 

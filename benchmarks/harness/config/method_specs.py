@@ -34,6 +34,8 @@ _WORDS_OF_LETTER = {
     "E": "{} times the epochs",
 }
 
+_ORDINALS = {"2": "second", "3": "third", "4": "fourth"}  # others have an ending, as in 5th
+
 
 class TuneSpec(Strict):
     """What a run trains if it does not train the whole model.
@@ -112,6 +114,8 @@ def setting_text(variant: str, layers: Iterable[str] = ()) -> str:
     'N 32, k/N 0.5, layers 28::2, 80 % of the rows'
     >>> setting_text("L16::4", ["16", "20", "24", "28"])
     'layers 16, 20, 24, 28'
+    >>> setting_text("Llast-half:2")
+    'every second layer of the last half'
     """
     words = []
     for letter, value in setting_values(variant).items():
@@ -126,7 +130,7 @@ def setting_text(variant: str, layers: Iterable[str] = ()) -> str:
 
 
 def _layers_text(request: str, layers: Iterable[str]) -> str:
-    """Describe the layers of a variant, such as ``layer 3``, ``layers 3, 5`` or ``layers last:2``.
+    """Describe the layers of a variant, such as ``layer 3``, ``layers 3, 5`` or ``all layers``.
 
     Args:
         request: The layers as the variant has them: ``3+5``, or a request such as ``last:2``.
@@ -134,10 +138,33 @@ def _layers_text(request: str, layers: Iterable[str]) -> str:
     """
     text = ", ".join(layers)
     if not text:
+        if request.startswith(("all", "last")):
+            return _request_in_words(request)
         text = request.replace("+", ", ")
     if text.isdigit():  # a single layer
         return f"layer {text}"
     return f"layers {text}"
+
+
+def _request_in_words(request: str) -> str:
+    """Describe the layers of a request, which is ``all`` or begins with ``last``.
+
+    >>> _request_in_words("last:2")
+    'last 2 layers'
+    >>> _request_in_words("last-quarter:1")
+    'last quarter of the layers'
+    """
+    if request == "all":
+        return "all layers"
+    # such as "last-half" and "2"
+    place, number = request.split(":")
+    if place == "last":
+        return "last layer" if number == "1" else f"last {number} layers"
+    part = place.replace("-", " ")
+    if number == "1":
+        return f"{part} of the layers"
+    ordinal = _ORDINALS.get(number, f"{number}th")
+    return f"every {ordinal} layer of the {part}"
 
 
 def remove_settings(variant: str, usual: Collection[str]) -> str:

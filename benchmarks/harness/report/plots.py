@@ -58,6 +58,7 @@ _AXIS_HEIGHT = 0.5  # the axis at the bottom and its label
 _LABEL_HEIGHT = 0.115  # a line of text above marks
 _ABOVE_MARKS_HEIGHT = 0.22  # the marks under such a text
 _BAND_HEIGHT = 0.11  # the shaded margin around zero
+_NUMBER_WIDTH = 0.25  # inches for the number of an expert, below a matrix of expert use
 _LONG_SERIES = 30  # letters; with a name of this length the legend has one column, else three
 
 
@@ -73,6 +74,26 @@ def count_text(counts: Iterable[float], unit: str = "seeds") -> str:
     if most == 1:
         return f"n = 1 {unit.removesuffix('s')}"
     return f"n = {most} {unit}"
+
+
+def sample_text(rows: pd.DataFrame, unit: str = "seeds") -> str:
+    """Format the counts of a forest plot's marks, and say which marks have an interval.
+
+    Args:
+        rows: The marks, with the columns ``n`` and ``low`` of :func:`draw_forest`.
+        unit: The plural of what ``n`` counts.
+    """
+    counts = count_text(rows["n"], unit)
+    has_enough = rows["n"] >= FEW
+    if not has_enough.any():
+        return f"{counts}, no intervals: they need {FEW} {unit}"
+    text = f"{counts}, 95 % intervals"
+    if not has_enough.all():
+        text = f"{text} from {FEW} {unit} on"
+    # equal differences have no deviation, so they have no interval
+    if rows.loc[has_enough, "low"].isna().any():
+        text = f"{text}, none for equal differences"
+    return text
 
 
 @dataclass(frozen=True)
@@ -200,7 +221,7 @@ def _draw_panel(
     wrapped = wrap_text(title, shape.title_width)
     title_text = axis.set_title(wrapped, loc=side, fontsize=8)
     if heading:
-        _draw_heading(title_text, heading, shape)
+        draw_heading(axis, title_text, wrap_text(heading, shape.title_width), side)
     if shape.labels_above:
         _draw_labels_above(axis, rows)
     else:
@@ -212,21 +233,28 @@ def _draw_panel(
     axis.set_ylim(bottom, top)
 
 
-def _draw_heading(title: Any, heading: str, shape: _ForestShape) -> None:
-    """Print the heading of a group of panels above the drawn title of its first panel."""
-    side = "left" if shape.labels_above else "center"
-    top_of_title = (0, 1) if shape.labels_above else (0.5, 1)
-    gap = (0, 7)  # points
-    title.axes.annotate(
-        wrap_text(heading, shape.title_width),
-        top_of_title,
-        gap,
-        xycoords=title,
-        textcoords="offset points",
-        ha=side,
-        fontsize=8,
-        fontweight="bold",
-    )
+def draw_heading(axis: Any, title: Any, heading: str, side: str) -> None:
+    """Print the heading of a group of panels above their titles.
+
+    Args:
+        axis: The first panel.
+        title: The drawn title with the most lines, of this panel or of one beside it.
+        heading: The heading.
+        side: Where the heading is along the first panel: ``left`` or ``center``.
+    """
+    place = 0 if side == "left" else 0.5
+    options: Any = {
+        "xycoords": ("axes fraction", title),
+        "textcoords": "offset points",
+        "ha": side,
+        "fontsize": 8,
+        "fontweight": "bold",
+    }
+    above_title = {"xy": (place, 1), "xytext": (0, 7)}
+    # A heading may be wider than its panel. If the layout knew its width, it would make all panels
+    # narrower. So only a blank text of the same height is part of the layout.
+    axis.annotate(heading, **above_title, **options).set_in_layout(False)
+    axis.annotate(re.sub(r"[^\n]+", " ", heading), **above_title, **options)
 
 
 def _texts_by_line(rows: pd.DataFrame) -> dict[str, str]:
@@ -335,13 +363,15 @@ def _legend_style(styles: pd.Series) -> MethodStyle:
 def legend_below(figure: Any, axes: Iterable[Any], columns: int) -> None:
     """Draw one legend for all axes below the figure, in at most ``columns`` columns.
 
-    A label that several axes have appears once.
+    A label that several axes have appears once. Without labels, there is no legend.
     """
     handles_by_label = {}
     for axis in axes:
         handles, labels = axis.get_legend_handles_labels()
         for handle, label in zip(handles, labels, strict=True):
             handles_by_label[label] = handle
+    if not handles_by_label:
+        return
     num_columns = min(len(handles_by_label), columns)
     options: Any = {"loc": "outside lower center", "fontsize": 7, "frameon": False}
     figure.legend(handles_by_label.values(), handles_by_label.keys(), ncols=num_columns, **options)
@@ -355,9 +385,11 @@ def wrap_text(text: str, inches: float, size: float = 8) -> str:
     # An inch has 72 points. In matplotlib's font, a letter is on average 0.50 to 0.56 times as wide
     # as the font size, so 0.58 is on the safe side.
     letters = max(8, int(inches * 72 / (0.58 * size)))
-    # A parameter count stays with its unit, such as "22 M" in "ViT-S/14 (22 M)". The blank between
-    # a digit and "M)" or "B)" becomes a no-break space.
-    unbroken = re.sub(r"(?<=\d) (?=[MB]\))", "\u00a0", text)
+    # A number stays with its unit, such as "22 M" in "ViT-S/14 (22 M)", and with its name, such as
+    # "N 8" and "layer 1". The blank between them becomes a no-break space.
+    before_unit = r"(?<=\d) (?=[MB]\))"
+    after_name = r"(?<=\bN) (?=\d)|(?<=\blayer) (?=\d)"
+    unbroken = re.sub(f"{before_unit}|{after_name}", "\u00a0", text)
     lines = []
     for line in unbroken.split("\n"):
         lines.append(textwrap.fill(line, letters, break_on_hyphens=False))
@@ -370,6 +402,22 @@ def show_use(axis: Any, use: NDArray[np.float64], **options: Any) -> None:
     ``options`` go to ``imshow``.
     """
     axis.imshow(use, norm=USE.norm, cmap=USE.cmap, aspect="auto", **options)
+
+
+def number_experts(axis: Any, num_experts: int, inches: float) -> None:
+    """Number the experts below a matrix of expert use, from 1.
+
+    The first and the last expert are numbered, and all others if there is room.
+
+    Args:
+        axis: The axis with the matrix. The first expert is at 0.
+        num_experts: The number of experts.
+        inches: The width of the axis.
+    """
+    has_room = num_experts * _NUMBER_WIDTH <= inches
+    places = list(range(num_experts)) if has_room else [0, num_experts - 1]
+    axis.set_xticks(places, [str(place + 1) for place in places])
+    axis.set_xlabel("expert")
 
 
 def divide_by_mean(shares: NDArray[np.float64], mean: NDArray[np.float64]) -> NDArray[np.float64]:
