@@ -238,7 +238,7 @@ def _draw_matrix(axis: Any, matrix: Matrix, experts: int) -> None:
     # neurons of one expert are neighbours
     for edge in range(expert_size, matrix.neurons, expert_size):
         axis.axvline(edge - 0.5, color="#e3e3e3", lw=0.3, zorder=0)
-    axis.plot(matrix.places, matrix.tokens, "s", ms=1.2, mew=0, color=EMOE.colour, rasterized=True)
+    axis.plot(matrix.places, matrix.tokens, "o", ms=1.4, mew=0, color=EMOE.colour, rasterized=True)
     # the first token is at the top
     axis.set(xlim=(-0.5, matrix.neurons - 0.5), ylim=(len(matrix.tasks) - 0.5, -0.5))
     axis.set_xticks([0, matrix.neurons])

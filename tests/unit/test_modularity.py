@@ -169,8 +169,8 @@ def test_panels_of_activations_have_equal_axes_and_no_ticks_for_tasks(
         assert axis.get_ylim() == panels[0].get_ylim()
         assert axis.yaxis.get_tick_params()["length"] == 0
         # smaller dots are invisible on a page
-        dots = [line for line in axis.lines if line.get_marker() == "s"]
-        assert all(line.get_markersize() >= 1.2 for line in dots)
+        dots = [line for line in axis.lines if line.get_marker() == "o"]
+        assert [line.get_markersize() >= 1.4 for line in dots] == [True]
 
 
 def test_both_panels_in_3d_have_the_same_axes(outcomes: ModularityOutcomes) -> None:
