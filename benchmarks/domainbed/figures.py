@@ -1,13 +1,14 @@
-"""Draw the figures of one image set: accuracy and routing."""
+"""Draw the figures of one image set: accuracy, curves over steps, and routing."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from benchmarks.domainbed.outcomes import DomainOutcomes
@@ -15,15 +16,23 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report import plots
 from benchmarks.harness.report.common import our_means
 from benchmarks.harness.report.presentation import Figure
-from benchmarks.harness.report.style import distinct_styles
-from benchmarks.harness.results.content import Chance
-from benchmarks.harness.results.statistics import mutual_information
+from benchmarks.harness.report.style import MethodStyle, distinct_styles
+from benchmarks.harness.results.content import Chance, StepRecord
+from benchmarks.harness.results.statistics import (
+    mutual_information,
+    paired_differences,
+    shared_pairs,
+)
 
 _SELECTION = "training"  # the selection that is drawn: training-domain validation
 _COLUMNS = (4, 3)  # how many panels may be beside each other
 _MOST_LABELS = 20  # most classes that are named
 _PANEL_WIDTH = 1.4  # inches
 _CHANCE = "bit: mutual information with the expert; chance: mean and 95 % quantile, images shuffled"
+_MOST_STEPS = 6  # most steps with differences to the baseline
+_MOST_TICKS = 7  # most numbers below a panel of curves
+_MARKS_GAP = 0.06  # between the marks of two methods, as a part of the space between two steps
+_STEPS_HEIGHT = 1.5  # inches of a panel of curves
 
 
 def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
@@ -54,6 +63,232 @@ def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     )
     label = f"Accuracy (%), {plots.sample_text(drawn, 'trials')}"
     plots.draw_forest(drawn, path, label, zero=False)
+
+
+# the drawn numbers of a run at a step
+_LOSS = "loss"
+_IN_DOMAIN = "in_domain"
+_HELD_OUT = "held_out"
+
+
+class _StepRow(NamedTuple):
+    """One row of panels in the figure over steps."""
+
+    number: str
+    """The drawn number of a run."""
+    label: str
+    """The label of the vertical axis."""
+    scale: float
+    """The factor from the recorded number to the drawn one."""
+    is_difference: bool
+    """True to draw differences to the baseline."""
+
+
+_STEP_ROWS = (
+    _StepRow(_LOSS, "training loss", scale=1, is_difference=False),
+    _StepRow(_LOSS, "Δ training loss", scale=1, is_difference=True),
+    _StepRow(_IN_DOMAIN, "accuracy in domain (%)", scale=100, is_difference=False),
+    _StepRow(_HELD_OUT, "held-out accuracy (%)", scale=100, is_difference=False),
+    _StepRow(_HELD_OUT, "Δ held-out accuracy (points)", scale=100, is_difference=True),
+)
+
+
+def step_numbers(outcomes: DomainOutcomes, name: str) -> pd.DataFrame:
+    """Collect the loss and the accuracies of the runs on an image set at each evaluated step.
+
+    Only runs that hold out one environment alone are used. If a method has several settings, each
+    environment and trial has the run that training-domain validation chooses.
+
+    Returns:
+        A row for each run, step and ``number``, with titles and these columns:
+
+        - ``model``, ``method`` and ``run_id``
+        - ``pair``: the held-out environment and the trial, as text
+        - ``step``: the updates before the evaluation, minus 1
+        - ``number`` and ``value``: ``loss`` is the mean training loss since the evaluation before.
+          ``in_domain`` is the mean accuracy on the *out* splits of the training environments.
+          ``held_out`` is the accuracy on the *in* split of the held-out environment. The loss is
+          nan if the model diverged.
+    """
+    rows = []
+    for run, env in _chosen_alone(outcomes, name):
+        keys = {
+            "model": run.model,
+            "method": run.method,
+            "run_id": run.id,
+            "pair": f"{outcomes.environments(name)[env]}, trial {run.seed}",
+        }
+        for record in outcomes.finished[run.id].metrics.records or ():
+            for number, value in _numbers_at_step(record, env):
+                rows.append({**keys, "step": record.step, "number": number, "value": value})
+    columns = ["model", "method", "run_id", "pair", "step", "number", "value"]
+    numbers = pd.DataFrame(rows, columns=columns).astype({"value": float})
+    return outcomes.order(numbers, ["model", "method"])
+
+
+def _chosen_alone(outcomes: DomainOutcomes, name: str) -> Iterator[tuple[Run, int]]:
+    """Yield the runs on an image set that training-domain validation chooses.
+
+    Each run comes with the number of its held-out environment.
+    """
+    is_of_set = outcomes.cells["task"] == name
+    is_selected = outcomes.cells["selection"] == _SELECTION
+    keys = ["model", "method", "eval_task", "seed", "hparams_seed", "variant"]
+    chosen = outcomes.cells.loc[is_of_set & is_selected, keys]
+    chosen_keys = set(chosen.itertuples(index=False, name=None))
+    for run, env in _runs_alone(outcomes, name):
+        env_name = outcomes.environments(name)[env]
+        hparams_seed = outcomes.specs[run.id].hparams_seed
+        key = (run.model, run.method, env_name, run.seed, hparams_seed, run.method_variant)
+        if key in chosen_keys:
+            yield run, env
+
+
+def _numbers_at_step(record: StepRecord, env: int) -> Iterator[tuple[str, float]]:
+    """Yield the name and the value of each drawn number. ``env`` is the held-out environment."""
+    loss = math.nan if record.loss is None else record.loss
+    yield _LOSS, loss
+    accuracies = record.numbers()
+    of_training = []
+    for key, accuracy in accuracies.items():
+        if key.endswith("_out_acc") and key != f"env{env}_out_acc":
+            of_training.append(accuracy)
+    yield _IN_DOMAIN, float(np.mean(of_training))
+    yield _HELD_OUT, accuracies[f"env{env}_in_acc"]
+
+
+def step_differences(outcomes: DomainOutcomes, numbers: pd.DataFrame) -> pd.DataFrame:
+    """Compare each method with the baseline at each step, except the first.
+
+    Runs are paired by held-out environment and trial. Only pairs that both methods have are used.
+    The first step is one update, where methods barely differ.
+
+    Args:
+        outcomes: The results.
+        numbers: The rows of :func:`step_numbers`.
+
+    Returns:
+        A row for each ``model``, ``number``, ``method`` and ``step``, with titles: the mean
+        difference ``delta``, its 95 % interval from ``low`` to ``high``, and the count ``n`` of
+        pairs.
+    """
+    after_first = numbers[numbers["step"] > numbers["step"].min()]
+    cell = ["model", "number", "method", "step"]
+    differences = paired_differences(
+        after_first[[*cell, "pair", "value"]],
+        cell=cell,
+        reference={"method": outcomes.baseline},
+        pair="pair",
+    )
+    # no figure shows the column ``values``, which counts runs
+    return outcomes.order(differences.drop(columns=["p", "values"]), cell)
+
+
+def draw_steps(outcomes: DomainOutcomes, name: str, path: Path) -> None:
+    """Draw the training loss and the accuracies on one image set over the steps of the training.
+
+    There is a column of panels for each model, and a line for each method. Lines are means over the
+    pairs of held-out environment and trial that all methods of the model have. Two rows of panels
+    show differences to the baseline with intervals, over all pairs that a method shares with it. A
+    model is left out if its runs have fewer than two evaluations after the first. The figure is a
+    placeholder if there is nothing to draw.
+    """
+    numbers = step_numbers(outcomes, name)
+    num_steps = numbers.groupby("model")["step"].transform("nunique")
+    drawn = numbers[num_steps > 2]
+    shared = shared_pairs(drawn, table=["model"], row=["method"], pair="pair")
+    differences = step_differences(outcomes, drawn)
+    # there are no differences without the baseline, and an unfinished suite may have no pair that
+    # all methods have
+    rows = []
+    for row in _STEP_ROWS:
+        points = differences if row.is_difference else shared
+        if not points.empty:
+            rows.append(row)
+    if not rows:
+        plots.placeholder_figure(path)
+        return
+    labels = [row.label for row in rows]
+    models = list(drawn["model_title"].unique())
+    styles = outcomes.styles_by_title(drawn)
+    with plots.curve_figure(path, models, labels, _STEPS_HEIGHT) as axes:
+        for column, model in enumerate(models):
+            of_model = shared[shared["model_title"] == model]
+            differences_of_model = differences[differences["model_title"] == model]
+            _draw_model(axes[:, column], rows, of_model, differences_of_model, styles)
+            label = _steps_label(outcomes, of_model, differences_of_model)
+            plots.label_steps(axes[-1, column], label, _MOST_TICKS)
+
+
+def _draw_model(
+    axes: Sequence[Any],
+    rows: Sequence[_StepRow],
+    numbers: pd.DataFrame,
+    differences: pd.DataFrame,
+    styles: Mapping[str, MethodStyle],
+) -> None:
+    """Draw the column of panels of one model.
+
+    Args:
+        axes: The axes of the panels.
+        rows: What each panel shows.
+        numbers: The model's rows of :func:`step_numbers`, of the pairs that all methods have.
+        differences: The model's rows of :func:`step_differences`.
+        styles: The style of each method, by title.
+    """
+    for axis, row in zip(axes, rows, strict=True):
+        if row.is_difference:
+            points = differences[differences["number"] == row.number]
+            _draw_differences(axis, points, styles, row.scale)
+        else:
+            points = numbers[numbers["number"] == row.number]
+            scaled = points.assign(value=points["value"] * row.scale)
+            plots.draw_means(axis, scaled, styles)
+
+
+def _steps_label(outcomes: DomainOutcomes, numbers: pd.DataFrame, differences: pd.DataFrame) -> str:
+    """Return the label of the steps of one model, with the counts of runs and of pairs."""
+    lines = ["step"]
+    if not numbers.empty:
+        num_runs = numbers.groupby("method")["run_id"].nunique()
+        lines.append(f"lines: {plots.count_text(num_runs, 'runs')}")
+    if not differences.empty:
+        num_pairs = plots.count_text(differences["n"], "pairs")
+        lines.append(f"Δ to {outcomes.baseline_title}: {num_pairs}")
+    return plots.wrap_text("\n".join(lines), 3.2)
+
+
+def _draw_differences(
+    axis: Any, differences: pd.DataFrame, styles: Mapping[str, MethodStyle], scale: float
+) -> None:
+    """Draw the differences of one number to the baseline by step, and a line at zero.
+
+    A mark has its 95 % interval. At most six steps are drawn, the last one among them. The marks of
+    a step are beside each other, so that intervals do not overlap.
+    """
+    if differences.empty:
+        return
+    axis.axhline(0, color=plots.REFERENCE, lw=0.8, zorder=1)
+    steps = np.sort(differences["step"].unique())
+    places = np.linspace(0, len(steps) - 1, min(len(steps), _MOST_STEPS))
+    shown_steps = steps[places.round().astype(int)]
+    methods = list(differences["method_title"].unique())
+    gap = _MARKS_GAP * np.diff(shown_steps).min()
+    for place, method in enumerate(methods):
+        is_drawn = differences["step"].isin(shown_steps) & (differences["method_title"] == method)
+        rows = differences[is_drawn]
+        shift = gap * (place - (len(methods) - 1) / 2)
+        reach = (rows["high"] - rows["delta"]).where(rows["n"] >= plots.FEW)
+        axis.errorbar(
+            rows["step"] + shift,
+            rows["delta"] * scale,
+            yerr=reach * scale,
+            label=method,
+            lw=0.8,
+            elinewidth=1.0,
+            ms=3.5,
+            **styles[method].line,
+        )
 
 
 class _Panel(NamedTuple):
@@ -177,13 +412,7 @@ def _first_runs(outcomes: DomainOutcomes, name: str) -> _FirstRuns | None:
     runs hold out the same environment: the one with the lowest number. The result is None if there
     is no such run.
     """
-    # runs that hold out one environment alone, with its number
-    alone: list[tuple[Run, int]] = []
-    for run in outcomes.runs:
-        test_envs = outcomes.specs[run.id].test_envs
-        if run.task == name and len(test_envs) == 1:
-            (env,) = test_envs
-            alone.append((run, env))
+    alone = _runs_alone(outcomes, name)
     if not alone:
         return None
     # the first in the order of the grid
@@ -195,6 +424,17 @@ def _first_runs(outcomes: DomainOutcomes, name: str) -> _FirstRuns | None:
         if run.model == model and env == first_env:
             by_method.setdefault(run.method, run)  # keeps the first run
     return _FirstRuns(model, first_env, by_method)
+
+
+def _runs_alone(outcomes: DomainOutcomes, name: str) -> list[tuple[Run, int]]:
+    """Return the runs on an image set that hold out one environment alone, with its number."""
+    alone = []
+    for run in outcomes.runs:
+        test_envs = outcomes.specs[run.id].test_envs
+        if run.task == name and len(test_envs) == 1:
+            (env,) = test_envs
+            alone.append((run, env))
+    return alone
 
 
 def _routing_panels(
@@ -267,6 +507,21 @@ SET_FIGURES = {
         draw_accuracy,
         "Accuracy on each held-out environment by method, with training-domain validation: means "
         "over trials, with 95 % intervals from three trials on. The axis does not start at zero.",
+    ),
+    "steps": Figure(
+        draw_steps,
+        "Training loss and accuracy by step and method, and differences to the baseline (Δ). "
+        "Training loss: the mean over the steps since the evaluation before, with the balance loss "
+        "of methods that have one. Accuracy in domain: on the out splits of the training "
+        "environments. Held-out accuracy: on the in split of the held-out environment. A pair is a "
+        "held-out environment and a trial. Lines are means over the pairs that all methods have; "
+        "differences are means over all pairs that a method shares with the baseline. Bars are "
+        "95 % confidence intervals (Student's t) over the pairs, taken as independent and not "
+        "corrected for the number of steps. They need three pairs. Differences leave out the first "
+        "evaluation, which is after one update, and show at most six of the others; marks are "
+        "shifted sideways so that bars do not overlap. Only runs that hold out one environment "
+        "alone are used, with the settings that training-domain validation chooses. The axes do "
+        "not start at zero.",
     ),
     "routing": Figure(
         draw_routing,

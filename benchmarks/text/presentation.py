@@ -10,6 +10,7 @@ from benchmarks.harness.report.presentation import NOTE, Figure, Presentation
 from benchmarks.harness.report.table import Table
 from benchmarks.harness.results.records import Record
 from benchmarks.text.ablations import ablation_figure, ablation_table
+from benchmarks.text.figures import CURVES
 from benchmarks.text.outcomes import TextOutcomes
 from benchmarks.text.routing import TRACES, USAGE, trace_table, usage_table
 from benchmarks.text.selection_gain import selection_gain_table
@@ -20,7 +21,7 @@ from benchmarks.text.tables import TABLES, verdicts
 TABLES["selection_gain"] = selection_gain_table
 TABLES["usage"] = usage_table
 TABLES["traces"] = trace_table
-FIGURES = {"usage": USAGE, "traces": TRACES}
+FIGURES = {"usage": USAGE, "traces": TRACES, "curves": CURVES}
 
 
 def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:

@@ -14,7 +14,7 @@ from benchmarks.harness.config.catalogue import COST, LOADS, MODEL, load_models
 from benchmarks.harness.config.methods import CONTROL
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import NUMBER_COLUMNS
-from benchmarks.harness.report.style import MethodStyle, style_of
+from benchmarks.harness.report.style import MethodStyle, distinct_styles, style_of
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.statistics import (
     confidence_interval,
@@ -171,6 +171,16 @@ class Outcomes:
         """Return the style of a method. ``method`` may have a setting: ``<name>|<setting>``."""
         name, _, _setting = method.partition(SETTING)
         return style_of(self.methods[name])
+
+    def styles_by_title(self, titled: pd.DataFrame) -> dict[str, MethodStyle]:
+        """Return the style of each ``method_title`` of a frame, changed to tell lines apart.
+
+        A method with several settings has several titles.
+        """
+        methods = titled[["method_title", "method"]].drop_duplicates()
+        return distinct_styles(
+            (row.method_title, self.style(row.method)) for row in methods.itertuples()
+        )
 
     def with_titles(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Add a column ``<key>_title`` for every column with titles, and ``is_method``.

@@ -7,7 +7,7 @@ import os
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.harness.base import atomic_write
-from benchmarks.harness.report.style import MethodStyle
+from benchmarks.harness.report.style import DENSE, MethodStyle
 
 # draw without a display; a notebook sets its own backend, before pyplot is imported
 if "MPLBACKEND" not in os.environ:
@@ -60,6 +60,9 @@ _ABOVE_MARKS_HEIGHT = 0.22  # the marks under such a text
 _BAND_HEIGHT = 0.11  # the shaded margin around zero
 _NUMBER_WIDTH = 0.25  # inches for the number of an expert, below a matrix of expert use
 _LONG_SERIES = 30  # letters; with a name of this length the legend has one column, else three
+# inches of a column of curves, and of the labels of the vertical axes
+_CURVES_WIDTH = 3.0
+_LABELS_WIDTH = 0.6
 
 
 def count_text(counts: Iterable[float], unit: str = "seeds") -> str:
@@ -360,21 +363,100 @@ def _legend_style(styles: pd.Series) -> MethodStyle:
     return first
 
 
-def legend_below(figure: Any, axes: Iterable[Any], columns: int) -> None:
-    """Draw one legend for all axes below the figure, in at most ``columns`` columns.
+def legend_below(figure: Any, axes: Iterable[Any], columns: int) -> float:
+    """Draw one legend for all axes below the figure, and return its height in inches.
 
-    A label that several axes have appears once. Without labels, there is no legend.
+    It has at most ``columns`` columns, and fewer if they are wider than the figure. A label that
+    several axes have appears once, as the first axis draws it. Without labels, there is no legend.
     """
-    handles_by_label = {}
+    handles_by_label: dict[str, Any] = {}
     for axis in axes:
         handles, labels = axis.get_legend_handles_labels()
         for handle, label in zip(handles, labels, strict=True):
-            handles_by_label[label] = handle
+            handles_by_label.setdefault(label, handle)
     if not handles_by_label:
-        return
-    num_columns = min(len(handles_by_label), columns)
+        return 0.0
     options: Any = {"loc": "outside lower center", "fontsize": 7, "frameon": False}
-    figure.legend(handles_by_label.values(), handles_by_label.keys(), ncols=num_columns, **options)
+    num_columns = min(len(handles_by_label), columns)
+    while True:
+        legend = figure.legend(
+            handles_by_label.values(), handles_by_label.keys(), ncols=num_columns, **options
+        )
+        extent = legend.get_window_extent()
+        # not the whole width, because letters of a saved figure may be a little wider
+        if extent.width <= 0.97 * figure.bbox.width or num_columns == 1:
+            return float(extent.height / figure.dpi)
+        legend.remove()
+        num_columns -= 1
+
+
+def curves_width(columns: int) -> float:
+    """Return the width in inches of a figure that has so many columns of curves."""
+    return min(_CURVES_WIDTH * columns + _LABELS_WIDTH, WIDTH)
+
+
+@contextmanager
+def curve_figure(
+    path: Path, titles: Sequence[str], labels: Sequence[str], panel_height: float
+) -> Iterator[Any]:
+    """Yield the axes ``[labels, titles]`` for curves; save the figure on exit.
+
+    The figure has a column of panels for each title, and a row of panels for each label of a
+    vertical axis. Panels of a column share the steps, and panels of a row share the values. One
+    legend names the lines of all panels. ``panel_height`` is in inches.
+    """
+    width = curves_width(len(titles))
+    height = panel_height * len(labels) + 0.3
+    title_width = (width - _LABELS_WIDTH) / len(titles)
+    panels = panel_figure(
+        path,
+        len(labels),
+        len(titles),
+        (width, height),
+        CURVES,
+        sharex="col",
+        sharey="row",
+    )
+    with panels as (figure, axes):
+        yield axes
+        for axis, title in zip(axes[0], titles, strict=True):
+            axis.set_title(wrap_text(title, title_width), fontsize=8)
+        for axis, label in zip(axes[:, 0], labels, strict=True):
+            axis.set_ylabel(wrap_text(label, 0.9 * panel_height))
+        legend_below(figure, axes.flat, len(titles) + 1)
+
+
+def draw_means(axis: Any, points: pd.DataFrame, styles: Mapping[str, MethodStyle]) -> None:
+    """Draw a line for each method: the mean of its runs by step.
+
+    Args:
+        axis: The axis of the panel.
+        points: A row for each run and step, with ``method_title``, ``step`` and ``value``.
+        styles: The style of each method, by title.
+    """
+    for title, of_method in points.groupby("method_title", sort=False):
+        # the line ends where a model diverges, so a missing value makes the mean missing
+        means = of_method.groupby("step")["value"].mean(skipna=False)
+        _draw_curve(axis, means, str(title), styles[str(title)])
+
+
+def _draw_curve(axis: Any, values: pd.Series[float], title: str, style: MethodStyle) -> None:
+    """Draw the line of one method: its values by step.
+
+    Dashes and markers, and a wide line for the dense model, keep overlapping lines visible.
+    """
+    is_dense = style.colour == DENSE.colour
+    # the line of the dense model is wide, to be visible below other lines
+    line = {"lw": 2.6, "alpha": 0.55} if is_dense else {"lw": 1.2}
+    # about eight markers a line
+    markers = {"ms": 4, "markevery": max(1, len(values) // 8)}
+    axis.plot(values.index, values, label=title, **line, **style.line, **markers)
+
+
+def label_steps(axis: Any, label: str, most_ticks: int = 10) -> None:
+    """Label the horizontal axis of curves. It has at most so many ticks, at whole numbers."""
+    axis.set_xlabel(label)
+    axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(most_ticks, integer=True))
 
 
 def wrap_text(text: str, inches: float, size: float = 8) -> str:
