@@ -135,7 +135,7 @@ class _Page:
         return {
             "name": path.name,
             "image": _read_image(path),
-            "readable_width": _readable_width(path),
+            "readable_width": str(_readable_width(path)),
             "narrow_image": _read_image(narrow) if narrow else "",
             "files": self.link(path),
             "caption": caption,
