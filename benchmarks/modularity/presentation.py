@@ -249,12 +249,15 @@ def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
     """Draw the magnitudes of activations in the first layer of the first model, as the paper does.
 
     One 3D panel shows the neurons before clustering, and the other panel shows them after it. Both
-    have the same axes.
+    have the same axes. Without such runs, the figure is a placeholder.
     """
     title, rows = next(outcomes.panels())
     # the method "contiguous" keeps the order of the checkpoint, the baseline clusters the neurons
     is_shown = rows["method"].isin(["contiguous", outcomes.baseline])
     runs = list(_first_runs(rows[is_shown]).itertuples())
+    if not runs:
+        plots.placeholder_figure(path)
+        return
     largest = max(max(run.matrix.values) for run in runs)
     with mpl.rc_context({**plots.STYLE, "font.size": 7}):
         figure = plt.figure(figsize=(plots.WIDTH, 3.0), layout="constrained")

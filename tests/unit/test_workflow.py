@@ -128,7 +128,7 @@ def test_folders_of_older_versions_are_refused_in_one_line(here: Path) -> None:
         ("multitask", "the suite 'mini' does not run multitask; smoke, paper"),
         (
             "domainbed_pacs",
-            "the suite 'mini' does not run pacs; paper, domainbed_large, domainbed_sweep, paper_trial do: ",
+            "the suite 'mini' does not run pacs; full, paper, domainbed_large, domainbed_sweep, paper_trial do: ",
         ),
         (
             "speed",
