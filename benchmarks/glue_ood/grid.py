@@ -109,13 +109,14 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
             trained = cells[row.trained]
             candidates = list(trained)
             seeds = _seeds(trained)
-            method_of_use = {}
+            conversion = {}  # the key of the spec that names the other method
             if row.used_as is not None:
                 used_as = cells[row.used_as]
                 candidates += used_as
                 # the method that models are converted to may have fewer seeds
-                seeds = [seed for seed in seeds if seed in _seeds(used_as)]
-                method_of_use = {"used_as": row.used_as.method}
+                other_seeds = _seeds(used_as)
+                seeds = [seed for seed in seeds if seed in other_seeds]
+                conversion = {"used_as": row.used_as.method}
             ood = [name for name in self.tasks[row.trained.task].ood if name not in exclude]
             if not ood:
                 continue
@@ -134,7 +135,7 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
                     method={"name": row.name, "variant": "", "config": None},
                     learning_rate=0.0,
                     seed=seed,
-                    **method_of_use,
+                    **conversion,
                 )
 
     def _candidates(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,18 +53,17 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
     # load all sets first: a missing one is reported before the model is loaded
     test = load(spec.task, "test")
     ood_splits = {other.name: _load_ood(other, load) for other in spec.ood}
-    chosen = _chosen(spec, spec.trained)
+    candidates = [read_run(RUNS / candidate / "run.json") for candidate in spec.candidates]
+    chosen = _chosen(spec, spec.trained, candidates)
     trained = parse(chosen.spec, TextSpec, chosen.folder)
     recorded = read_record(chosen).metrics
     tokenizer = load_tokenizer(trained.model)
     classifier = _reopen(chosen, trained, recorded, tokenizer)
     # evaluate the trained weights with the experts of another method, or without experts
     if spec.used_as is not None:
-        target = _chosen(spec, spec.used_as)
-        # None for a dense model
-        convert_trained_(
-            classifier.model, parse(target.spec, TextSpec, target.folder).method.config
-        )
+        target = _chosen(spec, spec.used_as, candidates)
+        used_as = parse(target.spec, TextSpec, target.folder)
+        convert_trained_(classifier.model, used_as.method.config)
     evaluator = TextEvaluator(
         classifier,
         tokenizer,
@@ -155,7 +154,7 @@ def _load_ood(other: RunTask, load: Callable[..., TextSplit]) -> TextSplit:
         ) from error
 
 
-def _chosen(spec: EvaluationSpec, method: str) -> Run:
+def _chosen(spec: EvaluationSpec, method: str, candidates: Sequence[Run]) -> Run:
     """Return the candidate run of a method with the seed of the spec and the best hyper-parameters.
 
     The best variant and learning rate have the highest dev score, averaged over seeds.
@@ -163,13 +162,12 @@ def _chosen(spec: EvaluationSpec, method: str) -> Run:
     Raises:
         DataError: No candidate with this seed has the chosen variant and learning rate.
     """
-    all_candidates = [read_run(RUNS / folder / "run.json") for folder in spec.candidates]
-    candidates = [run for run in all_candidates if run.method == method]
-    numbers = tabulate_numbers(read_record(candidate) for candidate in candidates)
-    # the candidates share model, task, protocol and method; so only one choice is made, and all
+    of_method = [run for run in candidates if run.method == method]
+    numbers = tabulate_numbers(read_record(candidate) for candidate in of_method)
+    # these candidates share model, task, protocol and method; so only one choice is made, and all
     # selected records have the same hyper-parameters
     selected = select_runs(numbers, spec.protocol).iloc[0]
-    for candidate in candidates:
+    for candidate in of_method:
         has_choice = (
             candidate.method_variant == selected["variant"]
             and candidate.learning_rate == selected["learning_rate"]

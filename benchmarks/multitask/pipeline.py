@@ -39,7 +39,7 @@ from benchmarks.harness.training.routing import evaluate_with_routing
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.harness.training.trainer import RoutedTrainer, available_precision
 from benchmarks.multitask.definition import LearnedTask, MultitaskSpec, MultitaskTraining, OtherTask
-from benchmarks.text.data import TextSplit, load_part
+from benchmarks.text.data import TextSplit, load_part, load_splits
 from benchmarks.text.tokenization import TokenisedRows, batches
 from benchmarks.text.training import Epoch, epoch_arguments, kept_epoch, score_and_loss
 
@@ -95,21 +95,15 @@ def run(spec: MultitaskSpec, folder: Path, progress: Progress) -> dict[str, Any]
 def _splits(
     task: LearnedTask, training: MultitaskTraining, load: Callable[..., TextSplit]
 ) -> dict[str, TextSplit]:
-    """Load the splits of a task: ``train``, ``dev`` (for selection) and ``test`` (reported).
-
-    If a task has no test split, its dev split is reported. Then held-out training rows are used for
-    selection. The function ``load`` gets the task, the name of a split and the maximum number of
-    rows.
-    """
-    train = load(task, "train", None)
-    test = load(task, "test", training.eval_rows)
-    if task.splits.test:
-        # the dev split is free for selection
-        dev = load(task, "dev", training.dev_rows)
-        return {"train": train, "dev": dev, "test": test}
-    learned, held_out = train.hold_out(training.validation_fraction, f"{task.name}/held out")
-    dev = held_out.sample(training.dev_rows, f"{task.name}/held out rows")
-    return {"train": learned, "dev": dev, "test": test}
+    """Load the splits of a task with ``load``: ``train``, ``dev`` (for selection) and ``test``."""
+    splits = load_splits(
+        task,
+        load,
+        held_out_share=training.validation_fraction,
+        dev_rows=training.dev_rows,
+        test_rows=training.eval_rows,
+    )
+    return splits._asdict()
 
 
 def _summarise_data(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -228,6 +228,48 @@ def load_part(
         if note:
             say(f"warning: {note}")
     return split.sample(rows, f"{task.name}/{read_part}")
+
+
+class TaskSplits(NamedTuple):
+    """The splits of a training task: for training, for selection, and for the report."""
+
+    train: TextSplit
+    dev: TextSplit  # for the selection of epoch and hyper-parameters
+    test: TextSplit  # reported
+
+
+def load_splits(
+    task: RunTask,
+    load: Callable[..., TextSplit],
+    *,
+    held_out_share: float | None,
+    dev_rows: int | None,
+    test_rows: int | None,
+) -> TaskSplits:
+    """Load all training rows of a task, and the rows for selection and for the report.
+
+    If the task has no test split, its dev split is reported. Then held-out training rows are for
+    selection, or the reported rows themselves if ``held_out_share`` is None. The rows are the same
+    in every run.
+
+    Args:
+        task: The training task.
+        load: :func:`load_part`, which gets the task, the name of a part and a number of rows.
+        held_out_share: The share of the training rows to hold out; None to hold out none.
+        dev_rows: The number of rows for selection; None for all.
+        test_rows: The number of reported rows; None for all.
+    """
+    train = load(task, "train", None)
+    # without a test split, `load` returns the dev split
+    test = load(task, "test", test_rows)
+    if task.splits.test:
+        dev = load(task, "dev", dev_rows)
+    elif held_out_share is None:
+        dev = test
+    else:
+        train, held_out = train.hold_out(held_out_share, f"{task.name}/held out")
+        dev = held_out.sample(dev_rows, f"{task.name}/held out rows")
+    return TaskSplits(train, dev, test)
 
 
 def load_split(task: RunTask, part: str) -> TextSplit:

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.models.build import build_classifier, save_trained
 from benchmarks.harness.models.conversion import convert_trained_
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.training.progress import Progress
-from benchmarks.text.data import TextSplit, load_part
+from benchmarks.text.data import TaskSplits, TextSplit, load_part, load_splits
 from benchmarks.text.definition import TextSpec
 from benchmarks.text.tokenization import calibration_batches
 from benchmarks.text.training import TextTrainer
@@ -109,38 +109,23 @@ def _evaluate(
     return {"test": {spec.task.name: test_scores}, "ood": ood_scores}
 
 
-class _Splits(NamedTuple):
-    """The splits of the training task: for training, for selection, and for the report."""
-
-    train: TextSplit
-    dev: TextSplit  # for the selection of epoch and hyper-parameters
-    test: TextSplit  # reported
-
-
-def _load_splits(spec: TextSpec, load: Callable[..., TextSplit]) -> _Splits:
+def _load_splits(spec: TextSpec, load: Callable[..., TextSplit]) -> TaskSplits:
     """Load the splits of a run with ``load``, which is :func:`.data.load_part`.
-
-    If the task has no test split, the dev split is reported. Then a clean run selects with held-out
-    training rows, and a published run with the reported split itself.
 
     The rows for training are drawn with the run's seed, so they differ between seeds and are the
     same for all methods. The rows for selection and for the report are the same in every run.
     """
     task = spec.task
     training = spec.training
-    dev_rows = training.dev_rows or training.eval_rows
-    train = load(task, "train", None)
-    # without a test split, `load` returns the dev split
-    test = load(task, "test", training.eval_rows)
-    # only a clean run of a task without a test split has this fraction
-    if training.validation_fraction:
-        train, held_out = train.hold_out(training.validation_fraction, f"{task.name}/held out")
-        dev = held_out.sample(dev_rows, f"{task.name}/held out rows")
-    elif task.splits.test:
-        dev = load(task, "dev", dev_rows)
-    else:
-        dev = test
-    drawn = train.sample(training.train_rows, f"{task.name}/train/{spec.seed}")
+    splits = load_splits(
+        task,
+        load,
+        # 0 for a published run, which selects with the reported rows
+        held_out_share=training.validation_fraction or None,
+        dev_rows=training.dev_rows or training.eval_rows,
+        test_rows=training.eval_rows,
+    )
+    train = splits.train.sample(training.train_rows, f"{task.name}/train/{spec.seed}")
     if training.train_share:
-        drawn = drawn.stratified_sample(training.train_share, f"{task.name}/share/{spec.seed}")
-    return _Splits(drawn, dev, test)
+        train = train.stratified_sample(training.train_share, f"{task.name}/share/{spec.seed}")
+    return splits._replace(train=train)
