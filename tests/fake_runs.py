@@ -157,10 +157,11 @@ def _text(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:
 
 
 def _experts_of_chosen_model(run: Run) -> int:
-    """Make up the experts of the model that a run evaluates as it was trained; 0 if it is dense."""
-    if "candidates" not in run.spec or "transform" in run.spec:
+    """Make up the experts of the model that an evaluation uses; 0 if it is dense."""
+    if "candidates" not in run.spec:
         return 0
-    method = load_benchmark(run.benchmark).methods()[run.method]
+    used_as = run.spec.get("used_as", run.spec["trained"])
+    method = load_benchmark(run.benchmark).methods()[used_as]
     return 0 if method.kind == "dense" else 8
 
 
