@@ -506,7 +506,7 @@ def test_no_text_of_a_picture_touches_another_and_each_has_its_file(
 
 
 def test_only_a_benchmark_with_a_test_in_points_has_a_figure() -> None:
-    suite = load_suite({"suite": "full", "benchmarks": ["domainbed", "speed"]})
+    suite = load_suite({"suite": "smoke", "benchmarks": ["domainbed", "speed"]})
     assert "speed" in claimed_benchmarks(suite)
     assert claim_artifacts(suite).figures == ["", "narrow", "domainbed"]
 

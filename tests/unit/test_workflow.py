@@ -132,7 +132,7 @@ def test_folders_of_older_versions_are_refused_in_one_line(here: Path) -> None:
         ),
         (
             "speed",
-            "the suite 'mini' does not run speed; full, smoke, speed do: `snakemake --cores all speed --config suite=full`",
+            "the suite 'mini' does not run speed; smoke, speed do: `snakemake --cores all speed --config suite=smoke`",
         ),
     ],
 )

@@ -168,12 +168,27 @@ def _read_settings(file: Path, where: str, command_line: CommandLine) -> SuiteSe
         content = {**content, **replaced}
     settings = parse(content, SuiteSettings, where)
     check_names(Location(file, "benchmarks"), settings.benchmarks, benchmark_names())
+    _check_exclude(settings, where)
     if not command_line.benchmarks:
         return settings
     # the command line also gives the order of the benchmarks
     check_names(Location(where, "benchmarks"), command_line.benchmarks, settings.benchmarks)
     chosen = {name: settings.benchmarks[name] for name in command_line.benchmarks}
     return settings.model_copy(update={"benchmarks": chosen})
+
+
+def _check_exclude(settings: SuiteSettings, where: str) -> None:
+    """Check that excluded data sets exist.
+
+    Args:
+        settings: The suite's settings, with all benchmarks of its file: an excluded set may belong
+            to a benchmark that the command line leaves out.
+        where: The source of the settings, for messages.
+    """
+    tasks: set[str] = set()
+    for benchmark in settings.benchmarks:
+        tasks.update(load_benchmark(benchmark).tasks)
+    check_names(Location(where, "exclude"), settings.exclude, tasks)
 
 
 def _read_parts(name: str, file: Path, settings: SuiteSettings) -> dict[str, Part[Any]]:
@@ -200,19 +215,13 @@ def _read_parts(name: str, file: Path, settings: SuiteSettings) -> dict[str, Par
 
 
 def _check_settings(settings: SuiteSettings, where: str, parts: Mapping[str, Part[Any]]) -> None:
-    """Check that excluded data sets, evaluated benchmarks and folders exist.
+    """Check that evaluated benchmarks and folders exist.
 
     Args:
         settings: The suite's settings.
         where: The source of the settings, for messages.
         parts: The suite's part of each benchmark, by the benchmark's name.
     """
-    # an excluded data set may belong to any of the suite's benchmarks
-    tasks: set[str] = set()
-    for benchmark in parts:
-        tasks.update(load_benchmark(benchmark).tasks)
-    check_names(Location(where, "exclude"), settings.exclude, tasks)
-
     # a benchmark that evaluates runs of another benchmark needs this other benchmark in the suite
     for benchmark in parts:
         other = load_benchmark(benchmark).evaluates

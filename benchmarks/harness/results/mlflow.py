@@ -172,11 +172,15 @@ def _view(records: Sequence[Record]) -> str:
 def _score_names(records: Sequence[Record]) -> list[str]:
     """List the names of the first scores of some runs; of measurements, their first numbers."""
     numbers = tabulate_numbers(records)
-    is_score = numbers["is_score"] & numbers["part"].isin(["test", OOD_MEAN])
-    if not is_score.any():
-        is_score = ~numbers["part"].isin(["cost", "model"])
+    is_tested = numbers["part"].isin(["test", OOD_MEAN])
+    is_shown = is_tested & numbers["is_score"]
+    # only text tasks have a main metric
+    if not is_shown.any():
+        is_shown = is_tested
+    if not is_shown.any():
+        is_shown = ~numbers["part"].isin(["cost", "model"])
     names: list[str] = []
-    for row in numbers[is_score].itertuples():
+    for row in numbers[is_shown].itertuples():
         name = _number_name(str(row.part), str(row.eval_task), str(row.metric))
         if name not in names:
             names.append(name)
