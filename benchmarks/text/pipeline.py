@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.models.build import build_classifier, save_trained
-from benchmarks.harness.models.conversion import convert_trained_
+from benchmarks.harness.models.conversion import check_layers, convert_trained_
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.training.progress import Progress
 from benchmarks.text.data import TaskSplits, TextSplit, load_part, load_splits
@@ -46,6 +46,8 @@ def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
         splits.train, tokenizer, training.max_length, training.eval_batch_size
     )
     classifier = build_classifier(spec, len(task.labels), tokenizer, calibration)
+    if spec.used_as and spec.used_as.config:
+        check_layers(classifier.model, spec.used_as.config)
     trainer = TextTrainer(classifier, tokenizer, spec, splits.train, splits.dev, folder, progress)
     epochs, kept = trainer.train()
 

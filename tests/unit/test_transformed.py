@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from benchmarks.text.definition import RunTask
 from benchmarks.text.outcomes import TextOutcomes
 from benchmarks.text.training import TextEvaluator
 from benchmarks.text.usage import RoutingRecorder
+from emoe.errors import EMoEError
 from emoe.layer import routed_layers
 from tests import fake_runs, tiny_models
 from tests.executed import finish, prepare, reopened
@@ -58,6 +60,20 @@ def test_trained_weights_are_evaluated_as_another_methods_which_changes_no_other
         )
     )
     assert metrics | {"run_id": "", "transformed": {}} == alone | {"run_id": "", "transformed": {}}
+
+
+def test_a_layer_that_the_second_evaluation_lacks_is_named_before_the_training() -> None:
+    run = smoke_run("glue", "vanilla", epochs=1)
+    used_as = run.spec["used_as"]
+    wrong = {**used_as, "config": {**used_as["config"], "layers": [9]}}
+    text_run = prepare(run_from_spec({**run.spec, "used_as": wrong}))
+    with (
+        mock.patch("benchmarks.text.pipeline.TextTrainer") as trainer,
+        pytest.raises(EMoEError, match=r"layers \[9\] do not exist: the model has layers 0 to 1"),
+    ):
+        finish(text_run)
+    trainer.assert_not_called()
+
 
 
 def test_rows_of_transformed_weights_come_from_the_runs_that_trained_them(here: Path) -> None:

@@ -14,7 +14,8 @@ import emoe
 from benchmarks.harness.base import derive_seed
 from benchmarks.harness.config.method_specs import MethodSpec
 from benchmarks.harness.models.partitions import cached_partition
-from emoe.config import EMoEConfig
+from emoe.architectures import find_ffns
+from emoe.config import EMoEConfig, resolve_layers
 
 _NAMES_OF_HEADS = {"classifier", "score"}  # heads that transformers adds to a pre-trained model
 
@@ -92,6 +93,18 @@ def _convert_(
             usage = dict.fromkeys(partition, equal)
         emoe.fix_experts_(model, usage)
     return report
+
+
+def check_layers(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Check that a dense model has the layers of a configuration of experts.
+
+    A model that is converted after the training needs this check before it.
+
+    Raises:
+        ConfigError: A layer does not exist.
+    """
+    layers = emoe.config_from_dict(config).layers
+    resolve_layers(layers, count=len(find_ffns(model)))
 
 
 def convert_trained_(model: nn.Module, config: Mapping[str, Any] | None) -> None:
