@@ -75,7 +75,6 @@ def test_a_layer_that_the_second_evaluation_lacks_is_named_before_the_training()
     trainer.assert_not_called()
 
 
-
 def test_rows_of_transformed_weights_come_from_the_runs_that_trained_them(here: Path) -> None:
     runs = [
         run for run in plan(["glue"], "smoke") if run.spec["method"]["name"] in ("vanilla", "emoe")
