@@ -1,5 +1,5 @@
 # Two commands on a fresh machine with Python 3.11 to 3.13, git and make:
-#   make run     set up, run the suite (SUITE=mini), say what to open next
+#   make run     set up, run the suite (SUITE=mini; its sets from the hub, packages or DATA_ROOT), say what to open next
 #   make test    set up, run every check and test; CI calls exactly this
 SUITE ?= mini
 # the versions by which the numbers were blessed; `make setup CONSTRAINTS=` installs the newest that pyproject.toml allows
@@ -39,9 +39,10 @@ constraints: ## write constraints.txt anew: the newest versions that pyproject.t
 		tr 'A-Z_' 'a-z-' | LC_ALL=C sort >> "$$folder/constraints.txt" && \
 	cp "$$folder/constraints.txt" constraints.txt
 
-run: $(STAMP) ## run a suite: make run, make run SUITE=smoke
-	@echo "Running the suite '$(SUITE)': snakemake --cores all --config suite=$(SUITE)"
-	@$(BIN)/snakemake --cores all --quiet reason host rules --config suite=$(SUITE)
+SUITE_CONFIG = $(strip suite=$(SUITE) $(if $(DATA_ROOT),data_root=$(DATA_ROOT)))
+run: $(STAMP) ## run a suite: make run, make run SUITE=smoke, make run SUITE=full DATA_ROOT=/folder/of/sets
+	@echo "Running the suite '$(SUITE)': snakemake --cores all --config $(SUITE_CONFIG)"
+	@$(BIN)/snakemake --cores all --quiet reason host rules --config $(SUITE_CONFIG)
 	@echo
 	@$(BIN)/python -m benchmarks status --suite $(SUITE)
 
