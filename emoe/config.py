@@ -492,7 +492,7 @@ def config_from_dict(values: Mapping[str, Any]) -> EMoEConfig | GMoEConfig:
     return config_class.from_dict(values)
 
 
-def resolve_layers(layers: Layers, count: int) -> list[int]:
+def resolve_layers(layers: str | Sequence[int], count: int) -> list[int]:
     """Convert a request such as ``"last-half:2"`` into layer numbers in ascending order.
 
     Args:

@@ -125,7 +125,7 @@ def convert_(
             f"{type(model).__name__} is converted already; call emoe.to_dense_ first"
         )
     ffns = find_ffns(model)
-    numbers = resolve_layers(config.layers, len(ffns))  # type: ignore[arg-type]
+    numbers = resolve_layers(config.layers, len(ffns))
     chosen = [ffns[number] for number in numbers]
     check_weights(model, chosen)
     check_config_fits(chosen, config)

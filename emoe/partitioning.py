@@ -91,7 +91,7 @@ def partition(
             "partition needs an emoe.EMoEConfig; GMoE copies whole FFNs and groups no neurons"
         )
     ffns = find_ffns(model)
-    numbers = resolve_layers(config.layers, len(ffns))  # type: ignore[arg-type]
+    numbers = resolve_layers(config.layers, len(ffns))
     chosen = [ffns[number] for number in numbers]
     check_weights(model, chosen)
     check_divisible(chosen, config.num_experts)

@@ -111,7 +111,13 @@ def _with_accuracies(outcomes: DomainOutcomes, name: str) -> tuple[pd.DataFrame,
     envs = [env for env in outcomes.environments(name) if env in held_out]
     headings = {env: outcomes.env_title(name, env) for env in envs}
     with_envs, env_columns = common.with_columns(
-        trials, on=CELL, numbers=numbers, headings=headings, metric="accuracy", std="error"
+        trials,
+        on=CELL,
+        numbers=numbers,
+        names="eval_task",
+        headings=headings,
+        metric="accuracy",
+        std="error",
     )
     return common.with_average(with_envs, env_columns, metric="accuracy")
 
@@ -187,7 +193,13 @@ def summary(outcomes: DomainOutcomes) -> Table:
     counts = common.format_counts(means, keys)
     headings = {name: outcomes.title("task", name) for name in outcomes.sets}
     frame, columns = common.with_columns(
-        counts, on=keys, numbers=numbers, headings=headings, metric="accuracy", std="error"
+        counts,
+        on=keys,
+        numbers=numbers,
+        names="task",
+        headings=headings,
+        metric="accuracy",
+        std="error",
     )
     # one set needs no average
     if len(columns) > 1:

@@ -153,6 +153,7 @@ def tasks_table(outcomes: TextOutcomes, domain: str = ID) -> Table:
         common.format_counts(rows, _KEYS_OF_ROW),
         on=_KEYS_OF_ROW,
         numbers=rows[["scope", *_KEYS_OF_ROW, "mean", "std"]],
+        names="scope",
         headings=headings,
         metric="score",
     )
@@ -208,6 +209,7 @@ def ood_table(outcomes: TextOutcomes) -> Table:
         outcomes.order(common.format_counts(rows, CELL), CELL),
         on=CELL,
         numbers=rows[["eval_task", *CELL, "mean", "std"]],
+        names="eval_task",
         headings=headings,
         metric="score",
         joint="_",  # the frame has columns such as `imdb_mean`

@@ -125,14 +125,14 @@ def test_folders_of_older_versions_are_refused_in_one_line(here: Path) -> None:
         ("table_99", "there is no target 'table_99'; did you mean 'table_"),
         ("gleu", "there is no target 'gleu'; did you mean 'glue'"),
         ("smoke", "'smoke' is a suite: `snakemake --cores all --config suite=smoke`"),
-        ("multitask", "the suite 'mini' does not run multitask; smoke, paper"),
+        ("multitask", "the suite 'mini' does not run multitask; suites that do: smoke, paper"),
         (
             "domainbed_pacs",
-            "the suite 'mini' does not run pacs; full, paper, domainbed_large, domainbed_sweep, paper_trial do: ",
+            "the suite 'mini' does not run pacs; suites that do: full, paper, domainbed_large, domainbed_sweep, paper_trial (",
         ),
         (
             "speed",
-            "the suite 'mini' does not run speed; smoke, speed do: `snakemake --cores all speed --config suite=smoke`",
+            "the suite 'mini' does not run speed; suites that do: smoke, speed (`snakemake --cores all speed --config suite=smoke`)",
         ),
     ],
 )

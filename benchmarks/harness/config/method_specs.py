@@ -136,11 +136,10 @@ def _layers_text(request: str, layers: Iterable[str]) -> str:
         request: The layers as the variant has them: ``3+5``, or a request such as ``last:2``.
         layers: The layer numbers, which replace the request; empty if they are unknown.
     """
-    text = ", ".join(layers)
-    if not text:
-        if request.startswith(("all", "last")):
-            return _request_in_words(request)
-        text = request.replace("+", ", ")
+    listed = ", ".join(layers)
+    if not listed and request.startswith(("all", "last")):
+        return _request_in_words(request)
+    text = listed or request.replace("+", ", ")
     if text.isdigit():  # a single layer
         return f"layer {text}"
     return f"layers {text}"
@@ -227,12 +226,11 @@ def _tune(method: Method, lora: LoRA | None, where: str) -> dict[str, Any] | Non
     if method.tune == "blocks" and method.layers is None:
         raise DefinitionError(f"{where} sets 'tune: blocks' but no 'layers', which it needs")
     trains_all = lora is None and method.tune is None
-    if not trains_all:
-        also_trained = method.also_train or ()
-        return tuning_spec(method.tune, layers=method.layers, also=also_trained)
-    if method.also_train is not None:
+    if trains_all and method.also_train is not None:
         raise DefinitionError(f"{where} sets 'also_train', which needs training.lora or 'tune'")
-    return None
+    if trains_all:
+        return None
+    return tuning_spec(method.tune, layers=method.layers, also=method.also_train or ())
 
 
 def _varied_settings(method: Method, point: Mapping[str, Any]) -> dict[str, Any]:
@@ -264,7 +262,7 @@ def _check_divisor(num_experts: int, model: str, where: str) -> None:
 
 
 def _check_layers(layers: str | Sequence[int], where: str) -> None:
-    """Refuse a request for layers that is no valid text, such as ``last-half``.
+    """Refuse an invalid request for layers, such as ``last-half`` without its number.
 
     Whether the model has the layers is checked when it is converted.
     """
@@ -381,13 +379,9 @@ def _lowest_layer(request: str | list[int] | None, count: int | None) -> int | N
     """
     if not request:
         return None
-    if isinstance(request, str):  # ``all``, ``last:2`` or a slice
-        if count is None:
-            return None
-        return min(resolve_layers(request, count))
     if count is not None:
-        return min(resolve_layers(tuple(request), count))
-    lowest = min(request)
-    if lowest < 0:  # counts from the last layer
+        return min(resolve_layers(request, count))
+    # without the count, only numbers that all count from the first layer are known
+    if isinstance(request, str) or min(request) < 0:
         return None
-    return lowest
+    return min(request)

@@ -22,24 +22,22 @@ def plan_runs(parts: Mapping[str, Part[Any]], exclude: Collection[str]) -> list[
         exclude: The data sets to leave out.
     """
     planned: dict[str, list[Run]] = {}
-    for name in parts:
-        _add_runs_of(name, parts, exclude, planned)
     # Several grids may plan the same run, with the same id. The dictionary keeps this run once: at
     # the place of the first grid, and with the resources of the last grid.
     runs_by_id: dict[str, Run] = {}
     for name in parts:
-        for run in planned[name]:
+        for run in _runs_of(name, parts, exclude, planned):
             runs_by_id[run.id] = run
     return list(runs_by_id.values())
 
 
-def _add_runs_of(
+def _runs_of(
     name: str,
     parts: Mapping[str, Part[Any]],
     exclude: Collection[str],
     planned: dict[str, list[Run]],
-) -> None:
-    """Plan the runs of a benchmark, and add them to ``planned``.
+) -> list[Run]:
+    """Plan the runs of a benchmark, unless they are planned already.
 
     If the benchmark evaluates the runs of another benchmark, the other one is planned first.
 
@@ -52,15 +50,14 @@ def _add_runs_of(
     Raises:
         DefinitionError: All runs are excluded.
     """
-    if name in planned:  # another benchmark evaluates its runs
-        return
+    if name in planned:  # another benchmark evaluates them
+        return planned[name]
     benchmark = load_benchmark(name)
     part = parts[name]
     # the specs of an evaluation name the runs that it evaluates
     evaluated_runs: list[Run] = []
     if benchmark.evaluates:
-        _add_runs_of(benchmark.evaluates, parts, exclude, planned)
-        evaluated_runs = planned[benchmark.evaluates]
+        evaluated_runs = _runs_of(benchmark.evaluates, parts, exclude, planned)
     resources = part.settings.resources.model_dump()
     runs = []
     for spec in benchmark.specs(part, exclude, evaluated_runs):
@@ -72,6 +69,7 @@ def _add_runs_of(
             f"{part.file}: 'exclude' leaves no run of '{name}'; leave out the benchmark too"
         )
     planned[name] = runs
+    return runs
 
 
 def _resources_for(run: Run, resources: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,8 +76,8 @@ class SetPart:
                 found += f" and {self.dropped:,} dropped"
             return f"{found}, its makers count {self.expected:,}: another version, or not all of it"
         if published:
-            other = f"not {published.rows:,} as by {published.of}: {published.why}"
-            return f"{found} are scored, {other}"
+            other = f"{published.rows:,} by {published.of}: {published.why}"
+            return f"{found} are scored, but {other}"
         return None
 
 

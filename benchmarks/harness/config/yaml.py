@@ -88,20 +88,21 @@ def _explain(error: ValidationError, content: object, at: Sequence[str | int]) -
     # without keys, the problem is the whole content
     key = key_path([*at, *keys]) or "the file"
     # for a union, pydantic reports a problem with each of its types
-    problems_here = [problem for problem in problems if _keys(problem, content) == keys]
-    messages = " or ".join(problem["msg"] for problem in problems_here)
+    messages = [problem["msg"] for problem in problems if _keys(problem, content) == keys]
+    message = " or ".join(messages)
     # a missing key has no value, and a refusal describes the value itself
     if first["type"] in ("missing", "refusal"):
-        return f"'{key}': {messages}"
-    # cut to 100 characters, because aliases of aliases can make a value huge
+        return f"'{key}': {message}"
+
     given = first["input"]
-    value = reprlib.repr(given)[:100]
-    if first["type"] != "literal_error":
-        return f"'{key}' is {value}: {messages}"
-    # the key takes only certain values; pydantic lists them, each in quotation marks
-    options = re.findall("'([^']+)'", first["ctx"]["expected"])
-    text = given if isinstance(given, str) else value
-    return f"'{key}' is {value}{did_you_mean(text, options)}"
+    # cut to 100 characters, because aliases of aliases can make a value huge
+    shown = reprlib.repr(given)[:100]
+    if first["type"] == "literal_error":
+        # pydantic lists the valid values, each in quotation marks
+        valid_values = re.findall("'([^']+)'", first["ctx"]["expected"])
+        wrong_value = given if isinstance(given, str) else shown
+        return f"'{key}' is {shown}{did_you_mean(wrong_value, valid_values)}"
+    return f"'{key}' is {shown}: {message}"
 
 
 def _keys(problem: Mapping[str, Any], content: Any) -> list[str | int]:

@@ -55,7 +55,7 @@ def partition_keys(model: nn.Module, config: EMoEConfig) -> dict[int, str]:
     settings = json.dumps(
         (_ALGORITHM_VERSION, config.num_experts, config.partition, config.partition_seed)
     )
-    layers = resolve_layers(config.layers, len(ffns))  # type: ignore[arg-type]
+    layers = resolve_layers(config.layers, len(ffns))
     cache_keys = {}
     for layer in layers:
         neuron_keys = ffns[layer].keys()  # [neurons, width]

@@ -116,11 +116,12 @@ class ClaimTest(Strict):
     def model_post_init(self, context: Any, /) -> None:
         """Refuse ``loss`` for a test that has no loss to compare."""
         super().model_post_init(context)
-        if not self.loss:
-            return
-        compare = self.compare
-        can_repeat = compare is not None and compare.direction in ("higher", "same")
-        if not can_repeat or (compare is not None and compare.chance is not None):
+        can_repeat = (
+            self.compare is not None
+            and self.compare.direction in ("higher", "same")
+            and self.compare.chance is None
+        )
+        if self.loss and not can_repeat:
             raise refusal("'loss' needs a comparison that claims higher or same, without 'chance'")
 
 

@@ -77,16 +77,22 @@ def draw_claims(rows: pd.DataFrame, path: Path, *, narrow: bool = False) -> None
     groups = headings.mask(is_training, "")
     # trainings have no heading, so they come first
     grouped = shown.assign(group=groups).sort_values("group", kind="stable")
+
     marks = pd.concat([_our_marks(grouped), _paper_marks(grouped)])
-    numbers = ["delta", "low", "high", "margin"]
-    marks[numbers] /= 100  # draw_forest takes shares and prints points
-    titles = marks["test"]
-    with_places = marks.assign(
+    lines = list(marks["test"])
+    if not narrow:  # the titles of lines are beside the marks, where there is little room
+        lines = [wrap_text(title, _LABEL_WIDTH, 7) for title in lines]
+    placed_marks = marks.assign(
         panel=marks["claim_title"],
-        line=titles if narrow else [wrap_text(title, _LABEL_WIDTH, 7) for title in titles],
+        line=lines,
         style=marks["series"].map(_STYLES),
+        # draw_forest takes shares and prints points
+        delta=marks["delta"] / 100,
+        low=marks["low"] / 100,
+        high=marks["high"] / 100,
+        margin=marks["margin"] / 100,
     )
-    draw_forest(with_places, path, _AXIS_LABEL, narrow=narrow)
+    draw_forest(placed_marks, path, _AXIS_LABEL, narrow=narrow)
 
 
 def _our_marks(rows: pd.DataFrame) -> pd.DataFrame:

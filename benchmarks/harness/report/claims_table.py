@@ -329,7 +329,9 @@ def _with_comparison(row: ClaimRow, compare: Comparison, paper: PaperEffect) -> 
     compares_counts = compare.direction == "equal"
     pair = "run" if compares_counts else benchmark.domains[compare.domain].pair
     unit = _unit_of_difference(metric)
-    margin = math.nan if compares_counts else _margin_of(metric) * metric.scale
+    margin = math.nan
+    if not compares_counts:
+        margin = _margin_of(metric) * _scale_of(compare)
 
     return replace(
         row,
@@ -408,22 +410,21 @@ def _with_evidence(
     """Add our difference to a row, and compare it with the paper's effect."""
     benchmark = load_benchmark(compare.benchmark)
     metric = load_metrics()[compare.metric]
-    difference = evidence.difference  # in the unit of the runs, such as a share
-
     scale = _scale_of(compare)
-    scaled = difference.scaled(scale)
+    difference = evidence.difference.scaled(scale)  # in the unit of the row, such as points
+    reference = evidence.reference_mean * scale
+    shares = _error_shares(difference, row.effect, reference, metric, paper)
 
-    # only claims of a higher or lower number are tested with p
-    has_direction = compare.direction in ("higher", "lower")
     # counts do not vary by chance, and ratios have a range instead of an interval
-    has_paper_effect = _is_paired(compare) and not math.isnan(row.effect)
     gap = PaperGap(math.nan, math.nan)
-    if has_paper_effect:
-        gap = find_gap(scaled, row.effect, paper)
+    if _is_paired(compare) and not math.isnan(row.effect):
+        gap = find_gap(difference, row.effect, paper)
 
-    shares = _error_shares(scaled, row.effect, evidence.reference_mean * scale, metric, paper)
+    # only claims of a higher or lower number have a p, and a margin below the paper's effect
+    p = math.nan
     margin = row.margin
-    if has_direction:
+    if compare.direction in ("higher", "lower"):
+        p = difference.p
         margin = _margin_below(row.margin, [row.effect, shares.expected])
     return replace(
         row,
@@ -431,12 +432,12 @@ def _with_evidence(
         margin_shown=_margin_text(margin, row.unit),
         errors_shown=_error_text(shares),
         n_shown=_with_noun(difference.n, row.pair),
-        runs_shown=_runs_text(scaled, row.unit, compare, metric),
-        delta=scaled.mean,
-        low=scaled.low,
-        high=scaled.high,
+        runs_shown=_runs_text(difference, row.unit, compare, metric),
+        delta=difference.mean,
+        low=difference.low,
+        high=difference.high,
         n=difference.n,
-        p=difference.p if has_direction else math.nan,
+        p=p,
         expected=shares.expected,
         gap=gap.mean,
         gap_p=gap.p,

@@ -261,11 +261,11 @@ def with_columns(
     frame: pd.DataFrame,
     on: Sequence[str],
     numbers: pd.DataFrame,
+    names: str,
     headings: Mapping[str, str],
     metric: str,
     *,
     std: str = "std",
-    best: bool = True,
     joint: str = " ",
 ) -> tuple[pd.DataFrame, list[Column]]:
     """Spread numbers over printed columns, one column per name, such as one per data set.
@@ -273,25 +273,23 @@ def with_columns(
     Args:
         frame: The rows of the table.
         on: The columns that link a row to its numbers.
-        numbers: The numbers. The first column has the names, and the others are ``on``, ``mean``
-            and ``std``.
+        numbers: The numbers, with the columns ``names``, ``on``, ``mean`` and ``std``.
+        names: The column of ``numbers`` whose names become printed columns, such as ``task``.
         headings: The heading of each name, in the order of the printed columns.
         metric: The metric of the numbers.
         std: The column of ``numbers`` with the standard deviation to print.
-        best: True to mark the best number of each printed column.
         joint: The text between the name and ``mean`` in the names of the frame's new columns.
 
     Returns:
         The extended frame, and the printed columns.
     """
-    name_column = numbers.columns[0]
     extended = frame
     columns = []
     for name, heading in headings.items():
-        of_name = numbers[numbers[name_column] == name].drop(columns=name_column)
+        of_name = numbers[numbers[names] == name].drop(columns=names)
         prefix = f"{name}{joint}"
         extended = with_numbers(extended, on, of_name, prefix)
-        columns.append(Column(metric, f"{prefix}mean", heading, std=f"{prefix}{std}", best=best))
+        columns.append(Column(metric, f"{prefix}mean", heading, std=f"{prefix}{std}", best=True))
     return extended, columns
 
 
@@ -476,8 +474,16 @@ def summarize(
         reference. ``pairs`` is the number of paired seeds.
     """
     rows = []
-    for key, values in scores.groupby(list(cell), sort=False)["value"]:
-        rows.append((*key, values.mean(), values.std(), values.std(ddof=0), len(values)))
+    for names, values in scores.groupby(list(cell), sort=False)["value"]:
+        row = {
+            **dict(zip(cell, names, strict=True)),
+            "mean": values.mean(),
+            "std": values.std(),
+            "population_std": values.std(ddof=0),
+            "n": len(values),
+        }
+        rows.append(row)
+    # the columns are named, so that they exist even without rows
     summaries = pd.DataFrame(rows, columns=[*cell, "mean", "std", "population_std", "n"])
 
     differences = []
@@ -489,6 +495,7 @@ def summarize(
             compared, cell=cell, reference={"method": reference}, pair="seed"
         )
         differences.append(paired.drop(columns="values"))
+    # the seeds that both rows have may be fewer than those of the cell, which are `n`
     all_differences = pd.concat(differences).rename(columns={"n": "pairs"})
 
     # the rows of a reference have no difference

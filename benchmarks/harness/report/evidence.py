@@ -134,20 +134,22 @@ def _compare_pairs(
         others: The scores of the reference method.
         chance: The score of a guess; None if it is unknown.
     """
-    # average first, so that repeated numbers count once
+    # Average first, so that repeated numbers count once. The reference is also averaged over its
+    # settings, because every setting of the method is compared with the same score.
     shared_columns = [*_COMPARED_COLUMNS, *_PAIR_COLUMNS]
-    our_groups = ours.groupby([*_COMPARED_COLUMNS, "setting", *_PAIR_COLUMNS], sort=False)
-    our_scores = our_groups["value"].mean().rename("our_score").reset_index()
-    other_groups = others.groupby(shared_columns, sort=False)
-    other_scores = other_groups["value"].mean().rename("other_score").reset_index()
+    our_columns = [*_COMPARED_COLUMNS, "setting", *_PAIR_COLUMNS]
+    our_means = ours.groupby(our_columns, sort=False)["value"].mean()
+    other_means = others.groupby(shared_columns, sort=False)["value"].mean()
+    our_scores = our_means.rename("our_score").reset_index()
+    other_scores = other_means.rename("other_score").reset_index()
     both = our_scores.merge(other_scores, on=shared_columns)
     if both.empty:
         return None
 
-    by_pair = both.groupby(_PAIR_COLUMNS, sort=True)
     # a complete pair has a score for every model, task, set and setting
-    num_needed = len(both[[*_COMPARED_COLUMNS, "setting"]].drop_duplicates())
-    is_complete = by_pair.size() == num_needed
+    num_scores_of_complete = len(both[[*_COMPARED_COLUMNS, "setting"]].drop_duplicates())
+    by_pair = both.groupby(_PAIR_COLUMNS, sort=True)
+    is_complete = by_pair.size() == num_scores_of_complete
     mean_scores = by_pair[["our_score", "other_score"]].mean()
     complete = mean_scores[is_complete].astype(float)
 
@@ -314,14 +316,16 @@ def compare_gains(
         ``smaller``, ``larger``, or ``not shown`` if one fact is missing.
     """
     is_significant = p_holm < SIGNIFICANCE  # nan is not
-    is_below = difference.high < expected
-    is_above = difference.low > expected
-    excludes_expected = is_below if gap < 0 else is_above
+    # our interval must exclude the expected difference on the side of the gap
+    is_below_paper = gap < 0
+    is_below_expected = difference.high < expected
+    is_above_expected = difference.low > expected
+    excludes_expected = is_below_expected if is_below_paper else is_above_expected
     if not is_significant or not excludes_expected:
         return "not shown"
-    claims_less = compare.direction == "lower"
-    is_smaller_gain = is_above if claims_less else is_below
-    return "smaller" if is_smaller_gain else "larger"
+    # if the claim is a lower number, the lower difference is the larger gain
+    claims_lower = compare.direction == "lower"
+    return "larger" if is_below_paper == claims_lower else "smaller"
 
 
 def judge(compare: Comparison, evidence: Evidence, p: float, margin: float) -> Verdict:

@@ -52,14 +52,10 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
     sections = {name: read_section(artifacts_of(name), suite.name) for name in names}
     all_sections = list(sections.values())
 
-    # the costs of a benchmark are shown in its section, and all of them at the end of the page
-    costs = {name: _cost_cells(name, [section]) for name, section in sections.items()}
-    total_costs = _cost_cells("all", all_sections)
-    shown_sections = []
-    for name, section in sections.items():
-        shown_section = page.section(name, section)
-        shown_section["cost"] = _cost_text([section])
-        shown_sections.append(shown_section)
+    shown_sections = [page.section(name, section) for name, section in sections.items()]
+    # a row for each benchmark, and one for all
+    cost_rows = [_cost_cells(name, [section]) for name, section in sections.items()]
+    cost_rows.append(_cost_cells("all", all_sections))
 
     claims = {}
     paper_items = []
@@ -76,7 +72,7 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
         models=_models_text(all_sections),
         paper=paper_items,
         cost=_cost_text(all_sections),
-        costs=[*costs.values(), total_costs],
+        costs=cost_rows,
         machines=_sum_machines(all_sections),
         runs_folder=page.link(paths.RUNS),
         run_names=_run_names(all_sections),
@@ -184,6 +180,7 @@ class _Page:
             "optimizer": section.optimizer,
             **self.tables_and_figures(section),
             "parts": parts,
+            "cost": _cost_text([section]),
         }
 
     def claims(self, is_random: bool) -> dict[str, Any]:

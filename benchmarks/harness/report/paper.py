@@ -26,8 +26,6 @@ from benchmarks.harness.report.presentation import Presentation
 from benchmarks.harness.report.style import EMOE, GMOE
 from benchmarks.harness.report.table import Table
 
-_PROTOCOLS = ("published", "clean")  # in order of preference
-
 # the titles of the methods in the main figure, by their keys in paper.yaml
 _MAIN_TITLES: dict[Literal["gmoe", "emoe"], str] = {"gmoe": "GMoE", "emoe": "EMoE"}
 _MAIN_STYLES = {"gmoe": GMOE, "emoe": EMOE}
@@ -103,11 +101,10 @@ def _select_protocol(frame: pd.DataFrame, benchmark: str, suite: Suite) -> pd.Da
     """
     if "protocol" not in frame:
         return frame
-    protocols_that_ran = {run.protocol for run in suite.runs_of(benchmark)}
-    preferred = [protocol for protocol in _PROTOCOLS if protocol in protocols_that_ran]
-    chosen = preferred[0] if preferred else None  # None keeps none of our rows
-
-    is_chosen = frame["protocol"].eq(chosen)
+    planned = {run.protocol for run in suite.runs_of(benchmark)}
+    protocol = "published" if "published" in planned else "clean"
+    is_chosen = frame["protocol"].eq(protocol)
+    # a table without this column has no numbers of the paper
     if "is_ours" not in frame:
         return frame[is_chosen]
     is_paper = frame["is_ours"].eq(False)
@@ -162,7 +159,7 @@ def _shown_files(item: PaperItem, files: Sequence[str]) -> tuple[list[str], str]
     # a table is always shown, but a figure only if it is not a placeholder
     drawn = [file for file in shown if file.endswith(".md") or plots.is_drawn(Path(file))]
     if not drawn:
-        return drawn, "no run of this suite is of it"
+        return drawn, "this suite has no data for it"
     return drawn, "made"
 
 

@@ -197,12 +197,21 @@ def draw_forest(
         + _LEGEND_LINE_HEIGHT * rows["series"].nunique()
         + _AXIS_HEIGHT
     )
-    size = (shape.width, figure_height)
-    options: Any = {"height_ratios": panel_heights, "sharex": True}
-    with panel_figure(path, len(panels), 1, size, shape.style, **options) as (figure, axes):
+    drawing = panel_figure(
+        path,
+        len(panels),
+        1,
+        (shape.width, figure_height),
+        shape.style,
+        height_ratios=panel_heights,
+        sharex=True,
+    )
+    with drawing as (figure, axes):
         column = axes[:, 0]
         last_group = ""
-        for axis, ((group, title), panel) in zip(column, panels, strict=True):
+        for axis, (names, panel) in zip(column, panels, strict=True):
+            group, title = names
+            # only the first panel of a group has the heading
             heading = group if group != last_group else ""
             _draw_panel(axis, panel, title, heading, shape)
             if zero:
@@ -328,10 +337,16 @@ def _draw_mark(axis: Any, row: Any, height: float, shape: _ForestShape) -> None:
         axis.plot(ends, [height, height], color=row.style.colour, lw=1.4)
     axis.plot(row.delta * 100, height, ls="", **_mark_options(row.style))
 
-    margin = getattr(row, "margin", math.nan)
+    margin = 100 * getattr(row, "margin", math.nan)  # in points
     if not math.isnan(margin):
-        band_height = _BAND_HEIGHT / shape.line_height
-        axis.barh(height, 200 * margin, band_height, left=-100 * margin, color=_BAND, zorder=0.6)
+        axis.barh(
+            height,
+            width=2 * margin,
+            height=_BAND_HEIGHT / shape.line_height,
+            left=-margin,
+            color=_BAND,
+            zorder=0.6,  # above the grid (0.5), below the line at zero (1)
+        )
 
 
 def _mark_options(style: MethodStyle) -> dict[str, Any]:

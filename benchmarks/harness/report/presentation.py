@@ -159,29 +159,23 @@ def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
         benchmark: The name of the benchmark, the first part of the folders.
     """
     keys = [key for key in _ORIGIN if key in table.frame and key in origins]
-    if not keys:
-        return table
-    # some tables already list their runs
-    if RUNS in table.frame:
+    # some tables already list their runs, and some share no column with the runs
+    if RUNS in table.frame or not keys:
         return table
 
-    columns = list(keys)
-    if "run_id" not in columns:
-        columns.append("run_id")
     # the runs that may belong to a row, one line per run and combination of names
+    columns = [key for key in _ORIGIN if key in keys or key == "run_id"]
     candidates = origins[columns].astype(str).drop_duplicates(ignore_index=True)
+    # the numbers of the lines with each name, by column; found only once, because tables have many
+    # rows
+    lines_by_name = {key: candidates.groupby(key).indices for key in keys}
 
-    # For each column and name, find the line numbers of the candidates that have this name. This is
-    # done only once, because tables have many rows.
-    places_by_name = {key: candidates.groupby(key).indices for key in keys}
-    names_of_rows = table.frame[keys].fillna("").astype(str).to_dict("records")
     folders_of_rows = []
-    for names in names_of_rows:
-        # begin with all candidates, and keep those that match the row in every column
+    for names in table.frame[keys].fillna("").astype(str).to_dict("records"):
         matching = set(candidates.index)
         for key, name in names.items():
-            if name:
-                matching.intersection_update(places_by_name[key].get(name, ()))
+            if name:  # an empty name matches all
+                matching.intersection_update(lines_by_name[key].get(name, ()))
         runs = candidates["run_id"].iloc[sorted(matching)].unique()
         folders_of_rows.append(" ".join(f"{benchmark}/{run}" for run in runs))
     return replace(table, frame=table.frame.assign(**{RUNS: folders_of_rows}))

@@ -20,8 +20,8 @@ from emoe.errors import did_you_mean
 MISSING = "–"
 RUNS = "runs"  # column with the folders of a row's runs, separated by blanks
 _RANDOM_WEIGHTS = (
-    "The models of this suite have random weights: it shows that everything works, and neither its "
-    "scores nor its verdicts mean anything. "
+    "The models of this suite have random weights. It only tests that everything works: its scores "
+    "and verdicts mean nothing. "
 )
 _LONG_TEXT = 28  # letters; LaTeX wraps a column with longer texts
 _LATEX_PREAMBLE = (

@@ -77,15 +77,17 @@ class CheckResult:
             new), ``benchmark``, :data:`KEYS`, ``before``, ``after`` and ``tolerance``.
         equal: How many numbers agree, by benchmark.
         shifts: The groups of numbers whose mean has shifted, from :func:`find_shifts`.
-        machines: One sentence per pair of old and new machine: how many numbers were compared, and
-            whether exactly or within tolerances.
+        machine_sentences: One sentence per pair of old and new machine: how many numbers were
+            compared, and whether exactly or within tolerances.
+        is_exact: True if all common numbers had to be equal to the last digit.
         unfinished: The runs without new numbers, with the reason if known.
     """
 
     differences: pd.DataFrame
     equal: Mapping[str, int]
     shifts: pd.DataFrame
-    machines: list[str]
+    machine_sentences: list[str]
+    is_exact: bool
     unfinished: Sequence[str] = ()
 
     @property
@@ -100,7 +102,7 @@ class CheckResult:
             lines.append(
                 f"{len(self.unfinished)} runs are not finished, the first is {self.unfinished[0]}"
             )
-        lines += self.machines
+        lines += self.machine_sentences
 
         statuses = list(self.differences["status"])
         changed = statuses.count("changed")
@@ -184,9 +186,9 @@ def compare(
     rows = _join_numbers(before, after, suite)
 
     # the same code on the same machine repeats every digit, so there is no tolerance
-    if before.code == after.code and not elsewhere:
-        is_same_machine = rows["machine_before"] == rows["machine_after"]
-        rows["tolerance"] = rows["tolerance"].mask(is_same_machine, 0.0)
+    repeats_digits = before.code == after.code and not elsewhere
+    is_exact = (rows["machine_before"] == rows["machine_after"]) & repeats_digits
+    rows["tolerance"] = rows["tolerance"].mask(is_exact, 0.0)
 
     is_equal = _rows_agree(rows)
     differences = rows.rename(columns={"value_before": "before", "value_after": "after"})
@@ -195,7 +197,8 @@ def compare(
         differences=differences.loc[~is_equal, shown],
         equal=rows.loc[is_equal, "benchmark"].value_counts().to_dict(),
         shifts=find_shifts(rows),
-        machines=_machine_sentences(rows, before, after, elsewhere=elsewhere),
+        machine_sentences=_machine_sentences(rows, before, after, elsewhere=elsewhere),
+        is_exact=bool(is_exact[rows["status"] == "changed"].all()),
         unfinished=unfinished,
     )
 

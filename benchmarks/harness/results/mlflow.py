@@ -66,12 +66,14 @@ def mirror(records: Sequence[Record], uri: str) -> dict[str, int]:
 
     # The lock file of a SQLite store is beside the database: `.x.db.lock` for `x.db`. The lock file
     # of any other store is in the results folder.
-    is_file = uri.startswith(_SQLITE)
-    locked = Path(uri.removeprefix(_SQLITE)) if is_file else paths.RESULTS / "mlflow"
-    locked.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(locked.with_name(f".{locked.name}.lock")):
-        if is_file:
-            locked.touch()  # so that the file has the permissions of the umask
+    is_sqlite = uri.startswith(_SQLITE)
+    store = paths.RESULTS / "mlflow"
+    if is_sqlite:
+        store = Path(uri.removeprefix(_SQLITE))
+    store.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(store.with_name(f".{store.name}.lock")):
+        if is_sqlite:
+            store.touch()  # so that the file has the permissions of the umask
         try:
             # mirrors of other results folders may write to the same PostgreSQL database
             with _database_lock(uri):
@@ -173,14 +175,15 @@ def _score_names(records: Sequence[Record]) -> list[str]:
     """List the names of the first scores of some runs; of measurements, their first numbers."""
     numbers = tabulate_numbers(records)
     is_tested = numbers["part"].isin(["test", OOD_MEAN])
-    is_shown = is_tested & numbers["is_score"]
-    # only text tasks have a main metric
-    if not is_shown.any():
-        is_shown = is_tested
-    if not is_shown.any():
-        is_shown = ~numbers["part"].isin(["cost", "model"])
+    is_main_score = is_tested & numbers["is_score"]
+    if is_main_score.any():  # only text tasks have a main metric
+        shown = numbers[is_main_score]
+    elif is_tested.any():
+        shown = numbers[is_tested]
+    else:  # a measurement tests nothing
+        shown = numbers[~numbers["part"].isin(["cost", "model"])]
     names: list[str] = []
-    for row in numbers[is_shown].itertuples():
+    for row in shown.itertuples():
         name = _number_name(str(row.part), str(row.eval_task), str(row.metric))
         if name not in names:
             names.append(name)

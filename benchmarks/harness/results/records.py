@@ -369,13 +369,22 @@ def tabulate_numbers(records: Iterable[Record]) -> pd.DataFrame:
     for record in records:
         run = record.run
         main_metrics = _main_metrics(run)
-        keys = run_keys(run).values()
         for part, data_set, metric, value in run_numbers(run, record.metrics):
             # a part such as "test as emoe" has the main metrics of "test"
             part_before_conversion, _, _method = part.partition(AS)
+            # only `ood_mean` belongs to no data set; its main metric is called `score`
             main_metric = main_metrics.get((part_before_conversion, data_set), "score")
-            is_score = metric == main_metric
-            rows.append((*keys, run.id, part, data_set, metric, value, is_score))
+            row = {
+                **run_keys(run),
+                "run_id": run.id,
+                "part": part,
+                "eval_task": data_set,
+                "metric": metric,
+                "value": value,
+                "is_score": metric == main_metric,
+            }
+            rows.append(row)
+    # the columns are named, so that they exist even without rows
     columns = [*RUN_KEYS, "run_id", "part", "eval_task", "metric", "value", "is_score"]
     return pd.DataFrame(rows, columns=columns)
 

@@ -80,19 +80,22 @@ def _read_numbers(compared: pd.DataFrame) -> pd.DataFrame:
     # absent and damaged texts become nan
     before = pd.to_numeric(compared["value_before"], errors="coerce")
     after = pd.to_numeric(compared["value_after"], errors="coerce")
-    settings = compared["run"].str.split(" ")
-    # without a conversion, the second and third columns are empty texts
-    parts = compared["part"].str.partition(AS)
-    converted_to = parts[2]
+    # "test as emoe" is the part "test" of a model that was converted to "emoe"
+    split_parts = compared["part"].str.partition(AS)
+    conversion = split_parts[1] + split_parts[2]  # " as emoe"; empty without a conversion
+    converted_to = split_parts[2]
+    # the name of a run begins with benchmark, model, task and method (check.group_name)
+    words = compared["run"].str.split(" ")
+    trained_method = words.str[3]
     numbers = compared.assign(
-        run=compared["run"] + parts[1] + converted_to,
-        model=settings.str[1],
-        task=settings.str[2],
-        method=converted_to.where(converted_to != "", settings.str[3]),
-        part=parts[0],
+        run=compared["run"] + conversion,
+        model=words.str[1],
+        task=words.str[2],
+        method=converted_to.where(converted_to != "", trained_method),
+        part=split_parts[0],
         before=before,
         after=after,
-        # the tolerance of a single number is relative above 1, too
+        # as in check.values_agree, a tolerance is relative above 1
         tolerance=compared["tolerance"] * before.abs().clip(lower=1),
     )
     is_finite = np.isfinite(numbers["before"]) & np.isfinite(numbers["after"])
@@ -106,17 +109,14 @@ def _scatter(numbers: pd.DataFrame) -> pd.Series[float]:
     It is the standard deviation over the seeds, pooled over a benchmark's numbers of the same part
     and metric. A shift of all seeds does not enlarge it.
     """
-    difference = numbers["after"] - numbers["before"]
-    one_number = [numbers[key] for key in ("run", "part", "eval_task", "metric")]
-    over_seeds = difference.groupby(one_number)
-    squares = (difference - over_seeds.transform("mean")) ** 2
-    # each mean takes one degree of freedom
-    freedom = 1 - 1 / over_seeds.transform("size")
-
-    pool = [numbers[key] for key in ("benchmark", "part", "metric")]
-    pooled_squares = squares.groupby(pool).transform("sum")
-    pooled_freedom = freedom.groupby(pool).transform("sum")
-    variance = pooled_squares / pooled_freedom
+    frame = numbers.assign(difference=numbers["after"] - numbers["before"])
+    over_seeds = frame.groupby(["run", "part", "eval_task", "metric"])["difference"]
+    from_mean = frame["difference"] - over_seeds.transform("mean")
+    num_seeds = over_seeds.transform("size")
+    # n seeds have n - 1 degrees of freedom, because their mean is estimated; each has its share
+    terms = frame.assign(square=from_mean**2, freedom=1 - 1 / num_seeds)
+    pool = terms.groupby(["benchmark", "part", "metric"])
+    variance = pool["square"].transform("sum") / pool["freedom"].transform("sum")
     return np.sqrt(variance)
 
 
@@ -150,16 +150,19 @@ def _group_means(numbers: pd.DataFrame) -> pd.DataFrame:
     The columns are :data:`SHIFT_COLUMNS`. A mean is over the means of the seeds.
     """
     seed_means = numbers.groupby([*_GROUP, "seed"])[["before", "after"]].mean()
-    seeds = seed_means.groupby(_GROUP)
-    means = seeds.mean()
-    error_of_mean = seeds["before"].sem()
+    means_by_group = seed_means.groupby(_GROUP)
+    numbers_by_group = numbers.groupby(_GROUP)
+    counts = numbers_by_group.size()
+    error_of_shift = numbers_by_group["scatter"].mean() / np.sqrt(counts)
 
-    groups = numbers.groupby(_GROUP)
-    counts = groups.size()
-    error_of_shift = groups["scatter"].mean() / np.sqrt(counts)
-    of_one_number = groups["tolerance"].mean() / counts
-
-    limits = pd.concat([error_of_mean, _ERRORS * error_of_shift, of_one_number], axis=1)
-    described = means.assign(numbers=counts, limit=limits.max(axis=1))
-    has_seeds = seeds.size() > 1
-    return described[has_seeds].reset_index()
+    # the three rules of find_shifts
+    limits = pd.DataFrame(
+        {
+            "error of the mean": means_by_group["before"].sem(),
+            "errors of the shift": _ERRORS * error_of_shift,
+            "one number": numbers_by_group["tolerance"].mean() / counts,
+        }
+    )
+    described = means_by_group.mean().assign(numbers=counts, limit=limits.max(axis=1))
+    has_several_seeds = means_by_group.size() > 1
+    return described[has_several_seeds].reset_index()

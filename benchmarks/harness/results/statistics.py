@@ -198,8 +198,8 @@ def with_verdicts(
     """Add the columns ``p_holm`` (corrected p) and ``verdict`` to rows of differences.
 
     p is corrected over all rows, or within each group of rows that are equal in the columns
-    ``family``. The verdict is ``better``, ``worse``, ``within noise``, ``equal``, or empty if there
-    is no p.
+    ``family``. The verdict is ``equal`` if all differences are 0 (p is then nan). Otherwise it is
+    ``better``, ``worse`` or ``within noise``, and empty without a p.
     """
     if family and len(rows):
         p_holm = rows.groupby(list(family), sort=False)["p"].transform(holm)

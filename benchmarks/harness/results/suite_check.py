@@ -102,7 +102,7 @@ class SuiteCheck:
 
     @property
     def passed(self) -> bool:
-        """Return True if all numbers agree, and the blessed runs are the planned and finished."""
+        """Return True if all numbers agree, and planned, finished and blessed runs are the same."""
         all_agree = all(result.passed for result in self.results)
         return all_agree and not self.missing and not self.unplanned and not self.unblessed
 

@@ -55,29 +55,33 @@ def execute(
     if started is None:
         started = time.time()
     _end_with_launcher()
+    folder = path.parent
+    output = folder / "metrics.json"
     run = read_run(path)
-    output = path.with_name("metrics.json")
-    is_main = group.is_main()
     benchmark = load_benchmark(run.benchmark)
     spec = benchmark.read_spec(run)
+
     torch.set_num_threads(threads)
     group.set_parallelism(parallel)
     benchmark.check_processes(run.spec, group.world_size(), parallel)
-    lock: AbstractContextManager[Any]
-    if is_main:  # locks the run for all processes
-        lock = _lock_run(path.parent, run.name)
-        own_log = log
+
+    # the first process locks the run for all of them; each writes its own log
+    is_main = group.is_main()
+    lock: AbstractContextManager[Any] = nullcontext()
+    own_log = log
+    if is_main:
+        lock = _lock_run(folder, run.name)
     else:
-        lock = nullcontext()
         own_log = log.with_name(f"{log.stem}-{group.rank()}{log.suffix}")
-    with lock:
+
+    with lock:  # it is held already; the end of the block releases it
         group.init_process_group()
         # while this process waited for the lock, another one may have finished the run
         if group.broadcast(output.exists()):
             return output
         with _redirect_output(own_log) as terminal:
             progress = Progress(run.name, terminal if is_main else sys.stderr)
-            metrics = _measure(benchmark, run, spec, path.parent, progress, started)
+            metrics = _measure(benchmark, run, spec, folder, progress, started)
             if is_main:  # all processes compute, but only the first one writes
                 _write_metrics(run, metrics, output)
                 progress.finish(metrics["cost"]["job_seconds"])

@@ -90,7 +90,7 @@ def run_in_fork(arguments: Sequence[str]) -> int | None:
         status = answer.read()
     if not status:
         sys.stderr.write(
-            "error: the process that did the work was killed; was there memory enough?\n"
+            "error: the process that did the work was killed, perhaps because memory ran out\n"
         )
         return 1
     return int(status)
@@ -177,16 +177,18 @@ def _run_for_caller(caller: socket.socket, work: Callable[[list[str]], int]) -> 
     """
     status = 1  # of a command that raises an error
     try:
-        _, streams, _, _ = socket.recv_fds(caller, 1, 3)  # the caller's standard streams
+        # the caller sends one byte with its three standard streams, then a line of JSON
+        _byte, streams, _flags, _address = socket.recv_fds(caller, 1, 3)
         with caller.makefile() as content:
             request = json.loads(content.readline())
         if not _fits(request["environment"]):
-            os._exit(0)
+            os._exit(0)  # without the answer of the block `finally`
         caller.sendall(_ACCEPTED)
         _become_like_caller(streams, request["folder"], request["environment"])
+        # if the caller is killed, this fork ends too
         threading.Thread(target=_end_with, args=(caller,), daemon=True).start()
         status = work(request["arguments"])
-    except BaseException:
+    except BaseException:  # no error may reach the loop of the server, whose copy this fork is
         traceback.print_exc()
     finally:
         with suppress(OSError):  # the caller has ended

@@ -83,11 +83,15 @@ def parts_by_records(suite: Suite) -> dict[str, tuple[str, str | None]]:
 def record_files(suite: Suite, benchmark: str | None = None, part: str | None = None) -> list[str]:
     """Return the files of collected runs: of all benchmarks, of one, or of one data set."""
     files = []
-    # None stands for all benchmarks, or for all parts
-    for benchmark_of_file, part_of_file in parts_by_records(suite).values():
-        if benchmark in (None, benchmark_of_file) and part in (None, part_of_file):
-            files.append(str(records_file(suite.name, benchmark_of_file, part_of_file)))
+    for of_benchmark, of_part in parts_by_records(suite).values():
+        if _is_wanted(of_benchmark, benchmark) and _is_wanted(of_part, part):
+            files.append(str(records_file(suite.name, of_benchmark, of_part)))
     return files
+
+
+def _is_wanted(name: str | None, wanted: str | None) -> bool:
+    """Return True if a name is the wanted one, or if all names are wanted (None)."""
+    return wanted is None or name == wanted
 
 
 def section_files(suite: Suite, benchmark: str | None = None) -> list[str]:
@@ -104,9 +108,8 @@ def _shown(suite: Suite, benchmark: str | None, part: str | None = None) -> list
     The result for a benchmark includes the tables and figures of its data sets.
     """
     shown = []
-    # None stands for all benchmarks, or for all parts
     for artifacts in suite_artifacts(suite):
-        if benchmark in (None, artifacts.benchmark) and part in (None, artifacts.part):
+        if _is_wanted(artifacts.benchmark, benchmark) and _is_wanted(artifacts.part, part):
             shown.append(artifacts)
     return shown
 
@@ -143,7 +146,7 @@ def output_files(suite: Suite, benchmark: str | None = None, part: str | None = 
 
 def page_files(suite: Suite, benchmark: str | None = None) -> list[str]:
     """Return the HTML pages of all benchmarks, or of one."""
-    names = [name for name in suite.settings.benchmarks if benchmark in (None, name)]
+    names = [name for name in suite.settings.benchmarks if _is_wanted(name, benchmark)]
     return [str(paths.RESULTS / suite.name / f"{name}.html") for name in names]
 
 
@@ -204,7 +207,7 @@ def _hint(target: str, benchmarks: list[str], suite: Suite, part: str | None = N
     if not others:
         return f"{problem}; no suite does"
     command = f"snakemake --cores all {target} --config suite={others[0]}"
-    return f"{problem}; {', '.join(others)} do: `{command}`"
+    return f"{problem}; suites that do: {', '.join(others)} (`{command}`)"
 
 
 def _makes_any(suite: Suite, benchmarks: list[str], part: str | None) -> bool:
