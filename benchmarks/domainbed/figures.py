@@ -25,7 +25,7 @@ from benchmarks.harness.results.statistics import (
 )
 
 _SELECTION = "training"  # the selection that is drawn: training-domain validation
-_COLUMNS = (4, 3)  # how many panels may be beside each other
+_COLUMNS = (4, 3)  # how many panels may be beside each other, the largest number first
 _MOST_LABELS = 20  # most classes that are named
 _PANEL_WIDTH = 1.4  # inches
 _CHANCE = "bit: mutual information with the expert; chance: mean and 95 % quantile, images shuffled"
@@ -194,29 +194,32 @@ def draw_steps(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     placeholder if there is nothing to draw.
     """
     numbers = step_numbers(outcomes, name)
+    # a line needs two steps besides the first, which has no differences
     num_steps = numbers.groupby("model")["step"].transform("nunique")
     drawn = numbers[num_steps > 2]
+    # empty if no pair has all methods, as in an unfinished suite
     shared = shared_pairs(drawn, table=["model"], row=["method"], pair="pair")
+    # empty without the baseline
     differences = step_differences(outcomes, drawn)
-    # there are no differences without the baseline, and an unfinished suite may have no pair that
-    # all methods have
-    rows = []
-    for row in _STEP_ROWS:
-        points = differences if row.is_difference else shared
-        if not points.empty:
-            rows.append(row)
-    if not rows:
+
+    panel_rows = []
+    for panel_row in _STEP_ROWS:
+        shown = differences if panel_row.is_difference else shared
+        if not shown.empty:
+            panel_rows.append(panel_row)
+    if not panel_rows:
         plots.placeholder_figure(path)
         return
-    labels = [row.label for row in rows]
+
+    labels = [panel_row.label for panel_row in panel_rows]
     models = list(drawn["model_title"].unique())
     styles = outcomes.styles_by_title(drawn)
     with plots.curve_figure(path, models, labels, _STEPS_HEIGHT) as axes:
         for column, model in enumerate(models):
-            of_model = shared[shared["model_title"] == model]
+            numbers_of_model = shared[shared["model_title"] == model]
             differences_of_model = differences[differences["model_title"] == model]
-            _draw_model(axes[:, column], rows, of_model, differences_of_model, styles)
-            label = _steps_label(outcomes, of_model, differences_of_model)
+            _draw_model(axes[:, column], panel_rows, numbers_of_model, differences_of_model, styles)
+            label = _steps_label(outcomes, numbers_of_model, differences_of_model)
             plots.label_steps(axes[-1, column], label, _MOST_TICKS)
 
 
@@ -269,20 +272,27 @@ def _draw_differences(
     if differences.empty:
         return
     axis.axhline(0, color=plots.REFERENCE, lw=0.8, zorder=1)
+
+    # the first step, the last step, and evenly spaced steps between them
     steps = np.sort(differences["step"].unique())
-    places = np.linspace(0, len(steps) - 1, min(len(steps), _MOST_STEPS))
-    shown_steps = steps[places.round().astype(int)]
+    num_shown = min(len(steps), _MOST_STEPS)
+    indices = np.linspace(0, len(steps) - 1, num_shown).round().astype(int)
+    shown_steps = steps[indices]
+    shown = differences[differences["step"].isin(shown_steps)]
+
+    # the marks of all methods are centred on their step
     methods = list(differences["method_title"].unique())
+    middle = (len(methods) - 1) / 2
     gap = _MARKS_GAP * np.diff(shown_steps).min()
-    for place, method in enumerate(methods):
-        is_drawn = differences["step"].isin(shown_steps) & (differences["method_title"] == method)
-        rows = differences[is_drawn]
-        shift = gap * (place - (len(methods) - 1) / 2)
-        reach = (rows["high"] - rows["delta"]).where(rows["n"] >= plots.FEW)
+    for number, method in enumerate(methods):
+        rows = shown[shown["method_title"] == method]
+        shift = gap * (number - middle)
+        # nan draws no interval, if there are too few pairs
+        half_intervals = (rows["high"] - rows["delta"]).where(rows["n"] >= plots.FEW)
         axis.errorbar(
             rows["step"] + shift,
             rows["delta"] * scale,
-            yerr=reach * scale,
+            yerr=half_intervals * scale,
             label=method,
             lw=0.8,
             elinewidth=1.0,
@@ -389,20 +399,22 @@ def _draw_panels(
 
 
 def _count_columns(num_panels: int) -> int:
-    """Return how many panels are beside each other, so that the last line is as full as possible.
+    """Choose the number of columns that fills the last line of panels best.
 
     Five panels are in lines of three and two, not of four and one.
     """
-
-    def fill_of_last_line(columns: int) -> float:
-        in_last_line = num_panels % columns or columns
-        return in_last_line / columns
-
-    most = max(_COLUMNS)
-    if num_panels <= most:
+    if num_panels <= max(_COLUMNS):
         return num_panels
-    # the largest of equally good numbers, because it needs fewer lines
-    return max(_COLUMNS, key=fill_of_last_line)
+    # `max` returns the first of equally good numbers: the largest, which needs fewer lines
+    return max(_COLUMNS, key=lambda columns: _fill_of_last_line(num_panels, columns))
+
+
+def _fill_of_last_line(num_panels: int, columns: int) -> float:
+    """Return the share of the last line that has panels."""
+    in_last_line = num_panels % columns
+    if in_last_line == 0:
+        return 1.0
+    return in_last_line / columns
 
 
 def _first_runs(outcomes: DomainOutcomes, name: str) -> _FirstRuns | None:

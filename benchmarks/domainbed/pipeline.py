@@ -267,10 +267,12 @@ def _add_prefixes(
     prefixed = list(environments)
     # methods begin with different environments, so that concurrent runs share the work instead of
     # waiting for each other
-    first = derive_seed("first", spec.method.name) % len(environments)
-    for env in [*range(first, len(environments)), *range(first)]:
+    num_envs = len(environments)
+    first = derive_seed("first", spec.method.name) % num_envs
+    for place in range(num_envs):
+        env = (first + place) % num_envs
         within = splits[env].within
-        # training reads the whole *in* split, evaluation only the first rows
+        # a held-out environment is only evaluated, and an evaluation reads only the first rows
         if env in spec.test_envs:
             within = within[: training.eval_rows]
         out = splits[env].out[: training.eval_rows]

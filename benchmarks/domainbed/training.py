@@ -236,27 +236,31 @@ class DomainTrainer(RoutedTrainer):
         images_of_split = [len(rows) for rows in splits]
         environments = np.repeat(np.arange(len(splits)), images_of_split)
         classes = np.concatenate([rows.labels for rows in splits])
-        # [images, layers, experts]
-        loads_of_layers = [loads_by_row(layer, len(classes)) for layer in record.layers.values()]
+        # how often each image chooses each expert: [images, layers, experts]
+        num_images = len(classes)
+        loads_of_layers = [loads_by_row(layer, num_images) for layer in record.layers.values()]
         loads = np.stack(loads_of_layers, axis=1)
-        # classes are shuffled within each environment, and environments within each class, so that
-        # chance includes what one label tells about the other
-        # [1 + shuffles, layers]; the first is the information of the true labels
+
+        # Classes are shuffled within each environment, and environments within each class, so that
+        # chance includes what one label tells about the other. Both results are
+        # [1 + shuffles, layers]; the first row is of the true labels.
         class_bits = shuffled_information(loads, classes, environments, self._seed)
         environment_bits = shuffled_information(loads, environments, classes, self._seed)
-
-        # the sums over the images of an environment and class: [environments, classes, layers,
-        # experts]; unlike +=, add.at adds every image if several have the same two numbers
-        counts = np.zeros((len(splits), num_classes, *loads.shape[1:]), dtype=np.int64)
-        np.add.at(counts, (environments, classes), loads)
-        loads_by_layer = {}
         chance_by_layer = {}
         for index, layer in enumerate(record.layers):
-            loads_by_layer[str(layer)] = counts[:, :, index].tolist()
             chance_by_layer[str(layer)] = {
                 "class": list(shuffle_statistics(class_bits[:, index])),
                 "environment": list(shuffle_statistics(environment_bits[:, index])),
             }
+
+        # Sum the loads of all images with the same environment and class. `+=` would add only one
+        # of these images, `add.at` adds all.
+        _, num_layers, num_experts = loads.shape
+        sums = np.zeros((len(splits), num_classes, num_layers, num_experts), dtype=np.int64)
+        np.add.at(sums, (environments, classes), loads)
+        loads_by_layer = {}
+        for index, layer in enumerate(record.layers):
+            loads_by_layer[str(layer)] = sums[:, :, index].tolist()
         return {
             **record.summary(),
             **MutualInformation.mean(class_bits).numbers("class"),

@@ -106,28 +106,29 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
         settings = self.settings("evaluation", part).model_dump()
         cells = self._candidates(part, others)
         for row in _rows(self.definition, cells):
-            trained = cells[row.trained]
-            candidates = list(trained)
-            seeds = _seeds(trained)
-            conversion = {}  # the key of the spec that names the other method
-            if row.used_as is not None:
-                used_as = cells[row.used_as]
-                candidates += used_as
-                # the method that models are converted to may have fewer seeds
-                other_seeds = _seeds(used_as)
-                seeds = [seed for seed in seeds if seed in other_seeds]
-                conversion = {"used_as": row.used_as.method}
-            ood = [name for name in self.tasks[row.trained.task].ood if name not in exclude]
+            task = self.tasks[row.trained.task]
+            ood = [self.tasks[name].spec() for name in task.ood if name not in exclude]
             if not ood:
                 continue
-            first = trained[0]  # all runs of a cell have its model, task and protocol
+            trained_runs = cells[row.trained]
+            candidates = list(trained_runs)
+            seeds = _seeds(trained_runs)
+            conversion = {}  # the key of the spec that names the method to convert to
+            if row.used_as is not None:
+                runs_of_other = cells[row.used_as]
+                candidates += runs_of_other
+                # the other method may have fewer seeds, and one of its runs is chosen for each seed
+                other_seeds = _seeds(runs_of_other)
+                seeds = [seed for seed in seeds if seed in other_seeds]
+                conversion = {"used_as": row.used_as.method}
+            first = trained_runs[0]  # all runs of a cell have its model, task and protocol
             for seed in seeds:
                 yield self.spec(
                     "",  # no variant, because it is not chosen yet
                     protocol=first.protocol,
                     model=first.spec["model"],
                     task=first.spec["task"],
-                    ood=[self.tasks[name].spec() for name in ood],
+                    ood=ood,
                     evaluation=settings,
                     candidates=[run.folder for run in candidates],
                     trained=row.trained.method,

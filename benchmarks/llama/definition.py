@@ -72,7 +72,7 @@ class Finetuning(Entry):
         has_layers = self.layers is not None
         if needs_layers != has_layers:
             raise refusal(
-                "'layers' and 'train: blocks' or 'quantize' need each other; set both or none"
+                "'layers' is required with 'train: blocks' or 'quantize', and not allowed otherwise"
             )
 
     def tune_spec(self) -> dict[str, Any] | None:
@@ -168,7 +168,8 @@ class EvaluationTask(Strict):
     """Number of first questions per task; null for all."""
     draw: Count | None = optional()
     """Number of questions that are drawn at random, the same for all runs. Each task of a group has
-    about its share, and at least one. By default all are asked. It excludes `limit`."""
+    a number in proportion to its size, at least one. By default all questions are asked. Cannot be
+    combined with `limit`."""
 
     def model_post_init(self, _context: Any, /) -> None:
         """Raise if both numbers of questions are given."""

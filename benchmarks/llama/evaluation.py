@@ -91,12 +91,17 @@ def load_task(entry: EvaluationTask) -> LoadedTask:
         raise DefinitionError(
             f"{where}, whose tasks are scored by different metrics; name them one by one"
         )
-    sources = [written.source] if written else _hub_sources(tasks)
-    note = written.note if written else None
-    if entry.draw is None:
-        return LoadedTask(loaded, tasks, None, sources, note)
-    drawn = _draw(entry.draw, tasks, where)
-    return LoadedTask(loaded, tasks, drawn, [*sources, _describe_draw(drawn, tasks)], note)
+    note = None
+    if written is None:
+        sources = _hub_sources(tasks)
+    else:
+        sources = [written.source]
+        note = written.note
+    drawn = None
+    if entry.draw is not None:
+        drawn = _draw(entry.draw, tasks, where)
+        sources.append(_describe_draw(drawn, tasks))
+    return LoadedTask(loaded, tasks, drawn, sources, note)
 
 
 def _draw(count: int, tasks: Mapping[str, Any], where: str) -> dict[str, list[int]]:
@@ -424,9 +429,11 @@ def _nats_by_subject(
         if values is None:
             return None
         nats[subject] = values
-    # a letter stands for an answer, and its likelihood is not the likelihood of this answer; a
-    # subject of few questions may have only answers of one digit, which are no such letters
-    if all(_answers_are_letters(sample) for sample in itertools.chain(*samples.values())):
+    # A letter only names a choice, so its likelihood is not that of the choice's text. All subjects
+    # are checked together, because the choices of a small subject may all be numbers of one digit.
+    all_samples = itertools.chain(*samples.values())
+    has_only_letters = all(_answers_are_letters(sample) for sample in all_samples)
+    if has_only_letters:
         return None
     return nats
 
@@ -472,21 +479,22 @@ def _in_order(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def _is_choice(sample: Mapping[str, Any]) -> bool:
     """Return True if a sample has one prompt and several answers, and its target is one of them."""
-    # the sample has one request for each answer
-    requests = sample.get("arguments", ())
+    # the target must be the index of a choice; in other tasks it is a text or True, which is an int
     right = sample.get("target")
-    # without choices, there is one request, or the target is a text; ``type`` also excludes True,
-    # which is an int, but no index
-    if type(right) is not int or len(requests) < 2:
+    if type(right) is not int:
         return False
-    # a request of two parts has a prompt and an answer; others have only a text, or also an image
+    # there must be a request for each choice; other tasks have a single request
+    requests = sample.get("arguments", ())
+    if len(requests) < 2:
+        return False
+    # each request must be a prompt and an answer; others have only a text, or also an image
     if any(len(request) != 2 for request in requests):
         return False
-    # in winogrande, the choices are different prompts with the same answer
+    # all requests must have the same prompt; winogrande has the same answer to different prompts
     prompts = {prompt for prompt, _ in requests}
     if len(prompts) > 1:
         return False
-    # a likelihood can be divided only by one byte or more
+    # the right answer must have a byte, because its likelihood is divided by its bytes
     _, right_answer = requests[right]
     return _bytes(right_answer) > 0
 

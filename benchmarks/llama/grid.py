@@ -169,7 +169,7 @@ def _templates(name: str, where: Location) -> dict[str, dict[str, str]]:
 
 
 def _learning_rate(tuning: Finetuning, point: Mapping[str, Any], where: Location) -> float:
-    """Return the learning rate of a run, which is a point of the grid; 0 if nothing is trained.
+    """Return the learning rate of a point of the grid; 0 if nothing is trained.
 
     Raises:
         DefinitionError: The point lacks a learning rate.

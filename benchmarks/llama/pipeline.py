@@ -71,14 +71,7 @@ def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, An
     if is_main():
         # loaded before the training, so that an unknown task ends the run early
         tasks = {entry: load_task(entry) for entry in spec.evaluation.tasks}
-        notes = [data.note]
-        for loaded in tasks.values():
-            # two forms of the same questions have the same warning
-            if loaded.note not in notes:
-                notes.append(loaded.note)
-        for note in notes:
-            if note:
-                progress.say(f"warning: {note}")
+        _print_warnings(data, tasks, progress)
     _report_rows(data, spec.data.max_length, progress)
 
     trainable = _build(spec, data)
@@ -103,21 +96,21 @@ def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, An
     if training.keep_weights:
         save_trained(trainable.model, folder / "model")
     evaluated = _evaluate(spec, trainable, data, tasks, progress)
-    cost = {
+    if trained.get("held_out_curve"):
+        # the training does not compute the loss of the last step, because the evaluation does
+        final_loss = evaluated["scores"]["dev"][spec.task.name]["loss"]
+        last_step = trained["cost"]["steps"]
+        trained["held_out_curve"].append({"step": last_step, "loss": final_loss})
+    trained["cost"] = {
         **trained["cost"],
         "precision": available_precision(training.precision),
         **trainable.prefix_cost(),
     }
-    if trained.get("held_out_curve"):
-        # the training does not compute the loss of the last step, because the evaluation does
-        final_loss = evaluated["scores"]["dev"][spec.task.name]["loss"]
-        trained["held_out_curve"].append({"step": cost["steps"], "loss": final_loss})
     return {
         **evaluated,
         **trained,
         "probe": probe.summary(),
         "model": trainable.summary,
-        "cost": cost,  # replaces the cost in `trained`, which has only the training
         "data": data.summary,
     }
 
@@ -148,6 +141,20 @@ class Data:
             train=self.train.with_prefix(prefix, tokenizer),
             held_out=self.held_out.with_prefix(prefix, tokenizer),
         )
+
+
+def _print_warnings(
+    data: Data, tasks: Mapping[EvaluationTask, LoadedTask], progress: Progress
+) -> None:
+    """Print a warning for each unexpected number of rows or questions."""
+    notes = [data.note]
+    notes.extend(loaded.note for loaded in tasks.values())
+    printed: set[str] = set()
+    for note in notes:
+        # two forms of the same questions have the same note
+        if note and note not in printed:
+            progress.say(f"warning: {note}")
+            printed.add(note)
 
 
 def _report_rows(data: Data, max_length: int, progress: Progress) -> None:

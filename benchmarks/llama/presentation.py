@@ -152,13 +152,19 @@ def _short_titles(outcomes: InstructionOutcomes) -> dict[str, str]:
 
     Settings that all tasks share, such as ``(0-shot)``, are left out if the caption has them.
     """
-    tasks = outcomes.eval_tasks
-    settings = {task.partition(" ")[2] for task in tasks}
+    full_titles = {}
+    short_titles = {}
+    settings = set()
+    for task in outcomes.eval_tasks:
+        name, _, setting = task.partition(" ")
+        full_titles[task] = format_task(task)
+        short_titles[task] = format_task(name)
+        settings.add(setting)
     # the caption describes the questions of tasks that are scored by accuracy
-    in_caption = all(result.metric == "acc" for result in tasks.values())
+    in_caption = all(result.metric == "acc" for result in outcomes.eval_tasks.values())
     if len(settings) > 1 or not in_caption:
-        return {task: format_task(task) for task in tasks}
-    return {task: format_task(task.partition(" ")[0]) for task in tasks}
+        return full_titles
+    return short_titles
 
 
 def _mean_and_std(values: pd.Series[float], name: str) -> pd.DataFrame:
@@ -400,11 +406,11 @@ def _gain_texts(
     method_cell = tuple(row[key] for key in CELL)
     group = [row[key] for key in GROUP]
     baseline_cell = (*group, outcomes.baseline, "")  # without a variant
-    titles = {method_cell: row["method_title"], baseline_cell: outcomes.baseline_title}
     texts = []
-    for cell, title in titles.items():
-        if cell in gains.index:
-            texts.append(f"{title} {gains[cell]:+z.3f}")
+    if method_cell in gains.index:
+        texts.append(f"{row['method_title']} {gains[method_cell]:+z.3f}")
+    if baseline_cell in gains.index:
+        texts.append(f"{outcomes.baseline_title} {gains[baseline_cell]:+z.3f}")
     if not texts:
         return []
     return [f"by tuning: {', '.join(texts)}"]

@@ -140,15 +140,19 @@ def describe_mmlu(split: str, _open_files: bool) -> Iterator[SetPart]:
 
     If the split is missing or damaged, the description has the reason or the way to get it.
     """
+    expected = MMLU_ROWS[split]
     folder = local_path(MMLU, _FOLDER)
-    try:
-        if folder is None:
+    if folder is None:
+        try:
             yield _describe_hub(split)
-        else:
-            yield _describe_questions(folder, split, _read_questions(folder, split))
+        except DataError:
+            yield SetPart(MMLU, split, None, expected=expected, advice=_advice())
+        return
+    try:
+        yield _describe_questions(folder, split, _read_questions(folder, split))
     except DataError as error:
-        advice = _advice() if folder is None else f"{MMLU}: {first_line(error)}"
-        yield SetPart(MMLU, split, None, expected=MMLU_ROWS[split], advice=advice)
+        problem = f"{MMLU}: {first_line(error)}"
+        yield SetPart(MMLU, split, None, expected=expected, advice=problem)
 
 
 def draw_by_subject(sizes: Mapping[str, int], count: int) -> dict[str, list[int]]:
@@ -164,12 +168,18 @@ def draw_by_subject(sizes: Mapping[str, int], count: int) -> dict[str, list[int]
     Returns:
         The indices of each subject's drawn questions, in ascending order, by the name of the task.
     """
+    # sorted without the form, so that ties end in the same way for both forms
     names = sorted(sizes, key=_without_form)
     counts = dict.fromkeys(names, 1)
-    for _ in range(count - len(names)):
-        # Webster's method: this subject's share of the draw lags most behind its share of all
-        # questions
-        next_name = min(names, key=lambda name: (2 * counts[name] + 1) / sizes[name])
+
+    def turn(name: str) -> float:
+        """Return when a subject gets its next question, by Webster's method: the lowest is next."""
+        # its present and its next count are averaged (times two), in relation to its size
+        return (2 * counts[name] + 1) / sizes[name]
+
+    num_left = count - len(names)
+    for _ in range(num_left):
+        next_name = min(names, key=turn)
         counts[next_name] += 1
 
     drawn = {}

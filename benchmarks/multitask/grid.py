@@ -124,7 +124,8 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
                 # its texts get the field names of the learned task
                 if len(self.tasks[other].fields) != len(self.tasks[name].fields):
                     raise DefinitionError(
-                        f"{self.file}: '{other}' cannot be read as '{name}': it has other fields"
+                        f"{self.file}: '{other}' cannot be read as '{name}', because they have "
+                        "different numbers of text fields"
                     )
                 read_as.setdefault(other, name)
         return [{**self.tasks[other].spec(), "read_as": name} for other, name in read_as.items()]

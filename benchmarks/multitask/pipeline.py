@@ -205,17 +205,17 @@ class MixedOrder(EpochOrder):
         return sum(self._rows_per_epoch.values())
 
     def __iter__(self) -> Iterator[int]:
-        rows: list[int] = []  # this epoch's rows, by index in the concatenated tasks
-        # the lengths of these rows, from which the parent class makes their order
-        self._lengths = []
-        start = 0  # the index of the task's first row
+        # the rows of this epoch, by index in the concatenated tasks, and their numbers of tokens
+        rows: list[int] = []
+        lengths_of_rows: list[int] = []
+        first_row = 0  # the index of the task's first row
         for name, lengths in self._tasks.items():
             for row in self._rows_of_epoch(name):
-                rows.append(start + row)
-                self._lengths.append(lengths[row])
-            start += len(lengths)
-        order = super().__iter__()  # indices of the list `rows`
-        return (rows[index] for index in order)
+                rows.append(first_row + row)
+                lengths_of_rows.append(lengths[row])
+            first_row += len(lengths)
+        order = self._random_order(lengths_of_rows)  # indices of the list `rows`
+        return iter([rows[index] for index in order])
 
     def _rows_of_epoch(self, name: str) -> list[int]:
         """Return the rows of a task in this epoch.
@@ -254,26 +254,28 @@ def log_likelihoods(
     """
     encoder_decoder = cast(Any, model)
     rows = len(batch["input_ids"])
-    count = len(answers)
+    num_answers = len(answers)
     longest = max(len(answer) for answer in answers)
     # pad shorter answers with labels that add nothing to the loss
     padded = []
     for answer in answers:
         padding = [_IGNORED] * (longest - len(answer))
         padded.append([*answer, *padding])
-    # each row is repeated for each answer: [rows * answers, longest]
+    # The decoder gets every pair of a row and an answer: all answers of the first row, then all of
+    # the second. So the list of answers is repeated as a whole: [rows * answers, longest].
     labels = torch.tensor(padded, device=batch["input_ids"].device).repeat(rows, 1)
     encoded = encoder_decoder.get_encoder()(**batch).last_hidden_state
+    # each encoded row is repeated in its place
     logits = encoder_decoder(
-        encoder_outputs=(encoded.repeat_interleave(count, 0),),
-        attention_mask=batch["attention_mask"].repeat_interleave(count, 0),
+        encoder_outputs=(encoded.repeat_interleave(num_answers, 0),),
+        attention_mask=batch["attention_mask"].repeat_interleave(num_answers, 0),
         decoder_input_ids=encoder_decoder.prepare_decoder_input_ids_from_labels(labels),
     ).logits
     # the loss of a token is its negative log-likelihood
     losses = F.cross_entropy(
         logits.flatten(0, 1).float(), labels.flatten(), ignore_index=_IGNORED, reduction="none"
     )
-    return -losses.view(rows, count, longest).sum(-1)
+    return -losses.view(rows, num_answers, longest).sum(-1)
 
 
 class MultitaskTrainer(RoutedTrainer):

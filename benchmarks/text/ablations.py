@@ -364,21 +364,19 @@ def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
     """
     definition: Ablation = outcomes.benchmark.definition.ablations[name]
     rows = ablation_rows(outcomes, definition)
-    # each model has a panel; some of the paper's rows have no model
-    with_panels = rows.assign(panel=rows["model_title"])
-    ours = with_panels[with_panels["is_ours"] & with_panels["delta"].notna()]
+    ours = rows[rows["is_ours"] & rows["delta"].notna()]
     if ours.empty:
         plots.placeholder_figure(path)
         return
 
-    shown = _shown_differences(ours)
-    marks = pd.concat([shown, _paper_differences(with_panels)])
-    titles = {}
-    for model, of_model in marks.groupby("panel", sort=False):
-        titles[model] = _panel_title(str(model), of_model)
+    marks = pd.concat([_shown_differences(ours), _paper_differences(rows)])
+    # each model has a panel; some of the paper's rows have no model
+    panel_titles = {}
+    for model, of_model in marks.groupby("model_title", sort=False):
+        panel_titles[model] = _panel_title(str(model), of_model)
     owners = marks["is_ours"].map({True: "", False: "the paper, "})
     drawn = marks.assign(
-        panel=marks["panel"].map(titles),
+        panel=marks["model_title"].map(panel_titles),
         line=[plots.wrap_text(title, 2, 7) for title in marks["method_title"]],
         series=owners + marks["domain"].map(DOMAINS),
         style=[_mark_style(outcomes, mark) for mark in marks.itertuples()],
@@ -388,8 +386,9 @@ def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
 
 
 def _panel_title(model: str, marks: pd.DataFrame) -> str:
-    """Return the title of a panel: its model, and the seeds of our marks or that there are none.
+    """Return the title of a panel: its model, and the number of seeds of our marks.
 
+    Without our marks, the title says that the numbers are the paper's.
     ``model`` is empty for the paper's rows that name no model.
     """
     of_runs = marks[marks["is_ours"]]
@@ -411,14 +410,15 @@ def _shown_differences(ours: pd.DataFrame) -> pd.DataFrame:
     """Keep the averages of each panel and domain, or all its rows if it has no average."""
     rows = _first_selection(ours)
     # beside each row: whether its panel and domain has an average
-    has_average = rows.groupby(["panel", "domain"])["is_average"].transform("any")
+    has_average = rows.groupby(["model_title", "domain"])["is_average"].transform("any")
     return rows[rows["is_average"] | ~has_average]
 
 
 def _paper_differences(rows: pd.DataFrame) -> pd.DataFrame:
-    """Average the paper's differences over scopes, by panel, domain and method."""
+    """Average the paper's differences over scopes, by model, domain and method."""
     published = rows[rows["paper_delta"].notna()]
-    by_mark = published.groupby(["panel", "domain", "method", "method_title"], sort=False)
+    keys = ["model_title", "domain", "method", "method_title"]
+    by_mark = published.groupby(keys, sort=False)
     means = by_mark["paper_delta"].mean().rename("delta").reset_index()
     return means.assign(is_ours=False)
 

@@ -691,16 +691,19 @@ def _class_names_by_spelling(table: _Table, task: RunTask) -> dict[str, str]:
     task's class names is a number, too. They are also left out if the table stores real class
     names.
     """
-    by_number = {str(number): name for number, name in enumerate(task.labels)}
-    if any(_is_number(name) for name in (*task.labels, *task.label_names)):
-        by_number = {}
     by_name = {**task.label_names, **{name: name for name in task.labels}}
+    # if a class name is a number, a number in a file is a name
+    numbers_are_names = any(_is_number(name) for name in (*task.labels, *task.label_names))
+    by_number: dict[str, str] = {}
+    if not numbers_are_names:
+        by_number = {str(number): name for number, name in enumerate(task.labels)}
 
     if table.class_names is None:
         return {**by_number, **by_name}
+    # the stored names are only the class numbers
     if by_number and _are_numbers_from_0(table.class_names):
-        # the stored names are only numbers
         return by_number
+    # the stored names are real names, which may be spelled as the makers do
     return {**_makers_spellings(task), **by_name}
 
 

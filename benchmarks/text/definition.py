@@ -331,7 +331,10 @@ def merged_classes(larger: RunTask, smaller: RunTask) -> list[int]:
     most = len(larger.labels)
     fewer = len(smaller.labels)
     if fewer == 0:
-        raise DefinitionError(f"'{larger.name}' has classes as labels, '{smaller.name}' numbers")
+        raise DefinitionError(
+            f"'{larger.name}' has classes, but '{smaller.name}' is a regression; their labels do "
+            "not fit"
+        )
     numbers = larger.label_map.get(str(fewer), [])
     uses_all_classes = set(numbers) == set(range(fewer))
     if len(numbers) != most or not uses_all_classes:

@@ -259,7 +259,8 @@ def _check_trained_once(transformed: Mapping[str, Transformed], file: Path) -> N
     for name in trained:
         if trained.count(name) > 1:
             raise DefinitionError(
-                f"{file}: 'transformed' has '{name}' twice; a run is converted only once"
+                f"{file}: two rows of 'transformed' are trained as '{name}', but a run is "
+                "converted only once"
             )
 
 

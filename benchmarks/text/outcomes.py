@@ -158,7 +158,10 @@ class TextOutcomes(Outcomes):
     """The results of one text benchmark's finished runs.
 
     Args:
-        records: The numbers of the runs; None to read them.
+        benchmark: The benchmark.
+        finished: The finished runs with their metrics.
+        records: The numbers of these runs, as in :func:`.records.tabulate_numbers`; None to
+            collect them from ``finished``.
         include_ablations: True to add the rows of ablations. Then each setting of a row with
             several variants becomes a separate row ``<row>|<setting>``. If False, a row has only
             its best variant.
@@ -280,12 +283,16 @@ class TextOutcomes(Outcomes):
         for model, rows in records[~is_ablation].groupby("model", sort=False):
             usual_by_model[model] = self._usual_settings(rows)
 
+        described = records[["model", "variant"]].assign(
+            is_ablation=is_ablation, num_variants=num_variants
+        )
         settings = []
-        variants = zip(records["model"], records["variant"], is_ablation, num_variants, strict=True)
-        for model, variant, of_ablation, count in variants:
-            if of_ablation:
-                settings.append(remove_settings(variant, usual_by_model.get(model, set())))
-            elif count > 1:
+        for record in described.itertuples():
+            variant = str(record.variant)
+            if record.is_ablation:
+                usual = usual_by_model.get(record.model, set())
+                settings.append(remove_settings(variant, usual))
+            elif record.num_variants > 1:
                 settings.append(variant)
             else:
                 settings.append("")
@@ -409,26 +416,28 @@ class TextOutcomes(Outcomes):
             parameter_counts(self.records),
         )
         names = [split_name(name) for name in joined["method"]]
-        numbers = joined.assign(
-            method=[name.method for name in names], setting=[name.setting for name in names]
-        )
+        methods = [name.method for name in names]
+        settings = [name.setting for name in names]
+        numbers = joined.assign(method=methods, setting=settings)
         if self._include_ablations or not self.benchmark.definition.ablations:
             return numbers
 
-        # add the rows that only ablations have; a main row keeps the numbers of its best setting
+        # Add what only ablations have: rows, settings, and the domain `id` if this benchmark
+        # evaluates the runs of another. A main row keeps the numbers of its best setting.
         with_ablations = self.ablated.claim_numbers()
         keys = ["method", "setting", "domain"]
         known = pd.MultiIndex.from_frame(numbers[keys])
         is_known = pd.MultiIndex.from_frame(with_ablations[keys]).isin(known)
-        return pd.concat([numbers, with_ablations[~is_known]], ignore_index=True)
+        only_in_ablations = with_ablations[~is_known]
+        return pd.concat([numbers, only_in_ablations], ignore_index=True)
 
     def _losses(self) -> pd.DataFrame:
         """Return the losses of the chosen runs in domain, and their means over the OOD sets.
 
         The losses are the metrics :data:`.definition.LOSSES`, in nat. A regression is left out,
         because its loss, the squared error, has another unit. A set whose classes are merged has no
-        loss, so the mean leaves it out. A run that lacks a loss which other runs of its model and
-        task have, because it diverged, has no mean.
+        loss, so the mean leaves it out. A diverged run lacks a loss that other runs of its model
+        and task have. It has no mean.
 
         The columns are those of :attr:`seeds`, except ``scope``, and ``metric``.
         """
@@ -438,21 +447,25 @@ class TextOutcomes(Outcomes):
         is_loss = records["metric"].isin(LOSSES) & ~records["eval_task"].isin(regressions)
         losses = records[is_loss]
         columns = [*_KEYS_OF_RUN, "eval_task", "domain", "metric", "value"]
-
-        in_domain = losses[losses["part"] == "test"].assign(domain=ID)
+        parts = []
         # a benchmark that evaluates the runs of another shows in-domain numbers only in ablations
-        if not self._include_ablations and self.benchmark.evaluates is not None:
-            in_domain = in_domain[:0]
+        if self._include_ablations or self.benchmark.evaluates is None:
+            in_domain = losses[losses["part"] == "test"].assign(domain=ID)
+            parts.append(in_domain[columns])
 
+        # beside each OOD loss: how many sets have a loss in any run of its model and task, and how
+        # many have one in its own run
         others = losses[losses["part"] == OOD]
-        of_cells = others.groupby(["protocol", "model", "task", "metric"])
-        sets_with_loss = of_cells["eval_task"].transform("nunique")
-        of_runs = others.groupby([*_KEYS_OF_RUN, "metric"], sort=False)
-        sets_of_run = of_runs["eval_task"].transform("nunique")
-        complete = others[sets_of_run == sets_with_loss]
-        by_run = complete.groupby([*_KEYS_OF_RUN, "metric"], sort=False)
-        means = by_run["value"].mean().reset_index().assign(domain=OOD_MEAN, eval_task="")
-        return pd.concat([in_domain[columns], means[columns]])
+        keys_of_run = [*_KEYS_OF_RUN, "metric"]
+        by_task = others.groupby(["protocol", "model", "task", "metric"])
+        by_run = others.groupby(keys_of_run, sort=False)
+        sets_of_task = by_task["eval_task"].transform("nunique")
+        sets_of_run = by_run["eval_task"].transform("nunique")
+        # a diverged run has fewer
+        complete = others[sets_of_run == sets_of_task]
+        means = complete.groupby(keys_of_run, sort=False)["value"].mean().reset_index()
+        parts.append(means.assign(domain=OOD_MEAN, eval_task="")[columns])
+        return pd.concat(parts)
 
     def _information(self) -> pd.DataFrame:
         """Return what the choice of an expert says about the class and the data set, in bits.
@@ -472,30 +485,32 @@ class TextOutcomes(Outcomes):
         changes = []
         for record in self._finished:
             routing = record.metrics.routing
-            if routing is not None and routing.windows is not None:
-                change = mean_load_change(routing.windows)
-                # a single window has no change
-                if not math.isnan(change):
-                    changes.append((record.run.id, record.run.method, change))
+            if routing is None or routing.windows is None:
+                continue
+            change = mean_load_change(routing.windows)
+            # a single window has no change
+            if math.isnan(change):
+                continue
+            changes.append((record.run.id, record.run.method, change))
         types = {"run_id": str, "trained_as": str, "value": float}
-        by_run = pd.DataFrame(changes, columns=list(types)).astype(types)
+        change_of_run = pd.DataFrame(changes, columns=list(types)).astype(types)
 
         records = with_own_protocol(self.chosen)
         runs = records[[*_KEYS_OF_RUN, "run_id"]].drop_duplicates()
-        # A row of converted models has another name than the method that it was trained as. So it
-        # gets no number here.
+        # A run with a conversion occurs twice here: as the method that was trained, and as the
+        # method after the conversion. Only the first matches `trained_as`, and gets the number.
         methods = [split_name(name).method for name in runs["method"]]
         # the type is given, because pandas cannot infer it if there are no runs
         trained_as = pd.Series(methods, runs.index, dtype=str)
-        keys = ["run_id", "trained_as"]
-        with_changes = runs.assign(trained_as=trained_as).merge(by_run, on=keys)
+        with_methods = runs.assign(trained_as=trained_as)
+        with_changes = with_methods.merge(change_of_run, on=["run_id", "trained_as"])
         return with_changes.assign(domain=TRAINING, metric="load_change")
 
     def _memory_ratios(self) -> pd.DataFrame:
         """Return the peak memory of each method, divided by the baseline's, for runs on a GPU.
 
         A run is compared with the baseline's run of the same model, task, protocol, learning rate
-        and seed. The ratio of a model and task is their median, beside the lowest and the highest.
+        and seed. The median of each method, model and task is returned, and the lowest and highest.
         On a CPU, the recorded peak is that of the whole process, in which the libraries and the
         evaluation outweigh the experts. So it is left out.
         """
@@ -506,16 +521,20 @@ class TextOutcomes(Outcomes):
         is_peak = self.records["metric"].eq("peak_memory_mb") & self.records["run_id"].isin(on_gpu)
         peaks = self.records[is_peak]
         same = ["model", "task", "protocol", "learning_rate", "seed"]
-        dense = peaks.loc[peaks["method"] == self.baseline, [*same, "value"]]
-        both = peaks.merge(dense, on=same, suffixes=("", "_dense"))
-        ratios = both.assign(ratio=both["value"] / both["value_dense"])
+        of_baseline = peaks.loc[peaks["method"] == self.baseline, [*same, "value"]]
+        paired = peaks.merge(of_baseline, on=same, suffixes=("", "_baseline"))
+        ratios = paired.assign(ratio=paired["value"] / paired["value_baseline"])
 
-        by_setting = ratios.groupby(CELL, sort=False)["ratio"]
-        summaries = {"": by_setting.median(), "_low": by_setting.min(), "_high": by_setting.max()}
+        by_cell = ratios.groupby(CELL, sort=False)["ratio"]
+        values_by_metric = {
+            MEMORY_RATIO: by_cell.median(),
+            f"{MEMORY_RATIO}_low": by_cell.min(),
+            f"{MEMORY_RATIO}_high": by_cell.max(),
+        }
         rows = []
-        for ending, values in summaries.items():
-            of_ending = values.rename("value").reset_index()
-            rows.append(of_ending.assign(domain=MEMORY, metric=f"{MEMORY_RATIO}{ending}"))
+        for metric, values in values_by_metric.items():
+            of_metric = values.rename("value").reset_index()
+            rows.append(of_metric.assign(domain=MEMORY, metric=metric))
         return pd.concat(rows)
 
     def with_titles(self, frame: pd.DataFrame) -> pd.DataFrame:

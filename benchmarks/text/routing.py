@@ -378,17 +378,29 @@ def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
         axes,
     ):
         for axis_row, row in zip(axes, rows, strict=True):
-            # not strict: a row may have fewer panels than axes
-            for axis, panel in zip(axis_row, row.panels, strict=False):
-                _draw_trace(axis, panel.trace, panel_width)
-                axis.set_title(plots.wrap_text(panel.title, panel_width, 7), fontsize=7)
-            titles = [axis.title for axis in axis_row]
-            longest = max(titles, key=lambda title: title.get_text().count("\n"))
-            plots.draw_heading(axis_row[0], longest, row.title, "left")
-            last_step = max(panel.trace.index[-1] for panel in row.panels)
-            axis_row[0].set_ylim(last_step, 0)  # the first step is at the top
-            axis_row[0].set_ylabel("step")
+            _draw_trace_row(axis_row, row, panel_width)
         figure.colorbar(plots.USE, ax=axes, shrink=0.6, label="load ÷ mean load", extend="max")
+
+
+def _draw_trace_row(axes: Sequence[Any], row: _TraceRow, panel_width: float) -> None:
+    """Draw the panels of a row from left to right, and the title of the row above them.
+
+    ``panel_width`` is in inches.
+    """
+    # not strict: a row may have fewer panels than axes
+    for axis, panel in zip(axes, row.panels, strict=False):
+        _draw_trace(axis, panel.trace, panel_width)
+        axis.set_title(plots.wrap_text(panel.title, panel_width, 7), fontsize=7)
+
+    # the title of the row is above the panel title with the most lines
+    panel_titles = [axis.title for axis in axes]
+    longest = max(panel_titles, key=lambda title: title.get_text().count("\n"))
+    first_axis = axes[0]
+    plots.draw_heading(first_axis, longest, row.title, "left")
+    # the panels of a row share the vertical axis of the first
+    last_step = max(panel.trace.index[-1] for panel in row.panels)
+    first_axis.set_ylim(last_step, 0)  # the first step is at the top
+    first_axis.set_ylabel("step")
 
 
 def _paper_trace_rows(outcomes: TextOutcomes) -> list[_TraceRow]:

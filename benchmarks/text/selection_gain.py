@@ -40,13 +40,17 @@ def selection_gains(outcomes: TextOutcomes) -> pd.DataFrame:
     tried = _tried_choices(outcomes)
     rows = []
     for names, of_row in tried.groupby(_KEYS_OF_ROW, sort=False):
+        scores = of_row["mean"]
         deviation = _pooled_deviation(of_row)
+        # The score of a choice is a mean over n seeds, so its variance is 1/n of that of a seed.
+        # Choices may have different n, so 1/n is averaged.
+        variance_factor = (1 / of_row["n"]).mean()
         row = {
             **dict(zip(_KEYS_OF_ROW, names, strict=True)),
             "num_choices": len(of_row),
-            "best_gain": of_row["mean"].max() - of_row["mean"].mean(),
+            "best_gain": scores.max() - scores.mean(),
             "deviation": deviation,
-            "error": deviation * math.sqrt((1 / of_row["n"]).mean()),
+            "error": deviation * math.sqrt(variance_factor),  # the deviation of a choice's score
         }
         rows.append(row)
     numbers = ["num_choices", "best_gain", "deviation", "error"]

@@ -441,16 +441,12 @@ def _sort_known_rows(outcomes: TextOutcomes, frame: pd.DataFrame) -> pd.DataFram
     """Keep the rows with a score of the paper or of ours, sort them, and add titles."""
     # the paper's scores are in the column `value`, ours in a column for each protocol
     has_number = frame[["value", PUBLISHED, CLEAN]].notna().any(axis=1)
-    places = {name: place for place, name in enumerate(outcomes.methods)}
-
-    def sort_key(column: pd.Series) -> pd.Series:
-        # pandas calls this for each key column; methods are sorted as in the definition, others by
-        # name
-        return column.map(places) if column.name == "method" else column
-
     known = frame[has_number].reset_index(drop=True)
-    in_order = known.sort_values(_PUBLISHED_KEY, key=sort_key, kind="stable")
-    titled = outcomes.with_titles(in_order)
+    # models and scopes are sorted by name, methods by their place in the definition
+    places = {name: place for place, name in enumerate(outcomes.methods)}
+    with_places = known.assign(place=known["method"].map(places))
+    in_order = with_places.sort_values(["model", "scope", "place"], kind="stable")
+    titled = outcomes.with_titles(in_order.drop(columns="place"))
     # a dash if the paper has no such number, or the number has no status or source
     notes = titled[["status", "source"]].fillna("").replace("", MISSING)
     return titled.assign(status=notes["status"], source=notes["source"])

@@ -49,8 +49,9 @@ class TokenisedRows(Dataset[dict[str, Any]]):
         self.order = np.arange(len(split))
         if by_length:
             self.order = np.argsort(self._lengths, kind="stable")
-        # the labels for the model inputs, in the order of the split
-        self._labels = split.labels if labelled else None
+        # rows, their lengths and these labels are in the order of the split
+        self._split_labels = split.labels
+        self._labelled = labelled
         self.labels = np.asarray(split.labels)[self.order]
         self._states: PrefixStates | None = None
         if prefix:
@@ -86,8 +87,8 @@ class TokenisedRows(Dataset[dict[str, Any]]):
         row = self._tokens(number)
         if self._states is not None:
             row[STATES] = self._states[number]
-        if self._labels is not None:
-            row["labels"] = self._labels[number]
+        if self._labelled:
+            row["labels"] = self._split_labels[number]
         return row
 
     def _tokens(self, number: int) -> dict[str, Any]:

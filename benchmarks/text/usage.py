@@ -238,18 +238,21 @@ class RoutingRecorder:
             yield
             return
         random = np.random.default_rng(derive_seed("rows by their routing", name))
-        chosen = np.sort(random.permutation(len(classes))[:_SAMPLED_ROWS])
+        shuffled = random.permutation(len(classes))
+        chosen = np.sort(shuffled[:_SAMPLED_ROWS])
         labels = _routing_labels(len(classes), chosen)
-        seen = 0  # rows of the batches so far
-
-        # called before each forward pass of the model, with the model inputs of a batch
-        def label_rows(_module: nn.Module, _args: tuple[Any, ...], given: dict[str, Any]) -> None:
-            nonlocal seen
-            count = len(given["input_ids"])
-            record.set_labels(labels[seen : seen + count])
-            seen += count
-
         with emoe.record_routing(self._model) as record:
+            start = 0  # the index of the next batch's first row
+
+            # called before each forward pass of the model, with the model inputs of a batch
+            def label_rows(
+                _module: nn.Module, _args: tuple[Any, ...], given: dict[str, Any]
+            ) -> None:
+                nonlocal start
+                end = start + len(given["input_ids"])
+                record.set_labels(labels[start:end])
+                start = end
+
             hook = self._model.register_forward_pre_hook(label_rows, with_kwargs=True)
             try:
                 yield

@@ -97,7 +97,7 @@ MORE = {"title": "More", "trained": "vanilla", "used_as": "random_partition"}
             {"transformed.lora2emoe.trained": "lora_block"},
             "whose weights fit no other row",
         ),
-        ("glue", {"transformed.more": MORE}, "'transformed' has 'vanilla' twice"),
+        ("glue", {"transformed.more": MORE}, "two rows of 'transformed' are trained as 'vanilla'"),
     ],
 )
 def test_ablations_that_compare_nothing_sensible_are_refused(

@@ -160,7 +160,11 @@ def test_missing_file_names_its_neighbour_and_numbers_may_have_no_point(tmp_path
             {"metric": "acuracy"},
             "metric' is 'acuracy', which does not exist; did you mean 'accuracy'",
         ),
-        ("stsb", {"ood": ["hans"]}, "ood': 'hans' has classes as labels, 'stsb' numbers"),
+        (
+            "stsb",
+            {"ood": ["hans"]},
+            "ood': 'hans' has classes, but 'stsb' is a regression; their labels do not fit",
+        ),
         ("mnli", {"ood": ["hans"], "label_map": {}}, "ood': 'mnli' has 3 classes, 'hans' 2"),
         (
             "flipkart",

@@ -69,30 +69,37 @@ def _convert_(
     if not isinstance(config, EMoEConfig):
         return emoe.convert_(model, config)
 
+    if config.router != "fixed":
+        return _convert_to_emoe_(model, config, calibration, partition)
+
     # The fixed experts are those that the router avg-k uses most. So the model is first converted
     # with avg-k, to count how often it uses each expert.
-    is_fixed = config.router == "fixed"
-    if is_fixed:
-        config = dataclasses.replace(config, router="avg_k")
-
-    if partition is not None:  # the partition of a trained model
-        report = emoe.convert_(model, config, partition=partition)
-    elif config.partition == "kmeans":
-        report = emoe.convert_(model, config, partition=cached_partition(model, config))
-    elif config.partition == "coactivation":
-        report = emoe.convert_(model, config, calibration=calibration)
+    avg_k_config = dataclasses.replace(config, router="avg_k")
+    report = _convert_to_emoe_(model, avg_k_config, calibration, partition)
+    if partition is None:
+        usage = _count_usage(model, calibration)
     else:
-        report = emoe.convert_(model, config)
-
-    if is_fixed:
-        if partition is None:
-            usage = _count_usage(model, calibration)
-        else:
-            # placeholders: the real counts are loaded later, with the trained tensors
-            equal = torch.ones(config.num_experts, dtype=torch.int64)
-            usage = dict.fromkeys(partition, equal)
-        emoe.fix_experts_(model, usage)
+        # placeholders: the real counts are loaded later, with the trained tensors
+        equal = torch.ones(config.num_experts, dtype=torch.int64)
+        usage = dict.fromkeys(partition, equal)
+    emoe.fix_experts_(model, usage)
     return report
+
+
+def _convert_to_emoe_(
+    model: nn.Module,
+    config: EMoEConfig,
+    calibration: Iterable[Mapping[str, Any]],
+    partition: Mapping[int, torch.Tensor] | None,
+) -> emoe.ConversionReport:
+    """Convert a dense model to EMoE in place. The arguments are those of :func:`_convert_`."""
+    if partition is not None:  # the partition of a trained model
+        return emoe.convert_(model, config, partition=partition)
+    if config.partition == "kmeans":
+        return emoe.convert_(model, config, partition=cached_partition(model, config))
+    if config.partition == "coactivation":
+        return emoe.convert_(model, config, calibration=calibration)
+    return emoe.convert_(model, config)
 
 
 def check_layers(model: nn.Module, config: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.harness.base import PREFIXES, DefinitionError, atomic_write
+from benchmarks.harness.config.methods import is_below
 from emoe.architectures import find_ffns
 from emoe.files import tensor_digest
 
@@ -205,12 +206,9 @@ def _parameters_at(network: nn.Module, paths: Sequence[str]) -> frozenset[str]:
         network: The network.
         paths: The paths of the modules. A path may also be the name of a single parameter.
     """
-    # The dots tell ``layer.1`` from ``layer.10``. The names also get a dot, so that a path that is
-    # the name of a parameter matches it.
-    starts = tuple(f"{path}." for path in paths)
-    return frozenset(
-        name for name, _ in network.named_parameters() if f"{name}.".startswith(starts)
-    )
+    names = [name for name, _ in network.named_parameters()]
+    # a path is a module around the parameter, or the parameter itself
+    return frozenset(name for name in names if name in paths or is_below(name, paths))
 
 
 def _frozen_paths(network: nn.Module, layers: int) -> _FrozenPaths:

@@ -203,7 +203,7 @@ _PACKAGE_OF_KEY = {
 
 
 def set_packages(source: Mapping[str, object]) -> list[PackageFile]:
-    """Return the packages that contain a data set. It is empty for a set from elsewhere.
+    """Return the packages that contain a data set; none if it comes from elsewhere.
 
     Args:
         source: The ``source`` of the data set in a run's spec.

@@ -38,9 +38,11 @@ class EpochOrder(Sampler[int]):
         return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
+        return iter(self._random_order(self._lengths))
+
+    def _random_order(self, lengths: list[int]) -> list[int]:
+        """Return the indices of rows with these numbers of tokens, in the order of the epoch."""
         generator = torch.Generator().manual_seed(derive_seed("order", self._seed, self._epoch))
         if self._by_length:
-            order = get_length_grouped_indices(self._lengths, self._batch_size, generator=generator)
-        else:
-            order = torch.randperm(len(self), generator=generator).tolist()
-        return iter(order)
+            return list(get_length_grouped_indices(lengths, self._batch_size, generator=generator))
+        return list(torch.randperm(len(lengths), generator=generator).tolist())
