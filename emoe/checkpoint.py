@@ -307,20 +307,19 @@ def _read_config(folder: Path, options: Mapping[str, Any]) -> tuple[Any, dict[st
     As in transformers' own ``from_pretrained``, an option with the name of a field changes this
     field of the configuration. The loader's options are all other options.
     """
-    config_options = {"trust_remote_code": False, **options}
+    others = dict(options)
+    given_config = others.pop("config", None)
     # options for the loader that AutoConfig would write into the configuration, or drop
-    kept = {}
-    for name in (QUANTIZATION_CONFIG, "trust_remote_code"):
-        if name in config_options:
-            kept[name] = config_options.pop(name)
+    trust_remote_code = others.pop("trust_remote_code", False)
+    kept: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if QUANTIZATION_CONFIG in others:
+        kept[QUANTIZATION_CONFIG] = others.pop(QUANTIZATION_CONFIG)
 
-    given_config = config_options.pop("config", None)
     if given_config is not None:
-        config, unused = given_config, config_options
+        config = given_config
+        unused = others
     else:
-        config, unused = _read_auto_config(
-            folder, config_options, trust_remote_code=kept["trust_remote_code"]
-        )
+        config, unused = _read_auto_config(folder, others, trust_remote_code=trust_remote_code)
 
     config = copy.deepcopy(config)  # the caller's object stays as it is
     if is_ours(getattr(config, QUANTIZATION_CONFIG, None)):
@@ -587,10 +586,12 @@ def _load_routing_(
     """
     matches = stored_routing(layers, weights.files)
     for layer in layers:
-        # A name without a match stays as it is. Its tensor is then missing below, and the error
-        # names it.
-        keys = {name: matches.get((layer, name), name) for name in layer.state_dict()}
-        tensors = {key: weights[key] for key in keys.values() if key in weights.files}
+        keys = {}
+        for name in layer.state_dict():
+            # A tensor that is not stored keeps its name in the layer. The error below shows it.
+            keys[name] = matches.get((layer, name), name)
+        stored_keys = [key for key in keys.values() if key in weights.files]
+        tensors = {key: weights[key] for key in stored_keys}
         _load_named_(layer, keys, tensors, folder)
 
 

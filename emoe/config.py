@@ -267,12 +267,11 @@ class RoutingConfig:
         # resolve_layers checks strings, because they depend on the model's number of layers
         if isinstance(self.layers, str):
             return
-        is_list = isinstance(self.layers, Sequence) and len(self.layers) > 0
-        if isinstance(self.layers, bytes | bytearray | memoryview):  # sequences of numbers too
-            is_list = False
+        is_bytes = isinstance(self.layers, bytes | bytearray | memoryview)  # sequences of numbers
+        is_list = isinstance(self.layers, Sequence) and not is_bytes
         # not isinstance(), for which booleans are whole numbers
         has_numbers = is_list and all(type(layer) is int for layer in self.layers)
-        if not has_numbers:
+        if not has_numbers or len(self.layers) == 0:
             wanted = "a list of layer numbers, 'all', 'last:2', 'last-half:2' or a slice"
             raise self._error("layers", wanted)
         # the dataclass is frozen, so an ordinary assignment would fail

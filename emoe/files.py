@@ -435,29 +435,36 @@ def _load_with_transformers(
         # sizes are checked below, because transformers' error does not name the tensors
         "ignore_mismatched_sizes": True,
     }
-    # transformers would report tensors as missing that the caller restores
+    # transformers would report the tensors of `restored` as missing
     silence = quiet() if restored else nullcontext()
     with silence:
         model, info = loader.from_pretrained(str(folder), **loader_options)
 
-    restored_names = restored(model) if restored else set()
-    missing = set(info["missing_keys"]) - restored_names
+    missing = set(info["missing_keys"])
     # transformers lists each name with the two shapes
-    mismatched = {name for name, *_shapes in info["mismatched_keys"]} - restored_names
-    head_names = _head_names(model, missing | mismatched)
+    mismatched = {name for name, *_shapes in info["mismatched_keys"]}
+    if restored:
+        restored_names = restored(model)
+        missing -= restored_names
+        mismatched -= restored_names
+    not_loaded = missing | mismatched
+    head_names = _head_names(model, not_loaded)
 
     # a checkpoint that another class wrote may lack the head, which transformers then initialises
     new_names: set[str] = set()
     if new_head and writer_of(folder) != type(model).__name__:
         new_names = missing & head_names
-    if restored and new_names:  # else transformers has reported it
-        logging.getLogger("emoe").warning(
-            "%s has no %s: train this new head", folder, ", ".join(sorted(new_names))
-        )
+    # transformers' own warning was silenced above
+    if restored and new_names:
+        listed = ", ".join(sorted(new_names))
+        logging.getLogger("emoe").warning("%s has no %s: train this new head", folder, listed)
+
+    # a stored head of another shape, if the caller accepts it
     resized_names: set[str] = set()
     if options.get("ignore_mismatched_sizes"):
         resized_names = mismatched & head_names
-    _check_complete((missing | mismatched) - new_names - resized_names, folder)
+
+    _check_complete(not_loaded - new_names - resized_names, folder)
     _check_layers(model, info["unexpected_keys"], folder)
 
     if options.get("output_loading_info"):

@@ -53,7 +53,9 @@ class _ThreadState(_CallState, threading.local):
 
 
 class RoutedActivation(nn.Module):
-    """Activate and route: set the hidden neurons of experts that are not chosen to zero.
+    """Activate the hidden neurons, and multiply each by the weight of its expert.
+
+    The weight is 0 for experts that are not chosen.
 
     The constructor replaces the FFN's activation. A hook on the in-projection passes on the FFN's
     input, from which the router computes scores. A hook on the out-projection adds the experts' own

@@ -121,35 +121,39 @@ def _library_texts(model: Any, config: EMoEConfig | GMoEConfig) -> _LibraryTexts
             others="Transformers itself refuses this quantised checkpoint.",
         )
 
-    if is_transformers:
-        library = "transformers"
-        example = (
-            f"import emoe\nfrom transformers import {name}\n\n"
-            f'model = {name}.from_pretrained("this folder")'
-        )
-        others = (
-            "Transformers (from 5.24) refuses this checkpoint until `emoe` is imported. "
-            "Software that ignores both `quantization_config` and `experts_implementation` "
-            "in `config.json` reads a dense model"
-        )
-    elif hasattr(model, "pretrained_cfg"):
-        library = "timm"
-        example = (
-            "import emoe\nimport timm\n\n"
-            'model = emoe.from_pretrained(timm.create_model, "this folder")'
-        )
-        others = "timm does not know the experts and reads a dense model"
+    # the model that software without emoe reads from this checkpoint
+    if isinstance(config, GMoEConfig):
+        dense_model = "a dense model whose shapes do not fit"
     else:
-        library = "pytorch"
-        example = (
+        dense_model = "a dense model, which computes something else"
+
+    if is_transformers:
+        return _LibraryTexts(
+            library="transformers",
+            example=(
+                f"import emoe\nfrom transformers import {name}\n\n"
+                f'model = {name}.from_pretrained("this folder")'
+            ),
+            others=(
+                "Transformers (from 5.24) refuses this checkpoint until `emoe` is imported. "
+                "Software that ignores both `quantization_config` and `experts_implementation` "
+                f"in `config.json` reads {dense_model}."
+            ),
+        )
+    if hasattr(model, "pretrained_cfg"):
+        return _LibraryTexts(
+            library="timm",
+            example=(
+                "import emoe\nimport timm\n\n"
+                'model = emoe.from_pretrained(timm.create_model, "this folder")'
+            ),
+            others=f"timm does not know the experts and reads {dense_model}.",
+        )
+    return _LibraryTexts(
+        library="pytorch",
+        example=(
             "import emoe\n\n"
             f'model = emoe.from_pretrained(build, "this folder")  # build() returns a {name}'
-        )
-        others = "Code that reads only `model.safetensors` reads a dense model"
-
-    # what happens to a dense model that is read from this checkpoint
-    if isinstance(config, GMoEConfig):
-        outcome = " whose shapes do not fit."
-    else:
-        outcome = ", which computes something else."
-    return _LibraryTexts(library, example, others + outcome)
+        ),
+        others=f"Code that reads only `model.safetensors` reads {dense_model}.",
+    )

@@ -190,10 +190,14 @@ class Stamp:
         self._weight = weight
         self._version = _version(weight)
         self._address = weight.data_ptr()
-        elements = weight.detach().view(-1) if has_copy else weight.new_empty(0)
-        # an odd step, so that the compared elements are not all of one column
-        step = max(len(elements) // _COMPARED_ELEMENTS, 1) | 1
-        self._elements = elements[::step]  # a view: it shows later changes
+        # a view needs no comparison of elements
+        elements = weight.new_empty(0)
+        if has_copy:
+            elements = weight.detach().view(-1)
+        step = max(len(elements) // _COMPARED_ELEMENTS, 1)
+        # With an even step, the compared elements might all be of one column. `| 1` makes it odd.
+        odd_step = step | 1
+        self._elements = elements[::odd_step]  # a view: it shows later changes
         self._stored = self._elements.clone()
 
     def is_of(self, projection: nn.Module) -> bool:

@@ -95,17 +95,19 @@ def capacity_mask(
     order = _stable_order(confidence, descending=True)
     # Padding tokens choose an additional expert with the number N, so they take no capacity.
     experts = torch.where(is_real, expert_indices, num_experts)
-    # The expert of each choice [k * T] in order of priority: the first choices of all tokens, then
-    # the second ones, and so on.
-    queue = experts[order].t().flatten()
+    experts_by_confidence = experts[order]  # [T, k], tokens in the order of priority
+    # the first choices of all tokens, then the second ones, and so on [k * T]
+    queue = experts_by_confidence.t().flatten()
 
     # a choice fits if fewer choices than the capacity are before it in its expert's queue
     num_before = _rank_in_group(queue, num_experts + 1)
     fits_in_queue = num_before < capacity
-    # from the queue back to one line per token, in the order of the tokens
+
+    # back to [T, k], then to the original order of the tokens
     num_choices = expert_indices.shape[1]
+    fits_by_confidence = fits_in_queue.view(num_choices, -1).t()
     fits = torch.empty_like(is_real)
-    fits[order] = fits_in_queue.view(num_choices, -1).t()
+    fits[order] = fits_by_confidence
     return fits | ~is_real
 
 

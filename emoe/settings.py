@@ -89,13 +89,12 @@ def _make_sparse_(layers: list[RoutedActivation]) -> None:
         prepare_kernels()
     for layer, masked_output in zip(layers, masked_outputs, strict=True):
         # None means that the layer's code cannot be run alone, so outputs cannot be compared
-        if masked_output is None or _matches_masked_output(layer, masked_output):
-            continue
-        for changed in layers:
-            changed.restore_projections_()
-        raise ConversionError(
-            f"{layer.ffn.name}: its code changes the hidden neurons: keep it masked"
-        )
+        if masked_output is not None and not _matches_masked_output(layer, masked_output):
+            for changed in layers:
+                changed.restore_projections_()
+            raise ConversionError(
+                f"{layer.ffn.name}: its code changes the hidden neurons: keep it masked"
+            )
 
 
 def _is_on_cpu(layer: RoutedActivation) -> bool:

@@ -155,12 +155,17 @@ class _SparseFFN(torch.autograd.Function):
         if needed.values:
             d_values = outer_mm(hidden.detach(), d_y, pairs, saved.values)
 
-        # the gradients of the pre-activations and the expert weights, through the activation
         d_hidden = gather_mm(d_y, saved.values, None, pairs)
-        inputs = pre_activations if per_pair is None else [*pre_activations, per_pair]
+
+        # through the activation: gradients of the pre-activations, then of the expert weights
+        inputs = [*pre_activations]
+        if per_pair is not None:
+            inputs.append(per_pair)
         gradients = torch.autograd.grad(hidden, inputs, d_hidden)
         d_pre_activations = gradients[: len(pre_activations)]
-        d_per_pair = None if per_pair is None else gradients[-1]
+        d_per_pair = None
+        if per_pair is not None:
+            d_per_pair = gradients[-1]
 
         d_in_projections = _in_projection_gradients(d_pre_activations, saved, needed, pairs)
         d_x = None
