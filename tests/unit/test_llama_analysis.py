@@ -206,7 +206,7 @@ TRAINS = {**BLOCK, "finetuning": ["full"], "learning_rate": [0.1]}
         ),
         (
             {"grid": [TRAINS], "finetuning": {"full": {"layers": "all"}}},
-            "'layers' and 'train: blocks' or 'quantize' need each",
+            "'layers' is required with 'train: blocks' or 'quantize'",
         ),
     ],
 )
