@@ -411,7 +411,10 @@ def restore_times(file: Path, stat: os.stat_result) -> None:
 def test_a_wrong_suite_or_target_ends_with_one_clear_message(checkout: Checkout) -> None:
     for words, message in (
         (["--config", "suite=minni"], "there is no suite 'minni'; did you mean 'mini'?"),
-        (["table_multitask"], "error: the suite 'mini' does not run multitask; suites that do: smoke, paper"),
+        (
+            ["table_multitask"],
+            "error: the suite 'mini' does not run multitask; suites that do: smoke, paper",
+        ),
         (["table_99"], "error: there is no target 'table_99'; did you mean 'table_"),
         (["full"], "error: 'full' is a suite: `snakemake --cores all --config suite=full`"),
         (
