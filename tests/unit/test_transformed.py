@@ -62,6 +62,7 @@ def test_trained_weights_are_evaluated_as_another_methods_which_changes_no_other
     assert metrics | {"run_id": "", "transformed": {}} == alone | {"run_id": "", "transformed": {}}
 
 
+@pytest.mark.usefixtures("workdir")
 def test_a_layer_that_the_second_evaluation_lacks_is_named_before_the_training() -> None:
     run = smoke_run("glue", "vanilla", epochs=1)
     used_as = run.spec["used_as"]
