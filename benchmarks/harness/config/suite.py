@@ -185,6 +185,9 @@ def _check_exclude(settings: SuiteSettings, where: str) -> None:
             to a benchmark that the command line leaves out.
         where: The source of the settings, for messages.
     """
+    # without this, every command would read all benchmarks, also those that it leaves out
+    if not settings.exclude:
+        return
     tasks: set[str] = set()
     for benchmark in settings.benchmarks:
         tasks.update(load_benchmark(benchmark).tasks)
