@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
 from typing import Any, cast
@@ -27,6 +28,9 @@ _FORMATS = ("", "", "", "", "", "", ".3f", ".2f")
 # Two weights belong to the same model if the mean cosine of their keys is at least this. It stays
 # higher while a model is trained. For another model it is far lower.
 _SAME_MODEL_COSINE = 0.5
+# Two keys with a higher cosine are the same neuron, perhaps trained further.
+_SAME_NEURON_COSINE = 0.9
+_SAMPLED_NEURONS = 64  # number of loaded neurons whose counterparts are searched
 
 
 @dataclass(frozen=True)
@@ -391,7 +395,11 @@ def _check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: ob
         weight = state.get(f"{name}.weight")
         if weight is None:  # an adapter wraps the projection
             weight = state.get(f"{name}.base_layer.weight")
-        if layer.permutation is not None and _is_comparable(layer.ffn, weight):
+        if not _is_comparable(layer.ffn, weight):
+            continue
+        if layer.permutation is None:
+            _warn_of_other_order(layer.ffn, cast(Tensor, weight))
+        else:
             _check_order_(layer, cast(Tensor, weight))
 
 
@@ -425,6 +433,28 @@ def _check_order_(layer: RoutedActivation, weight: Tensor) -> None:
         )
     if similarity < _SAME_MODEL_COSINE:
         layer.permutation = None
+
+
+def _warn_of_other_order(ffn: FFN, weight: Tensor) -> None:
+    """Warn if an in-projection weight to load has the FFN's own neurons in another order.
+
+    This is for an FFN whose original order is unknown. A dense model's order would make its experts
+    random groups of neurons. But the weight may also be that of another partition, which is valid.
+    """
+    keys = ffn.keys().detach().float()
+    loaded_keys = ffn.keys_of(weight).to(keys)
+    if _mean_cosine(keys, loaded_keys) >= _SAME_MODEL_COSINE:
+        return
+    # for some loaded neurons, the most similar one of all present neurons
+    sampled_keys = F.normalize(loaded_keys[:_SAMPLED_NEURONS], dim=1)
+    cosines = sampled_keys @ F.normalize(keys, dim=1).t()  # [sampled, d]
+    highest_cosines = cosines.max(1).values
+    if float(highest_cosines.mean()) > _SAME_NEURON_COSINE:
+        logging.getLogger("emoe").warning(
+            "%s: the loaded neurons have another order. If the state dict is a dense model's, the "
+            "experts are now random: load it before emoe.convert_",
+            ffn.name,
+        )
 
 
 def _mean_cosine(keys: Tensor, others: Tensor) -> float:

@@ -344,7 +344,10 @@ def load_stock(
     if _is_timm(loader) and has_one_file:
         check_head(folder, options)
         with _one_line_errors(loader, folder):
-            return loader(f"local-dir:{folder}", pretrained=True, **options)
+            model = loader(f"local-dir:{folder}", pretrained=True, **options)
+        if "num_classes" not in options:  # with this option, the caller asks for a new head
+            _check_head_is_stored(model, folder)
+        return model
 
     model = build_without_weights(loader, folder, **options)
     load_state_(model, read_tensors(folder / WEIGHT_FILES[0]), folder)
@@ -409,6 +412,31 @@ def check_head(folder: Path, options: Mapping[str, Any]) -> None:
         )
 
 
+def _check_head_is_stored(model: nn.Module, folder: Path) -> None:
+    """Raise :class:`CheckpointError` if timm replaced a stored head by a new one.
+
+    It does so without a message if two settings name different numbers of classes.
+    """
+    pretrained_settings = cast(Any, model).pretrained_cfg
+    heads = pretrained_settings.get("classifier") or ()
+    if isinstance(heads, str):
+        heads = (heads,)
+    weights = Weights(folder)
+    state = model.state_dict()
+    for head in heads:
+        name = f"{head}.weight"
+        if name not in weights.files:
+            continue
+        stored = weights[name]
+        loaded = state.get(name)
+        if loaded is None or not torch.equal(loaded.cpu(), stored.to(loaded.dtype)):
+            path = folder / STOCK_CONFIG_FILE
+            raise CheckpointError(
+                f"{path}: a number of classes does not fit the weights, whose {head} has "
+                f"{len(stored)}"
+            )
+
+
 def _rows_of_weight(weights: Weights, module: str) -> int:
     """Return the first dimension of a module's weight, 0 if there is no weight or dimension."""
     name = f"{module}.weight"
@@ -465,7 +493,7 @@ def _load_with_transformers(
         resized_names = mismatched & head_names
 
     _check_complete(not_loaded - new_names - resized_names, folder)
-    _check_layers(model, info["unexpected_keys"], folder)
+    check_layers(model, Weights(folder).files, folder)
 
     if options.get("output_loading_info"):
         return model, info
@@ -487,24 +515,49 @@ def _head_names(model: Any, names: Iterable[str]) -> set[str]:
     return heads
 
 
-def _check_layers(model: nn.Module, unexpected: Iterable[str], folder: Path) -> None:
-    """Raise :class:`CheckpointError` if the weights have more layers than the configuration.
+def check_layers(model: nn.Module, stored: Iterable[str], folder: Path) -> None:
+    """Raise :class:`CheckpointError` if the weights have more or fewer layers than the model.
 
-    ``unexpected`` are the names of stored tensors that the model does not have.
+    Args:
+        model: the model that the configuration describes.
+        stored: names of the stored tensors.
+        folder: folder of the configuration, for the message.
     """
     # The weights may be a base model's, whose names lack the prefix "bert.", for example. So names
-    # are compared without this prefix. Their numbers become "#", so they are equal in all layers.
+    # are compared without this prefix.
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    known = set()
-    for name in model.state_dict():
-        known.add(_without_numbers(name).removeprefix(prefix))
-    for name in sorted(unexpected):
-        # The regex matches a layer's number, such as ".11.". If the model has the same name with
-        # another number, the configuration has too few layers.
-        is_in_layer = re.search(r"\.\d+\.", name) is not None
-        if is_in_layer and _without_numbers(name).removeprefix(prefix) in known:
-            path = folder / STOCK_CONFIG_FILE
-            raise CheckpointError(f"{path} counts fewer layers than the weights, which have {name}")
+    stored_names = {name.removeprefix(prefix) for name in stored}
+    model_names = {name.removeprefix(prefix) for name in model.state_dict()}
+    path = folder / STOCK_CONFIG_FILE
+    name = _name_in_absent_layer(stored_names, model_names)
+    if name is not None:
+        raise CheckpointError(f"{path} counts fewer layers than the weights, which have {name}")
+    name = _name_in_absent_layer(model_names, stored_names)
+    if name is not None:
+        raise CheckpointError(f"{path} counts more layers than the weights, which lack {name}")
+
+
+def _name_in_absent_layer(names: Iterable[str], others: Collection[str]) -> str | None:
+    """Return the first tensor of ``names`` in a layer of which ``others`` have no tensor.
+
+    It is None if there is no such layer. ``others`` must have the tensor in another layer.
+    """
+    other_layers = {_layer_of(other) for other in others}
+    known = {_without_numbers(other) for other in others}
+    for name in sorted(names):
+        layer = _layer_of(name)
+        if layer and layer not in other_layers and _without_numbers(name) in known:
+            return name
+    return None
+
+
+def _layer_of(name: str) -> str:
+    """Return the beginning of a tensor's name up to its first number, such as ``encoder.layer.3.``.
+
+    It is empty if the name has no number.
+    """
+    match = re.match(r".*?\.\d+\.", name)
+    return match[0] if match else ""
 
 
 def _without_numbers(name: str) -> str:

@@ -71,7 +71,8 @@ class ExpertsLoader(HfQuantizer):
         or in the extra file of a folder of emoe 0.1.
 
         Raises:
-            CheckpointError: the state is in neither of them.
+            CheckpointError: the state is in neither of them, or the configuration counts more or
+                fewer layers than the weights have.
         """
         experts = self.quantization_config.experts
         self._folder: Path | None = None
@@ -84,8 +85,9 @@ class ExpertsLoader(HfQuantizer):
         paths = [Path(file) for file in checkpoint_files]
         folder = paths[0].parent  # all files are in one folder
         self._folder = folder
-        self._layers = build_experts_(model, experts, folder)
         stored = files.tensor_files(paths)
+        files.check_layers(model, stored, folder)
+        self._layers = build_experts_(model, experts, folder)
         # Folders of emoe 0.1 have the routers in the extra file. If a Trainer wrote such a folder,
         # the routers are among the weights instead.
         has_extra_file = (folder / EXTRA_FILE).exists()

@@ -18,9 +18,11 @@ from typing import Any
 import yaml
 
 TASKS = Path(__file__).resolve().parents[1] / "benchmarks/glue/tasks.yaml"
-# A row of a file: cells by the names of their columns, or by their positions in a file without a
-# header. Also a section of tasks.yaml.
+# a row of a file: cells by the names of their columns, or by their positions in a file without a
+# header
 Row = dict[Any, Any]
+# a section of tasks.yaml: a task, or one of its layouts
+Section = dict[str, Any]
 
 # The header of files that lack it in some copies. It is not in tasks.yaml, because a change of the
 # layouts there would change the ids of runs.
@@ -103,7 +105,7 @@ def write(file: Path, rows: list[Row]) -> None:
     sys.stdout.write(f"{file}: {len(rows):,} rows\n")
 
 
-def found_layouts(folder: Path, task: Row) -> Iterator[tuple[str, Row]]:
+def found_layouts(folder: Path, task: Section) -> Iterator[tuple[str, Section]]:
     """Yield each split of a task that a folder has, and the first layout whose file exists.
 
     Args:
@@ -119,7 +121,7 @@ def found_layouts(folder: Path, task: Row) -> Iterator[tuple[str, Row]]:
             yield split, layout
 
 
-def find_layout(folder: Path, split: str, task: Row) -> Row | None:
+def find_layout(folder: Path, split: str, task: Section) -> Section | None:
     """Return the first layout of a task whose file of the split exists; None if none does."""
     for layout in task.get("raw_formats", []):
         name = layout["files"].get(split)
@@ -128,19 +130,19 @@ def find_layout(folder: Path, split: str, task: Row) -> Row | None:
     return None
 
 
-def read_file(file: Path, split: str, layout: Row, task: Row) -> list[Row]:
-    """Return the rows of a split, see :func:`read`.
+def read_file(file: Path, split: str, layout: Section, task: Section) -> list[Row]:
+    """Return the rows of a split, see :func:`yield_rows`.
 
     Raises:
         UnreadableError: The file is damaged or has another layout.
     """
     try:
-        return list(read(file, split, layout, task))
+        return list(yield_rows(file, split, layout, task))
     except (OSError, ValueError, csv.Error) as error:
         raise UnreadableError(f"{file} cannot be read: {error}") from error
 
 
-def read(file: Path, split: str, layout: Row, task: Row) -> Iterator[Row]:
+def yield_rows(file: Path, split: str, layout: Section, task: Section) -> Iterator[Row]:
     """Yield the rows of a split, with the names of columns and labels that the task uses.
 
     Args:
@@ -150,6 +152,7 @@ def read(file: Path, split: str, layout: Row, task: Row) -> Iterator[Row]:
         task: The entry of the task in ``tasks.yaml``.
     """
     label = task.get("label", "label")
+    # the column of the label has the label's name, unless the layout names another
     columns = {label: label, **layout["columns"]}
     where = layout.get("where")
     names = layout.get("label_names", {})
@@ -165,13 +168,12 @@ def read(file: Path, split: str, layout: Row, task: Row) -> Iterator[Row]:
             continue
         row = {name: cells.get(column) for name, column in columns.items()}
         given = row[label]
-        must_rename = bool(names) and given not in unlabelled
-        if must_rename and given not in names:
-            choices = ", ".join(names)
-            raise UnreadableError(
-                f"{file}, row {number}: '{given}' is no label; choose from {choices}"
-            )
-        if must_rename:
+        if names and given not in unlabelled:
+            if given not in names:
+                choices = ", ".join(names)
+                raise UnreadableError(
+                    f"{file}, row {number}: '{given}' is no label; choose from {choices}"
+                )
             row[label] = names[given]
         yield row
 

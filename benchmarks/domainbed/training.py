@@ -104,7 +104,7 @@ class DomainTrainer(RoutedTrainer):
         self._batch_size = training.eval_batch_size
         self._seed = derive_seed("chance", spec.seed)
         self._stopwatch = Stopwatch()
-        self.probe = Probe()
+        probe = Probe()
         self._say = progress.say
         self._precision = available_precision(training.precision)
         # never None here, because a run's spec has the image set's number instead of null
@@ -113,14 +113,14 @@ class DomainTrainer(RoutedTrainer):
         arguments = _arguments(spec, folder, images_per_step, self._precision)
         # the probe compares machines, so any fixed images will do
         first_split = next(iter(splits.values()))
-        self.probe.observe(classifier.model, default_collate(fixed_rows(first_split)))
+        probe.observe(classifier.model, default_collate(fixed_rows(first_split)))
         super().__init__(
             args=arguments,
             order=draws,
             trainable=classifier,
             base_lr_ratio=training.lora.base_lr_ratio if training.lora else 1.0,
             optimizer_cls_and_kwargs=(torch.optim.Adam, {"lr": hparams.lr}),
-            probe=self.probe,
+            probe=probe,
             train_dataset=train,
             eval_dataset=self._splits,
             compute_metrics=_accuracy,
@@ -186,9 +186,9 @@ class DomainTrainer(RoutedTrainer):
             The confusion counts ``[environments, true classes, predicted classes]``, and the
             routing summary of :meth:`_routing`, which is empty for a dense model.
         """
-        if not emoe.is_converted(self._trained):
+        if not emoe.is_converted(self._module):
             return self._confusion(splits, num_classes, None), {}
-        with emoe.record_routing(self._trained) as record:
+        with emoe.record_routing(self._module) as record:
             confusion = self._confusion(splits, num_classes, record)
         return confusion, self._routing(splits, num_classes, record)
 
@@ -200,7 +200,7 @@ class DomainTrainer(RoutedTrainer):
         ``splits`` has one split per environment. In a routing record, the tokens of an image are
         labelled with the image's number. Images are numbered from 0 over all splits.
         """
-        model = self._trained.eval()
+        model = self._module.eval()
         device = next(model.parameters()).device
         confusion = np.zeros((len(splits), num_classes, num_classes), dtype=np.int64)
         # images of earlier batches and splits

@@ -12,7 +12,8 @@ from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.config.yaml import UNIQUE, Count, Strict, optional
 from benchmarks.text.definition import Ablated, Protocol, RunTask
 
-OOD_RANK = "ood_rank"  # the mean rank of a method over the OOD sets: a domain, and its metric
+# the name of a domain and of its only metric, the mean rank of a method over the OOD sets
+OOD_RANK = "ood_rank"
 
 
 class Evaluation(Strict):
@@ -74,4 +75,5 @@ class EvaluationSpec(RunSpec):
     evaluation: Evaluation
     """The evaluation."""
     candidates: list[str]
-    """Folders of the candidate runs of both methods; one is chosen of each."""
+    """Folders of the candidate runs: those of `trained` and, if it is set, of `used_as`. One run of
+    each method is chosen."""

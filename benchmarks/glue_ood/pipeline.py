@@ -78,7 +78,8 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
     first_set = ood_splits[spec.ood[0].name]
     probe.observe(classifier.model, evaluator.first_batch(first_set))
 
-    # a model with experts is evaluated again, because its routing is recorded
+    # the score of the training run is used if model and rows are the same; a model with experts is
+    # evaluated anyway, to record its routing
     if _has_recorded_score(spec, trained) and not emoe.is_converted(classifier.model):
         recorded_scores = recorded.scores or {}  # a finished run always has scores
         test_scores = recorded_scores["test"][spec.task.name]

@@ -8,7 +8,7 @@ from typing import cast
 
 import pandas as pd
 
-from benchmarks.glue_ood.definition import EvaluationDefinition
+from benchmarks.glue_ood.definition import OOD_RANK, EvaluationDefinition
 from benchmarks.harness.report.common import read_published
 from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.statistics import critical_difference, friedman_ranks
@@ -23,11 +23,11 @@ _RANK_COLUMNS = ["protocol", "model", "method", "rank", "sets", "ranked", "paper
 
 
 def complete_scores(outcomes: TextOutcomes) -> Scores:
-    """Return the scores of the ranked methods by seed, by protocol and model.
+    """Map each protocol and model to the ranked methods' scores ``[methods, data sets and seeds]``.
 
-    The frames are ``[methods, data sets and seeds]``. A data set is a pair of training task and OOD
-    set. A seed of a data set is left out if a ranked method lacks its score, and so is a protocol
-    and model without any seed. A ranked method without any score has no row.
+    A data set is a pair of training task and OOD set. A column is dropped if one of the methods
+    lacks the score. A method without any score has no row. A protocol and model without any column
+    is left out.
     """
     methods = cast(EvaluationDefinition, outcomes.benchmark.definition).ranked
     is_ood = outcomes.seeds["domain"] == OOD
@@ -97,10 +97,10 @@ def ranks(outcomes: TextOutcomes) -> Table:
         _caption(outcomes, scores, frame["method"].unique()),
         BY_SELECTION,
         [
-            Column("ood_rank", "rank", "Rank", best=True),
+            Column(OOD_RANK, "rank", "Rank", best=True),
             Column("sets", "sets", "Sets"),
             Column("sets", "ranked", "Rows ranked"),
-            Column("ood_rank", "paper", "Rank in the paper"),
+            Column(OOD_RANK, "paper", "Rank in the paper"),
         ],
         outcomes.order(frame, ["protocol", "model", "method"]),
         group=("model", "protocol"),

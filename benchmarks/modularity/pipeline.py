@@ -157,8 +157,8 @@ def _read_with_experts(
 def _measure_selections(routing: _Routing, magnitudes: Tensor, active: Tensor) -> dict[str, float]:
     """Measure the neurons that the top and the bottom experts use.
 
-    Returns the numbers of :func:`measure_use` for both. The selection ends their names, as in
-    ``kept_top`` and ``kept_bottom``. ``magnitudes`` and ``active`` are passed to that function.
+    Returns the numbers of :func:`measure_use` for each selection. Each name ends with the
+    selection: ``kept_top``, ``kept_bottom``. The function gets ``magnitudes`` and ``active``.
     """
     measured = {}
     for selection, used in [("top", routing.used_top), ("bottom", routing.used_bottom)]:
@@ -229,10 +229,10 @@ class _Ones(nn.Module):
 
 
 def active_mask(magnitudes: Tensor, share: float) -> Tensor:
-    """Return a boolean mask of the largest entries: at most a ``share`` of all, at least one.
+    """Mark the largest entries: ``round(share * size)`` of them, or one if this is 0.
 
-    Entries that equal the largest excluded entry are excluded, too. So the mask may have fewer
-    entries than the share.
+    Entries that equal the largest unmarked entry are not marked either. So ties give fewer marks,
+    or none.
     """
     flat = magnitudes.flatten()
     total = flat.numel()
@@ -337,15 +337,15 @@ def measure_use(used: Tensor, magnitudes: Tensor, active: Tensor) -> dict[str, f
 
 
 def sample_matrix(
-    tokens: Mapping[str, int], magnitudes: Tensor, active: Tensor, count: int
+    token_counts: Mapping[str, int], magnitudes: Tensor, active: Tensor, num_shown: int
 ) -> dict[str, Any]:
-    """Sample ``count`` tokens evenly over tasks, and list their active neurons.
+    """Sample tokens evenly over tasks, and list their active neurons.
 
     Args:
-        tokens: The number of tokens of each task, in the order of the other arguments.
+        token_counts: The number of tokens of each task, in the order of the other arguments.
         magnitudes: The magnitudes ``[tokens of all tasks, d]``.
         active: The active neurons ``[tokens of all tasks, d]``, bool.
-        count: The number of tokens to sample.
+        num_shown: The number of tokens to sample.
 
     Returns:
         - ``tasks``: the task of each sampled token.
@@ -354,12 +354,12 @@ def sample_matrix(
           index of the token among the sampled ones, the index of the neuron, and the magnitude.
     """
     generator = torch.Generator().manual_seed(derive_seed("shown tokens"))
-    count_of_task = count // len(tokens)
+    tokens_per_task = num_shown // len(token_counts)
     sampled_tokens = []
     tasks = []
     start = 0  # the index of the task's first token among the tokens of all tasks
-    for name, num_tokens in tokens.items():
-        chosen = torch.randperm(num_tokens, generator=generator)[:count_of_task]
+    for name, num_tokens in token_counts.items():
+        chosen = torch.randperm(num_tokens, generator=generator)[:tokens_per_task]
         sampled_tokens.append(start + chosen.sort().values)
         tasks += [name] * len(chosen)
         start += num_tokens

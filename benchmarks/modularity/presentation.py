@@ -58,7 +58,7 @@ class ModularityOutcomes(Outcomes):
             rows.append(_to_row(record, measured))
             numbers = list(measured)  # the same for all runs
         self.rows = self.order(pd.DataFrame(rows), [*CELL, "seed"])
-        self.records = self.rows
+        self.records = self.rows  # the base class finds the runs behind the rows of a table with it
         self.means = self.with_titles(average_over_seeds(self.rows, CELL, numbers))
 
     def panels(self) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -116,11 +116,12 @@ def _concentration_caption(outcomes: ModularityOutcomes) -> str:
         "Means over n random partitions ± standard deviation; the other constructions have no "
         f"seed. A neuron is active for a token if |activation| is among the {share * 100:g} % "
         "largest of all tokens and neurons, as many as are not zero in the paper's matrix. Best "
-        "quarter: share of a token's active neurons that are in the N/4 blocks with most of them, "
-        "mean over tokens; of their magnitudes, all neurons counted. Gini: of the blocks' active "
-        "neurons over all tokens. What avg-k keeps is the share of all magnitude in the top k "
-        "experts. Unexplained variance is that of the keys. The paper's two matrices are of a "
-        "model, layer and set that it does not name, so directions compare and values do not."
+        "quarter: the share of a token's active neurons in the N/4 blocks that hold most of them, "
+        "mean over tokens. The next column is the same for the magnitudes of all neurons. Gini: "
+        "the Gini coefficient of the blocks' numbers of active neurons, over all tokens. What "
+        "avg-k keeps is the share of all magnitude in the top k experts. Unexplained variance is "
+        "that of the keys. The paper does not name the model, layer and set of its two matrices, "
+        "so only directions can be compared."
     )
 
 
@@ -361,7 +362,7 @@ def verdicts(outcomes: ModularityOutcomes) -> Iterator[str]:
         yield (
             f"{baseline['model_title']}, layer {layer}, N = {baseline['num_experts']}: a token has "
             f"{baseline['best_quarter'] * 100:.0f} % of its active neurons in the best quarter of "
-            f"the clusters{_shares_text(others)}; the choice of an expert tells "
+            f"the clusters{_shares_text(others)}; the choice of an expert has "
             f"{_information_text(baseline)}."
         )
 
@@ -380,11 +381,11 @@ def _shares_text(methods: pd.DataFrame) -> str:
 
 
 def _information_text(row: pd.Series) -> str:
-    """Describe whether the choice of an expert tells more about the task than by chance."""
+    """Describe whether the choice of an expert has more information on the task than chance."""
     bits = row["task_information"]
     chance = row["task_information_chance"]
     amount = "more" if bits > row["task_information_chance_95"] else "no more"
-    return f"{amount} than chance of the task ({bits:.3f} bit, chance {chance:.3f})"
+    return f"{amount} information on the task than chance ({bits:.3f} bit, chance {chance:.3f})"
 
 
 _NOTE = (

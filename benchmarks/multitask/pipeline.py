@@ -316,9 +316,9 @@ class MultitaskTrainer(RoutedTrainer):
         self._answers = {
             name: tokenise_answers(tokenizer, task) for name, task in self._tasks.items()
         }
-        self._network = cast(PreTrainedModel, trainable.model)
+        network = cast(PreTrainedModel, trainable.model)
         self._stopwatch = Stopwatch()
-        self.probe = Probe()
+        probe = Probe()
         self._say = progress.say
         self._precision = available_precision(training.precision)
         # the metric that chooses the epoch; None keeps the last epoch
@@ -328,9 +328,9 @@ class MultitaskTrainer(RoutedTrainer):
         lengths = {name: task_rows.lengths for name, task_rows in learned.items()}
         # the tasks are concatenated in the order in which MixedOrder counts their rows
         rows: ConcatDataset[dict[str, Any]] = ConcatDataset(learned.values())
-        collate = DataCollatorForSeq2Seq(tokenizer, model=self._network)
+        collate = DataCollatorForSeq2Seq(tokenizer, model=network)
         # observe the model before training, on the same rows in every run
-        self.probe.observe(self._network, collate(fixed_rows(rows)))
+        probe.observe(network, collate(fixed_rows(rows)))
         super().__init__(
             args=epoch_arguments(
                 folder / "checkpoints", self._precision, training, spec, self._best
@@ -343,7 +343,7 @@ class MultitaskTrainer(RoutedTrainer):
                 by_length=training.sampling != "random",
             ),
             trainable=trainable,
-            probe=self.probe,
+            probe=probe,
             train_dataset=rows,
             eval_dataset=rows,  # Trainer requires one; scores use the dev rows
             data_collator=collate,
@@ -440,11 +440,12 @@ class MultitaskTrainer(RoutedTrainer):
     def _answer_likelihoods(self, rows: TokenisedRows, answers: Answers) -> NDArray[np.float32]:
         """Compute :func:`log_likelihoods` for all rows, in batches: ``[rows, answers]``."""
         collate = DataCollatorWithPadding(self._tokenizer)
+        network = cast(PreTrainedModel, self.model)
         likelihoods = []
-        with restore_rng_and_modes(self._network), self.compute_loss_context_manager():
-            self._network.eval()
+        with restore_rng_and_modes(network), self.compute_loss_context_manager():
+            network.eval()
             for batch in batches(rows, collate, self._eval_batch_size):
-                inputs = {key: tensor.to(self._network.device) for key, tensor in batch.items()}
-                predicted = log_likelihoods(self._network, inputs, answers)
+                inputs = {key: tensor.to(network.device) for key, tensor in batch.items()}
+                predicted = log_likelihoods(network, inputs, answers)
                 likelihoods.append(predicted.cpu().numpy())
         return np.concatenate(likelihoods)

@@ -102,12 +102,12 @@ def gains(outcomes: MultitaskOutcomes) -> Table:
 def _gains_caption(outcomes: MultitaskOutcomes) -> str:
     """Write the caption of :func:`gains`."""
     return (
-        "Means over the tasks of a mixture (in domain) and over the sets that no task is trained "
-        "on (out of domain), ± sample standard deviation over n seeds. Δ is the difference to "
-        f"{outcomes.baseline_title} on the same tasks, paired by seed, with a 95 % confidence "
-        f"interval (Student's t), not corrected for multiple tests. {common.SEEDS_COVER} "
-        f"{outcomes.shared_note} Best set: the largest of several differences, so an optimistic "
-        "number. The paper gives only its largest gains (T5-Base, N = 32 and k = 8 in domain; "
+        "Means over the tasks of a mixture (in domain) and over the sets that the models are not "
+        "trained on (out of domain), ± sample standard deviation over n seeds. Δ is the "
+        f"difference to {outcomes.baseline_title} on the same tasks, paired by seed, with a 95 % "
+        "confidence interval (Student's t), not corrected for multiple tests. "
+        f"{common.SEEDS_COVER} {outcomes.shared_note} Best set: the largest of several "
+        "differences, so an optimistic number. The paper gives only its largest gains (T5-Base, N = 32 and k = 8 in domain; "
         "sources in paper.csv), neither tasks nor absolute scores, so they cannot be compared "
         "with ours. Epoch and learning rate are chosen by the mean dev score, which is not "
         "reported. Bold marks the best method, without controls."
@@ -164,7 +164,7 @@ def transfer(outcomes: MultitaskOutcomes) -> Table:
             Column(
                 "score",
                 "delta",
-                f"Δ less {outcomes.baseline_title}'s",
+                f"Δ minus that of {outcomes.baseline_title}",
                 interval=("low", "high"),
                 signed=True,
             ),

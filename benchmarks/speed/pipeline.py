@@ -24,7 +24,7 @@ from emoe.architectures import find_ffns
 from emoe.clustering import balanced_kmeans, explained_variance_ratio
 
 _ROUNDS = 5
-_MIN_SECONDS = 0.1  # in each round, a candidate is measured at least as long
+_MIN_SECONDS = 0.1  # minimum time of the measurement of a candidate in each round
 # the timed statement of each measure; `variables` returns the values of the names in it
 _STATEMENTS = {
     "layer": "net.zero_grad(); net.layers[0].mlp(x.detach().requires_grad_()).backward(x)",

@@ -104,20 +104,22 @@ class SparseFFN(_Replacement):
         self.serves = False
         self.always = False
         self.last_path = NOT_CALLED
-        # each dictionary of hooks of the FFN's modules, and its length at the first forward pass
+        # the result of _count_hooks in the first forward pass; it keeps the dictionaries, because
+        # finding the modules in every forward pass would take longer than counting their hooks
         self._hook_counts: list[tuple[dict[int, Any], int]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the FFN's output ``[..., h]`` from inputs ``[..., h]``."""
-        layer = self._layer[0]
-        if self._has_new_hooks():
-            reject_hooks(layer)
+        self._check_hooks()
         # The kernels for few tokens are not used while gradients are enabled. If the user froze the
         # parameters, no gradient is needed, so gradients can be disabled here.
         if self.serves and torch.is_grad_enabled() and not self._needs_gradient(x):
             with torch.no_grad():
-                return self.forward(x)
+                return self._compute(x)
+        return self._compute(x)
 
+    def _compute(self, x: Tensor) -> Tensor:
+        """Compute the FFN's output with the fastest products that are allowed."""
         rows = x.reshape(-1, x.shape[-1])  # [T, h]
         layout = self._current_layout(rows)
         if layout is not None:
@@ -149,24 +151,18 @@ class SparseFFN(_Replacement):
             y = layer.add_output_bias(y, cast(Tensor, weights))
         return y
 
-    def _has_new_hooks(self) -> bool:
-        """Check if the number of hooks of the FFN's modules has changed since the first pass.
-
-        In the first forward pass, the hooks are counted instead, and the result is False.
+    def _check_hooks(self) -> None:
+        """Check the hooks of the FFN's modules in the first forward pass and after a change.
 
         Raises:
-            RuntimeError: in the first forward pass, a module has a hook that this library did not
-                register.
+            RuntimeError: a module has a hook that this library did not register.
         """
-        # the first forward pass
-        if self._hook_counts is None:
-            reject_hooks(self._layer[0])
-            counts = []
-            for _, module in _modules_of(self._layer[0]):
-                for table in hook_tables(module):
-                    counts.append((table, len(table)))
-            self._hook_counts = counts
-        return any(len(table) != count for table, count in self._hook_counts)
+        layer = self._layer[0]
+        if self._hook_counts is None:  # the first forward pass
+            reject_hooks(layer)
+            self._hook_counts = _count_hooks(layer)
+        elif any(len(table) != count for table, count in self._hook_counts):
+            reject_hooks(layer)
 
     def _needs_gradient(self, x: Tensor) -> bool:
         """Check if the FFN's input or one of its parameters needs a gradient."""
@@ -429,6 +425,15 @@ def hook_tables(module: nn.Module) -> list[dict[int, Any]]:
     """
     forward = [module._forward_hooks, module._forward_pre_hooks]
     return [*forward, module._backward_hooks, module._backward_pre_hooks]
+
+
+def _count_hooks(layer: RoutedActivation) -> list[tuple[dict[int, Any], int]]:
+    """Return each dictionary of hooks of a routed FFN's modules, and its number of hooks."""
+    counts = []
+    for _, module in _modules_of(layer):
+        for table in hook_tables(module):
+            counts.append((table, len(table)))
+    return counts
 
 
 def probe_output(layer: RoutedActivation) -> Tensor | None:

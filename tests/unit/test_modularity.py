@@ -210,7 +210,7 @@ def test_tables_have_means_over_seeds_the_papers_values_and_a_sentence_about_cha
     measured = rows[(rows["method"] == "random_partition") & (rows["num_experts"] == 32)]
     row = by_cell.loc[("random_partition", 32)]
     assert (row["best_quarter"], row["n"]) == (pytest.approx(measured["best_quarter"].mean()), 3)
-    for bits, words in ((0.9, "more than chance"), (0.0, "no more than chance")):
+    for bits, words in ((0.9, "more information"), (0.0, "no more information")):
         for run in runs:
             fake_runs.edit(
                 run,
@@ -219,4 +219,4 @@ def test_tables_have_means_over_seeds_the_papers_values_and_a_sentence_about_cha
                 ),
             )
         sentences = present(BENCHMARK, fake_runs.records(runs)).verdicts
-        assert any(f"tells {words} of the task" in sentence for sentence in sentences)
+        assert any(f"has {words} on the task than chance" in sentence for sentence in sentences)

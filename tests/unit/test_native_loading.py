@@ -236,6 +236,41 @@ def test_a_configuration_with_fewer_layers_than_the_weights_is_refused(
             emoe.from_pretrained(folder_loader, tmp_path)
 
 
+@pytest.mark.parametrize("name", FEWER_LAYERS)
+@pytest.mark.parametrize(("layers", "wrong"), [(1, "fewer"), (9, "more")])
+def test_transformers_too_refuses_another_number_of_layers_than_the_weights_have(
+    name: str, layers: int, wrong: str, tmp_path: Path
+) -> None:
+    model = converted.model(name, layers=[0])
+    model.save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", **{FEWER_LAYERS[name]: layers})
+    with pytest.raises(
+        emoe.CheckpointError, match=rf"config\.json counts {wrong} layers than the weights"
+    ):
+        tiny_models.loader(name).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model_args": {"num_classes": 7}},
+        {"model_args": {"num_classes": 7}, "pretrained_cfg": {"classifier": ["head"]}},
+        {"pretrained_cfg": {"num_classes": 7}},
+    ],
+)
+def test_timm_does_not_replace_a_stored_head_without_a_message(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    source = model_folders.save("VisionTransformer", tmp_path / "dense")
+    changed = json.loads((source / "config.json").read_text())
+    del changed["num_classes"]
+    for name, value in settings.items():
+        changed[name] = {**changed.get(name, {}), **value}
+    (source / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(emoe.CheckpointError, match="number of classes does not fit the weights"):
+        model_folders.dense(source)
+
+
 @pytest.mark.parametrize("classes", [7, 0, 10**9])
 def test_a_timm_folder_with_another_number_of_classes_is_refused(
     classes: int, tmp_path: Path

@@ -369,6 +369,21 @@ def test_sparse_models_and_adapters_are_checked_too() -> None:
     assert_state_rejected(adapted_model, adapted_dense.state_dict())
 
 
+def test_a_dense_state_is_named_if_the_original_order_is_unknown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dense, model = tiny_models.build("bert"), converted.model("bert")
+    model.save_pretrained(tmp_path)  # without the partition file
+    loaded = tiny_models.loader("bert").from_pretrained(tmp_path)
+    loaded.load_state_dict(trained(model.state_dict()))
+    loaded.load_state_dict(tiny_models.build("bert", seed=1).state_dict())  # another model's
+    assert not caplog.messages
+    loaded.load_state_dict(model.state_dict())
+    loaded.load_state_dict(dense.state_dict())
+    assert len(caplog.messages) == len(routed_layers(loaded))
+    assert all("another order" in message for message in caplog.messages)
+
+
 def test_the_weights_of_another_model_leave_the_first_order_unknown() -> None:
     """A model is built and converted anew, and then loads trained weights from a state dict."""
     model, other = converted.model("bert"), tiny_models.build("bert", seed=1)

@@ -11,8 +11,7 @@ gc.set_threshold(100_000, 20, 20)
 
 sys.path.insert(0, str(workflow.basedir))
 
-import benchmarks.kinds
-from benchmarks.harness import base as paths
+import benchmarks.kinds  # registers the kinds of benchmarks
 from benchmarks.harness.base import hide_passwords
 from benchmarks.harness.config import catalogue, runs
 from benchmarks.harness.config.suite import load_suite, suite_names
@@ -51,12 +50,12 @@ with one_line_errors():
     RECORDS = targets.parts_by_records(SUITE)
     CLAIMED = claims.claimed_benchmarks(SUITE)
     CLAIM_ARTIFACTS = artifacts.claim_artifacts(SUITE)
-    # both refuse wrong files before any work
+    # these two report errors in their files before any work
     artifacts.all_artifacts()
     paper_items.load_paper()
     if not IN_JOB:
         runs.refuse_old_folders()
-        SUITE.runs
+        SUITE.runs  # plans the runs, so that errors in a grid are reported here
     # by benchmark and id of the run, True if the run keeps its weights
     KEPT_WEIGHTS = plan.weights_by_benchmark(SUITE, in_job=IN_JOB)
 
@@ -106,9 +105,9 @@ onstart:
     missing = missing_sets(SUITE)
     if missing:
         print(
-            f"not there: {', '.join(missing)}. What needs them will fail; "
-            f"`python -m benchmarks data --check --suite {SUITE.name}` says where they come from, "
-            f"`--config exclude=[{','.join(missing)}]` leaves them out",
+            f"warning: missing data sets: {', '.join(missing)}. Runs that need them will fail. "
+            f"`python -m benchmarks data --check --suite {SUITE.name}` prints their sources. "
+            f"`--config exclude=[{','.join(missing)}]` leaves them out.",
             file=sys.stderr,
         )
 

@@ -87,7 +87,7 @@ for run_rule in run_rules(KEPT_WEIGHTS):
             # how torchrun distributes a run of instruction tuning
             processes=run_resource("processes", 1),
             parallel=run_resource("parallel", "ddp"),
-            # for the message; a change of a resource, unlike one of a parameter, repeats no run
+            # shown in the message; a resource, because a changed parameter would repeat the run
             called=lambda wildcards: run_of(wildcards).name,
         params:
             # the job writes this file itself, because a job for each file would cost more time
@@ -104,7 +104,7 @@ for run_rule in run_rules(KEPT_WEIGHTS):
             " --gpus {resources.gpu}"
 
 
-# Snakemake asks for it only if a finished run has lost it.
+# Only needed if the run.json of a finished run was deleted.
 rule write_run_json:
     output:
         "results/runs/{benchmark}/{run}/run.json",

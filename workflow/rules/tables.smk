@@ -1,5 +1,5 @@
 # From the runs' metrics.json to tables, figures, pages and the MLflow mirror.
-# Only `collect` parses metrics.json; the others compare its digest.
+# Only `collect` reads metrics.json. The other rules read the records that it collects.
 
 
 # The records of a benchmark's runs in one file, so that each metrics.json is read once. If a
@@ -84,7 +84,7 @@ if CLAIMED:
         conda:
             ENVIRONMENT
         params:
-            # a suite with fewer of them tests the claims again
+            # if a suite has other benchmarks, the claims are tested again
             benchmarks=CLAIMED,
             suite=SUITE.name,
         message:

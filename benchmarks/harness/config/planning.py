@@ -11,7 +11,7 @@ from benchmarks.harness import base as paths
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import Part, load_benchmark
 from benchmarks.harness.config.runs import Run, all_sets, run_from_spec
-from benchmarks.harness.sources.packages import find_package, set_packages, sha256
+from benchmarks.harness.sources.packages import find_package, packages_of_dataset, sha256
 
 
 def plan_runs(parts: Mapping[str, Part[Any]], exclude: Collection[str]) -> list[Run]:
@@ -102,7 +102,7 @@ def _file_digests(spec: Mapping[str, Any]) -> dict[str, str]:
         digests[package.name] = package.sha256
     for task in all_sets(spec):
         source = task.get("source", {})
-        for package in set_packages(source):
+        for package in packages_of_dataset(source):
             digests[package.name] = package.sha256
         if "csv" in source:
             digests[source["csv"]] = _csv_digest(source["csv"])

@@ -16,7 +16,7 @@ from benchmarks.harness.base import DefinitionError, read_json
 from benchmarks.harness.config.catalogue import ModelSpec
 from benchmarks.harness.config.method_specs import MethodSpec
 from benchmarks.harness.config.yaml import Count, Number, Strict, Whole
-from benchmarks.harness.sources.packages import set_packages
+from benchmarks.harness.sources.packages import packages_of_dataset
 
 
 class RunSpec(Strict):
@@ -319,7 +319,7 @@ def _packages_of_sets(run: Run) -> list[str]:
     """List the files of the packages that contain data sets of a run, each once."""
     files: list[str] = []
     for task in all_sets(run.spec):
-        for package in set_packages(task.get("source", {})):
+        for package in packages_of_dataset(task.get("source", {})):
             file = str(package.path)
             if file not in files:  # several sets may come from one package
                 files.append(file)

@@ -15,7 +15,7 @@ from benchmarks.harness.config.runs import Run, all_sets, run_inputs
 from benchmarks.harness.config.sets import SetPart
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.sources.local import local_path, user_file
-from benchmarks.harness.sources.packages import package_files, set_packages
+from benchmarks.harness.sources.packages import package_files, packages_of_dataset
 
 _ADVICE_ON_FOLDERS = (
     "A folder below data_root may hold Parquet, Arrow, JSON lines or CSV under the hub's column "
@@ -103,7 +103,7 @@ def missing_sets(suite: Suite) -> list[str]:
                 sources[task["name"]] = task["source"]
     missing = []
     for name, source in sources.items():
-        can_be_downloaded = "hub" in source or bool(set_packages(source))
+        can_be_downloaded = "hub" in source or bool(packages_of_dataset(source))
         if can_be_downloaded:
             continue
         # nothing is looked for on the disk, which may be slow, unless the answer depends on it

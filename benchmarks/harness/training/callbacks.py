@@ -21,7 +21,7 @@ from benchmarks.harness.base import derive_seed
 from benchmarks.harness.training.checkpoints import SavedCallback
 from benchmarks.harness.training.processes import is_sharded, world_size
 
-FIRST_STEPS = 8
+_FIRST_BATCHES = 8  # number of training batches whose loss is recorded
 # number of rows in the batch that Probe.observe gets
 _FIXED_ROWS = 4
 
@@ -77,7 +77,7 @@ class Stopwatch(SavedCallback):
 
     def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
         metrics = kwargs["metrics"]
-        # Trainer evaluates several data sets one after another, with a time for each
+        # "eval_runtime" or "eval_<data set>_runtime"; none if a subclass measures the time itself
         runtimes = [value for name, value in metrics.items() if name.endswith("_runtime")]
         self.evaluation += sum(runtimes)
 
@@ -121,7 +121,7 @@ class UpdateGates(TrainerCallback):
 
 
 def fixed_rows(rows: Any) -> list[Any]:
-    """Return the rows for :meth:`Probe.observe`: the first four of a data set.
+    """Return the rows for :meth:`Probe.observe`: the first rows of a data set.
 
     A data set with fewer rows gives all of them.
     """
@@ -203,8 +203,8 @@ class Probe(SavedCallback):
         self._observed = {"logits": summarise_logits(logits), "loads": loads}
 
     def add_loss(self, loss: Tensor) -> None:
-        """Record the loss of a training batch, if it is one of the first eight."""
-        if len(self.losses) < FIRST_STEPS:
+        """Record the loss of a training batch, if it is one of the first batches."""
+        if len(self.losses) < _FIRST_BATCHES:
             self.losses.append(float(loss))
 
     def summary(self) -> dict[str, Any]:

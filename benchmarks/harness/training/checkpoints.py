@@ -45,7 +45,8 @@ class SavedCallback(TrainerCallback, ExportableState):
 class MarkComplete(TrainerCallback):
     """A callback that marks each new checkpoint as complete.
 
-    It does so after all processes have written and flushed their files.
+    The main process waits until all processes have written their files. Then it flushes these files
+    to the disk and marks the checkpoint.
     """
 
     def on_save(
@@ -66,7 +67,7 @@ def _mark_complete(checkpoint: Path) -> None:
     write_json(checkpoint / COMPLETE, digests)
 
 
-class FindBest(TrainerCallback):
+class UpdateBestPath(TrainerCallback):
     """A callback that updates the path of the best checkpoint when training starts.
 
     Trainer saves this path in each checkpoint. If the folder of the run was moved since,
@@ -93,6 +94,8 @@ def resume(trainer: Trainer, say: Callable[[str], None]) -> str | None:
     if checkpoint is None:
         return None
     trainer.state = _read_state(checkpoint)
+    # `train` reads the state again, so UpdateBestPath repeats this. A run that had already stopped
+    # does not train again, and loads its best weights from this state.
     _update_best_path(trainer.args, trainer.state)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, SavedCallback):

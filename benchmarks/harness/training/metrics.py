@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from scipy import optimize, stats
 from sklearn import metrics
 
-_LARGEST_SCALE = 1000.0  # of logits, in the search for the best one
+# the best scale of the logits is searched between the inverse of this number and this number
+_LARGEST_SCALE = 1000.0
 
 _f1 = partial(metrics.f1_score, zero_division=0.0)
 
@@ -84,7 +85,7 @@ def mean_loss(logits: NDArray[Any], labels: NDArray[Any]) -> float:
 
 
 def calibrated_loss(logits: NDArray[Any], labels: NDArray[Any]) -> float:
-    """Return the cross entropy at the best temperature, in nat.
+    """Return the cross entropy in nats, at the best temperature (the inverse of a scale).
 
     Logits are multiplied by the scale (from 1/1000 to 1000) that gives the lowest mean cross
     entropy on these same rows. So two classifiers that differ only in the scale of their logits
@@ -103,6 +104,6 @@ def calibrated_loss(logits: NDArray[Any], labels: NDArray[Any]) -> float:
         return float(F.cross_entropy(values * np.exp(log_scale), classes))
 
     # the loss is convex in the scale, so it has a single minimum in the logarithm of the scale too
-    most = float(np.log(_LARGEST_SCALE))
-    best = optimize.minimize_scalar(loss_at, bounds=(-most, most), method="bounded")
+    bound = float(np.log(_LARGEST_SCALE))
+    best = optimize.minimize_scalar(loss_at, bounds=(-bound, bound), method="bounded")
     return float(best.fun)

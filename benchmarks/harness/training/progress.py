@@ -28,7 +28,7 @@ class Progress(TrainerCallback):
         self._run_name = run_name
         self._stream = stream or sys.stderr
         self._start = time.monotonic()
-        self._last = self._start
+        self._time_of_last_line = self._start
         self._first_step = 0
 
     def say(self, text: str) -> None:
@@ -41,6 +41,7 @@ class Progress(TrainerCallback):
         has_terminal = self._stream.isatty()
         if is_warning or has_terminal:
             self._print(text, self._stream)
+        # the standard output of a run is its log
         if is_warning or not has_terminal:
             self._print(text, sys.stdout)
 
@@ -63,11 +64,11 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         now = time.monotonic()
-        is_too_early = now - self._last < _SECONDS_BETWEEN_LINES
+        is_too_early = now - self._time_of_last_line < _SECONDS_BETWEEN_LINES
         is_last_step = state.global_step >= state.max_steps
         if is_too_early or is_last_step:
             return
-        self._last = now
+        self._time_of_last_line = now
         # a resumed run computed its first steps earlier
         steps_done = state.global_step - self._first_step
         steps_left = state.max_steps - state.global_step

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 import emoe
 from benchmarks.harness.models.trainable import Trainable, load_trained_, trained_state
 from benchmarks.harness.training.callbacks import Probe, SetEpochs, UpdateGates
-from benchmarks.harness.training.checkpoints import FindBest, MarkComplete
+from benchmarks.harness.training.checkpoints import MarkComplete, UpdateBestPath
 from benchmarks.harness.training.processes import is_sharded, world_size
 from emoe.files import write_tensors
 
@@ -104,20 +104,20 @@ class RoutedTrainer(Trainer):
         kwargs["args"].save_only_model = is_sharded()
         super().__init__(model=trainable.model, **kwargs)
         self.args.save_only_model = False
-        # if true, the model divides its loss by the labels of the step, and Trainer does not divide
-        # it again by the batches of the step
+        # With by_token, the model divides its loss by the number of tokens with labels in the step.
+        # Trainer must then not divide it by the number of batches in the step.
         self.model_accepts_loss_kwargs = by_token
         self.loss_is_scaled_for_ga = by_token
         self._order = order
         self._trainable = trainable
-        self._probe = probe
+        self.probe = probe
         self._base_lr_ratio = base_lr_ratio
         self.add_callback(probe)
         self.add_callback(UpdateGates())
         if hasattr(order, "set_epoch"):
             self.add_callback(SetEpochs(order))
         self.add_callback(MarkComplete())
-        self.add_callback(FindBest())
+        self.add_callback(UpdateBestPath())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any]:
         return self._order
@@ -126,7 +126,7 @@ class RoutedTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         # parameters with a lower learning rate
         slow = set()
-        for name, parameter in self._trained.named_parameters():
+        for name, parameter in self._module.named_parameters():
             if name in self._trainable.slow:
                 slow.add(parameter)
         # Move them into groups of their own. The loop is over a copy of the list, because it
@@ -142,7 +142,7 @@ class RoutedTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        self._probe.add_loss(loss)
+        self.probe.add_loss(loss)
         return loss
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -150,22 +150,23 @@ class RoutedTrainer(Trainer):
         if not model.training:
             return loss
         balance = emoe.aux_loss(model)
-        # the number 0.0 if no layer has a balance loss
+        # aux_loss returns the number 0.0 if no layer has a balance loss
         if not isinstance(balance, Tensor):
             return loss
-        # in this case, Trainer does not divide the loss by the number of batches in the step
+        # Trainer does not divide this loss by the number of batches in the step
         if self.loss_is_scaled_for_ga:
             balance = balance / self.current_gradient_accumulation_steps
         return loss + balance
 
     @property
-    def _trained(self) -> nn.Module:
+    def _module(self) -> nn.Module:
+        """The model, typed as a module."""
         return cast(nn.Module, self.model)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(str(output_dir))
         # all processes take part in gathering the tensors
-        state = trained_state(self._trained)
+        state = trained_state(self._module)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             write_tensors(state, folder / _WEIGHTS)
@@ -173,7 +174,7 @@ class RoutedTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        load_trained_(self._trained, Path(resume_from_checkpoint) / _WEIGHTS)
+        load_trained_(self._module, Path(resume_from_checkpoint) / _WEIGHTS)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
@@ -183,7 +184,7 @@ class RoutedTrainer(Trainer):
         options = StateDictOptions(
             full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
         )
-        state = get_optimizer_state_dict(self._trained, self._unwrapped_optimizer, options=options)
+        state = get_optimizer_state_dict(self._module, self._unwrapped_optimizer, options=options)
         if self.args.should_save:
             folder = Path(output_dir)
             scheduler: Any = self.lr_scheduler
@@ -196,7 +197,7 @@ class RoutedTrainer(Trainer):
         folder = Path(checkpoint)
         state = torch.load(folder / _OPTIMIZER, map_location="cpu", mmap=True, weights_only=True)
         options = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(self._trained, self._unwrapped_optimizer, state, options=options)
+        set_optimizer_state_dict(self._module, self._unwrapped_optimizer, state, options=options)
         scheduler: Any = self.lr_scheduler
         scheduler.load_state_dict(torch.load(folder / _SCHEDULER, weights_only=True))
 
