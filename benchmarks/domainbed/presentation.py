@@ -294,7 +294,10 @@ def paper_table(outcomes: DomainOutcomes) -> Table:
     return common.published_table(
         title="Published averages beside ours",
         caption=_sentences(
-            _PAPER_CAPTION, outcomes.shared_note, _experts_note(outcomes, outcomes.sets)
+            _PAPER_CAPTION,
+            outcomes.shared_note,
+            _experts_note(outcomes, outcomes.sets),
+            _TRIALS_COVER,
         ),
         keys={
             "selection_title": "Selection",

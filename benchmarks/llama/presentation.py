@@ -332,7 +332,7 @@ def paper_table(outcomes: InstructionOutcomes) -> Table:
     compared = named.assign(difference=difference, task="")
     return common.published_table(
         title="The paper's MMLU accuracies beside ours",
-        caption=f"{_PAPER_CAPTION} {outcomes.shared_note}",
+        caption=f"{_PAPER_CAPTION} {outcomes.shared_note} {common.SEEDS_COVER}",
         keys={**_key_headings(outcomes), "eval_task_title": "Task"},
         frame=outcomes.order(compared, CELL),
         origins=outcomes.shared,

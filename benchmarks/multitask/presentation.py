@@ -107,10 +107,10 @@ def _gains_caption(outcomes: MultitaskOutcomes) -> str:
         f"difference to {outcomes.baseline_title} on the same tasks, paired by seed, with a 95 % "
         "confidence interval (Student's t), not corrected for multiple tests. "
         f"{common.SEEDS_COVER} {outcomes.shared_note} Best set: the largest of several "
-        "differences, so an optimistic number. The paper gives only its largest gains (T5-Base, N = 32 and k = 8 in domain; "
-        "sources in paper.csv), neither tasks nor absolute scores, so they cannot be compared "
-        "with ours. Epoch and learning rate are chosen by the mean dev score, which is not "
-        "reported. Bold marks the best method, without controls."
+        "differences, so an optimistic number. The paper gives only its largest gains (T5-Base, "
+        "N = 32 and k = 8 in domain; sources in paper.csv), neither tasks nor absolute scores, so "
+        "they cannot be compared with ours. Epoch and learning rate are chosen by the mean dev "
+        "score, which is not reported. Bold marks the best method, without controls."
     )
 
 

@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 
-from benchmarks.harness.report.common import format_counts, with_numbers
+from benchmarks.harness.report.common import SEEDS_COVER, format_counts, with_numbers
 from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.statistics import expected_maximum
 from benchmarks.text.definition import CLEAN, ID, PUBLISHED
@@ -172,8 +172,8 @@ def _caption(outcomes: TextOutcomes) -> str:
         "the choices, and unbiased). Luck adds less if some choices are really better, or if equal "
         f"seeds are lucky together. By luck, {baseline} with as many choices: the same with the "
         f"deviation of {baseline}. Δ: the reported score minus that of {baseline}, paired by seed, "
-        "with a 95 % confidence interval (Student's t). Without runs "
-        "of a selection, Δ is a dash or has no column. If a task has only clean runs, the choices "
+        f"with a 95 % confidence interval (Student's t). {SEEDS_COVER} Without runs of a "
+        "selection, Δ is a dash or has no column. If a task has only clean runs, the choices "
         "are those of the clean selection, where luck does not enter the reported score. The "
         "choice of the epoch is not counted. A task is left out if every method has a single "
         "choice."

@@ -14,7 +14,7 @@ import yaml
 from scipy import stats
 
 from benchmarks.harness.base import BENCHMARKS, OVERRIDES, DataError, DefinitionError
-from benchmarks.harness.config.catalogue import load_metrics
+from benchmarks.harness.config.catalogue import Metric, load_metrics
 from benchmarks.harness.config.suite import Suite, load_suite
 from benchmarks.harness.report.artifacts import claim_artifacts, numbers_file
 from benchmarks.harness.report.claims import (
@@ -165,14 +165,15 @@ def test_the_gap_to_the_paper_is_tested_with_the_papers_error() -> None:
         PaperEffect(effect=1.5, error=0.4, reference=80, where="Fig. 3")
 
 
-@pytest.mark.parametrize("change", [{"direction": "lower"}, {"chance": 0.25}])
-def test_only_scores_that_are_claimed_to_be_higher_or_the_same_have_a_loss(
+@pytest.mark.parametrize("change", [{"direction": "not_lower"}, {"chance": 0.25}])
+def test_only_scores_that_are_claimed_to_be_higher_lower_or_the_same_have_a_loss(
     change: dict[str, Any],
 ) -> None:
     compare = HIGHER.model_dump(exclude_none=True)
     test = {"title": "b", "paper": {"where": "Fig. 1"}, "loss": True}
-    Claim(title="A", tests=[{**test, "compare": compare}])
-    with pytest.raises(ValueError, match="'loss' needs a comparison that claims higher or same"):
+    for direction in ("higher", "lower", "same"):
+        Claim(title="A", tests=[{**test, "compare": {**compare, "direction": direction}}])
+    with pytest.raises(ValueError, match="'loss' needs a comparison that claims higher, lower or"):
         Claim(title="A", tests=[{**test, "compare": {**compare, **change}}])
     with pytest.raises(ValueError, match="'loss' needs a comparison"):
         Claim(title="A", tests=[{**test, "needs": "more"}])
@@ -207,6 +208,14 @@ def test_the_margin_of_scores_is_below_half_of_every_main_effect() -> None:
         for test in claim.tests:
             if test.headline and test.paper.effect is not None:
                 assert margin * 100 <= abs(test.paper.effect) / 2, test.title
+
+
+def test_the_margin_of_a_loss_is_a_share_of_the_loss_of_the_reference() -> None:
+    loss = load_metrics()["loss"]
+    assert loss.margin(0.5) == pytest.approx(0.006)
+    assert load_metrics()["accuracy"].margin(0.5) == 0.0035
+    with pytest.raises(ValueError, match="exclude each other"):
+        Metric(**{**loss.model_dump(), "equivalence_margin": 0.1})
 
 
 def test_tasks_are_averaged_within_a_seed_and_a_seed_that_lacks_one_is_left_out() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from matplotlib import pyplot as plt
 
-from benchmarks.harness.base import DefinitionError
+from benchmarks.harness.base import BENCHMARKS, DefinitionError
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.config.yaml import Location
@@ -33,6 +33,11 @@ def test_every_output_of_the_paper_is_made_by_exactly_one_rule() -> None:
     assert sorted(made) == sorted(output.name for output in paper_outputs())
     assert len(made) == len(set(made))
     assert {"table_4a", "table_3a", "table_3d", "table_8_pacs", "figure_5b"} <= set(made)
+
+
+def test_published_numbers_have_the_minus_sign_of_the_tables() -> None:
+    for file in BENCHMARKS.glob("*/*.csv"):
+        assert "\N{MINUS SIGN}" not in file.read_text(encoding="utf-8"), file
 
 
 def test_every_benchmark_names_tables_and_figures_that_exist() -> None:

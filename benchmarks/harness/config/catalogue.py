@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from benchmarks.harness.base import BENCHMARKS, DataError
-from benchmarks.harness.config.yaml import Count, Number, Positive, Strict, Whole, optional, read
+from benchmarks.harness.config.yaml import (
+    Count,
+    Number,
+    Positive,
+    Strict,
+    Whole,
+    optional,
+    read,
+    refusal,
+)
 from benchmarks.harness.sources.packages import PackageFile, find_package
 from emoe.errors import did_you_mean
 
@@ -125,6 +135,28 @@ class Metric(Strict):
     """The tolerance of benchmarks whose numbers differ more, by the benchmark's name."""
     equivalence_margin: Positive | None = None
     """Largest stored difference between two methods that is negligible, for the tests of claims."""
+    equivalence_share: Positive | None = optional()
+    """Largest negligible difference as a share of the reference method's number, instead of
+    `equivalence_margin`. It is for numbers whose size depends on the data set."""
+
+    def model_post_init(self, _context: Any, /) -> None:
+        """Refuse two margins."""
+        if self.equivalence_margin is not None and self.equivalence_share is not None:
+            raise refusal("'equivalence_margin' and 'equivalence_share' exclude each other")
+
+    @property
+    def has_margin(self) -> bool:
+        """Return True if the tests of claims can compare this number."""
+        return self.equivalence_margin is not None or self.equivalence_share is not None
+
+    def margin(self, reference: float) -> float:
+        """Return the largest negligible difference to a method whose number is ``reference``.
+
+        It is nan if the metric has no margin.
+        """
+        if self.equivalence_share is not None:
+            return self.equivalence_share * reference
+        return self.equivalence_margin or math.nan
 
 
 class MetricFile(Strict):

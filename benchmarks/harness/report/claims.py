@@ -24,6 +24,9 @@ from benchmarks.harness.config.yaml import (
     refusal,
 )
 
+# the claimed direction of the loss, by that of the score
+_LOSS_DIRECTIONS = {"higher": "lower", "lower": "higher", "same": "same"}
+
 
 class PaperEffect(Strict):
     """The effect that the paper reports."""
@@ -111,18 +114,20 @@ class ClaimTest(Strict):
     from those of the other."""
     loss: bool = False
     """True to repeat the comparison with the loss, as a second endpoint. This is possible for
-    scores that are claimed to be higher or the same."""
+    scores that are claimed to be higher, lower or the same."""
 
     def model_post_init(self, context: Any, /) -> None:
         """Refuse ``loss`` for a test that has no loss to compare."""
         super().model_post_init(context)
         can_repeat = (
             self.compare is not None
-            and self.compare.direction in ("higher", "same")
+            and self.compare.direction in _LOSS_DIRECTIONS
             and self.compare.chance is None
         )
         if self.loss and not can_repeat:
-            raise refusal("'loss' needs a comparison that claims higher or same, without 'chance'")
+            raise refusal(
+                "'loss' needs a comparison that claims higher, lower or same, without 'chance'"
+            )
 
 
 class Claim(Strict):
@@ -173,10 +178,10 @@ def loss_test(test: ClaimTest, compare: Comparison) -> ClaimTest:
 def loss_comparison(compare: Comparison) -> Comparison:
     """Return the same comparison of losses instead of scores.
 
-    A claim of a higher score becomes a claim of a lower loss, and one of the same score becomes one
-    of the same loss.
+    A claim of a higher score becomes a claim of a lower loss, and the reverse. One of the same
+    score becomes one of the same loss.
     """
-    direction = "lower" if compare.direction == "higher" else "same"
+    direction = _LOSS_DIRECTIONS[compare.direction]
     return compare.model_copy(update={"metric": "loss", "direction": direction})
 
 
@@ -245,7 +250,6 @@ def _comparable_metrics(compare: Comparison, domain: Domain) -> list[str]:
     for name in domain.metrics:
         if name not in metrics:
             continue
-        has_margin = metrics[name].equivalence_margin is not None
-        if has_margin or not needs_margin:
+        if metrics[name].has_margin or not needs_margin:
             comparable.append(name)
     return comparable

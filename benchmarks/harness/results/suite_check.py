@@ -10,6 +10,7 @@ import pandas as pd
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.results.available import find_finished
 from benchmarks.harness.results.check import (
     CheckResult,
     Numbers,
@@ -17,7 +18,6 @@ from benchmarks.harness.results.check import (
     compare,
     group_name,
 )
-from benchmarks.harness.results.records import read_record
 from benchmarks.harness.results.reference import blessed_benchmarks, read_reference
 
 _MOST_GROUPS = 20  # groups of runs that are listed; more are only counted
@@ -151,9 +151,9 @@ def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -
             blessed[name] = read_reference(suite.name, name)
     pairs = {}
     for name, before in blessed.items():
-        finished = [run for run in suite.runs_of(name) if run.metrics_file.exists()]
-        after = check_numbers(read_record(run) for run in finished)
-        pairs[name] = Pair(rows_of_runs(before, finished), after)
+        records = find_finished(suite, name).records
+        finished = [record.run for record in records]
+        pairs[name] = Pair(rows_of_runs(before, finished), check_numbers(records))
     results = compare_pairs(suite, pairs.values(), elsewhere=elsewhere)
 
     counts = {}

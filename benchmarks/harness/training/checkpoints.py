@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from benchmarks.harness.base import DataError, read_json, write_json
+from benchmarks.harness.base import DataError, check_is_file, read_json, write_json
 from benchmarks.harness.sources.packages import sha256
 from benchmarks.harness.training.processes import broadcast, is_main
 
@@ -157,6 +157,7 @@ def _find_fault(checkpoint: Path) -> str | None:
     for name, digest in digests.items():
         path = checkpoint / name
         try:
+            check_is_file(path)
             is_unchanged = sha256(path) == digest
         except OSError as error:
             return f"{path} cannot be read: {error.strerror}"
