@@ -180,7 +180,7 @@ def with_prefix(
     tokens = first_output.shape[1]
     states = PrefixStates(
         prefix,
-        rows=_digest_images(environment, rows, size),
+        rows_digest=_digest_images(environment, rows, size),
         lengths=[tokens] * len(rows),
         batch=model_inputs,
     )

@@ -19,6 +19,7 @@ from benchmarks.harness.report.presentation import Figure
 from benchmarks.harness.report.style import MethodStyle, distinct_styles
 from benchmarks.harness.results.content import Chance, StepRecord
 from benchmarks.harness.results.statistics import (
+    PERMUTATIONS,
     mutual_information,
     paired_differences,
     shared_pairs,
@@ -540,6 +541,6 @@ SET_FIGURES = {
         "Use of experts by class (above) and by environment (below): the share of each expert in "
         "the choices of their images, divided by the mean share. The number is the mutual "
         "information of expert and class or environment, in bits, beside its value by chance: the "
-        "mean and 95 % quantile of 500 shuffles over images.",
+        f"mean and 95 % quantile of {PERMUTATIONS} shuffles over images.",
     ),
 }

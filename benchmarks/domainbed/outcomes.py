@@ -188,7 +188,7 @@ class DomainOutcomes(Outcomes):
         """Return the settings of a run among which a selection chooses."""
         return _Settings(self.specs[run.id].hparams_seed, run.method_variant)
 
-    def trials(self, *, complete: bool = False) -> pd.Series[float]:
+    def trial_means(self, *, complete: bool = False) -> pd.Series[float]:
         """Average the accuracies of :attr:`shared` over environments.
 
         Returns one mean for each :data:`CELL` and ``seed``, which are the index. ``complete`` omits
@@ -209,7 +209,7 @@ class DomainOutcomes(Outcomes):
         accuracies = self.cells.assign(domain="held_out", metric="accuracy")
         return join_claim_numbers(accuracies, parameter_counts(self.records))
 
-    def held_out(self, name: str) -> int:
+    def num_held_out(self, name: str) -> int:
         """Return the number of environments of an image set that were held out."""
         of_set = self.cells[self.cells["task"] == name]
         return int(of_set["eval_task"].nunique())

@@ -297,7 +297,7 @@ def _evaluation_splits(
         # held-out environments are never augmented
         augments = spec.hparams.data_augmentation and training.val_augment and not is_test
         transform = _transform(spec, augments=augments)
-        # no selection and no table reads the in split of a training environment
+        # selections and tables read the in split of a held-out environment alone
         if is_test or training.evaluate == "all":
             in_rows = split.within[: training.eval_rows]
             in_splits[f"env{env}_in"] = EvaluationRows(environment, in_rows, transform)

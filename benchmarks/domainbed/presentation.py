@@ -40,9 +40,9 @@ _HEADINGS_OF_SET = {
 _SELECTIONS_NOTE = (
     "Selections are DomainBed's. Training-domain validation: the step with the highest mean "
     "accuracy on held-out images of the training environments. Leave-one-domain-out: the step with "
-    "the highest mean accuracy on each other environment, in runs that also hold it out; only if "
-    "such runs exist. Test-domain validation (an oracle): the run whose last step is best on "
-    "images of the test environment."
+    "the highest mean accuracy over the other environments, each measured in a run that also holds "
+    "out that environment; only if such runs exist. Test-domain validation (an oracle): the run "
+    "whose last step is best on images of the test environment."
 )
 # the note for each value of training.val_augment
 _VALIDATION_NOTES = {
@@ -185,7 +185,7 @@ def summary(outcomes: DomainOutcomes) -> Table:
     It has a row for each selection, model and method. With one image set, there is no average.
     """
     keys = ["selection", "model", "method"]
-    by_cell = outcomes.trials().groupby(CELL, sort=False)
+    by_cell = outcomes.trial_means().groupby(CELL, sort=False)
     means = by_cell.agg(mean="mean", error=_domainbed_error, n="count").reset_index()
     numbers = means[["task", *keys, "mean", "error"]]
 
@@ -243,11 +243,11 @@ def tests_table(outcomes: DomainOutcomes) -> Table:
 
 
 _MEASURED_ON = (
-    "the out splits of all environments at the last step. Expert tells class (environment) is the "
+    "the out splits of all environments at the last step. Expert tells class (environment): the "
     "mutual information of a token's expert and its image's class (environment). By chance: its "
-    f"mean and 95 % quantile over {PERMUTATIONS} shuffles of classes over the images of an "
-    "environment (environments over those of a class). Only values above the quantile are "
-    "meaningful"
+    f"mean and 95 % quantile over {PERMUTATIONS} shuffles. Classes are shuffled among the images "
+    "of an environment, and environments among the images of a class. Only values above the "
+    "quantile are meaningful"
 )
 
 
@@ -282,7 +282,7 @@ def paper_table(outcomes: DomainOutcomes) -> Table:
     published = common.read_published(outcomes.benchmark)
     # published values are in percent, ours are shares
     shares = published.assign(value=published["value"] / 100)
-    means = common.our_means(outcomes.trials(complete=True), CELL)
+    means = common.our_means(outcomes.trial_means(complete=True), CELL)
     # keep only the image sets that the paper has
     comparable = means[means["task"].isin(published["task"])]
     ours = pd.concat([comparable, _averages_of_four(outcomes)])
@@ -320,7 +320,7 @@ def _averages_of_four(outcomes: DomainOutcomes) -> pd.DataFrame:
         ``high``, and the number of trials ``n``. The column ``task`` has the name of the average.
     """
     # one accuracy for each selection, model, image set, method and trial
-    accuracies = outcomes.trials(complete=True)
+    accuracies = outcomes.trial_means(complete=True)
     is_of_four = accuracies.index.get_level_values("task").isin(FOUR)
     keys = ["selection", "model", "method"]
     by_trial = accuracies[is_of_four].groupby([*keys, "seed"], sort=False)
@@ -422,11 +422,13 @@ def _held_out_note(outcomes: DomainOutcomes, names: list[str]) -> str:
     """Return a sentence for each image set of which only some environments were held out."""
     sentences = []
     for name in names:
-        held_out = outcomes.held_out(name)
-        environments = len(outcomes.environments(name))
-        if held_out < environments:
+        num_held_out = outcomes.num_held_out(name)
+        num_environments = len(outcomes.environments(name))
+        if num_held_out < num_environments:
             title = outcomes.title("task", name)
-            sentences.append(f"Of {title} {held_out} of {environments} environments were held out.")
+            sentences.append(
+                f"Of {title} {num_held_out} of {num_environments} environments were held out."
+            )
     return _sentences(*sentences)
 
 

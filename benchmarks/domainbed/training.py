@@ -222,7 +222,7 @@ class DomainTrainer(RoutedTrainer):
     def _routing(
         self, splits: Sequence[EvaluationRows], num_classes: int, record: RoutingRecord
     ) -> dict[str, Any]:
-        """Summarise the recorded routing, and measure what experts tell about labels.
+        """Summarise the recorded routing, with the mutual information of experts and labels.
 
         Returns:
             - the statistics of the record, as means over layers.

@@ -87,7 +87,10 @@ class EncodedRows(Dataset[dict[str, Any]]):
             self.rows.append(EncodedRow(row, tokens[:max_length], begin, cut))
 
     def select(self, numbers: Sequence[int]) -> EncodedRows:
-        """Return a copy that has only the rows with these indices."""
+        """Return a copy that has only the rows with these indices.
+
+        Call it before :meth:`with_prefix`: the outputs that are added there are not selected.
+        """
         selected = copy.copy(self)
         selected.rows = [self.rows[number] for number in numbers]
         return selected
@@ -105,7 +108,7 @@ class EncodedRows(Dataset[dict[str, Any]]):
             rows = [self[number] for number in numbers]
             return model_inputs(collate(rows))
 
-        # outputs are kept on disk for other runs; this digest of the rows is part of the file name
+        # outputs are kept on disk for other runs; the file name depends on this digest of the rows
         columns = {
             "tokens": np.concatenate([row.tokens for row in self.rows]),
             "lengths": np.asarray(lengths),

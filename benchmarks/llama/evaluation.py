@@ -49,7 +49,7 @@ class LoadedTask:
         content: What lm-eval's task manager returns.
         tasks: The tasks by name: the task itself, or all tasks of the group.
         drawn: The indices of the drawn questions, by name of the task; None without a draw.
-        sources: The sources of the questions, and the drawn ones, in words.
+        sources: A text for each source of the questions, then a description of the draw, if any.
         note: A warning about an unexpected number of questions, or None.
     """
 
@@ -64,9 +64,9 @@ def load_task(entry: EvaluationTask) -> LoadedTask:
     """Load a task or group of lm-eval, draw its questions, and check that it can be evaluated.
 
     Raises:
-        DefinitionError: The task does not exist, executes code, needs images, has too few few-shot
-            examples, or has too few or too many questions for the draw, or the tasks of the group
-            share no metric.
+        DefinitionError: The task does not exist, executes code, needs images, or has too few
+            few-shot examples. Or ``draw`` is below the number of tasks or above the number of
+            questions. Or the tasks of the group share no metric.
         DataError: The data of the task cannot be loaded.
     """
     name = entry.task
@@ -116,7 +116,7 @@ def _draw(count: int, tasks: Mapping[str, Any], where: str) -> dict[str, list[in
         The indices of the drawn questions, by name of the task.
 
     Raises:
-        DefinitionError: There are more tasks than questions to draw, or fewer questions.
+        DefinitionError: ``count`` is below the number of tasks or above the number of questions.
     """
     sizes = {name: len(task.eval_docs) for name, task in tasks.items()}
     available = sum(sizes.values())
@@ -236,8 +236,7 @@ def run_task(
         prefix: The frozen layers of the model, if any.
 
     Returns:
-        The summary of :func:`summarise`, and ``source``: the sources of the questions, and the
-        drawn ones.
+        The summary of :func:`summarise`, and in ``source`` the list :attr:`LoadedTask.sources`.
     """
     wrapped = SharedPromptLM(
         prefix=prefix,
@@ -393,7 +392,7 @@ def _accuracies(subjects: _Subjects) -> dict[str, float]:
 def _correct_by_subject(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
     """Return a text for each subject, with ``1`` for each right answer and ``0`` for a wrong one.
 
-    The dictionary is empty if an accuracy of any subject is another number.
+    The dictionary is empty if the accuracy of any question is neither 0 nor 1.
     """
     correct = {}
     for subject, rows in samples.items():

@@ -107,7 +107,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
                 finetuning=point["finetuning"],
                 data=data.model_dump(),
                 evaluation=evaluation.model_dump(),
-                templates=copy.deepcopy(templates),
+                templates=copy.deepcopy(templates),  # specs share no dictionaries
                 training=training,
                 learning_rate=learning_rate,
                 seed=point["seed"],

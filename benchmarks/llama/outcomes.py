@@ -22,8 +22,9 @@ from benchmarks.harness.results.statistics import (
 )
 from benchmarks.llama.definition import HELD_OUT, NATS, QUESTIONS
 
-# a cell is a row of a table; these columns identify a group of comparable cells, and a cell
+# the columns that identify a group of comparable cells
 GROUP = ["model", "task", "tuning"]
+# the columns that identify a cell, which is a row of a table
 CELL = [*GROUP, "method", "variant"]
 # a cell is compared with the baseline method of the same tuning, and with its own method untuned
 BASELINE = "baseline"
@@ -80,7 +81,7 @@ class InstructionOutcomes(Outcomes):
         self.questions = self.collect_rows(
             ["eval_task", "metric", "question", "value"], _question_values
         )
-        # the cell that a cell is compared with has these names, and shares its other names
+        # the names in which the cell that a cell is compared with differs from it
         self._references = {
             BASELINE: {"method": self.baseline, "variant": ""},
             UNTUNED: {"tuning": _untuned_name(runs)},

@@ -140,7 +140,8 @@ def _with_scores(
         }
         for metric, ending in endings.items():
             name = f"{task} {metric}"
-            scores = outcomes.numbers("test", metric, task)  # empty if the task lacks the metric
+            # empty if the task lacks the metric; a table omits columns without numbers
+            scores = outcomes.numbers("test", metric, task)
             frame = frame.join(_mean_and_std(scores, name), on=CELL)
             heading = f"{titles[task]}{ending}"
             columns.append(Column(metric, name, heading, std=f"{name} std", best=True))

@@ -173,8 +173,8 @@ def draw_by_subject(sizes: Mapping[str, int], count: int) -> dict[str, list[int]
     counts = dict.fromkeys(names, 1)
 
     def turn(name: str) -> float:
-        """Return when a subject gets its next question, by Webster's method: the lowest is next."""
-        # its present and its next count are averaged (times two), in relation to its size
+        """Return the priority of a subject by Webster's method. The lowest gets a question."""
+        # the sum of its present and its next count, n + (n + 1), divided by its size
         return (2 * counts[name] + 1) / sizes[name]
 
     num_left = count - len(names)

@@ -25,8 +25,8 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
     A row of the model's input has the prompt and all choices. A choice attends to the prompt and to
     itself. Only positions that predict a token of a choice get logits. Likelihoods equal lm-eval's
-    up to rounding. lm-eval's own code runs on accelerators, for models that do not support such
-    masks, and for questions that are too long.
+    up to rounding. lm-eval's own code answers on an accelerator, if the model does not support such
+    masks, or if the question is too long.
 
     Args:
         prefix: The frozen layers of the model, whose output is kept for all runs; None if no layer
@@ -94,7 +94,7 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         sizes: list[int] = []
         for question in questions:
             sizes.extend(question.sizes)
-        # outputs are kept on disk for other runs; the digest of what determines them is their name
+        # outputs are kept on disk for other runs; the file name depends on this digest of the rows
         columns = {"tokens": np.concatenate(tokens), "parts": np.asarray(sizes)}
         digest = columns_digest(columns)
 

@@ -343,7 +343,7 @@ def _count_text(count: float) -> str:
 def ablation_figure(outcomes: TextOutcomes, name: str) -> Figure:
     """Return the figure of an ablation: a forest plot of the differences."""
     definition: Ablation = outcomes.benchmark.definition.ablations[name]
-    reference = "the row above" if definition.steps else outcomes.baseline_title
+    reference = _reference_title(outcomes, definition)
     return Figure(
         partial(draw_differences, name=name),
         f"{definition.title}. Differences to {reference}, paired by seed, with 95 % intervals: "
@@ -351,6 +351,11 @@ def ablation_figure(outcomes: TextOutcomes, name: str) -> Figure:
         "Crosses, if any, are the paper's, averaged over its sets. They have no intervals, because "
         "the paper has no differences by seed.",
     )
+
+
+def _reference_title(outcomes: TextOutcomes, ablation: Ablation) -> str:
+    """Return the reference of an ablation's differences: the row above, or the baseline."""
+    return "the row above" if ablation.steps else outcomes.baseline_title
 
 
 def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
@@ -381,7 +386,7 @@ def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
         series=owners + marks["domain"].map(DOMAINS),
         style=[_mark_style(outcomes, mark) for mark in marks.itertuples()],
     )
-    reference = "the row above" if definition.steps else outcomes.baseline_title
+    reference = _reference_title(outcomes, definition)
     plots.draw_forest(drawn, path, f"Difference to {reference} (points)")
 
 

@@ -687,9 +687,14 @@ def _class_numbers(table: _Table, task: RunTask) -> dict[str, int]:
 def _class_names_by_spelling(table: _Table, task: RunTask) -> dict[str, str]:
     """Map each spelling of a label to the class name.
 
-    A spelling is a class name, or a class number as text. Class numbers are left out if one of the
-    task's class names is a number, too. They are also left out if the table stores real class
-    names.
+    The spellings depend on the class names that the table stores:
+
+    - none: class numbers, the task's class names, and its ``label_names``
+    - only the numbers from 0: class numbers
+    - real names: the task's class names, its ``label_names``, and the makers' spellings
+
+    If one of the task's names is itself a number, there are no class numbers, and any stored names
+    are real names.
     """
     by_name = {**task.label_names, **{name: name for name in task.labels}}
     # if a class name is a number, a number in a file is a name

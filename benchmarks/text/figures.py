@@ -30,9 +30,9 @@ _PANEL_HEIGHT = 1.5  # inches
 def epoch_numbers(outcomes: TextOutcomes) -> pd.DataFrame:
     """Collect the dev score and the dev loss of the chosen runs after each epoch.
 
-    The runs are those of :meth:`.TextOutcomes.training`, without controls. Only the seeds that all
-    methods of a model and task have are used. If a seed of a method stopped early, the method has
-    no later epochs.
+    The runs are those of :meth:`.TextOutcomes.chosen_runs`, without controls. Only the seeds that
+    all methods of a model and task have are used. If a seed of a method stopped early, the method
+    has no later epochs.
 
     Returns:
         A row for each run, epoch and ``metric`` (that of the task, or ``loss``), with titles. The
@@ -40,7 +40,7 @@ def epoch_numbers(outcomes: TextOutcomes) -> pd.DataFrame:
         ``value`` (the number as it is printed; nan if the model diverged).
     """
     rows = []
-    for run, metrics in outcomes.training():
+    for run, metrics in outcomes.chosen_runs():
         if outcomes.role(run.method) == CONTROL:
             continue
         names = {key: getattr(run, key) for key in (*CELL, "seed")}
@@ -74,15 +74,16 @@ def draw_curves(outcomes: TextOutcomes, path: Path) -> None:
         return
     styles = outcomes.styles_by_title(with_curves)
     columns = min(_MOST_COLUMNS, len(groups))
-    lines = math.ceil(len(groups) / columns)
+    # a row of groups has two rows of panels: the scores, and below them the losses
+    rows = math.ceil(len(groups) / columns)
     width = plots.curves_width(columns)
-    size = (width, 2 * _PANEL_HEIGHT * lines)
+    size = (width, 2 * _PANEL_HEIGHT * rows)
     title_width = 0.8 * width / columns
-    with plots.panel_figure(path, 2 * lines, columns, size, plots.CURVES) as (figure, axes):
+    with plots.panel_figure(path, 2 * rows, columns, size, plots.CURVES) as (figure, axes):
         for number, (titles, group) in enumerate(groups):
-            line, column = divmod(number, columns)
-            score_axis = axes[2 * line, column]
-            loss_axis = axes[2 * line + 1, column]
+            row, column = divmod(number, columns)
+            score_axis = axes[2 * row, column]
+            loss_axis = axes[2 * row + 1, column]
             is_loss = group["metric"] == _LOSS
             _draw_panel(score_axis, group[~is_loss], styles)
             _draw_panel(loss_axis, group[is_loss], styles)

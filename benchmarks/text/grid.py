@@ -348,15 +348,16 @@ def _check_transformed_row(
 def _has_portable_weights(method: Method) -> bool:
     """Return True if a method's trained weights fit a dense model, and EMoE with other experts."""
     settings = method.given()
-    # the other model would lack the weights of a learned router
-    has_learned_router = settings.get("router", "avg_k") != "avg_k"
+    # the other model lacks the weights of a learned router, and fixed experts depend on the run's
+    # data
+    has_other_router = settings.get("router", "avg_k") != "avg_k"
     # these experts depend on the activations of the run's data, not only on the weights
     has_experts_from_data = settings.get("partition") == "coactivation"
     # GMoE's experts have weights of their own, not slices of a dense layer
     is_gmoe = method.kind == "gmoe"
     # both rows must train the same parameters
     trains_only_a_part = method.tune or method.also_train
-    return not (has_learned_router or has_experts_from_data or is_gmoe or trains_only_a_part)
+    return not (has_other_router or has_experts_from_data or is_gmoe or trains_only_a_part)
 
 
 def check_ablations(benchmark: AnyBenchmark) -> None:
@@ -402,7 +403,8 @@ def _check_task(where: Location, name: str, tasks: Mapping[str, TaskEntry]) -> N
     is_available = bool(source.hub or source.csv or source.vader_sentiment)
     if not is_available and not task.download_instructions:
         raise DefinitionError(
-            f"{where} is neither on the hub nor in a package, so it needs 'download_instructions'"
+            f"{where} is not on the hub, in a package or in a csv, so it needs "
+            "'download_instructions'"
         )
 
 

@@ -94,10 +94,11 @@ def _labels(file: Path, text: str, label: str) -> list[str]:
             raise DataError(f"{file} has no column '{column}'{near}; set it with --text or --label")
     values = {label_text(cell) for cell in rows[label]}
     labels = {value for value in values if value.casefold() not in _NO_LABEL}
-    if len(labels) < 2:
-        raise DataError(
-            f"{file}: all rows have the label {labels or None}; a benchmark needs two labels"
-        )
+    if not labels:
+        raise DataError(f"{file}: no row has a label; a benchmark needs two labels")
+    if len(labels) == 1:
+        (only,) = labels
+        raise DataError(f"{file}: the only label is '{only}'; a benchmark needs two labels")
     are_numbers = all(re.fullmatch(r"-?\d+", value) for value in labels)
     if are_numbers:
         return sorted(labels, key=int)

@@ -317,10 +317,9 @@ class TextOutcomes(Outcomes):
     @cached_property
     def shared_origins(self) -> pd.DataFrame:
         """Return the records of the chosen runs that have a score in :attr:`shared`."""
-        keys = ["protocol", *CELL, "seed"]
-        return self.chosen.merge(self.shared[keys].drop_duplicates(), on=keys)
+        return self.chosen.merge(self.shared[_KEYS_OF_RUN].drop_duplicates(), on=_KEYS_OF_RUN)
 
-    def training(self) -> Iterator[tuple[Any, Metrics]]:
+    def chosen_runs(self) -> Iterator[tuple[Any, Metrics]]:
         """Yield each chosen run under the first protocol with runs, and its ``metrics.json``.
 
         A run is a named tuple with ``model``, ``task``, ``method``, ``seed`` and their titles.
@@ -332,6 +331,14 @@ class TextOutcomes(Outcomes):
         runs = of_first.drop_duplicates("run_id")
         for run in self.order(runs, [*CELL, "seed"]).itertuples():
             yield run, metrics_by_id[str(run.run_id)]
+
+    @property
+    def _shows_in_domain(self) -> bool:
+        """Return True if in-domain numbers are shown.
+
+        A benchmark that evaluates the runs of another shows them only in ablations.
+        """
+        return self._include_ablations or self.benchmark.evaluates is None
 
     def _chosen(self, protocol: str) -> pd.DataFrame:
         """Return the records of the runs that ``protocol`` chooses."""
@@ -348,8 +355,7 @@ class TextOutcomes(Outcomes):
         protocol, ``domain``, model, training task, evaluation task, method, ``seed`` and ``value``.
         """
         scores = []
-        # a benchmark that evaluates the runs of another shows in-domain scores only in ablations
-        if self._include_ablations or self.benchmark.evaluates is None:
+        if self._shows_in_domain:
             scores.append(reported_scores(self.chosen).assign(domain=ID))
         records = with_own_protocol(self.chosen)
         for domain in (OOD, OOD_MEAN):
@@ -448,8 +454,7 @@ class TextOutcomes(Outcomes):
         losses = records[is_loss]
         columns = [*_KEYS_OF_RUN, "eval_task", "domain", "metric", "value"]
         parts = []
-        # a benchmark that evaluates the runs of another shows in-domain numbers only in ablations
-        if self._include_ablations or self.benchmark.evaluates is None:
+        if self._shows_in_domain:
             in_domain = losses[losses["part"] == "test"].assign(domain=ID)
             parts.append(in_domain[columns])
 
@@ -468,7 +473,7 @@ class TextOutcomes(Outcomes):
         return pd.concat(parts)
 
     def _information(self) -> pd.DataFrame:
-        """Return what the choice of an expert says about the class and the data set, in bits.
+        """Return the mutual information of expert and class, and of expert and data set, in bits.
 
         The rows are those of the chosen runs that evaluated several sets with experts.
         """

@@ -122,7 +122,7 @@ def _load_splits(spec: TextSpec, load: Callable[..., TextSplit]) -> TaskSplits:
     splits = load_splits(
         task,
         load,
-        # 0 for a published run, which selects with the reported rows
+        # 0 if no rows are held out: in a published run, or if the task has a test split
         held_out_share=training.validation_fraction or None,
         dev_rows=training.dev_rows or training.eval_rows,
         test_rows=training.eval_rows,

@@ -54,7 +54,7 @@ def _usage_panels(outcomes: TextOutcomes) -> list[UsagePanel]:
     """
     panels: dict[str, UsagePanel] = {}
     first_model_and_task = None
-    for record, metrics in outcomes.training():
+    for record, metrics in outcomes.chosen_runs():
         if outcomes.role(record.method) == CONTROL:
             continue
         # dense models and runs on a single set have no expert use to show
@@ -238,7 +238,7 @@ def _usage_rows(outcomes: TextOutcomes, information_names: Sequence[str]) -> lis
     specialised and shared experts.
     """
     rows = []
-    for record, metrics in outcomes.training():
+    for record, metrics in outcomes.chosen_runs():
         if not metrics.usage or not metrics.usage.tasks or not metrics.routing:
             continue
         rows.append(
@@ -268,7 +268,7 @@ def traces(outcomes: TextOutcomes) -> pd.DataFrame:
     ``seed``, ``layer``, ``trace`` and titles.
     """
     rows = []
-    for record, metrics in outcomes.training():
+    for record, metrics in outcomes.chosen_runs():
         if metrics.routing is None or metrics.routing.windows is None:
             continue
         run = {key: getattr(record, key) for key in _KEYS_OF_RUN}
@@ -294,11 +294,12 @@ def published_traces(outcomes: TextOutcomes) -> dict[str, pd.DataFrame]:
 
 _TRACES_CAPTION = (
     "Loads of training batches without padding, in windows of 100 steps as in the authors' code "
-    "(shorter if a run would have less than 20 windows). Means over layers and n seeds ± standard "
-    "deviation. Entropy and busiest expert over the mean are 1 for balanced loads. Change is the "
-    "L1 distance between the shares of consecutive windows; it grows if windows have fewer "
-    "tokens. Drift is the distance between the first and the last quarter of training. Routing "
-    "changes if this drift exceeds the drift within quarters."
+    "(fewer for runs below 2,000 steps, more for runs above 10,000; an epoch also ends a window). "
+    "Means over layers and n seeds ± standard deviation. Entropy and busiest expert over the mean "
+    "are 1 for balanced loads. Change is the L1 distance between the shares of consecutive "
+    "windows; it grows if windows have fewer tokens. Drift is the distance between the first and "
+    "the last quarter of training. Drift by chance is the distance between the even and the odd "
+    "windows of each half, a mean over both halves. Routing changes if the drift exceeds it."
 )
 
 

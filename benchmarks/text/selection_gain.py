@@ -18,7 +18,7 @@ _KEYS_OF_ROW = [*_KEYS_OF_GROUP, "method"]
 
 
 def selection_gains(outcomes: TextOutcomes) -> pd.DataFrame:
-    """Compute how far the best choice of each row is above the mean choice, and how far by luck.
+    """Compute the gain of each row from choosing its best hyper-parameters, and the gain by luck.
 
     A choice is a variant and a learning rate. Its score is the mean dev score over seeds. For each
     model and task, the choices are those of the authors' selection if it has runs, else of the
@@ -99,7 +99,8 @@ def _pooled_deviation(choices_of_row: pd.DataFrame) -> float:
     # a choice with a single seed has no deviation, and the weight 0
     variances = choices_of_row["std"].fillna(0.0) ** 2
     deviation = math.sqrt((freedom * variances).sum() / total)
-    # the root of an unbiased variance is too small on average: a fifth for two seeds of one choice
+    # the root of an unbiased variance is too small on average; for a single choice with two seeds,
+    # by a fifth
     log_of_ratio = math.lgamma((total + 1) / 2) - math.lgamma(total / 2)
     share_of_true = math.sqrt(2 / total) * math.exp(log_of_ratio)
     return deviation / share_of_true

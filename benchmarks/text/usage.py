@@ -27,10 +27,10 @@ from benchmarks.harness.results.statistics import (
 )
 from benchmarks.harness.training.routing import loads_by_row, routing_summary
 
-Loads = NDArray[np.int64]  # whole numbers: loads, or the task and class numbers of rows
+Integers = NDArray[np.int64]  # loads, marks, or the task and class numbers of rows
 
 
-def task_information(loads: Loads, tasks: Loads, seed: int) -> MutualInformation:
+def task_information(loads: Integers, tasks: Integers, seed: int) -> MutualInformation:
     """Measure the mutual information of expert and task.
 
     For chance, rows are shuffled over all tasks.
@@ -46,7 +46,7 @@ def task_information(loads: Loads, tasks: Loads, seed: int) -> MutualInformation
 
 
 def class_information(
-    loads: Loads, tasks: Loads, classes: Loads, seed: int
+    loads: Integers, tasks: Integers, classes: Integers, seed: int
 ) -> MutualInformation | None:
     """Measure the mutual information of expert and class within each task.
 
@@ -75,7 +75,7 @@ def class_information(
     return MutualInformation.mean(np.concatenate(bits, axis=1))
 
 
-def mark_experts(loads: Loads, tasks: Loads, seed: int) -> Loads:
+def mark_experts(loads: Integers, tasks: Integers, seed: int) -> Integers:
     """Mark the experts that a task uses more or less than by chance.
 
     Chance is estimated by shuffling rows over the tasks. Each shuffle has a largest absolute
@@ -114,7 +114,7 @@ def mark_experts(loads: Loads, tasks: Loads, seed: int) -> Loads:
     return marks.astype(np.int64)
 
 
-def shares_by_group(loads: Loads, groups: Loads) -> NDArray[np.float64]:
+def shares_by_group(loads: Integers, groups: Integers) -> NDArray[np.float64]:
     """Return the share of each expert in the choices of each group, ``[groups, N]``.
 
     ``groups`` are the group numbers of the rows, from 0.
@@ -128,7 +128,9 @@ def shares_by_group(loads: Loads, groups: Loads) -> NDArray[np.float64]:
     return counts / totals
 
 
-def shared_and_specialised(shares: NDArray[np.float64], marked: Loads) -> tuple[Loads, Loads]:
+def shared_and_specialised(
+    shares: NDArray[np.float64], marked: Integers
+) -> tuple[Integers, Integers]:
     """Return the indices of the shared experts, and of the specialised experts.
 
     A shared expert has a share above 1/N in every task, and no mark. A specialised expert has a
@@ -150,8 +152,8 @@ def shared_and_specialised(shares: NDArray[np.float64], marked: Loads) -> tuple[
 class SetLoads:
     """The expert choices and the classes of the rows of one data set."""
 
-    loads: Loads  # [rows, N]: how many tokens of a row chose each expert
-    classes: Loads  # [rows]: class numbers; -1 for a regression
+    loads: Integers  # [rows, N]: how many tokens of a row chose each expert
+    classes: Integers  # [rows]: class numbers; -1 for a regression
 
 
 def describe_usage(sets: Mapping[str, SetLoads]) -> tuple[dict[str, float], dict[str, Any]]:
@@ -228,7 +230,7 @@ class RoutingRecorder:
         self._summaries: dict[str, dict[str, Any]] = {}
 
     @contextmanager
-    def record_set(self, name: str, classes: Loads) -> Iterator[None]:
+    def record_set(self, name: str, classes: Integers) -> Iterator[None]:
         """Record an evaluation of the data set ``name``, which runs inside the ``with`` block.
 
         The model must see each row once, in the order of ``classes``, the class numbers of all

@@ -169,7 +169,7 @@ def test_missing_file_names_its_neighbour_and_numbers_may_have_no_point(tmp_path
         (
             "flipkart",
             {"download_instructions": None},
-            "' is neither on the hub nor in a package, so it needs 'downl",
+            "' is not on the hub, in a package or in a csv, so it needs 'downl",
         ),
     ],
 )

@@ -187,7 +187,7 @@ def test_only_the_clustered_weights_of_a_language_model_change_their_type(
     tiny_models.build_generator("llama").half().save_pretrained(model_root / "llama")
     model = ModelSpec(name="llama", hub="nobody/llama", modality="language", weights=weights)
     config = emoe.EMoEConfig(num_experts=4, top_k=1, layers=[1])
-    loaded = loading.load_language_keys(model, [1])
+    loaded = loading.load_language_model_to_cluster(model, [1])
     assert partition_keys(loaded, config) == partition_keys(
         loading.load_language_model(model), config
     )

@@ -26,8 +26,8 @@ from benchmarks.harness.models.loading import (
     build_empty_language_model,
     load_backbone,
     load_classifier,
-    load_language_keys,
     load_language_model,
+    load_language_model_to_cluster,
     load_seq2seq,
     source_of,
 )
@@ -141,7 +141,7 @@ def build_language_model(
         spec: The spec of a run of instruction tuning.
         calibration: Batches of training rows, for a co-activation partition or fixed experts.
         partition: The saved partition of the neurons, to rebuild a trained model.
-        empty: True to leave the weights uninitialised, because another process sends them.
+        empty: True to build the model without its weights, because another process sends them.
 
     Raises:
         EMoEError: The weights are missing or damaged, or the method does not fit the model.
@@ -452,7 +452,7 @@ def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
     config = EMoEConfig.from_dict(content["config"])
     model: nn.Module
     if model_spec.modality == "language":
-        model = load_language_keys(model_spec, config.layers)
+        model = load_language_model_to_cluster(model_spec, config.layers)
     else:
         load_network = _NETWORK_LOADERS[model_spec.modality]
         model = load_network(model_spec)

@@ -15,11 +15,11 @@ from transformers import AutoModelForImageClassification
 from benchmarks.harness.base import DataError, DefinitionError, derive_seed
 from benchmarks.harness.config.catalogue import ModelSpec
 from benchmarks.harness.models.loading import (
-    describe,
     load_config,
     load_pretrained,
     loading_errors,
     source_of,
+    source_text,
     weights_digest,
 )
 from benchmarks.harness.sources.hub import cached_commit
@@ -117,8 +117,9 @@ def _resizing_options(config: Any, image_size: int | None) -> dict[str, bool]:
         image_size: The width and height of the images in pixels; None for the size in pre-training.
     """
     # other architectures, such as DINOv2, always interpolate their positions
-    must_be_told = config.model_type in ("vit", "deit")
-    if must_be_told and config.image_size != image_size:
+    needs_option = config.model_type in ("vit", "deit")
+    has_other_size = image_size is not None and image_size != config.image_size
+    if needs_option and has_other_size:
         return {"interpolate_pos_encoding": True}
     return {}
 
@@ -175,7 +176,7 @@ def _load_timm(
     repository = f"timm/{model.timm}"
     commit = cached_commit(repository, WEIGHT_FILES[0], model.revision)
     # computed first, because the next lines change the pre-trained weights
-    source = {"from": describe(model, commit), "weights": weights_digest(network)}
+    source = {"from": source_text(model, commit), "weights": weights_digest(network)}
     if image_size is not None:
         network.set_input_size(img_size=image_size)  # resamples the positions
     torch.manual_seed(seed)

@@ -68,7 +68,7 @@ def load_pretrained(loader: Any, model: ModelSpec, **options: Any) -> PreTrained
     Args:
         loader: An auto class of transformers, such as ``AutoModel``.
         model: The model; if it has a ``config``, its weights are random.
-        **options: Options of :func:`emoe.files.load_stock`.
+        **options: Options of :func:`emoe.files.load_stock`. Random weights use only ``dtype``.
 
     Raises:
         DataError: The weights are missing, damaged, pickled or do not fit.
@@ -222,7 +222,7 @@ def load_language_model(model: ModelSpec) -> PreTrainedModel:
     return load_pretrained(AutoModelForCausalLM, model, **options)
 
 
-def load_language_keys(model: ModelSpec, layers: Any) -> PreTrainedModel:
+def load_language_model_to_cluster(model: ModelSpec, layers: Any) -> PreTrainedModel:
     """Load a pre-trained language model to cluster the neurons of some layers.
 
     The in-projections of these layers have the type in which a run loads them. All other weights
@@ -236,7 +236,7 @@ def load_language_keys(model: ModelSpec, layers: Any) -> PreTrainedModel:
     Raises:
         DataError: The weights are missing or damaged.
     """
-    # random weights have no files, and weights in 4 bits are few
+    # random weights have no files, and weights in 4 bits are small
     if model.config is not None or model.quantize is not None:
         return load_language_model(model)
     loaded = load_pretrained(AutoModelForCausalLM, model, dtype="auto", new_head=False)
@@ -321,13 +321,13 @@ def source_of(
         except the head (``weights``).
     """
     digest = weights_digest(loaded.base_model) if with_digest else ""
-    # in the hub's cache, a folder is named after its commit; for other sources, describe() ignores
+    # in the hub's cache, a folder is named after its commit; for other sources, source_text ignores
     # this name
     folder = Path(str(loaded.name_or_path))
-    return {"from": describe(model, commit=folder.name), "weights": digest}
+    return {"from": source_text(model, commit=folder.name), "weights": digest}
 
 
-def describe(model: ModelSpec, commit: str | None) -> str:
+def source_text(model: ModelSpec, commit: str | None) -> str:
     """Return the source of a model's weights as text.
 
     It is "random weights", the user's folder, a package, or the repository on the hub.

@@ -259,14 +259,14 @@ class PrefixStates:
     def __init__(
         self,
         prefix: Prefix,
-        rows: str,
+        rows_digest: str,
         lengths: Sequence[int],
         batch: Batch,
         folder: Path = PREFIXES,
     ) -> None:
         # the file has the tokens of all rows, one row after the other; a row's tokens end here
         ends = np.cumsum(np.asarray(lengths, dtype=np.int64))
-        key = _states_key(prefix.digest, rows)
+        key = _states_key(prefix.digest, rows_digest)
         file = folder / f"{key}.npy"
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{key}.lock"):
@@ -284,18 +284,14 @@ class PrefixStates:
         return torch.from_numpy(states)
 
 
-def _states_key(prefix: str, rows: str) -> str:
-    """Return 24 hex digits of a hash over all that determines the prefix states of rows.
-
-    Args:
-        prefix: The digest of the prefix.
-        rows: The digest of the rows.
-    """
+def _states_key(prefix_digest: str, rows_digest: str) -> str:
+    """Return 24 hex digits of a hash over all that determines the prefix states of rows."""
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
         device = torch.backends.cpu.get_cpu_capability()
-    determinants = [_VERSION, prefix, rows, device, torch.get_num_threads(), torch.__version__]
+    threads = torch.get_num_threads()
+    determinants = [_VERSION, prefix_digest, rows_digest, device, threads, torch.__version__]
     return hashlib.sha256(json.dumps(determinants).encode()).hexdigest()[:24]
 
 
