@@ -218,7 +218,7 @@ def inspect(folder: Path) -> None:
 def _config_table(config: emoe.EMoEConfig | emoe.GMoEConfig) -> str:
     """Make a text table of a configuration's fields. A * marks values that are not the default."""
     values = config.to_dict()
-    # num_experts and top_k have no defaults
+    # num_experts and top_k are never marked, because EMoEConfig has no defaults for them
     default_config = type(config)(num_experts=config.num_experts, top_k=config.top_k)
     defaults = default_config.to_dict()
     rows = []

@@ -193,7 +193,8 @@ class FFN:
         name: qualified name of the FFN's layer.
         spec: location of the FFN's modules in its layer.
         parents: parent of each module of the FFN, by the module's path in the spec. The layer
-            itself is kept only if it is such a parent, so that a copy of an FFN has no attention.
+            itself is kept only if it is such a parent. Otherwise a deep copy of an FFN would also
+            copy the layer's attention.
         rows_first: true if the layer takes ``[rows, tokens, h]``. False if it takes
             ``[tokens, rows, h]``, as PyTorch's own layers with ``batch_first=False``.
     """
@@ -334,7 +335,7 @@ class FFN:
         values, _no_bias = _by_expert(value_rows, None, num_experts)
         return in_projections, values
 
-    def _up_module(self) -> nn.Module:
+    def up_module(self) -> nn.Module:
         """Return the module that computes the up-projection of a gated FFN.
 
         A fused in-projection computes the up-projection too, and is returned.
@@ -345,19 +346,19 @@ class FFN:
 
     def _up_weight(self) -> Tensor:
         """View the up-projection's weight as ``[d, h]``, one row per neuron."""
-        weight = weight_of(self._up_module())
+        weight = weight_of(self.up_module())
         return self._up_projection_half(self._in_linear_layout(weight))
 
     def _up_bias(self) -> Tensor | None:
         """Return the up-projection's bias ``[d]`` as a view, or None."""
-        bias = bias_of(self._up_module())
+        bias = bias_of(self.up_module())
         if bias is None:
             return None
         return self._up_projection_half(bias)
 
     def up(self, x: Tensor) -> Tensor:
         """Compute the up-projection ``[..., d]`` of inputs ``[..., h]`` of a gated FFN."""
-        module = self._up_module()
+        module = self.up_module()
         projection = getattr(module, "projection", module)  # unwrap the sparse backend
         return self._up_projection_half(projection(x), dim=-1)
 
@@ -439,9 +440,9 @@ def find_specs(model: nn.Module) -> tuple[FFNSpec, ...]:
             return REGISTRY[name]
     suggestion = did_you_mean(names[0], REGISTRY)
     raise ConversionError(
-        f"no FFN row for architecture '{names[0]}'{suggestion}. "
-        "Add one with emoe.register_ffn(name, emoe.FFNSpec(...)), "
-        "or convert the submodule that has one"
+        f"no FFN row for architecture '{names[0]}': "
+        "add one with emoe.register_ffn(name, emoe.FFNSpec(...)), "
+        f"or convert a submodule whose architecture has one{suggestion}"
     )
 
 

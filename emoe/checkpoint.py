@@ -53,7 +53,7 @@ from emoe.model_config import (
     numbered_layers,
 )
 from emoe.partitioning import is_permutation
-from emoe.routers import is_offloaded, unsharded, weights_in_place
+from emoe.routers import is_offloaded, unsharded, weights_loaded
 
 CONFIG_FILE = "emoe_config.json"
 PARTITION_FILE = "emoe_partition.safetensors"
@@ -130,8 +130,8 @@ def _dense_state(model: nn.Module) -> dict[str, Tensor]:
             del state[f"{layer_name}.{name}"]
         if layer.output_bias is not None:
             bias_name = f"{names[layer.ffn.proj_out]}.bias"
-            with weights_in_place(layer):
-                state[bias_name] = layer.mean_output_bias()
+            with weights_loaded(layer):
+                state[bias_name] = layer.folded_output_bias()
     return state
 
 
@@ -158,7 +158,7 @@ def _extra_state(layers: Mapping[int, RoutedActivation]) -> dict[str, Tensor]:
     extra: dict[str, Tensor] = {}
     for number, layer in layers.items():
         for key, module in _modules_with_state(layer):
-            with weights_in_place(*module.modules()):
+            with weights_loaded(*module.modules()):
                 for name, tensor in module.state_dict().items():
                     extra[f"{number}.{key}.{name}"] = unsharded(tensor).cpu().contiguous()
     return extra
@@ -186,7 +186,7 @@ def save_order(model: nn.Module, folder: Path, *, write: bool = True) -> None:
     first, *_ = layers.values()
     tensors = {"num_experts": torch.tensor(first.config.num_experts)}
     for number, layer in layers.items():
-        with weights_in_place(layer.ffn.proj_in):
+        with weights_loaded(layer.ffn.proj_in):
             tensors[f"key_norms.{number}"] = _key_norms(layer.ffn)
         if layer.permutation is not None:
             tensors[f"permutation.{number}"] = layer.permutation.contiguous()
@@ -537,7 +537,7 @@ def _check_key_norms(ffn: FFN, saved: Tensor, path: Path) -> None:
     if not has_plain_weight(ffn.proj_in):
         return
     # an offloaded weight leaves the meta device only inside this context
-    with torch.no_grad(), weights_in_place(ffn.proj_in):
+    with torch.no_grad(), weights_loaded(ffn.proj_in):
         is_never_loaded = weight_of(ffn.proj_in).is_meta  # device_map="meta"
         if is_never_loaded:
             return
@@ -612,7 +612,7 @@ def _load_named_(
     for key in keys.values():
         if key not in tensors:
             raise CheckpointError(
-                f"{folder} lacks {key}, the state of a router or of experts' biases"
+                f"{folder} lacks {key}, which belongs to a router, an expert's bias or a GMoE copy"
             )
     state = {name: tensors[key] for name, key in keys.items()}
     try:

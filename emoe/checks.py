@@ -28,27 +28,29 @@ def check_weights(model: nn.Module, ffns: Sequence[FFN]) -> None:
     _check_unshared(model, ffns)
 
 
-def check_plain(ffns: Iterable[FFN]) -> None:
+def check_plain(
+    ffns: Iterable[FFN], hint: str = "convert before adapting, quantising, sharding or pruning"
+) -> None:
     """Raise :class:`ConversionError` unless all weights are finite floating-point matrices.
 
-    Quantised and sharded weights, and projections that an adapter wraps, are refused.
+    Quantised and sharded weights, and projections that an adapter wraps, are refused. ``hint`` ends
+    the message about them.
     """
     for ffn in ffns:
         for path, module in ffn.projections():
-            _check_weight(f"{ffn.name}.{path}", module)
+            _check_weight(f"{ffn.name}.{path}", module, hint)
 
 
-def _check_weight(name: str, module: nn.Module) -> None:
+def _check_weight(name: str, module: nn.Module, hint: str) -> None:
     """Check that a projection's weight is loaded and plain, and that weight and bias are finite.
 
-    ``name`` is the projection's name in error messages.
+    ``name`` is the projection's name in error messages. ``hint`` ends the message about a weight
+    that is not plain.
     """
     # a computed weight (weight norm, pruning) is not a parameter
     weight = dict(module.named_parameters(recurse=False)).get("weight")
     if weight is None or not _is_plain(weight):
-        raise ConversionError(
-            f"{name} has no plain weight: convert before adapting, quantising, sharding or pruning"
-        )
+        raise ConversionError(f"{name} has no plain weight: {hint}")
     if weight.is_meta:
         raise ConversionError(
             f"{name}.weight is on the meta device: load the weights before converting"
@@ -101,7 +103,8 @@ def _check_between(ffn: FFN) -> None:
     for path, module in ffn.between():
         if not isinstance(module, nn.Identity | nn.Dropout):
             raise ConversionError(
-                f"{ffn.name}.{path} is {type(module).__name__}, which mixes the experts' neurons"
+                f"{ffn.name}.{path} is {type(module).__name__}, but only dropouts and nn.Identity "
+                "may be between activation and out-projection"
             )
 
 

@@ -118,7 +118,7 @@ class RoutingConfig:
     """The settings that EMoE and GMoE share. Use :class:`EMoEConfig` or :class:`GMoEConfig`.
 
     Attributes:
-        num_experts: number of experts N. EMoE: N must divide the FFN's width.
+        num_experts: number of experts N. EMoE: N must divide the number of the FFN's neurons.
         top_k: number of experts that each token uses.
         layers: FFNs to convert: ``[8, 10]``, ``"all"``, ``"last:2"`` (the last two),
             ``"last-half:2"`` (every second one of the last half), ``"last-quarter:2"`` or a slice
@@ -187,7 +187,8 @@ class RoutingConfig:
         Args:
             implementation: ``"tutel"`` for their language and vision code: capacity 1.5, router
                 noise, balance loss, dropout inside the experts, one output bias per expert.
-                ``"llama"`` for EMoE's mask on gated FFNs.
+                ``"llama"`` for their code for gated FFNs, only for EMoE: an expert's score is the
+                mean pre-activation of its neurons (``score="gate"``).
             **values: other fields, which override the authors' settings. ``router="cosine"``
                 implies ``weighting="softmax"``. Their vision code has ``dropout_position="after"``,
                 and for GMoE ``output_bias="per_expert_whole"``.
@@ -365,7 +366,8 @@ class EMoEConfig(RoutingConfig):
             (the paper). The others are means over the expert's neurons: ``gate``, the
             pre-activation; ``up`` and ``up_abs``, the up-projection of a gated FFN and its absolute
             value; ``inter`` and ``inter_abs``, the input of the out-projection and its absolute
-            value. On gated FFNs ``up_abs`` and both ``inter`` compute the up-projection twice.
+            value. For ``up``, ``up_abs`` and both ``inter``, the masked backend computes the
+            up-projection of a gated FFN twice.
         score_bias: add the mean bias of the expert's neurons to the ``keys`` score (not in the
             paper).
         gate_momentum: momentum m of running mean keys. :func:`emoe.update_gates_`, called after

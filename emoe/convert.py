@@ -305,9 +305,10 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
         The same model.
 
     Raises:
-        ConversionError: the model is dense or a GMoE. With ``restore_order``, an FFN has adapters,
-            or its order is unknown because the model was saved without
-            ``emoe_partition.safetensors``. The model is unchanged.
+        ConversionError: the model is dense or a GMoE, or ``quantize_dynamic`` quantised its
+            out-projections. With ``restore_order``, an FFN has adapters, or its order is unknown
+            because the model was saved without ``emoe_partition.safetensors``. The model is
+            unchanged.
     """
     layers = converted_layers(model, "to_dense_", "it is dense already")
     if any(isinstance(layer.config, GMoEConfig) for layer in layers):
@@ -316,7 +317,10 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
         )
     # check all layers before the first one is changed
     if restore_order:
-        check_plain(layer.ffn for layer in layers)
+        check_plain(
+            (layer.ffn for layer in layers),
+            hint="merge its adapter first, or leave out restore_order",
+        )
         for layer in layers:
             if layer.permutation is None:
                 raise ConversionError(
@@ -383,9 +387,11 @@ def _check_state_of_part(
 
 
 def _check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: object) -> None:
-    """Raise :class:`CheckpointError` for a dense model's state, before anything is loaded.
+    """Check the order of the neurons in a state dict, before anything is loaded. A hook of PyTorch.
 
-    If the state is another model's, the original order of the neurons becomes unknown.
+    A dense model's order raises :class:`CheckpointError`. If the state is another model's, the
+    original order of the neurons becomes unknown. If the order is unknown already, neurons in
+    another order only give a warning.
     """
     names = {id(module): f"{prefix}{name}" for name, module in model.named_modules()}
     for layer in routed_layers(model):

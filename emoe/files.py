@@ -153,21 +153,16 @@ def weight_files(folder: Path) -> list[Path]:
 
     file_of_tensor = read_object(index).get("weight_map")
     if not isinstance(file_of_tensor, dict):
-        raise _index_error(index, "")  # it names no file
+        raise CheckpointError(f"{index} has no 'weight_map', which maps tensors to files")
     names = sorted({str(name) for name in file_of_tensor.values()})
     for name in names:
         # a path could lead out of the folder
         is_path = Path(name).name != name
         if is_path or not name.endswith(".safetensors"):
-            raise _index_error(index, name)
+            raise CheckpointError(
+                f"{index} names '{name:.80}', which must be a .safetensors file of this folder"
+            )
     return [folder / name for name in names]
-
-
-def _index_error(index: Path, name: str) -> CheckpointError:
-    """Make the error that a name in an index of shards is not a safetensors file of its folder."""
-    return CheckpointError(
-        f"{index} names '{name:.80}', which must be a .safetensors file of this folder"
-    )
 
 
 def tensor_files(paths: Iterable[Path]) -> dict[str, Path]:
@@ -538,9 +533,9 @@ def check_layers(model: nn.Module, stored: Iterable[str], folder: Path) -> None:
 
 
 def _name_in_absent_layer(names: Iterable[str], others: Collection[str]) -> str | None:
-    """Return the first tensor of ``names`` in a layer of which ``others`` have no tensor.
+    """Return the first tensor in ``names`` whose layer has no tensor in ``others``, or None.
 
-    It is None if there is no such layer. ``others`` must have the tensor in another layer.
+    A tensor that ``others`` have in no layer at all, such as one of a head, is skipped.
     """
     other_layers = {_layer_of(other) for other in others}
     known = {_without_numbers(other) for other in others}

@@ -19,7 +19,7 @@ from emoe.architectures import FFN, attribute_name, bias_of
 from emoe.compiled.build import kernels_for
 from emoe.config import EMoEConfig, GMoEConfig
 from emoe.errors import ConversionError
-from emoe.routers import Router, build_router, require_input, weights_in_place
+from emoe.routers import Router, build_router, weights_loaded
 from emoe.routing import (
     balance_loss,
     capacity_mask,
@@ -150,7 +150,7 @@ class RoutedActivation(nn.Module):
         return self._traced if torch.compiler.is_compiling() else self._eager
 
     def remove_(self) -> None:
-        """Restore the FFN's own modules and its single output bias (:meth:`mean_output_bias`).
+        """Restore the FFN's own modules and its single output bias (:meth:`folded_output_bias`).
 
         Raises:
             ConversionError: the out-projection is quantised.
@@ -165,7 +165,7 @@ class RoutedActivation(nn.Module):
         if self.output_bias is not None:
             proj_out = _without_adapter(self.ffn.proj_out)
             is_trained = self.output_bias.requires_grad
-            bias = nn.Parameter(self.mean_output_bias(), requires_grad=is_trained)
+            bias = nn.Parameter(self.folded_output_bias(), requires_grad=is_trained)
             # remove the buffer of zeros that _split_output_bias registered under this name
             del proj_out.bias
             proj_out.register_parameter("bias", bias)
@@ -199,7 +199,7 @@ class RoutedActivation(nn.Module):
         proj_out.register_buffer("bias", zeros)
         self._handles.append(proj_out.register_forward_hook(self._add_output_bias))
 
-    def mean_output_bias(self) -> Tensor:
+    def folded_output_bias(self) -> Tensor:
         """Return the output bias ``[h]`` of the dense FFN that the experts are folded into.
 
         It is the mean of the experts' biases times ``output_bias_parts``.
@@ -232,8 +232,12 @@ class RoutedActivation(nn.Module):
         call = self._call_state
         weights = call.weights
         call.weights = None
-        weights = require_input(self.ffn, weights)
-        with weights_in_place(self):
+        if weights is None:
+            raise RuntimeError(
+                f"{self.ffn.name}: its activation did not run or was replaced "
+                "(PEFT must train the whole FFN)"
+            )
+        with weights_loaded(self):
             return self.add_output_bias(y, weights)
 
     def add_output_bias(self, y: Tensor, weights: Tensor) -> Tensor:

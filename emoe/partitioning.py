@@ -11,6 +11,7 @@ import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -151,15 +152,15 @@ def _group(keys: Tensor, config: EMoEConfig, layer: int, activations: Tensor | N
     The arguments are those of :func:`group_neurons`.
     """
     num_experts = config.num_experts
-    # Each row of the features is a neuron. There are no activations, and so no features, for the
-    # partitions "random" and "contiguous".
-    features = keys if config.partition == "kmeans" else activations
-    if features is not None:
-        return balanced_kmeans(features, num_experts, seed=config.partition_seed)
+    seed = config.partition_seed
+    if config.partition == "kmeans":
+        return balanced_kmeans(keys, num_experts, seed=seed)
+    if config.partition == "coactivation":
+        return balanced_kmeans(cast(Tensor, activations), num_experts, seed=seed)
     num_neurons = len(keys)
     contiguous = torch.arange(num_experts).repeat_interleave(num_neurons // num_experts)
     if config.partition == "random":
-        generator = _random_generator(config.partition_seed, layer)
+        generator = _random_generator(seed, layer)
         return contiguous[torch.randperm(num_neurons, generator=generator)]
     return contiguous
 

@@ -50,7 +50,7 @@ class LayerRecord:
         self._window = window
         self._passes = 0
         self._lock = threading.Lock()  # threads may share the model
-        # counted on the layer's device: reading from an accelerator in every step would stall it
+        # counted on the layer's device, so that steps without labels do not wait for an accelerator
         device = layer.ffn.keys().device
         self._loads = torch.zeros(self.num_experts, dtype=torch.int64, device=device)
         self._loads_by_label = self._loads.new_zeros(0, self.num_experts)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emoe.architectures import FFN, has_plain_weight, weight_of
-from emoe.compiled.build import is_in_memory, is_recorded
+from emoe.compiled.build import is_in_memory, is_traced
 from emoe.config import ROUTERS, EMoEConfig, GMoEConfig
 from emoe.errors import ConversionError
 
@@ -29,8 +29,8 @@ _CHUNK_ELEMENTS = 1 << 19
 _COMPARED_ELEMENTS = 32
 
 
-def neuron_means(blocks: Tensor) -> Tensor:
-    """Average over the neurons of each expert in float32, ``[N, s, ...]`` to ``[N, ...]``."""
+def means_of_blocks(blocks: Tensor) -> Tensor:
+    """Average blocks ``[N, s, ...]`` over each expert's neurons in float32: ``[N, ...]``."""
     is_on_cpu = blocks.device.type == "cpu"
     if blocks.dtype == torch.float32 or not is_on_cpu or torch.compiler.is_compiling():
         return blocks.float().mean(1)
@@ -42,9 +42,9 @@ def neuron_means(blocks: Tensor) -> Tensor:
     return torch.cat(means)
 
 
-def expert_means(rows: Tensor, num_experts: int) -> Tensor:
-    """Average over each expert's neurons in float32, ``[d, ...]`` to ``[N, ...]``."""
-    return neuron_means(rows.unflatten(0, (num_experts, -1)))
+def means_of_rows(rows: Tensor, num_experts: int) -> Tensor:
+    """Average rows ``[d, ...]`` over each expert's neurons in float32: ``[N, ...]``."""
+    return means_of_blocks(rows.unflatten(0, (num_experts, -1)))
 
 
 def key_scores(x: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -56,7 +56,7 @@ def key_scores(x: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         x: FFN inputs ``[T, h]``.
-        gate: mean keys ``[N, h]`` in float32 (:func:`expert_means`).
+        gate: mean keys ``[N, h]`` in float32 (:func:`means_of_rows`).
         bias: mean biases ``[N]``, None to leave them out (the paper's score).
     """
     context: AbstractContextManager[Any] = nullcontext()
@@ -66,8 +66,8 @@ def key_scores(x: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x.float(), gate, bias)
 
 
-def block_means(values: Tensor, num_experts: int) -> Tensor:
-    """Average over each expert's neurons in float32, ``[..., d]`` to ``[..., N]``."""
+def means_of_columns(values: Tensor, num_experts: int) -> Tensor:
+    """Average columns ``[..., d]`` over each expert's neurons in float32: ``[..., N]``."""
     return values.float().unflatten(-1, (num_experts, -1)).mean(-1)
 
 
@@ -276,12 +276,9 @@ class AvgKRouter(Router):
         return key_scores(x, mean_weight, self._score_bias())
 
     def _projection(self) -> nn.Module:
-        """Return the projection whose outputs the score averages.
-
-        A fused in-projection computes the up-projection too.
-        """
+        """Return the projection whose outputs the score averages."""
         if self.config.score == "up":
-            return self.ffn.proj_up or self.ffn.proj_in
+            return self.ffn.up_module()
         return self.ffn.proj_in
 
     def kept_keys(self) -> Tensor | None:
@@ -314,7 +311,7 @@ class AvgKRouter(Router):
         if self.training:
             return False
         # kept mean weights have no gradient, and a graph would contain them as constants
-        return not (torch.is_grad_enabled() or is_recorded())
+        return not (torch.is_grad_enabled() or is_traced())
 
     def _kept_mean_weight(self) -> Tensor | None:
         """Return the mean weights ``[N, h]`` that an earlier call kept.
@@ -358,10 +355,11 @@ class AvgKRouter(Router):
         weights are those of this projection.
         """
         if self.config.score == "keys":
-            return self.mean_keys()
-        # the mean of a projection's outputs is the output of its mean weights
+            return self.mean_keys()  # detached: the score gives the weights no gradient
+        # The mean of a projection's outputs is the output of its mean weights. They are not
+        # detached, because the scores of the masked backend give the weights a gradient too.
         weight, _bias = self._weight_and_bias_by_expert()
-        return neuron_means(weight)
+        return means_of_blocks(weight)
 
     def _score_bias(self) -> Tensor | None:
         """Return the mean biases ``[N]`` that are part of the score, None if there are none."""
@@ -370,7 +368,7 @@ class AvgKRouter(Router):
         _weight, bias = self._weight_and_bias_by_expert()
         if bias is None:
             return None
-        return neuron_means(bias)
+        return means_of_blocks(bias)
 
     def _weight_and_bias_by_expert(self) -> tuple[Tensor, Tensor | None]:
         """Return the weight and the bias of the projection whose outputs the score averages.
@@ -398,7 +396,7 @@ class AvgKRouter(Router):
         neurons = self._scored_neurons(x, z, hidden)
         if score.endswith("_abs"):
             neurons = neurons.abs()
-        return block_means(neurons, self.config.num_experts)
+        return means_of_columns(neurons, self.config.num_experts)
 
     def _scored_neurons(self, x: Tensor | None, z: Tensor, hidden: Tensor | None) -> Tensor:
         """Return the values ``[T, d]`` that the score averages, before absolute values are taken.
@@ -425,7 +423,7 @@ class AvgKRouter(Router):
         """
         proj_in = self.ffn.proj_in
         # offloaded weights have values only in this context
-        with weights_in_place(proj_in):
+        with weights_loaded(proj_in):
             # an adapter adds to the outputs, so the weight alone does not give the score
             is_adapted = hasattr(proj_in, "base_layer")
             if x is None or is_adapted:
@@ -446,7 +444,7 @@ class AvgKRouter(Router):
             reason = "has no plain weight, which gate_momentum needs"
             way_out = "merge or remove its adapter, or do not quantise it"
             raise ConversionError(f"{name} {reason}: {way_out}")
-        scores = block_means(z, self.config.num_experts)
+        scores = means_of_columns(z, self.config.num_experts)
         if self.config.score_bias:
             return scores
         # pre-activations include the bias, the paper's score does not
@@ -460,11 +458,11 @@ class AvgKRouter(Router):
         bias = self.ffn.key_bias()
         if bias is None:
             return None
-        return expert_means(unsharded(bias), self.config.num_experts)
+        return means_of_rows(unsharded(bias), self.config.num_experts)
 
     def mean_keys(self) -> Tensor:
         """Compute the mean keys ``[N, h]`` of the current weights, without gradient."""
-        return expert_means(unsharded(self.ffn.keys()), self.config.num_experts)
+        return means_of_rows(unsharded(self.ffn.keys()), self.config.num_experts)
 
     @torch.no_grad()
     def update_(self) -> None:
@@ -532,8 +530,8 @@ def is_offloaded(module: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in module.parameters(recurse=False))
 
 
-def weights_in_place(*modules: nn.Module) -> AbstractContextManager[Any]:
-    """Return a context in which the weights of offloaded modules are loaded."""
+def weights_loaded(*modules: nn.Module) -> AbstractContextManager[Any]:
+    """Load the weights of offloaded modules. The returned context offloads them at its end."""
     offloaded = [module for module in modules if is_offloaded(module)]
     if not offloaded:
         # torch.compile can trace this context, but not the hooks of the other one

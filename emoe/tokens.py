@@ -249,7 +249,8 @@ def _module_with_mask(
     Such inputs are token ids, pixels or torch's padding masks. Without such a module, return
     ``""``, the name of the whole model.
     """
-    # from the activation's parent up to the layer
+    # From the activation's parent up to the layer. The name in `ffn.name` may not fit: it is the
+    # one in the converted model, and this model may be a wrapper around it.
     path = ffn.spec.activation
     *modules_below_layer, _attribute = path.split(".")
     name = names[ffn.parents[path]]

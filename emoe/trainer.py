@@ -184,8 +184,7 @@ def _loss_weight(model: nn.Module, kwargs: dict[str, Any], loss: Tensor) -> Tens
     count = kwargs.get("num_items_in_batch")
     if count is None or not _depends_on(loss, count):
         return 1.0
-    counted = _counted_labels(model, kwargs)
-    labels_in_pass = counted.ne(_IGNORED_LABEL).sum()
+    labels_in_pass = _count_labels(model, kwargs)
     # DataParallel repeats the number for each device
     labels_in_step = count.detach().flatten()[0]
     return labels_in_pass / labels_in_step
@@ -197,17 +196,14 @@ def _depends_on(loss: Tensor, count: Tensor) -> bool:
     return gradient is not None
 
 
-def _counted_labels(model: Any, kwargs: dict[str, Any]) -> Tensor:
-    """Return the labels of a forward pass from which Trainer computes ``num_items_in_batch``.
-
-    They include ignored labels, which Trainer does not count.
-    """
+def _count_labels(model: Any, kwargs: dict[str, Any]) -> Tensor:
+    """Count the labels of a forward pass as Trainer does for ``num_items_in_batch``."""
     if "shift_labels" in kwargs:
-        return kwargs["shift_labels"]
-    labels: Tensor = kwargs["labels"]
-    loss_type = getattr(model, "loss_type", "")
-    is_causal = LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
-    if is_causal and not model.config.is_encoder_decoder:
-        # the first token is not predicted
-        return labels[..., 1:]
-    return labels
+        labels: Tensor = kwargs["shift_labels"]
+    else:
+        labels = kwargs["labels"]
+        loss_type = getattr(model, "loss_type", "")
+        is_causal = LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
+        if is_causal and not model.config.is_encoder_decoder:
+            labels = labels[..., 1:]  # the first token is not predicted
+    return labels.ne(_IGNORED_LABEL).sum()

@@ -65,8 +65,9 @@ def build_kernels() -> Path:
     """Compile the kernels if necessary, and return the library's path.
 
     Raises:
-        RuntimeError: there is no compiler or home folder, or the compiler fails. The message is the
-            compiler's first error.
+        RuntimeError: there is no compiler or home folder, or the compiler fails. If it fails, the
+            message is its first error.
+        ImportError: ninja is not installed.
         OSError: the cache cannot be written.
     """
     library = library_file()
@@ -127,8 +128,8 @@ def compiled_kernels() -> ModuleType | None:
     return module
 
 
-def is_recorded() -> bool:
-    """Check if torch.compile, torch.export or torch.jit.trace is recording this forward pass."""
+def is_traced() -> bool:
+    """Check if torch.compile, torch.export or torch.jit.trace is tracing this forward pass."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
@@ -138,7 +139,7 @@ def kernels_for(x: Tensor) -> ModuleType | None:
     The kernels compute no gradients, cannot be recorded in a graph, and only read the CPU's memory.
     None if they may not be used for this reason, or if they were not built.
     """
-    if torch.is_grad_enabled() or is_recorded() or not is_in_memory(x):
+    if torch.is_grad_enabled() or is_traced() or not is_in_memory(x):
         return None
     return compiled_kernels()
 

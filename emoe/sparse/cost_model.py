@@ -60,13 +60,13 @@ def pays_off(x: Tensor, expert_size: int, active: float) -> bool:
     """
     if x.device.type != "cpu":
         return can_group(x)
-    tokens, hidden = x.shape
+    tokens, width = x.shape
     dtype = x.dtype
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
     ratio = predicted_time_ratio(
         tokens,
-        hidden,
+        width,
         expert_size,
         active,
         dtype,
@@ -78,7 +78,7 @@ def pays_off(x: Tensor, expert_size: int, active: float) -> bool:
 
 def predicted_time_ratio(
     tokens: int,
-    hidden: int,
+    width: int,
     expert_size: int,
     active: float,
     dtype: torch.dtype,
@@ -91,7 +91,7 @@ def predicted_time_ratio(
 
     Args:
         tokens: number of tokens of the forward pass, T.
-        hidden: width of the FFN, h.
+        width: the model's width, h.
         expert_size: number of neurons per expert, s.
         active: share of the experts that a token uses.
         dtype: dtype of the products.
@@ -104,7 +104,7 @@ def predicted_time_ratio(
     # the lower efficiency of small experts
     small_experts = (costs.per_expert + costs.per_share * active) / expert_size
     # a cost that does not depend on the tokens, as a share of the time of all tokens
-    per_call = costs.per_call + costs.per_product / (hidden * expert_size)
+    per_call = costs.per_call + costs.per_product / (width * expert_size)
     few_tokens = threads * per_call / max(tokens, 1)
     # without compiled kernels, PyTorch computes one expert after another and uses threads badly
     slowdown = 1.0

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emoe.architectures import FFN, bias_of, has_plain_weight, is_plain_tensor
-from emoe.compiled.build import is_recorded, kernels_for
+from emoe.compiled.build import is_traced, kernels_for
 from emoe.config import LINEAR_SCORES
 from emoe.errors import ConversionError
 from emoe.layer import RoutedActivation
@@ -254,7 +254,7 @@ class SparseFFN(_Replacement):
         """
         layer = self._layer[0]
         config = layer.config
-        if is_recorded():
+        if is_traced():
             return "compiled, exported or traced"
         drops_neurons = config.expert_dropout > 0 or any(module.p > 0 for module in self._dropouts)
         if self.training and drops_neurons:

@@ -191,7 +191,7 @@ def test_output_biases_of_experts_start_as_the_shared_bias(kind, how: str, kept:
     torch.testing.assert_close(
         own(inputs()), shared(inputs()) - (1 - kept) * bias, atol=1e-5, rtol=1e-5
     )
-    torch.testing.assert_close(routed_layers(own)[0].mean_output_bias(), bias.detach())
+    torch.testing.assert_close(routed_layers(own)[0].folded_output_bias(), bias.detach())
 
 
 def test_folding_back_takes_the_mean_bias_times_the_first_k(tmp_path) -> None:

@@ -354,7 +354,7 @@ def write_as_release_0_1(model: Any, folder: Path) -> None:
         for name in layer.state_dict():
             extra[f"{layer.ffn.index}.routing.{name}"] = state.pop(f"{names[layer]}.{name}")
         if layer.output_bias is not None:
-            state[f"{names[layer.ffn.proj_out]}.bias"] = layer.mean_output_bias()
+            state[f"{names[layer.ffn.proj_out]}.bias"] = layer.folded_output_bias()
         if layer.config.kind == "gmoe":
             for path, module in layer.ffn.projections():
                 tensors_of_copy = {
