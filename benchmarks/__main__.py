@@ -182,7 +182,10 @@ _part = click.option("--part", help="Only this set, if each set has its own tabl
 @_benchmark
 @_part
 def collect(suite: str, benchmark: str, part: str | None) -> None:
-    """Collect the records of a benchmark's runs in one file."""
+    """Collect the records of a benchmark's runs.
+
+    They are written to one file, or to one file for each set that has its own tables.
+    """
     from benchmarks.harness.results.records import check_finished
     from benchmarks.harness.results.records import collect as collect_records
 
@@ -234,17 +237,15 @@ def claims(suite: str, write: bool) -> None:
     loaded = _load_suite(suite)
     if write:
         numbers = read_claim_numbers(loaded)
-    else:
-        numbers, notes = find_claim_numbers(loaded)
-        for note in notes:
-            click.echo(note, err=True)
-    judged = judge_claims(loaded, numbers)
-    if write:
-        write_claims(loaded, judged)
+        write_claims(loaded, judge_claims(loaded, numbers))
         # the paper's main figure shows the same numbers
         draw_main(numbers, main_figure(suite))
-    else:
-        click.echo(claims_table(loaded, judged).markdown())
+        return
+    numbers, notes = find_claim_numbers(loaded)
+    for note in notes:
+        click.echo(note, err=True)
+    judged = judge_claims(loaded, numbers)
+    click.echo(claims_table(loaded, judged).markdown())
 
 
 @cli.command()
@@ -259,7 +260,7 @@ def claims(suite: str, write: bool) -> None:
 def report(suite: str, output: Path, benchmark: str | None) -> None:
     """Write the page of a suite, or of one benchmark.
 
-    It reads what `tables` wrote.
+    It reads what `tables` wrote and, for the page of a suite, what `claims --write` wrote.
     """
     from benchmarks.harness.report.page import write_report
 
@@ -387,7 +388,7 @@ def bless(suite: str, benchmarks: tuple[str, ...]) -> None:
     """Bless the current numbers of a suite.
 
     Writes them into results/reference/, as the numbers that `check` compares with, and the records
-    that `claims` and `tables` read where no run is finished. Needs a clean checkout. The fastest
+    that `claims` and `tables` read if no run is finished. Needs a clean checkout. The fastest
     run of each benchmark is rerun, and must give exactly the same numbers.
     """
     from benchmarks.harness.results.bless import bless as bless_suite
@@ -547,7 +548,7 @@ def _load_suite_with(suite: str, benchmark: str, part: str | None = None) -> Sui
     source = f"suite {suite}"
     check_names(Location(source, "benchmark"), [benchmark], loaded.settings.benchmarks)
     if part:
-        check_names(Location(source, "part"), [part], loaded.parts(benchmark))
+        check_names(Location(source, "part"), [part], loaded.table_sets(benchmark))
     return loaded
 
 

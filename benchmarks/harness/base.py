@@ -57,9 +57,10 @@ Model = TypeVar("Model")
 
 
 class DefinitionError(EMoEError):
-    """Raised if a configuration or benchmark file is wrong.
+    """Raised if a configuration or benchmark file is wrong, or if a command cannot start.
 
-    Line breaks in the message become spaces.
+    A command cannot start, for example, if no run is finished or no numbers are blessed. Line
+    breaks in the message become spaces.
     """
 
     def __init__(self, message: str) -> None:
@@ -71,7 +72,7 @@ class DataError(EMoEError):
 
 
 class RunError(EMoEError):
-    """Raised if a run cannot continue."""
+    """Raised if a run, or another job such as the mirror to MLflow, cannot start or continue."""
 
 
 def first_line(error: BaseException) -> str:

@@ -48,7 +48,7 @@ def digest_of(run: Run) -> str:
 
 
 def test_a_set_with_its_own_tables_has_its_own_file(suite: Suite) -> None:
-    for part in suite.parts("domainbed"):
+    for part in suite.table_sets("domainbed"):
         assert records_file("smoke", "domainbed", part).is_file()
         read = read_records(suite, "domainbed", part)
         assert read is not None
@@ -162,7 +162,9 @@ def test_one_of_several_files_without_all_its_runs_is_not_taken(here: Path) -> N
     suite = load_suite({"suite": "smoke", "benchmarks": ["domainbed"]})
     fake_runs.write_runs(suite.runs)
     fake_runs.collect(suite)
-    first, *others = (records_file("smoke", "domainbed", part) for part in suite.parts("domainbed"))
+    first, *others = (
+        records_file("smoke", "domainbed", part) for part in suite.table_sets("domainbed")
+    )
     assert others
     drop_last_line(first)
     assert read_records(suite, "domainbed") is None

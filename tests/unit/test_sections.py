@@ -36,7 +36,7 @@ def suite(shared_here: Path) -> Iterator[Suite]:
         fake_runs.collect(suite)
         for name in suite.settings.benchmarks:
             call("tables", "--suite", "mini", "--benchmark", name)
-            for part in suite.parts(name):
+            for part in suite.table_sets(name):
                 call("tables", "--suite", "mini", "--benchmark", name, "--part", part)
         yield suite
 

@@ -85,13 +85,13 @@ def test_a_long_name_makes_no_long_folder() -> None:
 
 def test_a_finished_run_has_its_numbers_and_the_weights_that_it_keeps(here: Path) -> None:
     run = next(run for run in SMOKE.runs if run.keeps_weights)
-    assert not run.is_finished
+    assert not run.has_all_results
     run.metrics_file.parent.mkdir(parents=True)
     run.metrics_file.write_text("{}")
-    assert not run.is_finished
+    assert not run.has_all_results
     run.weights_file.parent.mkdir()
     run.weights_file.write_bytes(b"")
-    assert run.is_finished
+    assert run.has_all_results
 
 
 def test_a_complete_suite_has_the_spec_of_each_finished_run(here: Path) -> None:

@@ -51,7 +51,7 @@ def test_the_graph_of_all_runs_fits_in_a_gibibyte(checkout: Checkout) -> None:
 
 @pytest.mark.parametrize("benchmark", SUITE.settings.benchmarks)
 def test_every_benchmark_is_shown(checkout: Checkout, benchmark: str) -> None:
-    parts = SUITE.parts(benchmark)
+    parts = SUITE.table_sets(benchmark)
     for command, shown in (("collect", parts or [None]), ("tables", [None, *parts])):
         words = [
             sys.executable,

@@ -167,7 +167,7 @@ def inputs_of_run(wildcards):
     # A finished run needs nothing. Its id is the hash of all that shapes its numbers, so
     # time stamps do not matter.
     run = run_of(wildcards)
-    if run.is_finished:
+    if run.has_all_results:
         return []
     return runs.run_inputs(run)
 

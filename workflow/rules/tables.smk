@@ -111,7 +111,7 @@ rule benchmark_report:
     params:
         # a change of one of these makes the page again
         note=lambda wildcards: SUITE.benchmark_parts[wildcards.benchmark].settings.note,
-        sets=lambda wildcards: SUITE.parts(wildcards.benchmark),
+        sets=lambda wildcards: SUITE.table_sets(wildcards.benchmark),
         suite=SUITE.name,
     message:
         "Page of {wildcards.benchmark}: {output}"
@@ -136,7 +136,7 @@ rule report:
     params:
         # a change of one of these makes the page again
         notes=[
-            (name, SUITE.parts(name), part.settings.note)
+            (name, SUITE.table_sets(name), part.settings.note)
             for name, part in SUITE.benchmark_parts.items()
         ],
         suite=SUITE.name,

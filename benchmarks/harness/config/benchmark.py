@@ -341,7 +341,7 @@ class Benchmark(ABC, Generic[D, E, P]):
 
         The module has the dictionaries ``TABLES`` and ``FIGURES``, with a function for each name.
         If each data set has its own tables, it also has ``SET_TABLES`` and ``SET_FIGURES``. Its
-        function ``present(benchmark, runs)`` makes a
+        function ``present(benchmark, records)`` makes a
         :class:`~benchmarks.harness.report.presentation.Presentation`.
         """
         return importlib.import_module(f"{self.package}.presentation")

@@ -124,7 +124,8 @@ def block_of(ffn: str) -> str:
 
 register_tuning("blocks", _block_parameters)
 Layers = str | Annotated[list[int], Field(min_length=1)]
-CONTROL, ABLATION = "control", "ablation"
+CONTROL = "control"
+ABLATION = "ablation"
 Role = Literal["baseline", "method", "control", "ablation"]
 Kind = Literal["dense", "emoe", "gmoe"]
 

@@ -28,7 +28,8 @@ _RULES = (
 _RULE_PREFIXES = ("figure_", "run_", "table_", "tables_of_")
 # folders in benchmarks/ that belong to no benchmark
 _CODE_FOLDERS = ("harness", "schemas", "text")
-# what `python -m benchmarks list` takes besides suites
+# The words that `python -m benchmarks list` takes besides suites. Only `paper` is left out, because
+# a suite has this name.
 _LISTS = ("benchmarks", "claims", "methods", "metrics", "models", "suites", "tasks")
 
 

@@ -172,8 +172,11 @@ class Run:
         return paths.RUNS / self.folder / paths.WEIGHTS
 
     @property
-    def is_finished(self) -> bool:
-        """Return True if the run's results exist: its numbers, and the weights if it keeps them."""
+    def has_all_results(self) -> bool:
+        """Return True if the run's numbers exist, and the weights if it keeps them.
+
+        A run is called finished as soon as its numbers exist.
+        """
         if not self.metrics_file.exists():
             return False
         if self.keeps_weights:

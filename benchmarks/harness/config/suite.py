@@ -185,7 +185,7 @@ def _check_exclude(settings: SuiteSettings, where: str) -> None:
             to a benchmark that the command line leaves out.
         where: The source of the settings, for messages.
     """
-    # without this, every command would read all benchmarks, also those that it leaves out
+    # the check reads all benchmarks of the file, which takes time
     if not settings.exclude:
         return
     tasks: set[str] = set()
@@ -323,7 +323,7 @@ class Suite:
             return runs
         return [run for run in runs if run.task == part]
 
-    def parts(self, benchmark: str) -> list[str]:
+    def table_sets(self, benchmark: str) -> list[str]:
         """Return the names of a benchmark's data sets, if each data set has its own tables.
 
         Otherwise the list is empty. No runs are planned here, because planning takes time.
@@ -340,14 +340,14 @@ class Suite:
                     names.append(name)
         return names
 
-    def record_parts(self, benchmark: str) -> list[str | None]:
+    def record_sets(self, benchmark: str) -> list[str | None]:
         """Return the names of the data sets whose runs are collected in separate files.
 
         If the runs of all data sets are collected in one file, return [None].
         """
-        parts = self.parts(benchmark)
-        if parts:
-            return list(parts)
+        names = self.table_sets(benchmark)
+        if names:
+            return list(names)
         return [None]
 
     @property

@@ -72,15 +72,21 @@ class Artifacts:
         return str(paths.RESULTS / suite / "sections" / f"{self.name}.json")
 
 
-# the table `claims`, and the figures of the main tests: `claims` and `claims_narrow`
+# the table `claims`, and the figures of the headline tests: `claims` and `claims_narrow`
 CLAIMS = Artifacts("claims", None, [""], ["", NARROW])
+
+
+def remake_advice(path: Path, suite: str) -> str:
+    """Return the advice of error messages on how to remake a damaged file of a suite."""
+    # without --force, Snakemake keeps a damaged file
+    return f"`snakemake --cores all --force {path} --config suite={suite}` makes it again"
 
 
 def claim_artifacts(suite: Suite) -> Artifacts:
     """Return the names of the table and all figures of the claims.
 
-    Besides the figures of the main tests, each benchmark with a test in points has a figure of all
-    its tests, such as ``claims_glue``.
+    Besides the figures of the headline tests, each benchmark with a test in points has a figure of
+    all its tests, such as ``claims_glue``.
     """
     return replace(CLAIMS, figures=[*CLAIMS.figures, *claimed_in_points(suite)])
 
@@ -140,6 +146,6 @@ def suite_artifacts(suite: Suite) -> list[Artifacts]:
     artifacts = []
     for name in suite.settings.benchmarks:
         artifacts.append(artifacts_of(name))
-        for part in suite.parts(name):
+        for part in suite.table_sets(name):
             artifacts.append(artifacts_of(name, part))
     return artifacts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -157,11 +156,12 @@ def load_claims() -> dict[str, Claim]:
     claims = read(file, ClaimFile).claims
     for name, claim in claims.items():
         for number, test in enumerate(claim.tests):
-            key_path = f"claims.{name}.tests[{number}].compare"
-            if test.compare:
-                check_comparison(test.compare, file, key_path)
-            if test.compare and test.loss:
-                check_comparison(loss_comparison(test.compare), file, key_path)
+            if test.compare is None:
+                continue
+            where = Location(file, f"claims.{name}.tests[{number}].compare")
+            check_comparison(test.compare, where)
+            if test.loss:
+                check_comparison(loss_comparison(test.compare), where)
     return claims
 
 
@@ -198,19 +198,16 @@ def claimed_benchmarks(suite: Suite) -> list[str]:
     return claimed
 
 
-def check_comparison(compare: Comparison, file: Path, at: str) -> None:
+def check_comparison(compare: Comparison, where: Location) -> None:
     """Check that the names in a comparison exist, and that they fit its benchmark.
 
     Args:
         compare: The comparison.
-        file: The YAML file with the comparison, for messages.
-        at: The key path of the comparison in the file, for messages.
+        where: The location of the comparison in its YAML file, for messages.
 
     Raises:
         DefinitionError: A name does not exist or does not fit. Names the file and the key.
     """
-    where = Location(file, at)
-
     check_names(where.at("benchmark"), [compare.benchmark], benchmark_names())
     benchmark = load_benchmark(compare.benchmark)
 

@@ -41,13 +41,13 @@ _STYLES = {
 
 
 def draw_all_claims(suite: Suite, rows: pd.DataFrame, folder: Path) -> None:
-    """Draw the main tests, wide and narrow, and all tests of each benchmark, in a folder.
+    """Draw the headline tests, wide and narrow, and all tests of each benchmark, in a folder.
 
     ``rows`` are from :func:`.claims_table.judge_claims`.
     """
-    main_rows = rows[rows["headline"]]
-    draw_claims(main_rows, folder / CLAIMS.name)
-    draw_claims(main_rows, folder / CLAIMS.stem(NARROW), narrow=True)
+    headline_rows = rows[rows["headline"]]
+    draw_claims(headline_rows, folder / CLAIMS.name)
+    draw_claims(headline_rows, folder / CLAIMS.stem(NARROW), narrow=True)
     for name in claimed_in_points(suite):
         rows_of_benchmark = rows[rows["benchmark"] == name]
         draw_claims(rows_of_benchmark, folder / CLAIMS.stem(name))

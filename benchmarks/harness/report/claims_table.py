@@ -17,7 +17,7 @@ from benchmarks.harness.base import DataError, first_problem, read_bytes, write_
 from benchmarks.harness.config.benchmark import AnyBenchmark, load_benchmark
 from benchmarks.harness.config.catalogue import Metric, load_metrics, model_title
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.report.artifacts import CLAIMS, numbers_file
+from benchmarks.harness.report.artifacts import CLAIMS, numbers_file, remake_advice
 from benchmarks.harness.report.claims import (
     Claim,
     ClaimTest,
@@ -54,20 +54,21 @@ _NUMBER = TypeAdapter(dict[str, str | int | float | None])
 _TABLE_CAPTION = (
     "Differences are means over n pairs (seeds, trials or questions), with a 95 % confidence "
     f"interval (Student's t). Each pair is averaged over tasks first. {SEEDS_COVER} Trials of "
-    "images have different splits. Intervals over questions cover the choice of the questions, not "
-    "of the seeds. p is from the paired t-test, corrected with Holm's procedure over the "
-    "{num_tests} tests of this table (tests of losses, a second endpoint: over their own "
-    "{num_loss_tests}). Equivalent: the whole interval lies within the margin, which is at most "
-    "half of the paper's effect (losses: 1.2 % of the loss of the reference method). Otherwise "
-    "supported or contradicted: corrected p below 5 %, with the claimed sign or the opposite one. "
-    "Undecided: the rest, which is no evidence of equality. Claims without p (the same, not lower, "
-    "near the dense cost): the whole interval lies within the margin, or outside. Next to the "
-    "paper: smaller or larger needs two facts. Our difference differs from the paper's (Welch's "
-    "t-test with the paper's standard error, Holm's procedure over all such tests), and our "
-    "interval excludes the paper's reduction of errors. Share of errors: the difference, divided "
-    "by the errors of the reference method. The interval of a time is its range over all rounds "
-    "and settings. Untestable: one pair, equal differences, or two methods that are no better than "
-    "a guess. Missing: no such runs in this suite."
+    "images have different splits. Intervals over questions cover the choice of the questions, "
+    "not of the seeds. p is from the paired t-test; p (Holm) is corrected with Holm's procedure "
+    "over the {num_tests} tests of this table (tests of losses, a second endpoint: over their "
+    "own {num_loss_tests}). Equivalent: the whole interval lies within the margin, which is at "
+    "most half of the paper's effect (losses: 1.2 % of the loss of the reference method). "
+    "Otherwise supported or contradicted: corrected p below 5 %, with the claimed sign or the "
+    "opposite one. Undecided: the rest, which is no evidence of equality. Claims without p (the "
+    "same, not lower, near the dense cost): the whole interval lies within the margin, or "
+    "outside. Numbers of parameters have no margin: supported if equal, else contradicted. Next "
+    "to the paper: smaller or larger needs two facts. Our difference differs from the paper's "
+    "(Welch's t-test with the paper's standard error, Holm's procedure over all such tests), "
+    "and our interval excludes the paper's reduction of errors. Share of errors: the "
+    "difference, divided by the errors of the reference method. The interval of a time is its "
+    "range over all rounds and settings. Untestable: one pair, equal differences, or two "
+    "methods that are no better than a guess. Missing: no such runs in this suite."
 )
 
 # endpoints of the tests
@@ -106,7 +107,8 @@ class ClaimRow:
         high: The upper end of its interval.
         n: The number of pairs.
         p: The uncorrected p of the t-test. Only claims of a higher or lower number have one.
-        margin: The largest negligible difference. It is at most half of the paper's effect.
+        margin: The largest negligible difference. If a score is claimed to be higher or lower, it
+            is at most half of the paper's effect.
         margin_shown: The margin with its unit, as text.
         effect: The paper's difference; nan if it is unknown or has another unit.
         expected: The difference that reduces our errors by the paper's share; nan if it is unknown.
@@ -186,10 +188,7 @@ def read_claim_numbers(suite: Suite) -> dict[str, pd.DataFrame]:
     numbers = {}
     for name in claimed_benchmarks(suite):
         path = Path(numbers_file(suite.name, name))
-        # without --force, Snakemake keeps a damaged file
-        advice = (
-            f"`snakemake --cores all --force {path} --config suite={suite.name}` makes it again"
-        )
+        advice = remake_advice(path, suite.name)
         lines = read_bytes(path, advice).splitlines()
         try:
             rows = [_NUMBER.validate_json(line) for line in lines]
@@ -214,49 +213,49 @@ def judge_claims(suite: Suite, numbers: Mapping[str, pd.DataFrame]) -> pd.DataFr
         difference next to the paper's, as text). The verdict is a dash if all models have random
         weights.
     """
-    tests = []
+    claim_rows = []
     for name, claim in load_claims().items():
         for test in claim.tests:
-            tests.append(_claim_row(name, claim, test, numbers))
+            claim_rows.append(_claim_row(name, claim, test, numbers))
             if test.loss and test.compare is not None:
                 repeated = loss_test(test, test.compare)
-                tests.append(_claim_row(name, claim, repeated, numbers))
+                claim_rows.append(_claim_row(name, claim, repeated, numbers))
 
-    rows = pd.DataFrame([vars(test) for test in tests])  # a column per field
-    p_holm = rows.groupby("endpoint", sort=False)["p"].transform(holm)
-    gap_p_holm = holm(rows["gap_p"])
+    frame = pd.DataFrame([vars(row) for row in claim_rows])  # a column per field
+    p_holm = frame.groupby("endpoint", sort=False)["p"].transform(holm)
+    gap_p_holm = holm(frame["gap_p"])
 
     if has_random_weights(suite.runs):
-        verdicts = [MISSING for _ in tests]
+        verdicts = [MISSING for _ in claim_rows]
     else:
-        verdicts = [str(_verdict(test, p)) for test, p in zip(tests, p_holm, strict=True)]
-    gains = [_gain_word(test, p) for test, p in zip(tests, gap_p_holm, strict=True)]
-    with_tests = rows.assign(p_holm=p_holm, verdict=verdicts, gap_p_holm=gap_p_holm, gain=gains)
-    texts = [_against_paper(row) for row in with_tests.itertuples()]
-    return with_tests.assign(against_paper=texts)
+        verdicts = [str(_verdict(row, p)) for row, p in zip(claim_rows, p_holm, strict=True)]
+    gains = [_gain_word(row, p) for row, p in zip(claim_rows, gap_p_holm, strict=True)]
+    judged = frame.assign(p_holm=p_holm, verdict=verdicts, gap_p_holm=gap_p_holm, gain=gains)
+    texts = [_against_paper(row) for row in judged.itertuples()]
+    return judged.assign(against_paper=texts)
 
 
-def _verdict(test: ClaimRow, p_holm: float) -> Verdict:
+def _verdict(row: ClaimRow, p_holm: float) -> Verdict:
     """Judge a test by its corrected p or its interval.
 
     The verdict is ``MISSING`` if the suite has no runs for the test.
     """
-    if test.compare is None or test.evidence is None:
+    if row.compare is None or row.evidence is None:
         return Verdict.MISSING
     # the row is scaled for printing, the evidence is not
-    margin = test.margin / _scale_of(test.compare)
-    return judge(test.compare, test.evidence, p_holm, margin)
+    margin = row.margin / _scale_of(row.compare)
+    return judge(row.compare, row.evidence, p_holm, margin)
 
 
-def _gain_word(test: ClaimRow, gap_p_holm: float) -> str:
+def _gain_word(row: ClaimRow, gap_p_holm: float) -> str:
     """Say if our gain is smaller or larger than the paper's; a dash if that was not tested.
 
     ``gap_p_holm`` is the corrected p of the gap; nan if it was not tested.
     """
-    if test.compare is None or test.evidence is None or math.isnan(gap_p_holm):
+    if row.compare is None or row.evidence is None or math.isnan(gap_p_holm):
         return MISSING
-    difference = test.evidence.difference.scaled(_scale_of(test.compare))
-    return compare_gains(test.compare, difference, test.gap, gap_p_holm, test.expected)
+    difference = row.evidence.difference.scaled(_scale_of(row.compare))
+    return compare_gains(row.compare, difference, row.gap, gap_p_holm, row.expected)
 
 
 def _against_paper(row: Any) -> str:
@@ -350,7 +349,7 @@ def _unit_of_difference(metric: Metric) -> str:
     """Return the unit of a difference between two numbers of a metric."""
     if metric.unit == "%":
         return "points"
-    if metric.unit == "M":
+    if metric.unit == "M":  # differences of counts are printed as stored, not in millions
         return "parameters"
     return metric.unit
 

@@ -55,13 +55,13 @@ _TESTS_CAPTION = (
 )
 # the end of the caption of cost_table
 _COST_CAPTION = (
-    "on the machine of the runs (see the environment below). Runs share the machine, so times are "
-    "rough and do not compare methods. Start-up is the time before the run's own work begins, "
-    "mostly imports. Active neurons are the FFN neurons that a token uses, as a share of the dense "
-    "model's. Load entropy is 1 for a perfectly balanced load; loads and drops are measured on "
-    "{measured_on}. Operations count two per active parameter and token, without attention's own "
-    "products; a CPU or GPU executes more if the masked path computes unused experts. Only the "
-    "published settings limit the capacity of experts, so only they drop choices."
+    "on the machine of the runs (see Environment in report.html). Runs share the machine, so "
+    "times are rough and do not compare methods. Start-up is the time before the run's own work "
+    "begins, mostly imports. Active neurons are the FFN neurons that a token uses, as a share of "
+    "the dense model's. Load entropy is 1 for a perfectly balanced load; loads and drops are "
+    "measured on {measured_on}. Operations count two per active parameter and token, without "
+    "attention's own products; a CPU or GPU executes more if the masked path computes unused "
+    "experts. Only the published settings limit the capacity of experts, so only they drop choices."
 )
 
 
@@ -145,7 +145,7 @@ class Outcomes:
     def origins(self) -> pd.DataFrame:
         """Return the ``run_id`` and the names of each run, such as its model and method.
 
-        :func:`.presentation.with_runs` finds the runs behind each row of a table with them.
+        :func:`.presentation.with_runs` matches these names with the rows of a table.
         """
         return self.records
 
@@ -162,7 +162,7 @@ class Outcomes:
         return self.title("method", self.baseline)
 
     def role(self, method: str) -> str:
-        """Return the role of a method: ``baseline``, ``method`` or ``control``."""
+        """Return the role of a method: ``baseline``, ``method``, ``control`` or ``ablation``."""
         if method not in self.methods:
             return "method"  # a row that only the paper has
         return self.methods[method].role

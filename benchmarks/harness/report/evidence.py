@@ -43,8 +43,8 @@ class Evidence:
         reference_mean: The mean of the reference method over the same pairs. It is nan for counts
             and ratios.
         is_at_chance: True if neither method is better than a guess.
-        incomplete: The number of pairs that are left out, because they lack a model, task, set or
-            setting.
+        incomplete: The number of pairs that are left out, because they lack a score of a model,
+            training task, test set, tuning or setting.
         models: The models that both methods have.
         tasks: The tasks that both methods have.
     """
@@ -126,8 +126,9 @@ def _compare_pairs(
 ) -> Evidence | None:
     """Compare the scores of two methods seed by seed, or question by question.
 
-    The score of a seed (or question) is its mean over all models, tasks, sets and settings. A seed
-    that lacks one of them is left out. Returns None if the methods share no seed or question.
+    The score of a seed (or question) is its mean over all models, training tasks, test sets,
+    tunings and settings. A seed that lacks one of them is left out. Returns None if the methods
+    share no seed or question.
 
     Args:
         ours: The scores of the method of the claim.
@@ -324,8 +325,10 @@ def compare_gains(
     if not is_significant or not excludes_expected:
         return "not shown"
     # if the claim is a lower number, the lower difference is the larger gain
-    claims_lower = compare.direction == "lower"
-    return "larger" if is_below_paper == claims_lower else "smaller"
+    is_smaller_gain = is_below_paper
+    if compare.direction == "lower":
+        is_smaller_gain = not is_below_paper
+    return "smaller" if is_smaller_gain else "larger"
 
 
 def judge(compare: Comparison, evidence: Evidence, p: float, margin: float) -> Verdict:

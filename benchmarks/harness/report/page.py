@@ -163,7 +163,7 @@ class _Page:
     def section(self, name: str, section: Section) -> dict[str, Any]:
         """Return what the page shows of a benchmark, and of each of its sets that has tables."""
         parts = []
-        for part in self.suite.parts(name):
+        for part in self.suite.table_sets(name):
             of_set = artifacts_of(name, part)
             shown = self.tables_and_figures(read_section(of_set, self.suite.name))
             parts.append({"title": section_title(of_set), **shown})
@@ -309,7 +309,7 @@ def _cost_cells(name: str, sections: Sequence[Section]) -> dict[str, str]:
 
 
 def _cost_text(sections: Sequence[Section]) -> str:
-    """Write the number of runs and their time together, such as ``15 runs, 2 h 5 min``."""
+    """Write the number of runs and their time, such as ``15 runs, 2 h 5 min of computing``."""
     num_runs = sum(len(section.job_seconds) for section in sections)
     seconds = sum(sum(section.job_seconds) for section in sections)
     noun = "run" if num_runs == 1 else "runs"

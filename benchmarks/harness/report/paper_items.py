@@ -173,7 +173,7 @@ def load_paper() -> PaperFile:
         our_numbers = average.of
         for method in (our_numbers.gmoe, our_numbers.emoe):
             comparison = our_numbers.comparison(method)
-            check_comparison(comparison, file, at=f"main.{average_name}.of")
+            check_comparison(comparison, Location(file, f"main.{average_name}.of"))
     return content
 
 
@@ -195,8 +195,8 @@ def check_part(part: PaperPart, where: Location) -> None:
         name = getattr(part, kind)
         known = getattr(benchmark.definition, f"{kind}s", ())
         if name and name not in known:
-            # The mistake may be in benchmark.yaml instead. Then this raises an error that names it.
-            # It is called only for unknown names, because its import takes a second.
+            # If benchmark.yaml lists a table that does not exist, this check reports that mistake
+            # instead. Known names skip it, because it imports the presentation for a second.
             benchmark.checked_presentation()
             check_names(where.at(kind), [name], known)
     check_names(where.at("rows"), part.rows or (), benchmark.row_titles)
@@ -311,4 +311,4 @@ def _makes(suite: Suite, output: PaperOutput) -> bool:
     benchmark = output.part.benchmark
     if benchmark not in suite.settings.benchmarks:
         return False
-    return output.of_set is None or output.of_set in suite.parts(benchmark)
+    return output.of_set is None or output.of_set in suite.table_sets(benchmark)

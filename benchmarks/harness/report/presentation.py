@@ -166,8 +166,8 @@ def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
     # the runs that may belong to a row, one line per run and combination of names
     columns = [key for key in _ORIGIN if key in keys or key == "run_id"]
     candidates = origins[columns].astype(str).drop_duplicates(ignore_index=True)
-    # the numbers of the lines with each name, by column; found only once, because tables have many
-    # rows
+    # for each column, map each name to the places of its lines in `candidates`; this is done once
+    # for all rows, because tables have many
     lines_by_name = {key: candidates.groupby(key).indices for key in keys}
 
     folders_of_rows = []

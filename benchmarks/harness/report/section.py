@@ -15,7 +15,7 @@ import pandas as pd
 from benchmarks.harness.base import RESULTS, read_json
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.yaml import Strict
-from benchmarks.harness.report.artifacts import Artifacts
+from benchmarks.harness.report.artifacts import Artifacts, remake_advice
 from benchmarks.harness.report.common import name_or_count
 from benchmarks.harness.report.plots import is_drawn
 from benchmarks.harness.report.presentation import Presentation, has_random_weights
@@ -154,9 +154,7 @@ def read_section(artifacts: Artifacts, suite: str) -> Section:
         DataError: The file is missing or damaged.
     """
     path = Path(artifacts.section_file(suite))
-    # without --force, Snakemake keeps a damaged file
-    advice = f"`snakemake --cores all --force {path} --config suite={suite}` makes it again"
-    return read_json(path, Section, advice)
+    return read_json(path, Section, remake_advice(path, suite))
 
 
 def _data_rows(records: Sequence[Record]) -> list[DataRow]:

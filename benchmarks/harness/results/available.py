@@ -30,9 +30,9 @@ class FoundRecords:
 def find_finished(suite: Suite, benchmark: str, part: str | None = None) -> FoundRecords:
     """Find the records of the runs that are finished here.
 
-    The collected records are taken if they are those of all planned runs, and no ``metrics.json``
-    here is another one. A job on a cluster may see no ``metrics.json``. Otherwise the
-    ``metrics.json`` of each finished run is read.
+    If the collected records cover all planned runs, they are returned, unless a ``metrics.json``
+    here has changed since it was collected. (A job on a cluster may see no ``metrics.json``.)
+    Otherwise the ``metrics.json`` of each finished run is read.
 
     Args:
         suite: The suite.

@@ -65,7 +65,7 @@ def _check_repeatable(suite: Suite, records: Sequence[Record], say: Say) -> None
     before = check_numbers(records)
     after = check_numbers(repeated)
     failed = [failure.text for failure in failures]
-    result = compare(before, after, suite.name, unfinished=failed)
+    result = compare(before, after, suite.name, failures=failed)
     # a comparison within tolerances may pass too, but it proves less
     if not result.passed or not result.is_exact:
         say(str(result))

@@ -80,7 +80,7 @@ class CheckResult:
         machine_sentences: One sentence per pair of old and new machine: how many numbers were
             compared, and whether exactly or within tolerances.
         is_exact: True if all common numbers had to be equal to the last digit.
-        unfinished: The runs without new numbers, with the reason if known.
+        failures: For each run that failed when it was repeated, its name and the reason.
     """
 
     differences: pd.DataFrame
@@ -88,19 +88,19 @@ class CheckResult:
     shifts: pd.DataFrame
     machine_sentences: list[str]
     is_exact: bool
-    unfinished: Sequence[str] = ()
+    failures: Sequence[str] = ()
 
     @property
     def passed(self) -> bool:
-        """Return True if all numbers agree, no mean has shifted, and no run is unfinished."""
-        return self.differences.empty and self.shifts.empty and not self.unfinished
+        """Return True if all numbers agree, no mean has shifted, and no run has failed."""
+        return self.differences.empty and self.shifts.empty and not self.failures
 
     def __str__(self) -> str:
         lines = [_difference_text(row) for row in self.differences.itertuples()]
         lines += [_shift_text(row) for row in self.shifts.itertuples()]
-        if self.unfinished:
+        if self.failures:
             lines.append(
-                f"{len(self.unfinished)} runs are not finished, the first is {self.unfinished[0]}"
+                f"{len(self.failures)} runs are not finished, the first is {self.failures[0]}"
             )
         lines += self.machine_sentences
 
@@ -172,7 +172,7 @@ def compare(
     suite: str,
     *,
     elsewhere: bool = False,
-    unfinished: Sequence[str] = (),
+    failures: Sequence[str] = (),
 ) -> CheckResult:
     """Compare new numbers with old ones.
 
@@ -181,25 +181,27 @@ def compare(
         after: The new numbers.
         suite: The name of the suite, which may have its own scale of tolerances.
         elsewhere: True to apply tolerances even on the same machine.
-        unfinished: The runs without new numbers, with the reason if known.
+        failures: For each run that failed when it was repeated, its name and the reason.
     """
     rows = _join_numbers(before, after, suite)
+    # numbers of both sides have this status even if they agree
+    is_on_both_sides = rows["status"] == "changed"
 
     # the same code on the same machine repeats every digit, so there is no tolerance
     repeats_digits = before.code == after.code and not elsewhere
-    is_exact = (rows["machine_before"] == rows["machine_after"]) & repeats_digits
-    rows["tolerance"] = rows["tolerance"].mask(is_exact, 0.0)
+    must_be_equal = (rows["machine_before"] == rows["machine_after"]) & repeats_digits
+    rows["tolerance"] = rows["tolerance"].mask(must_be_equal, 0.0)
 
-    is_equal = _rows_agree(rows)
+    agrees = _rows_agree(rows)
     differences = rows.rename(columns={"value_before": "before", "value_after": "after"})
     shown = ["status", "benchmark", *KEYS, "before", "after", "tolerance"]
     return CheckResult(
-        differences=differences.loc[~is_equal, shown],
-        equal=rows.loc[is_equal, "benchmark"].value_counts().to_dict(),
+        differences=differences.loc[~agrees, shown],
+        equal=rows.loc[agrees, "benchmark"].value_counts().to_dict(),
         shifts=find_shifts(rows),
         machine_sentences=_machine_sentences(rows, before, after, elsewhere=elsewhere),
-        is_exact=bool(is_exact[rows["status"] == "changed"].all()),
-        unfinished=unfinished,
+        is_exact=bool(must_be_equal[is_on_both_sides].all()),
+        failures=failures,
     )
 
 

@@ -50,7 +50,7 @@ def _check_same_lengths(rows: Sequence[Sized]) -> Any:
     return rows
 
 
-Count = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]  # may be 0, unlike `Count` of config/yaml.py
 Loss = float | None  # null if the model diverged
 NumberText = Annotated[str, AfterValidator(_check_number)]  # a number with all its digits
 Digits = Annotated[str, Field(pattern="^[0-9]+$")]
@@ -333,8 +333,8 @@ class Usage(Recorded):
     tasks: dict[str, SetUsage] = {}
     """By data set."""
     shared: list[Count] = []
-    """Experts with a share above 1/N in every data set, where N is the number of experts. None of
-    them has a mark."""
+    """Experts with a share above 1/N in every data set, where N is the number of experts. Their
+    mark is 0 in all data sets."""
     specialised: list[Count] = []
     """Experts that some data set uses more than by chance."""
 

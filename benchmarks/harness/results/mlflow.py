@@ -79,7 +79,7 @@ def mirror(records: Sequence[Record], uri: str) -> dict[str, int]:
             with _database_lock(uri):
                 return _write_all(records, uri)
         except Exception as error:  # MLflow passes on errors of databases, drivers and servers
-            # the store may stand in MLflow's message, too, with its password
+            # MLflow's message may contain the store with its password
             hidden = hide_passwords(uri)
             reason = hide_passwords(_problem(error).replace(uri, hidden))
             raise RunError(f"MLflow at {hidden}: {reason}") from None

@@ -1,7 +1,8 @@
 """Read the records of finished runs, and tabulate their numbers.
 
 A record is a finished run with the content of its ``metrics.json``. The workflow collects the
-records of a benchmark in one file, so that each ``metrics.json`` is read once.
+records of a benchmark in one file (or one for each data set with its own tables), so that each
+``metrics.json`` is read once.
 
 Each number of a run belongs to a part:
 
@@ -158,7 +159,7 @@ def parts_with_files(suite: Suite, benchmark: str, part: str | None) -> list[str
     """
     if part:
         return [part]
-    return suite.record_parts(benchmark)
+    return suite.record_sets(benchmark)
 
 
 def format_record(record: Record) -> str:
@@ -285,11 +286,14 @@ def check_metrics(run: Run, content: bytes, path: Path) -> Metrics:
     advice = rerun_advice(path)
     try:
         metrics = Metrics.model_validate_json(content)
+    except ValidationError as error:
+        raise DataError(f"{path} is damaged: {first_problem(error)}; {advice}") from None
+    if metrics.run_id != run.id:
+        raise DataError(f"{path} belongs to the run '{metrics.run_id}'; {advice}")
+    try:
         _check_parts(run, metrics)
         # `list`, because the iterator raises the errors of missing scores only when it is read
         numbers = list(run_numbers(run, metrics))
-    except ValidationError as error:
-        raise DataError(f"{path} is damaged: {first_problem(error)}; {advice}") from None
     except (LookupError, ValueError, TypeError) as error:
         raise DataError(
             f"{path} lacks a part that such a run records ({error}); {advice}"
@@ -343,10 +347,8 @@ def _check_parts(run: Run, metrics: Metrics) -> None:
     """Check that a ``metrics.json`` has all sections that its benchmark must record.
 
     Raises:
-        ValueError: The file belongs to another run, lacks a section, or has no score.
+        ValueError: The file lacks a section, or has no score.
     """
-    if metrics.run_id != run.id:
-        raise ValueError(f"it belongs to the run '{metrics.run_id}'")
     needed = load_benchmark(run.benchmark).recorded
     for part in needed:
         if getattr(metrics, part, None) is None:
@@ -363,7 +365,7 @@ def tabulate_numbers(records: Iterable[Record]) -> pd.DataFrame:
     The columns are :data:`RUN_KEYS`, ``run_id``, ``part``, ``eval_task``, ``metric``, ``value`` and
     ``is_score``. ``part`` is one of the groups that the module lists. ``eval_task`` is a data set,
     or a candidate that a measurement compares. ``is_score`` is True for the main metric of a text
-    task.
+    task, and for ``ood_mean``.
     """
     rows = []
     for record in records:
@@ -372,7 +374,8 @@ def tabulate_numbers(records: Iterable[Record]) -> pd.DataFrame:
         for part, data_set, metric, value in run_numbers(run, record.metrics):
             # a part such as "test as emoe" has the main metrics of "test"
             part_before_conversion, _, _method = part.partition(AS)
-            # only `ood_mean` belongs to no data set; its main metric is called `score`
+            # `ood_mean` has no data set, and its main metric is called `score`. Numbers without a
+            # main metric, such as costs, get the same default, which none of them is called.
             main_metric = main_metrics.get((part_before_conversion, data_set), "score")
             row = {
                 **run_keys(run),

@@ -215,7 +215,7 @@ def compare_pairs(
         failures: list[str] = []
         for pair in same_code:
             failures += pair.failures
-        result = compare(before, after, suite.name, elsewhere=elsewhere, unfinished=failures)
+        result = compare(before, after, suite.name, elsewhere=elsewhere, failures=failures)
         results.append(result)
     return results
 

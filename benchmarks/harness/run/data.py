@@ -103,10 +103,9 @@ def missing_sets(suite: Suite) -> list[str]:
                 sources[task["name"]] = task["source"]
     missing = []
     for name, source in sources.items():
-        can_be_downloaded = "hub" in source or bool(packages_of_dataset(source))
-        if can_be_downloaded:
+        # the disk may be slow, so it is searched only for sets that cannot be downloaded
+        if "hub" in source or packages_of_dataset(source):
             continue
-        # nothing is looked for on the disk, which may be slow, unless the answer depends on it
         is_here = local_path(name, source) is not None or user_file(name) is not None
         if not is_here:
             missing.append(name)

@@ -52,7 +52,8 @@ def reserve_devices(count: int, name: str, processes: int = 1) -> ExitStack:
         raise RunError(
             f"{name} asks for {count} accelerators for {processes} process(es), "
             f"and {len(devices)} are visible; give it more (`--resources gpu=N`), "
-            "or set 'resources.gpu' and 'resources.processes' in benchmark.yaml"
+            "or set 'resources.gpu' and 'resources.processes' in the benchmark's part of "
+            "config/<suite>.yaml"
         )
     locked = _lock_devices(locks, devices, count, name)
     os.environ[VISIBLE] = ",".join(locked)

@@ -68,7 +68,7 @@ def run_status(run: Run) -> RunStatus:
     folder = RUNS / run.folder
     # checked first, because a run writes its numbers before it releases its lock
     is_running = is_held(folder / LOCK)
-    if (folder / "metrics.json").exists():
+    if run.metrics_file.exists():
         return RunStatus(run, "finished")
     log = folder / LOG
     if not log.is_file():
@@ -105,7 +105,7 @@ def count(benchmark: str, statuses: Sequence[RunStatus]) -> dict[str, str | int 
     job_seconds = []
     for status in of_benchmark:
         if status.state == "finished":
-            file = RUNS / status.run.folder / "metrics.json"
+            file = status.run.metrics_file
             metrics = read_json(file, Metrics, rerun_advice(file))
             job_seconds.append(metrics.cost.job_seconds)
     median_seconds = None

@@ -18,7 +18,7 @@ _CLAIM_FILES = (
     "harness/report/claims_table.py",
     "harness/report/evidence.py",
 )
-# files in these folders that shape no table
+# files that the patterns of `table_sources` match, but that shape no table
 _FILES_OF_NO_TABLE = (
     "__main__.py",
     "harness/report/closing.py",
@@ -37,9 +37,9 @@ _FILES_OF_NO_TABLE = (
 def table_sources(*benchmarks: str) -> list[str]:
     """List the files that shape the benchmarks' tables, besides the records of runs.
 
-    These are the code of the harness (except training), of the benchmarks' kinds and of plugins,
-    the definitions, the published numbers, and the lists of models, methods, metrics and paper
-    items.
+    These are the code of the harness (its own modules and the folders ``_TABLE_FOLDERS``), of the
+    benchmarks' kinds and of plugins, the definitions, the published numbers, and the lists of
+    models, methods, metrics and paper items.
     """
     folders = {*_TABLE_FOLDERS, *benchmarks}
     for name in benchmarks:

@@ -62,7 +62,7 @@ def lost_spec_files(suite: Suite) -> list[str]:
 
     An unfinished run writes this file itself.
     """
-    finished = [run for run in suite.runs if run.is_finished]
+    finished = [run for run in suite.runs if run.has_all_results]
     return [str(run.spec_file) for run in finished if not run.spec_file.exists()]
 
 
@@ -75,7 +75,7 @@ def parts_by_records(suite: Suite) -> dict[str, tuple[str, str | None]]:
     """
     parts_by_name: dict[str, tuple[str, str | None]] = {}
     for benchmark in suite.settings.benchmarks:
-        for part in suite.record_parts(benchmark):
+        for part in suite.record_sets(benchmark):
             parts_by_name[artifacts_of(benchmark, part).name] = (benchmark, part)
     return parts_by_name
 
