@@ -88,7 +88,7 @@ def test_claims_come_first_and_each_benchmark_has_one_open_table(page_file: Path
         page_file.parent / "paper/figure_5b.png"
     ).exists()  # for the workflow: only the paper has its numbers
     assert ("figure_5b.png" in text, '<figure id="glue_settings"><img' in text) == (False, False)
-    assert "<p>No run of this suite is of: " in glue
+    assert "<p>Without data in this suite: " in glue
     assert "`" not in re.sub(
         r"<(script|style)>.*?</\1>", "", text, flags=re.DOTALL
     )  # code in captions is marked

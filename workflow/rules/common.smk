@@ -11,7 +11,8 @@ gc.set_threshold(100_000, 20, 20)
 
 sys.path.insert(0, str(workflow.basedir))
 
-import benchmarks.kinds  # registers the kinds of benchmarks
+# this import registers the kinds of benchmarks
+import benchmarks.kinds
 from benchmarks.harness.base import hide_passwords
 from benchmarks.harness.config import catalogue, runs
 from benchmarks.harness.config.suite import load_suite, suite_names
