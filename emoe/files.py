@@ -424,12 +424,19 @@ def _check_head_is_stored(model: nn.Module, folder: Path) -> None:
             continue
         stored = weights[name]
         loaded = state.get(name)
-        if loaded is None or not torch.equal(loaded.cpu(), stored.to(loaded.dtype)):
+        if loaded is None or not _are_same(loaded.cpu(), stored.to(loaded.dtype)):
             path = folder / STOCK_CONFIG_FILE
             raise CheckpointError(
-                f"{path}: a number of classes does not fit the weights, whose {head} has "
-                f"{len(stored)}"
+                f"{path}: timm did not load the stored {head} of {len(stored)} classes; set "
+                "num_classes to this number everywhere"
             )
+
+
+def _are_same(first: Tensor, second: Tensor) -> bool:
+    """Check if two tensors have the same shape and values; nan equals nan."""
+    if first.shape != second.shape:
+        return False
+    return torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
 
 
 def _rows_of_weight(weights: Weights, module: str) -> int:
@@ -488,7 +495,8 @@ def _load_with_transformers(
         resized_names = mismatched & head_names
 
     _check_complete(not_loaded - new_names - resized_names, folder)
-    check_layers(model, Weights(folder).files, folder)
+    stored = (set(model.state_dict()) - missing) | set(info["unexpected_keys"])
+    check_layers(model, stored, folder)
 
     if options.get("output_loading_info"):
         return model, info
@@ -537,22 +545,23 @@ def _name_in_absent_layer(names: Iterable[str], others: Collection[str]) -> str 
 
     A tensor that ``others`` have in no layer at all, such as one of a head, is skipped.
     """
-    other_layers = {_layer_of(other) for other in others}
+    other_layers: set[str] = set()
+    for other in others:
+        other_layers.update(_layers_of(other))
     known = {_without_numbers(other) for other in others}
     for name in sorted(names):
-        layer = _layer_of(name)
-        if layer and layer not in other_layers and _without_numbers(name) in known:
+        has_absent_layer = any(layer not in other_layers for layer in _layers_of(name))
+        if has_absent_layer and _without_numbers(name) in known:
             return name
     return None
 
 
-def _layer_of(name: str) -> str:
-    """Return the beginning of a tensor's name up to its first number, such as ``encoder.layer.3.``.
+def _layers_of(name: str) -> list[str]:
+    """Return each beginning of a tensor's name that ends with a number.
 
-    It is empty if the name has no number.
+    For ``stages.2.blocks.5.weight`` they are ``stages.2`` and ``stages.2.blocks.5``.
     """
-    match = re.match(r".*?\.\d+\.", name)
-    return match[0] if match else ""
+    return [name[: match.end()] for match in re.finditer(r"\.\d+(?=\.)", name)]
 
 
 def _without_numbers(name: str) -> str:

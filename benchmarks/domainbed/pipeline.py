@@ -297,7 +297,7 @@ def _evaluation_splits(
         # held-out environments are never augmented
         augments = spec.hparams.data_augmentation and training.val_augment and not is_test
         transform = _transform(spec, augments=augments)
-        # selections and tables read the in split of a held-out environment alone
+        # of the in splits, selections and tables read only those of held-out environments
         if is_test or training.evaluate == "all":
             in_rows = split.within[: training.eval_rows]
             in_splits[f"env{env}_in"] = EvaluationRows(environment, in_rows, transform)

@@ -23,6 +23,7 @@ from benchmarks.harness.results.check import (
     tolerance_of,
     values_agree,
 )
+from benchmarks.harness.results.records import collect
 from benchmarks.harness.results.reference import read_reference, reference_file
 from benchmarks.harness.results.suite_check import SuiteCheck
 from benchmarks.harness.results.suite_check import check as check_benchmarks
@@ -365,6 +366,18 @@ def test_a_finished_part_agrees_while_the_rest_is_missing(suite: Suite) -> None:
     assert call(*words, "glue", "--benchmark", "speed", status=1).splitlines() == lines
     with pytest.raises(DefinitionError, match=r"^no run of speed in the suite 'smoke' is finished"):
         call(*words, "speed")
+
+
+def test_a_run_whose_numbers_were_deleted_is_missing_although_it_was_collected(
+    suite: Suite,
+) -> None:
+    collect(suite, "glue")
+    assert check(suite).passed
+    first, *_ = suite.runs_of("glue")
+    first.metrics_file.unlink()
+    checked = check(suite)
+    assert not checked.passed
+    assert str(checked).splitlines()[-2].endswith("numbers agree (14 of 15 runs)")
 
 
 def test_a_benchmark_that_is_not_blessed_is_listed_while_the_others_are_compared(

@@ -23,6 +23,7 @@ from benchmarks.harness.report.claims import (
     PaperEffect,
     claimed_benchmarks,
     load_claims,
+    loss_comparison,
 )
 from benchmarks.harness.report.claims_figure import draw_all_claims
 from benchmarks.harness.report.claims_table import (
@@ -171,8 +172,10 @@ def test_only_scores_that_are_claimed_to_be_higher_lower_or_the_same_have_a_loss
 ) -> None:
     compare = HIGHER.model_dump(exclude_none=True)
     test = {"title": "b", "paper": {"where": "Fig. 1"}, "loss": True}
-    for direction in ("higher", "lower", "same"):
-        Claim(title="A", tests=[{**test, "compare": {**compare, "direction": direction}}])
+    for direction, of_loss in (("higher", "lower"), ("lower", "higher"), ("same", "same")):
+        scores = {**compare, "direction": direction}
+        Claim(title="A", tests=[{**test, "compare": scores}])
+        assert loss_comparison(Comparison(**scores)).direction == of_loss
     with pytest.raises(ValueError, match="'loss' needs a comparison that claims higher, lower or"):
         Claim(title="A", tests=[{**test, "compare": {**compare, **change}}])
     with pytest.raises(ValueError, match="'loss' needs a comparison"):
@@ -576,6 +579,9 @@ def test_the_margin_is_at_most_half_of_the_papers_effect(rows: pd.DataFrame) -> 
     assert row.margin == pytest.approx(smallest)
     # the paper has no number, so the margin is that of the metric
     assert by_test.loc["gate", "scale-matched gate: text, LoRA"].margin == pytest.approx(0.35)
+    # the margin of a loss is a share of the loss of the reference method
+    loss = by_test.loc["in_domain", "text, LoRA: loss"]
+    assert loss.margin == pytest.approx(0.012 * loss.evidence.reference_mean)
     # a claim of equality keeps the margin of the metric, although the paper's effect is +0.08
     same = by_test.loc["data", "EMoE on 80 % of the rows, dense on all, LoRA"]
     assert (same.effect, same.margin) == (0.08, pytest.approx(0.35))

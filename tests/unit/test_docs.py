@@ -118,6 +118,7 @@ def message_texts() -> list[str]:
 def test_the_errors_on_the_page_are_in_the_code_and_in_order() -> None:
     page = (ROOT / "docs/troubleshooting.md").read_text()
     messages = re.findall(r"^## `(.+)`$", page, re.MULTILINE)
+    assert messages
     assert len(messages) == len(re.findall(r"^## ", page, re.MULTILINE))
     # without the … and quotation marks at the start
     assert messages == sorted(messages, key=lambda message: re.sub(r"^\W+", "", message).lower())

@@ -250,6 +250,17 @@ def test_transformers_too_refuses_another_number_of_layers_than_the_weights_have
         tiny_models.loader(name).from_pretrained(tmp_path)
 
 
+def test_the_layers_of_each_stage_are_counted(tmp_path: Path) -> None:
+    stages = nn.ModuleList([nn.ModuleList([nn.Linear(1, 1) for _ in range(n)]) for n in (1, 2)])
+    names = [f"stages.{name}" for name in stages.state_dict()]
+    model = nn.ModuleDict({"stages": stages})
+    emoe.files.check_layers(model, names, tmp_path)
+    with pytest.raises(emoe.CheckpointError, match=r"fewer layers.*stages\.1\.2\.weight"):
+        emoe.files.check_layers(model, [*names, "stages.1.2.weight"], tmp_path)
+    with pytest.raises(emoe.CheckpointError, match=r"more layers.*stages\.1\.1\.bias"):
+        emoe.files.check_layers(model, names[:-2], tmp_path)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -267,7 +278,9 @@ def test_timm_does_not_replace_a_stored_head_without_a_message(
     for name, value in settings.items():
         changed[name] = {**changed.get(name, {}), **value}
     (source / "config.json").write_text(json.dumps(changed))
-    with pytest.raises(emoe.CheckpointError, match="number of classes does not fit the weights"):
+    with pytest.raises(
+        emoe.CheckpointError, match=r"timm did not load the stored head of 1000 classes"
+    ):
         model_folders.dense(source)
 
 

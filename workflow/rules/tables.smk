@@ -1,5 +1,5 @@
 # From the runs' metrics.json to tables, figures, pages and the MLflow mirror.
-# Only `collect` reads metrics.json. The other rules read the records that it collects.
+# Only `collect` parses metrics.json; the others compare its digest.
 
 
 # The records of a benchmark's runs in one file, so that each metrics.json is read once. If a

@@ -139,8 +139,9 @@ class Metric(Strict):
     """Largest negligible difference as a share of the reference method's number, instead of
     `equivalence_margin`. It is for numbers whose size depends on the data set."""
 
-    def model_post_init(self, _context: Any, /) -> None:
+    def model_post_init(self, context: Any, /) -> None:
         """Refuse two margins."""
+        super().model_post_init(context)
         if self.equivalence_margin is not None and self.equivalence_share is not None:
             raise refusal("'equivalence_margin' and 'equivalence_share' exclude each other")
 

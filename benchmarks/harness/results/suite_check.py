@@ -128,8 +128,8 @@ def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -
     Raises:
         DefinitionError: No run of the benchmarks is finished, none of the benchmarks is blessed, or
             a csv of blessed numbers is damaged.
-        DataError: A ``metrics.json`` is damaged, or a json with the origin of blessed numbers is
-            missing or damaged.
+        DataError: A ``metrics.json`` or a file of records is damaged, or a json with the origin of
+            blessed numbers is missing or damaged.
     """
     runs = [run for run in suite.runs if run.benchmark in benchmarks]
     if not any(run.metrics_file.exists() for run in runs):
@@ -151,7 +151,9 @@ def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -
             blessed[name] = read_reference(suite.name, name)
     pairs = {}
     for name, before in blessed.items():
-        records = find_finished(suite, name).records
+        found = find_finished(suite, name).records
+        # a run whose metrics.json was deleted may still have a collected record
+        records = [record for record in found if record.run.metrics_file.exists()]
         finished = [record.run for record in records]
         pairs[name] = Pair(rows_of_runs(before, finished), check_numbers(records))
     results = compare_pairs(suite, pairs.values(), elsewhere=elsewhere)
