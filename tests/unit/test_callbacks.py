@@ -5,12 +5,19 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from benchmarks.harness.training.callbacks import Probe
+from benchmarks.harness.training.callbacks import Probe, Stopwatch
 from benchmarks.harness.training.routing import window_steps
 from tests import tiny_models
 from tests.classifiers import METHODS, bert
 from tests.executed import finish, prepare
 from tests.planned import smoke_run
+
+
+def test_an_evaluation_takes_no_negative_time_if_the_clock_is_set_back() -> None:
+    stopwatch = Stopwatch()
+    stopwatch.on_evaluate(metrics={"eval_runtime": 2.0, "eval_loss": 0.3})
+    stopwatch.on_evaluate(metrics={"eval_runtime": -0.0046})
+    assert stopwatch.evaluation == 2.0
 
 
 def test_a_probe_restores_the_model_and_the_random_state() -> None:

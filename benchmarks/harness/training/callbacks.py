@@ -79,7 +79,8 @@ class Stopwatch(SavedCallback):
         metrics = kwargs["metrics"]
         # "eval_runtime" or "eval_<data set>_runtime"; none if a subclass measures the time itself
         runtimes = [value for name, value in metrics.items() if name.endswith("_runtime")]
-        self.evaluation += sum(runtimes)
+        # Trainer reads the wall clock, which may be set back during an evaluation
+        self.evaluation += max(sum(runtimes), 0.0)
 
     on_predict = on_evaluate
 
