@@ -58,7 +58,7 @@ _TABLE_CAPTION = (
     "not of the seeds. p is from the paired t-test; p (Holm) is corrected with Holm's procedure "
     "over the {num_tests} tests of this table (tests of losses, a second endpoint: over their "
     "own {num_loss_tests}). Equivalent: the whole interval lies within the margin, which is at "
-    "most half of the paper's effect (losses: 1.2 % of the loss of the reference method). "
+    "most half of the paper's effect (losses: {loss_share:.1f} % of the loss of the reference). "
     "Otherwise supported or contradicted: corrected p below 5 %, with the claimed sign or the "
     "opposite one. Undecided: the rest, which is no evidence of equality. Claims without p (the "
     "same, not lower, near the dense cost): the whole interval lies within the margin, or "
@@ -539,11 +539,13 @@ def _with_noun(count: int, noun: str) -> str:
 def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
     """Make the table of the claims from the rows of :func:`judge_claims`."""
     num_tests_by_endpoint = rows.groupby("endpoint")["p"].count()  # nan is no test
+    loss_share = load_metrics()["loss"].equivalence_share or math.nan
     table = Table(
         title="Claims of the paper",
         caption=_TABLE_CAPTION.format(
             num_tests=num_tests_by_endpoint[_MAIN],
             num_loss_tests=num_tests_by_endpoint.get(_LOSS, 0),
+            loss_share=100 * loss_share,
         ),
         keys={
             "claim_title": "Claim",
