@@ -18,9 +18,9 @@ from emoe.routers import Stamp
 _DTYPES = (torch.float32, torch.bfloat16)
 # largest number of tokens for which a layout is used
 _MAX_TOKENS = 64
-# Processors with AVX-512 may multiply matrices in bfloat16 much faster than in float32. So on them,
-# a layout in bfloat16 is used for fewer tokens.
-_MAX_TOKENS_BFLOAT16 = 16
+# Processors with AMX multiply matrices in bfloat16 much faster than in float32. So they use a
+# layout in bfloat16 for fewer tokens.
+_MAX_TOKENS_BFLOAT16_AMX = 16
 
 
 class Layout:
@@ -119,8 +119,18 @@ def are_few(rows: Tensor) -> bool:
 
     With more tokens, other products should be faster than :meth:`Layout.compute`.
     """
-    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     max_tokens = _MAX_TOKENS
-    if rows.dtype == torch.bfloat16 and has_avx512:
-        max_tokens = _MAX_TOKENS_BFLOAT16
+    if rows.dtype == torch.bfloat16 and _may_have_amx():
+        max_tokens = _MAX_TOKENS_BFLOAT16_AMX
     return len(rows) <= max_tokens
+
+
+def _may_have_amx() -> bool:
+    """Check if the processor multiplies matrices in bfloat16 with AMX, or might.
+
+    Older versions of torch do not say. Every processor that has AMX has AVX-512 too.
+    """
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return torch.backends.cpu.get_cpu_capability() == "AVX512"
+    # processors of other makers have no such key
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))

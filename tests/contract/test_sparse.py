@@ -193,6 +193,32 @@ def test_the_text_of_a_model_shows_its_last_path(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
+    ("tokens", "has_amx", "uses_layout"), [(64, False, True), (64, True, False), (16, True, True)]
+)
+@torch.no_grad()
+def test_processors_with_amx_use_a_layout_in_bfloat16_for_fewer_tokens(
+    tokens: int, has_amx: bool, uses_layout: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capabilities = {"amx_bf16": has_amx}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    frozen = converted.net("sparse").bfloat16()
+    emoe.for_inference_(frozen)
+    path = path_after(frozen, converted.inputs(tokens).bfloat16())
+    assert path.endswith("with the layout of for_inference_") == uses_layout
+
+
+@torch.no_grad()
+def test_a_torch_that_does_not_tell_of_amx_is_taken_to_have_it_with_avx512(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    frozen = converted.net("sparse").bfloat16()
+    emoe.for_inference_(frozen)
+    assert path_after(frozen, converted.inputs(64).bfloat16()) == "sparse"
+
+
+@pytest.mark.parametrize(
     ("tokens", "top_k", "pays_off"), [(2000, 2, True), (2, 2, False), (2000, 8, False)]
 )
 def test_sparse_products_are_used_if_they_pay_off(
