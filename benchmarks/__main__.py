@@ -338,15 +338,20 @@ def check(suite: str, benchmarks: tuple[str, ...], elsewhere: bool) -> None:
     """Compare a suite's numbers with the blessed ones.
 
     `bless` wrote these into results/reference/. Finished runs are compared even if others are
-    missing. The exit status is 1 if a number differs by more than its tolerance, or a run is not
-    finished.
+    missing. The exit status is 1 if a number differs by more than its tolerance, the mean of a test
+    of the paper's claims has moved, or a run is not finished.
     """
+    from benchmarks.harness.report.claims_check import check_claims
     from benchmarks.harness.results.suite_check import check as check_suite
 
     loaded = _load_suite(suite)
-    comparison = check_suite(loaded, _chosen(loaded, benchmarks), elsewhere=elsewhere)
+    chosen = _chosen(loaded, benchmarks)
+    comparison = check_suite(loaded, chosen, elsewhere=elsewhere)
+    moved = check_claims(loaded, chosen)
+    for test in moved:
+        click.echo(test)
     click.echo(comparison)
-    raise click.exceptions.Exit(not comparison.passed)
+    raise click.exceptions.Exit(not comparison.passed or bool(moved))
 
 
 @cli.command()

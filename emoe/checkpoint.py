@@ -359,18 +359,18 @@ def _read_auto_config(
 def _load_quantised(loader: Any, folder: Path, experts: Experts, options: Mapping[str, Any]) -> Any:
     """Load a checkpoint quantised, then build its experts.
 
-    Transformers uses only one quantizer for a model. It is the one that quantises here, so
-    :mod:`emoe.loader` cannot build the experts.
+    Usually :mod:`emoe.loader` builds the experts before the weights are loaded. To transformers it
+    is a quantizer, and a model can have only one. Here that is the one that quantises.
     """
     config = experts.config
     if isinstance(config, GMoEConfig) or config.gate_momentum:
         raise CheckpointError(
             f"{folder}: a GMoE, or experts with gate_momentum, cannot be loaded quantised"
         )
-    model_config, others = _read_config(folder, options)
-    others["output_loading_info"] = True
+    model_config, loader_options = _read_config(folder, options)
+    loader_options["output_loading_info"] = True  # so that the loader always returns a pair
     with files.quiet():  # transformers would report the routers, which are loaded below
-        model, info = files.load_stock(loader, folder, config=model_config, **others)
+        model, info = files.load_stock(loader, folder, config=model_config, **loader_options)
     layers = build_experts_(model, experts, folder)
     if (folder / EXTRA_FILE).exists():
         load_extra_(layers, folder)

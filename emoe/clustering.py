@@ -199,7 +199,8 @@ def _balanced_lloyd(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
     centres = _initial_centres(rows, num_clusters, seed)
     labels = _assign(_affinity(rows, centres), size).to(rows.device)
     sums = _sums(rows, labels, num_clusters)
-    # the higher the score, the lower the inertia
+    # Clusters have equal sizes, so the inertia is the rows' sum of squares minus score / size. The
+    # higher the score, the lower the inertia.
     score = _sum_of_squares(sums)
     for _ in range(_LLOYD_ITERATIONS - 1):
         centres = sums / size
@@ -388,14 +389,15 @@ def _find_candidates(labels: Tensor, products: Tensor) -> _Candidates:
     size = num_rows // num_clusters
     # row numbers of each cluster [clusters, size]
     members = torch.sort(labels, stable=True).indices.view(num_clusters, size)
-    # gain of moving each row from its cluster to each other one [n, clusters]
-    gain_of_row = products - products.gather(1, labels[:, None])
+    # gains of moving each row from its cluster to each other one [n, clusters]
+    gains_of_rows = products - products.gather(1, labels[:, None])
     # gain[a, b, i]: gain of moving the i-th member of a to b
-    gain = gain_of_row[members].transpose(1, 2).contiguous()
-    largest_gains, positions = _largest_(gain, min(_SWAP_CANDIDATES, size))
-    # convert positions among the members of a into row numbers
-    positions_in_cluster = positions.view(num_clusters, -1)
-    candidate_rows = members.gather(1, positions_in_cluster).view_as(positions)
+    gain = gains_of_rows[members].transpose(1, 2).contiguous()
+    count = min(_SWAP_CANDIDATES, size)
+    # both [a, b, count]; this overwrites `gain`
+    largest_gains, positions = _largest_(gain, count)
+    # convert positions among the members of a into row numbers; `gather` takes [a, b * count]
+    candidate_rows = members.gather(1, positions.flatten(1)).view_as(positions)
     return _Candidates(rows=candidate_rows, gains=largest_gains)
 
 

@@ -17,7 +17,12 @@ from emoe.checks import check_divisible, check_plain, check_weights
 from emoe.config import EMoEConfig, GMoEConfig, resolve_layers
 from emoe.errors import CheckpointError, ConversionError
 from emoe.layer import RoutedActivation, check_one_conversion, resize_parameter_, routed_layers
-from emoe.model_config import describe_experts_, described_configs, own_config_, update_description_
+from emoe.model_config import (
+    copy_config_,
+    describe_experts_,
+    described_configs,
+    update_description_,
+)
 from emoe.partitioning import Partition, is_permutation
 from emoe.partitioning import partition as build_partition
 from emoe.tokens import remove_argument_hooks, watch_padding
@@ -344,7 +349,7 @@ def finish_conversion_(model: nn.Module) -> None:
     The hooks check the state dicts that are loaded and, if the configuration needs it, read the
     padding mask.
     """
-    own_config_(model)
+    copy_config_(model)
     describe_experts_(model)
     model.register_load_state_dict_pre_hook(_check_state)
     for part in _parts_with_experts(model):
@@ -352,12 +357,13 @@ def finish_conversion_(model: nn.Module) -> None:
 
     layers = routed_layers(model)
     config = layers[0].config
-    # a capacity and a balance loss depend on the number of tokens
+    # a capacity and a balance loss count tokens, so padding has to be left out
     counts_tokens = config.capacity_factor is not None or config.aux_loss_coefficient > 0
     if counts_tokens and not config.count_padding:
         hooks = watch_padding(model, [layer.ffn for layer in layers])
         for layer in layers:
-            layer.padding = hooks.get(layer.ffn.index)
+            # None for a layer that no padding mask reaches
+            layer.padding_hook = hooks.get(layer.ffn.index)
 
 
 def _parts_with_experts(model: nn.Module) -> list[nn.Module]:

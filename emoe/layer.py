@@ -77,7 +77,7 @@ class RoutedActivation(nn.Module):
             None if the experts share that bias.
         record: the layer's :class:`emoe.records.LayerRecord` during :func:`emoe.record_routing`,
             else None.
-        padding: hook that reads the padding mask, None if the configuration does not need it.
+        padding_hook: hook that reads the padding mask, None if the configuration does not need it.
         replaced: modules that the sparse backend replaced, by path; empty for the masked backend.
         num_own_hooks: number of forward pre-hooks that the constructor registered on this module.
     """
@@ -98,7 +98,7 @@ class RoutedActivation(nn.Module):
         self.output_bias = None
         self.register_buffer("output_bias_parts", None)
         self.record: Any = None
-        self.padding: PaddingMaskHook | None = None
+        self.padding_hook: PaddingMaskHook | None = None
         self.replaced: dict[str, nn.Module] = {}
         # compiled code uses the second state, because a compiler cannot follow thread-local ones
         self._eager = _ThreadState()
@@ -412,8 +412,8 @@ class RoutedActivation(nn.Module):
             if noise_std and self.training:
                 noisy = clean + torch.randn_like(clean) * noise_std
             token_mask = None
-            if self.padding is not None:
-                token_mask = self.padding.token_mask(len(clean))
+            if self.padding_hook is not None:
+                token_mask = self.padding_hook.token_mask(len(clean))
 
             chosen, kept = self._choose(noisy, token_mask)
             weights = expert_weights(noisy, chosen, config.weighting, config.top_k)

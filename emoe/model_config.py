@@ -113,7 +113,7 @@ def describe_experts_(model: nn.Module) -> None:
         return
     # another dense model may share a configuration without experts
     if not _describes_experts(config):
-        own_config_(model)
+        copy_config_(model)
     layers = numbered_layers(model)
     first, *_ = layers.values()  # emoe.save_pretrained checks that all have the same configuration
     experts = Experts(first.config, tuple(sorted(layers)))
@@ -171,7 +171,7 @@ def numbered_layers(model: nn.Module) -> dict[int, RoutedActivation]:
     return numbered
 
 
-def own_config_(model: nn.Module) -> None:
+def copy_config_(model: nn.Module) -> None:
     """Give a transformers model a configuration of its own: a copy.
 
     Other models may share the present configuration, and must not change with this model.

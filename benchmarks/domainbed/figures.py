@@ -104,7 +104,7 @@ def step_numbers(outcomes: DomainOutcomes, name: str) -> pd.DataFrame:
         A row for each run, step and ``number``, with titles and these columns:
 
         - ``model``, ``method`` and ``run_id``
-        - ``pair``: the held-out environment and the trial, as text
+        - ``environment`` (the held-out one), ``trial``, and ``pair``: both as text
         - ``step``: the updates before the evaluation, minus 1
         - ``number`` and ``value``: ``loss`` is the mean training loss since the evaluation before.
           ``in_domain`` is the mean accuracy on the *out* splits of the training environments.
@@ -113,16 +113,20 @@ def step_numbers(outcomes: DomainOutcomes, name: str) -> pd.DataFrame:
     """
     rows = []
     for run, env in _chosen_alone(outcomes, name):
+        environment = outcomes.environments(name)[env]
         keys = {
             "model": run.model,
             "method": run.method,
             "run_id": run.id,
-            "pair": f"{outcomes.environments(name)[env]}, trial {run.seed}",
+            "environment": environment,
+            "trial": run.seed,
+            "pair": f"{environment}, trial {run.seed}",
         }
         for record in outcomes.finished[run.id].metrics.records or ():
             for number, value in _numbers_at_step(record, env):
                 rows.append({**keys, "step": record.step, "number": number, "value": value})
-    columns = ["model", "method", "run_id", "pair", "step", "number", "value"]
+    key_columns = ["model", "method", "run_id", "environment", "trial", "pair"]
+    columns = [*key_columns, "step", "number", "value"]
     numbers = pd.DataFrame(rows, columns=columns).astype({"value": float})
     return outcomes.order(numbers, ["model", "method"])
 
@@ -161,8 +165,9 @@ def _numbers_at_step(record: StepRecord, env: int) -> Iterator[tuple[str, float]
 def step_differences(outcomes: DomainOutcomes, numbers: pd.DataFrame) -> pd.DataFrame:
     """Compare each method with the baseline at each step, except the first.
 
-    Runs are paired by held-out environment and trial. Only pairs that both methods have are used.
-    The first step is one update, where methods barely differ.
+    The difference of a trial is the mean over its held-out environments that both methods have. The
+    trials are the pairs, because the runs of a trial share images. The first step is one update,
+    where methods barely differ.
 
     Args:
         outcomes: The results.
@@ -171,15 +176,15 @@ def step_differences(outcomes: DomainOutcomes, numbers: pd.DataFrame) -> pd.Data
     Returns:
         A row for each ``model``, ``number``, ``method`` and ``step``, with titles: the mean
         difference ``delta``, its 95 % interval from ``low`` to ``high``, and the count ``n`` of
-        pairs.
+        trials.
     """
     after_first = numbers[numbers["step"] > numbers["step"].min()]
     cell = ["model", "number", "method", "step"]
     differences = paired_differences(
-        after_first[[*cell, "pair", "value"]],
+        after_first[[*cell, "environment", "trial", "value"]],
         cell=cell,
         reference={"method": outcomes.baseline},
-        pair="pair",
+        pair="trial",
     )
     # no figure shows the column ``values``, which counts runs
     return outcomes.order(differences.drop(columns=["p", "values"]), cell)
@@ -190,7 +195,7 @@ def draw_steps(outcomes: DomainOutcomes, name: str, path: Path) -> None:
 
     There is a column of panels for each model, and a line for each method. Lines are means over the
     pairs of held-out environment and trial that all methods of the model have. Two rows of panels
-    show differences to the baseline with intervals, over all pairs that a method shares with it. A
+    show differences to the baseline with intervals, over all trials that a method shares with it. A
     model is left out if its runs have fewer than two evaluations after the first. The figure is a
     placeholder if there is nothing to draw.
     """
@@ -199,7 +204,7 @@ def draw_steps(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     num_steps = numbers.groupby("model")["step"].transform("nunique")
     drawn = numbers[num_steps > 2]
     # empty if no pair has all methods, as in an unfinished suite
-    shared = shared_pairs(drawn, table=["model"], row=["method"], pair="pair")
+    shared = shared_pairs(drawn, within=["model"], compared=["method"], pair="pair")
     # empty without the baseline
     differences = step_differences(outcomes, drawn)
 
@@ -251,14 +256,14 @@ def _draw_model(
 
 
 def _steps_label(outcomes: DomainOutcomes, numbers: pd.DataFrame, differences: pd.DataFrame) -> str:
-    """Return the label of the steps of one model, with the counts of runs and of pairs."""
+    """Return the label of the steps of one model, with the counts of runs and of trials."""
     lines = ["step"]
     if not numbers.empty:
         num_runs = numbers.groupby("method")["run_id"].nunique()
         lines.append(f"lines: {plots.count_text(num_runs, 'runs')}")
     if not differences.empty:
-        num_pairs = plots.count_text(differences["n"], "pairs")
-        lines.append(f"Δ to {outcomes.baseline_title}: {num_pairs}")
+        num_trials = plots.count_text(differences["n"], "trials")
+        lines.append(f"Δ to {outcomes.baseline_title}: {num_trials}")
     return plots.wrap_text("\n".join(lines), 3.2)
 
 
@@ -288,7 +293,7 @@ def _draw_differences(
     for number, method in enumerate(methods):
         rows = shown[shown["method_title"] == method]
         shift = gap * (number - middle)
-        # nan draws no interval, if there are too few pairs
+        # nan draws no interval, if there are too few trials
         half_intervals = (rows["high"] - rows["delta"]).where(rows["n"] >= plots.FEW)
         axis.errorbar(
             rows["step"] + shift,
@@ -526,11 +531,11 @@ SET_FIGURES = {
         "Training loss and accuracy by step and method, and differences to the baseline (Δ). "
         "Training loss: the mean over the steps since the evaluation before, with the balance loss "
         "of methods that have one. Accuracy in domain: on the out splits of the training "
-        "environments. Held-out accuracy: on the in split of the held-out environment. A pair is a "
-        "held-out environment and a trial. Lines are means over the pairs that all methods have; "
-        "differences are means over all pairs that a method shares with the baseline. Bars are "
-        "95 % confidence intervals (Student's t) over the pairs, taken as independent and not "
-        "corrected for the number of steps. They need three pairs. Differences leave out the first "
+        "environments. Held-out accuracy: on the in split of the held-out environment. Lines are "
+        "means over the trials and held-out environments that all methods have; differences are "
+        "means over all trials that a method shares with the baseline, averaged over environments "
+        "first. Bars are 95 % confidence intervals (Student's t) over the trials, not corrected "
+        "for the number of steps. They need three trials. Differences leave out the first "
         "evaluation, which is after one update, and show at most six of the others; marks are "
         "shifted sideways so that bars do not overlap. Only runs that hold out one environment "
         "alone are used, with the settings that training-domain validation chooses. The axes do "

@@ -68,8 +68,8 @@ class DomainOutcomes(Outcomes):
         # methods of the same selection, model and set are compared on the same trials
         self.shared = shared_pairs(
             self.cells,
-            table=["selection", "model", "task"],
-            row=["method", "eval_task"],
+            within=["selection", "model", "task"],
+            compared=["method", "eval_task"],
             pair="seed",
         )
         self.differences = self._differences(self.shared)

@@ -314,8 +314,8 @@ def leave_one_domain_out(runs: Sequence[RunRecords], env: int) -> SelectedRecord
 def _cross_validate(run: RunRecords, runs: Sequence[RunRecords], env: int) -> SelectedRecord | None:
     """Choose the step of ``run`` with the highest cross-validated accuracy.
 
-    ``run`` holds out ``env`` alone. The accuracies are from other runs with the same
-    hyper-parameters. These runs hold out ``env`` and one more environment. The result is None if no
+    ``run`` holds out ``env`` alone. Its accuracy on another environment comes from the run with the
+    same hyper-parameters that holds out both ``env`` and that environment. The result is None if no
     step has an accuracy for every other environment.
     """
     same_choice = [other_run for other_run in runs if other_run.choice == run.choice]

@@ -205,8 +205,8 @@ def without_prompt_logits(collate: Collate, model: nn.Module) -> Collate:
         learned = (labels != IGNORED).any(dim=0).nonzero()
         num_positions = labels.shape[1]
         first_learned = int(learned[0]) if len(learned) else num_positions
-        # one position more, because the token before the response predicts the first response
-        # token; it also avoids 0 if there is no response, which would keep all logits
+        # One position more, because the token before the response predicts its first token. So the
+        # number is at least 1, also without a response: the value 0 would keep all logits.
         keep = num_positions - first_learned + 1
         return {**batch, "labels": labels[:, -keep:], "logits_to_keep": keep}
 

@@ -74,7 +74,7 @@ class InstructionOutcomes(Outcomes):
         self.records = _tabulate_by_cell(self.chosen)
         self.several_sets = self.records["task"].nunique() > 1
         self.shared = shared_pairs(
-            self.records, table=GROUP, row=["method", "variant"], pair="seed"
+            self.records, within=GROUP, compared=["method", "variant"], pair="seed"
         )
         self.eval_tasks = _first_results(self.chosen)
         self._layers = _converted_layers(self.chosen)

@@ -318,18 +318,16 @@ _PAPER_CAPTION = (
 def paper_table(outcomes: InstructionOutcomes) -> Table:
     """Make a table of the paper's MMLU accuracies beside our accuracies on all evaluated tasks."""
     in_points = common.read_published(outcomes.benchmark)
-    published = in_points.assign(
-        value=in_points["value"] / 100, eval_task_paper="MMLU (shots unknown)"
-    )
+    published = in_points.assign(value=in_points["value"] / 100)
     ours = _accuracy_means(outcomes)
     # an outer join keeps the rows that only the paper has, or only we have
     merged = published.merge(ours, on=["model", "tuning", "method"], how="outer", sort=False)
     # rows that only the paper has lack our task and our variant
-    named = merged.fillna({"eval_task_title": merged["eval_task_paper"], "variant": ""})
-    # other tasks, such as MMLU-dev, have other questions, so they get no difference
+    named = merged.fillna({"eval_task_title": "MMLU (shots unknown)", "variant": ""})
+    # other tasks, such as "MMLU-dev (…)", have other questions, so they get no difference
     is_mmlu = named["eval_task_title"].str.startswith("MMLU (")
     difference = (named["ours"] - named["value"]).where(is_mmlu)
-    # the paper's rows have no set, so no row shows one
+    # the training set of the paper's rows is unknown, so it is left empty in our rows too
     compared = named.assign(difference=difference, task="")
     return common.published_table(
         title="The paper's MMLU accuracies beside ours",

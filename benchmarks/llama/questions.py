@@ -138,21 +138,28 @@ def ensure_mmlu_dev() -> Path:
 def describe_mmlu(split: str, _open_files: bool) -> Iterator[SetPart]:
     """Read a split of MMLU, ``test`` or ``dev``, and yield its description.
 
+    The questions are always read as a whole, so ``_open_files`` is not used.
+    """
+    yield _describe_split(split)
+
+
+def _describe_split(split: str) -> SetPart:
+    """Describe a split of MMLU.
+
     If the split is missing or damaged, the description has the reason or the way to get it.
     """
     expected = MMLU_ROWS[split]
     folder = local_path(MMLU, _FOLDER)
     if folder is None:
         try:
-            yield _describe_hub(split)
+            return _describe_hub(split)
         except DataError:
-            yield SetPart(MMLU, split, None, expected=expected, advice=_advice())
-        return
+            return SetPart(MMLU, split, rows=None, expected=expected, advice=_advice())
     try:
-        yield _describe_questions(folder, split, _read_questions(folder, split))
+        return _describe_questions(folder, split, _read_questions(folder, split))
     except DataError as error:
         problem = f"{MMLU}: {first_line(error)}"
-        yield SetPart(MMLU, split, None, expected=expected, advice=problem)
+        return SetPart(MMLU, split, rows=None, expected=expected, advice=problem)
 
 
 def draw_by_subject(sizes: Mapping[str, int], count: int) -> dict[str, list[int]]:

@@ -19,7 +19,7 @@ from benchmarks.harness.config.yaml import NUMBER_COLUMNS
 from benchmarks.harness.report import plots
 from benchmarks.harness.report.common import (
     SEEDS_COVER,
-    SETTING,
+    SETTING_SEPARATOR,
     cell_means,
     name_or_count,
     published_delta,
@@ -116,7 +116,7 @@ def _compared_seeds(outcomes: TextOutcomes, names: Sequence[str]) -> pd.DataFram
         return bool(has_ablated and has_baseline)
 
     compared = seeds.groupby(_KEYS_OF_GROUP, sort=False).filter(has_comparison)
-    return shared_pairs(compared, table=_KEYS_OF_GROUP, row=["method"], pair="seed")
+    return shared_pairs(compared, within=_KEYS_OF_GROUP, compared=["method"], pair="seed")
 
 
 def _is_ablated(outcomes: TextOutcomes, name: str) -> bool:
@@ -234,7 +234,7 @@ def _read_paper(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     # our rows are named `method|setting`, or only `method` if they have no setting
     methods = published["method"]
     settings = published["setting"].astype(str)
-    names_with_setting = methods + SETTING + settings
+    names_with_setting = methods + SETTING_SEPARATOR + settings
     has_setting = settings != ""
     row_names = names_with_setting.where(has_setting, methods)
 

@@ -52,7 +52,7 @@ def epoch_numbers(outcomes: TextOutcomes) -> pd.DataFrame:
                 rows.append({**names, "metric": metric, "step": epoch.epoch, "value": value})
     columns = [*CELL, "seed", "metric", "step", "value"]
     numbers = pd.DataFrame(rows, columns=columns).astype({"step": float, "value": float})
-    shared = shared_pairs(numbers, table=["model", "task"], row=["method"], pair="seed")
+    shared = shared_pairs(numbers, within=["model", "task"], compared=["method"], pair="seed")
     # beside each number: how many seeds its method has, and how many of them have its epoch
     seeds = shared.groupby(CELL)["seed"].transform("nunique")
     seeds_of_epoch = shared.groupby([*CELL, "step"])["seed"].transform("nunique")

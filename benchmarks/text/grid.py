@@ -94,16 +94,17 @@ class TextSets(Benchmark[D, TaskEntry, P]):
         parts = ["test"]
         if "training" in spec:
             parts = ["train", "dev", "test"]
-        used = []
+        names_and_parts = []
         for task in trained_sets(spec):
-            used += [(task["name"], part) for part in parts]
-        used += [(other["name"], "test") for other in spec["ood"]]
+            names_and_parts += [(task["name"], part) for part in parts]
+        names_and_parts += [(other["name"], "test") for other in spec["ood"]]
 
         readers = []
-        for name, part in used:
-            read_part = resolve_part(self.tasks[name].splits, part)
-            describe = functools.partial(self._describe, name, read_part)
-            readers.append(SetReader(name, read_part, describe))
+        for name, wanted_part in names_and_parts:
+            # a set without a test part is tested on its dev part
+            part = resolve_part(self.tasks[name].splits, wanted_part)
+            describe = functools.partial(self._describe, name, part)
+            readers.append(SetReader(name, part, describe))
         return readers
 
     def _describe(self, name: str, part: str, open_files: bool) -> Iterator[SetPart]:

@@ -13,7 +13,7 @@ from benchmarks.harness.config.benchmark import OOD_MEAN, AnyBenchmark, resolve_
 from benchmarks.harness.config.method_specs import remove_settings, setting_values
 from benchmarks.harness.config.methods import ABLATION
 from benchmarks.harness.report.common import (
-    SETTING,
+    SETTING_SEPARATOR,
     Outcomes,
     join_claim_numbers,
     parameter_counts,
@@ -69,7 +69,7 @@ def split_name(name: str) -> RowName:
     >>> split_name("emoe_settings|N16")
     RowName(method='emoe_settings', setting='N16')
     """
-    method, _, setting = name.partition(SETTING)
+    method, _, setting = name.partition(SETTING_SEPARATOR)
     return RowName(method, setting)
 
 
@@ -220,7 +220,9 @@ class TextOutcomes(Outcomes):
         self.seeds = self._with_scopes(self._seeds())
         self.protocols = _protocols_of(self.seeds)
         self.run_protocols = _protocols_of(self.records)
-        self.shared = shared_pairs(self.seeds, table=_KEYS_OF_SET, row=["method"], pair="seed")
+        self.shared = shared_pairs(
+            self.seeds, within=_KEYS_OF_SET, compared=["method"], pair="seed"
+        )
         self.rows = self._rows()
         self.tests = self._tests()
 
@@ -259,7 +261,7 @@ class TextOutcomes(Outcomes):
         is_ablation = methods.map(self.role).eq(ABLATION)
         settings = self._settings(is_ablation)
         has_setting = settings.ne("")
-        names = methods.mask(has_setting, methods + SETTING + settings)
+        names = methods.mask(has_setting, methods + SETTING_SEPARATOR + settings)
         methods_by_name = {name: self.methods[split_name(name).method] for name in names.unique()}
         self.methods = {**self.methods, **methods_by_name}
         # clear the variants of these rows, so that none is chosen: each has a row of its own
@@ -515,9 +517,9 @@ class TextOutcomes(Outcomes):
         """Return the peak memory of each method, divided by the baseline's, for runs on a GPU.
 
         A run is compared with the baseline's run of the same model, task, protocol, learning rate
-        and seed. The median of each method, model and task is returned, and the lowest and highest.
-        On a CPU, the recorded peak is that of the whole process, in which the libraries and the
-        evaluation outweigh the experts. So it is left out.
+        and seed. The numbers are the median, the lowest and the highest ratio of each method, model
+        and task. Runs on a CPU are left out: there the peak is that of the whole process, mostly of
+        libraries and the evaluation.
         """
         on_gpu = []
         for record in self._finished:

@@ -488,7 +488,7 @@ def _can_probe(layer: RoutedActivation) -> bool:
     if layer.config.selection == "random":
         return False
     # the padding mask belongs to other rows than those of a probe
-    if layer.padding is not None:
+    if layer.padding_hook is not None:
         return False
     # the probe is a plain tensor, which cannot be multiplied by a sharded weight, for instance
     return is_plain_tensor(ffn.proj_in.weight)

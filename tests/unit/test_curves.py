@@ -77,28 +77,35 @@ def image_outcomes(runs: list[Run]) -> DomainOutcomes:
 
 @pytest.fixture
 def image_runs(here: Path) -> list[Run]:
-    """Write three pairs of ERM and EMoE, a run of each without its pair, and runs to leave out."""
+    """Write three trials of ERM and EMoE, a run of each without its pair, and runs to leave out.
+
+    The first trial has two environments, the others have one.
+    """
     return [
         image_run("erm", [0], 0, 0.50),
-        image_run("erm", [0], 1, 0.60),
         image_run("erm", [1], 0, 0.70),
+        image_run("erm", [0], 1, 0.60),
+        image_run("erm", [0], 2, 0.60),
         image_run("erm", [3], 0, 0.10),
-        image_run("emoe", [0], 0, 0.51),
+        image_run("emoe", [0], 0, 0.49),
+        image_run("emoe", [1], 0, 0.73),
         image_run("emoe", [0], 1, 0.62),
-        image_run("emoe", [1], 0, 0.76),
+        image_run("emoe", [0], 2, 0.66),
         image_run("emoe", [2], 0, 0.30),
         image_run("erm", [0, 1], 0, 0.00),
         image_run("emoe", [0, 1], 0, 0.80),
     ]
 
 
-# the differences of the three pairs are 0.01, 0.02 and 0.06
+# the differences of the three trials are 0.01 (the mean of -0.01 and 0.03), 0.02 and 0.06
 MEAN = 0.03
 DEVIATION = math.sqrt((0.02**2 + 0.01**2 + 0.03**2) / 2)
 REACH = 4.302653 * DEVIATION / math.sqrt(3)  # the 97.5 % quantile of Student's t with 2 degrees
 
 
-def test_differences_by_step_are_paired_by_environment_and_trial(image_runs: list[Run]) -> None:
+def test_differences_by_step_are_means_over_environments_paired_by_trial(
+    image_runs: list[Run],
+) -> None:
     outcomes = image_outcomes(image_runs)
     differences = step_differences(outcomes, step_numbers(outcomes, "pacs"))
     assert set(differences["method"]) == {"emoe"}
@@ -121,8 +128,8 @@ def test_accuracies_by_step_are_of_the_held_out_environment_and_of_the_others(
     assert set(numbers["run_id"]) == {run.id for run in image_runs} - several
     values = numbers.set_index(["method", "pair", "number", "step"])["value"]
     assert values["emoe", "C, trial 0", "held_out", 0] == 0.9
-    assert values["emoe", "C, trial 0", "held_out", 3] == 0.76
-    assert values["emoe", "C, trial 0", "loss", 3] == 2 - 0.76
+    assert values["emoe", "C, trial 0", "held_out", 3] == 0.73
+    assert values["emoe", "C, trial 0", "loss", 3] == 2 - 0.73
     # the mean of 0, 0.4 and 0.6, without the held-out environment 1
     assert values["emoe", "C, trial 0", "in_domain", 3] == pytest.approx(1 / 3)
 
@@ -133,7 +140,7 @@ def test_lines_by_step_are_means_and_bars_are_intervals(
     draw_steps(image_outcomes(image_runs), "pacs", Path("steps"))
     (figure,) = figures
     loss, loss_difference, _, held_out, held_out_difference = figure.axes
-    mean = (0.51 + 0.62 + 0.76) / 3  # without the run that has no pair
+    mean = (0.49 + 0.73 + 0.62 + 0.66) / 4  # without the run that has no pair
     assert line(held_out, "EMoE") == pytest.approx([90, 100 * mean, 100 * mean + 10])
     assert line(loss, "EMoE") == pytest.approx([1.1, 2 - mean, 1.9 - mean])
     for axis, sign, scale in ((held_out_difference, 1, 100), (loss_difference, -1, 1)):
@@ -146,8 +153,8 @@ def test_lines_by_step_are_means_and_bars_are_intervals(
             assert (high - low) / 2 == pytest.approx(scale * REACH)
         assert [0, 0] in [list(drawn.get_ydata()) for drawn in axis.lines]
     label = held_out_difference.get_xlabel()
-    assert "lines: n = 3 runs" in label
-    assert "Δ to ERM (vanilla ViT): n = 3 pairs" in label.replace("\n", " ")
+    assert "lines: n = 4 runs" in label
+    assert "Δ to ERM (vanilla ViT): n = 3 trials" in label.replace("\n", " ")
 
 
 def test_without_a_pair_that_all_methods_have_only_differences_are_drawn(
@@ -166,12 +173,12 @@ def test_without_a_pair_that_all_methods_have_only_differences_are_drawn(
     assert [text.get_text() for text in legend.get_texts()] == ["GMoE (EMoE's README)", "EMoE"]
 
 
-def test_two_pairs_have_no_interval(here: Path, figures: list[Figure]) -> None:
+def test_two_trials_have_no_interval(here: Path, figures: list[Figure]) -> None:
     runs = [
         image_run("erm", [0], 0, 0.5),
-        image_run("erm", [1], 0, 0.5),
+        image_run("erm", [0], 1, 0.5),
         image_run("emoe", [0], 0, 0.6),
-        image_run("emoe", [1], 0, 0.8),
+        image_run("emoe", [0], 1, 0.8),
     ]
     draw_steps(image_outcomes(runs), "pacs", Path("steps"))
     (container,) = figures[0].axes[-1].containers

@@ -35,7 +35,7 @@ class SetPart:
         expected: The number of rows according to the makers of the data; None if unknown.
         labels: The number of rows by label, as text.
         source: The source of the rows.
-        advice: Instructions to get a missing part.
+        advice: How to get a missing part, or what is wrong with it.
         published: The number of rows that the paper's authors score, if we score another number.
     """
 

@@ -93,6 +93,21 @@ class Comparison(Strict):
     numbers of each pair, such as a seed, are averaged over these settings. By default the settings
     of main tables are compared."""
 
+    @property
+    def is_paired(self) -> bool:
+        """Return True if scores are compared by pairs; False for counts and ratios."""
+        return self.direction not in ("equal", "near")
+
+    @property
+    def scale(self) -> float:
+        """Return the factor from stored numbers to printed ones, such as from shares to points.
+
+        Numbers of parameters and ratios of times are printed as they are stored.
+        """
+        if not self.is_paired:
+            return 1
+        return load_metrics()[self.metric].scale
+
 
 class ClaimTest(Strict):
     """A test of a claim: a comparison of runs, or the reason why it cannot be tested."""

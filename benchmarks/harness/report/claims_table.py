@@ -243,7 +243,7 @@ def _verdict(row: ClaimRow, p_holm: float) -> Verdict:
     if row.compare is None or row.evidence is None:
         return Verdict.MISSING
     # the row is scaled for printing, the evidence is not
-    margin = row.margin / _scale_of(row.compare)
+    margin = row.margin / row.compare.scale
     return judge(row.compare, row.evidence, p_holm, margin)
 
 
@@ -254,7 +254,7 @@ def _gain_word(row: ClaimRow, gap_p_holm: float) -> str:
     """
     if row.compare is None or row.evidence is None or math.isnan(gap_p_holm):
         return MISSING
-    difference = row.evidence.difference.scaled(_scale_of(row.compare))
+    difference = row.evidence.difference.scaled(row.compare.scale)
     return compare_gains(row.compare, difference, row.gap, gap_p_holm, row.expected)
 
 
@@ -324,9 +324,10 @@ def _with_comparison(row: ClaimRow, compare: Comparison, paper: PaperEffect) -> 
     other_title = benchmark.row_titles[compare.against]
     contrast = f"{title} against {other_title}"
 
-    # the direction "equal" compares numbers of parameters; these are counted by runs, not by pairs
-    compares_counts = compare.direction == "equal"
-    pair = "run" if compares_counts else benchmark.domains[compare.domain].pair
+    # the noun for what n counts: numbers of parameters are compared run by run
+    pair = benchmark.domains[compare.domain].pair
+    if compare.direction == "equal":
+        pair = "run"
     unit = _unit_of_difference(metric)
 
     return replace(
@@ -378,35 +379,20 @@ def _margin_text(margin: float, unit: str) -> str:
     return f"{margin:.2g} {unit}".rstrip()
 
 
-def _is_paired(compare: Comparison) -> bool:
-    """Return True if scores are compared by pairs; False for counts and ratios."""
-    return compare.direction not in ("equal", "near")
-
-
-def _scale_of(compare: Comparison) -> float:
-    """Return the factor from stored numbers to printed ones, such as from shares to points.
-
-    Numbers of parameters and ratios of times are printed as they are stored.
-    """
-    if not _is_paired(compare):
-        return 1
-    return load_metrics()[compare.metric].scale
-
-
 def _with_evidence(
     row: ClaimRow, compare: Comparison, paper: PaperEffect, evidence: Evidence
 ) -> ClaimRow:
     """Add our difference to a row, and compare it with the paper's effect."""
     benchmark = load_benchmark(compare.benchmark)
     metric = load_metrics()[compare.metric]
-    scale = _scale_of(compare)
+    scale = compare.scale
     difference = evidence.difference.scaled(scale)  # in the unit of the row, such as points
     reference = evidence.reference_mean * scale
     shares = _error_shares(difference, row.effect, reference, metric, paper)
 
     # counts do not vary by chance, and ratios have a range instead of an interval
     gap = PaperGap(math.nan, math.nan)
-    if _is_paired(compare) and not math.isnan(row.effect):
+    if compare.is_paired and not math.isnan(row.effect):
         gap = find_gap(difference, row.effect, paper)
 
     # equal counts need no margin

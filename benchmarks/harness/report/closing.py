@@ -36,10 +36,10 @@ def closing_lines(suite: Suite) -> list[str]:
 def _verdict_lines(suite: Suite, file: Path) -> list[str]:
     """Write a line for each verdict: the number of its main tests, and the claims.
 
-    There are five verdicts, so at most five lines follow the heading. The list is empty if the
-    suite tests no claim, or if its models have random weights.
+    The list is empty if no main test has a verdict, as in a suite without claims or with random
+    weights.
     """
-    # a table of an earlier choice of benchmarks may still be there
+    # without claims, the file may be left from an earlier run of the suite with other benchmarks
     if not claimed_benchmarks(suite) or not file.exists():
         return []
     claims_by_verdict: dict[str, list[str]] = {}

@@ -22,7 +22,9 @@ from benchmarks.harness.results.statistics import (
     paired_differences,
 )
 
-SETTING = "|"  # separates a row's name from its setting, if each setting is a separate row
+SETTING_SEPARATOR = (
+    "|"  # separates a row's name from its setting, if each setting is a separate row
+)
 # the columns of the numbers that claims compare, one row per number
 COMPARED = [
     "selection",
@@ -169,7 +171,7 @@ class Outcomes:
 
     def style(self, method: str) -> MethodStyle:
         """Return the style of a method. ``method`` may have a setting: ``<name>|<setting>``."""
-        name, _, _setting = method.partition(SETTING)
+        name, _, _setting = method.partition(SETTING_SEPARATOR)
         return style_of(self.methods[name])
 
     def styles_by_title(self, titled: pd.DataFrame) -> dict[str, MethodStyle]:

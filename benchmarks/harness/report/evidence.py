@@ -148,9 +148,10 @@ def _compare_pairs(
         return None
 
     # a complete pair has a score for every model, task, set and setting
-    num_scores_of_complete = len(both[[*_COMPARED_COLUMNS, "setting"]].drop_duplicates())
+    cells = both[[*_COMPARED_COLUMNS, "setting"]].drop_duplicates()
     by_pair = both.groupby(_PAIR_COLUMNS, sort=True)
-    is_complete = by_pair.size() == num_scores_of_complete
+    # `both` has one row for each pair and cell, because the scores were averaged above
+    is_complete = by_pair.size() == len(cells)
     mean_scores = by_pair[["our_score", "other_score"]].mean()
     complete = mean_scores[is_complete].astype(float)
 

@@ -19,7 +19,7 @@ from benchmarks.harness.config.catalogue import model_title
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report import paper_items, plots
 from benchmarks.harness.report.artifacts import FIGURE_FORMATS
-from benchmarks.harness.report.common import SETTING, name_or_count
+from benchmarks.harness.report.common import SETTING_SEPARATOR, name_or_count
 from benchmarks.harness.report.evidence import Evidence, find_evidence
 from benchmarks.harness.report.paper_items import MainAverage, PaperItem, PaperOutput
 from benchmarks.harness.report.presentation import Presentation
@@ -90,7 +90,7 @@ def _select_methods(frame: pd.DataFrame, methods: Sequence[str] | None) -> pd.Da
     """
     if not methods or "method" not in frame:
         return frame
-    names_without_setting = frame["method"].str.split(SETTING, regex=False).str[0]
+    names_without_setting = frame["method"].str.split(SETTING_SEPARATOR, regex=False).str[0]
     return frame[names_without_setting.isin(methods)]
 
 

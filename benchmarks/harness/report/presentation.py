@@ -164,8 +164,8 @@ def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
         return table
 
     # the runs that may belong to a row, one line per run and combination of names
-    columns = [key for key in _ORIGIN if key in keys or key == "run_id"]
-    candidates = origins[columns].astype(str).drop_duplicates(ignore_index=True)
+    names = [key for key in keys if key != "run_id"]  # a table may have one run in each row
+    candidates = origins[["run_id", *names]].astype(str).drop_duplicates(ignore_index=True)
     # for each column, map each name to the places of its lines in `candidates`; this is done once
     # for all rows, because tables have many
     lines_by_name = {key: candidates.groupby(key).indices for key in keys}

@@ -167,10 +167,12 @@ def _data_rows(records: Sequence[Record]) -> list[DataRow]:
         data = record.metrics.data or {}
         for key, summary in data.items():
             row = _data_row(key, summary, record.run.task)
+            # instructions have no labels or scores
             if row is None:
                 continue
             task_and_split = (row.task, row.split)
             known = largest.get(task_and_split)
+            # of runs with the same number of rows, the last one is listed
             if known is None or row.rows >= known.rows:
                 largest[task_and_split] = row
     return [largest[task_and_split] for task_and_split in sorted(largest)]

@@ -32,7 +32,8 @@ def write_tables(suite: Suite, benchmark: str, part: str | None = None) -> str:
         part: The name of one of its data sets; None for all.
 
     Returns:
-        The note of :func:`.find_records`, which the captions of the tables repeat.
+        A note on missing runs, which the captions of the tables repeat. It is empty if all runs are
+        finished.
 
     Raises:
         DefinitionError: There are no records.
@@ -56,8 +57,9 @@ def write_tables(suite: Suite, benchmark: str, part: str | None = None) -> str:
     # claims compare numbers of all sets, so they are not written for a single set
     has_numbers = part is None and benchmark in claimed_benchmarks(suite)
 
-    # pages and files of numbers would not say which records they are made from
-    if found.note:
+    is_complete = not found.note
+    if not is_complete:
+        # pages and files of numbers would not say which records they are made from
         section_file.unlink(missing_ok=True)
         if has_numbers:
             Path(numbers_file(suite.name, benchmark)).unlink(missing_ok=True)

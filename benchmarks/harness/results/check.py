@@ -184,8 +184,7 @@ def compare(
         failures: For each run that failed when it was repeated, its name and the reason.
     """
     rows = _join_numbers(before, after, suite)
-    # numbers of both sides have this status even if they agree
-    is_on_both_sides = rows["status"] == "changed"
+    is_on_both_sides = rows["status"] == "compared"
 
     # the same code on the same machine repeats every digit, so there is no tolerance
     repeats_digits = before.code == after.code and not elsewhere
@@ -193,7 +192,8 @@ def compare(
     rows["tolerance"] = rows["tolerance"].mask(must_be_equal, 0.0)
 
     agrees = _rows_agree(rows)
-    differences = rows.rename(columns={"value_before": "before", "value_after": "after"})
+    renamed = rows.rename(columns={"value_before": "before", "value_after": "after"})
+    differences = renamed.replace({"status": {"compared": "changed"}})
     shown = ["status", "benchmark", *KEYS, "before", "after", "tolerance"]
     return CheckResult(
         differences=differences.loc[~agrees, shown],
@@ -210,13 +210,13 @@ def _join_numbers(before: Numbers, after: Numbers, suite: str) -> pd.DataFrame:
 
     The columns are :data:`KEYS`, ``benchmark``, ``value_before``, ``value_after``,
     ``machine_before``, ``machine_after``, ``tolerance``, and ``status``. The status is ``missing``
-    if there is no new number, and ``new`` if there is no old one. With both numbers it is
-    ``changed``, even if they agree. The absent number and its machine are empty texts.
+    if there is no new number, ``new`` if there is no old one, and ``compared`` with both numbers.
+    The absent number and its machine are empty texts.
     """
     joined = before.rows.merge(
         after.rows, on=KEYS, how="outer", suffixes=("_before", "_after"), indicator="sides"
     )
-    status_by_sides = {"both": "changed", "left_only": "missing", "right_only": "new"}
+    status_by_sides = {"both": "compared", "left_only": "missing", "right_only": "new"}
     status = joined.pop("sides").astype(str).map(status_by_sides)
 
     # the name of a run begins with the benchmark
@@ -248,7 +248,7 @@ def _machine_sentences(
     rows: pd.DataFrame, before: Numbers, after: Numbers, *, elsewhere: bool
 ) -> list[str]:
     """Write a sentence per pair of old and new machine: how many numbers were compared, and how."""
-    on_both_sides = rows[rows["status"] == "changed"]
+    on_both_sides = rows[rows["status"] == "compared"]
     counts = on_both_sides.groupby(["machine_before", "machine_after"]).size()
     sentences = []
     for (old_machine, new_machine), count in counts.items():

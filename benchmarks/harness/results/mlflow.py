@@ -172,7 +172,11 @@ def _view(records: Sequence[Record]) -> str:
 
 
 def _score_names(records: Sequence[Record]) -> list[str]:
-    """List the names of the first scores of some runs; of measurements, their first numbers."""
+    """Choose the numbers of some runs that MLflow's table shows, at most ``_MOST_COLUMNS``.
+
+    They are the main scores on test sets; without a main metric, all numbers on test sets; without
+    a test set, all numbers except costs and parameter counts.
+    """
     numbers = tabulate_numbers(records)
     is_tested = numbers["part"].isin(["test", OOD_MEAN])
     is_main_score = is_tested & numbers["is_score"]

@@ -160,22 +160,23 @@ def paired_differences(
 
 
 def shared_pairs(
-    scores: pd.DataFrame, table: Sequence[str], row: Sequence[str], pair: str
+    scores: pd.DataFrame, within: Sequence[str], compared: Sequence[str], pair: str
 ) -> pd.DataFrame:
-    """Keep the scores of seeds that all methods of a table have, so that means are comparable.
+    """Keep the scores of seeds that all methods have, so that their means are comparable.
 
     Args:
-        scores: The scores of one or more tables.
-        table: The columns that identify a table, such as ``model`` and ``task``.
-        row: The columns that identify a compared row of a table, such as ``method``.
-        pair: The column that pairs the scores of different rows, such as ``seed``.
+        scores: The scores.
+        within: The columns that identify a group of scores, such as ``model`` and ``task``. Methods
+            are compared within each group.
+        compared: The columns that identify what is compared, such as ``method``.
+        pair: The column that pairs the scores of different methods, such as ``seed``.
     """
     is_shared = np.zeros(len(scores), dtype=bool)
-    for places in scores.groupby(list(table), sort=False).indices.values():
-        of_table = scores.iloc[places]
-        seeds_by_row = of_table.groupby(list(row), sort=False)[pair].agg(set)
-        shared_seeds = set.intersection(*seeds_by_row)
-        is_shared[places] = of_table[pair].isin(shared_seeds)
+    for places in scores.groupby(list(within), sort=False).indices.values():
+        of_group = scores.iloc[places]
+        seeds_by_method = of_group.groupby(list(compared), sort=False)[pair].agg(set)
+        shared_seeds = set.intersection(*seeds_by_method)
+        is_shared[places] = of_group[pair].isin(shared_seeds)
     return scores[is_shared]
 
 

@@ -18,6 +18,7 @@ from benchmarks.harness.results.check import (
     compare,
     group_name,
 )
+from benchmarks.harness.results.records import Record
 from benchmarks.harness.results.reference import blessed_benchmarks, read_reference
 
 _MOST_GROUPS = 20  # groups of runs that are listed; more are only counted
@@ -151,9 +152,7 @@ def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -
             blessed[name] = read_reference(suite.name, name)
     pairs = {}
     for name, before in blessed.items():
-        found = find_finished(suite, name).records
-        # a run whose metrics.json was deleted may still have a collected record
-        records = [record for record in found if record.run.metrics_file.exists()]
+        records = finished_records(suite, name)
         finished = [record.run for record in records]
         pairs[name] = Pair(rows_of_runs(before, finished), check_numbers(records))
     results = compare_pairs(suite, pairs.values(), elsewhere=elsewhere)
@@ -162,6 +161,18 @@ def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -
     for name, before in blessed.items():
         counts[name] = _count(suite, name, before, pairs[name].after, results)
     return SuiteCheck(results, counts, unblessed)
+
+
+def finished_records(suite: Suite, benchmark: str) -> list[Record]:
+    """Return the records of a benchmark's runs that are compared: those with a ``metrics.json``.
+
+    A run whose ``metrics.json`` was deleted may still have a collected record.
+
+    Raises:
+        DataError: A file of records or a ``metrics.json`` is damaged.
+    """
+    found = find_finished(suite, benchmark)
+    return [record for record in found.records if record.run.metrics_file.exists()]
 
 
 def _count(

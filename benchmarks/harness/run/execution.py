@@ -120,7 +120,7 @@ def _measure(
     """
     captured = environment.capture()
     pipeline = benchmark.pipeline()
-    # a suite's first run compiles the kernels here, so that it uses the same kernels as later runs
+    # compiled before the first run, because later runs would otherwise use other kernels than it
     if not torch.cuda.is_available():
         prepare_kernels()
     startup_seconds = time.time() - started

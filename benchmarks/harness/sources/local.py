@@ -40,7 +40,10 @@ def local_path(name: str, source: Mapping[str, Any]) -> Path | None:
 
 
 def user_file(name: str) -> Path | None:
-    """Return the user's file with a set of instructions, below the data root; None if missing."""
+    """Return the file of instructions that the user put below the data root; None if missing.
+
+    ``name`` is the name of the set.
+    """
     root = os.environ.get(DATA_ROOT)
     if not root:
         return None

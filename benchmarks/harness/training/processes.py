@@ -87,7 +87,7 @@ def broadcast(value: Any) -> Any:
 
 
 def shard_(model: PreTrainedModel, precision: str) -> None:
-    """Shard one model over the processes (FSDP2): each transformer block, then the rest.
+    """Shard a model over the processes with FSDP2: a unit for each block, and one for the rest.
 
     All processes get the weights of the main process.
 
@@ -98,10 +98,14 @@ def shard_(model: PreTrainedModel, precision: str) -> None:
     """
     # take the weights before the model is sharded; they are sent afterwards
     weights = model.state_dict() if is_main() else {}
+    # transformers shards a model by the plan in this attribute
     cast(Any, model).fsdp_plan = _sharding_plan(model)
     requested = DistributedConfig(fsdp_size=world_size(), fsdp_mixed_precision=precision == "bf16")
+    # makes the device mesh; the second result is a device map, which FSDP does not need
     config, _, mesh = model.prepare_distribute_model(requested)
+    # "maybe", because this does nothing without a mesh
     model.maybe_distribute_model(model, config, mesh)
+    # send the weights of the main process into the shards of all processes
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, weights, options=options)
     # some buffers are not in the state dict

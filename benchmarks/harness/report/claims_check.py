@@ -1,0 +1,170 @@
+"""Compare the tests of the paper's claims on finished runs with those on the blessed runs.
+
+On another machine, many numbers may differ a little. If all differences go one way, the mean of a
+test moves, and with it the verdict on a claim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.report.claims import claimed_benchmarks
+from benchmarks.harness.report.claims_table import judge_claims
+from benchmarks.harness.report.common import COMPARED
+from benchmarks.harness.report.evidence import find_evidence
+from benchmarks.harness.report.presentation import has_random_weights, present
+from benchmarks.harness.results.records import Record
+from benchmarks.harness.results.reference import read_blessed_records
+from benchmarks.harness.results.statistics import Difference
+from benchmarks.harness.results.suite_check import finished_records
+
+# rounding errors scatter around zero, so they seldom move a mean with a smaller p
+_SIGNIFICANCE = 0.001
+
+
+@dataclass(frozen=True)
+class MovedTest:
+    """A test of a claim whose mean difference has moved.
+
+    Attributes:
+        title: The claim, and the models and data of the test.
+        unit: The unit of the numbers, such as ``points``.
+        n: The number of pairs.
+        before: The mean difference of the blessed runs.
+        after: The mean difference of the finished runs.
+        limit: The standard error of ``before``.
+        verdict_before: The verdict on the blessed runs.
+        verdict_after: The verdict on the finished runs.
+    """
+
+    title: str
+    unit: str
+    n: int
+    before: float
+    after: float
+    limit: float
+    verdict_before: str
+    verdict_after: str
+
+    def __str__(self) -> str:
+        means = f"{self.before:+.3g} -> {self.after:+.3g} {self.unit}".rstrip()
+        text = f"moved {self.title}: mean of {self.n} pairs {means} (limit {self.limit:.2g})"
+        if self.verdict_before == self.verdict_after:
+            return f"{text}, still {self.verdict_after}"
+        return f"{text}, {self.verdict_before} -> {self.verdict_after}"
+
+
+def check_claims(suite: Suite, benchmarks: Sequence[str]) -> list[MovedTest]:
+    """Find the tests of claims whose means have moved between blessed and finished runs.
+
+    Both sides use the runs that are finished here and have a blessed record.
+
+    Args:
+        suite: The suite. If all its models have random weights, no claim is tested.
+        benchmarks: The names of the benchmarks whose runs are compared.
+
+    Raises:
+        DataError: A file of records or a ``metrics.json`` is damaged.
+    """
+    if has_random_weights(suite.runs):
+        return []
+    before = {}
+    after = {}
+    for name in claimed_benchmarks(suite):
+        blessed = read_blessed_records(suite, name)
+        if name not in benchmarks or blessed is None:
+            continue
+        finished = []
+        blessed_of_finished = []
+        for record in finished_records(suite, name):
+            if record.run.folder in blessed.records:
+                finished.append(record)
+                blessed_of_finished.append(blessed.records[record.run.folder])
+        if finished:
+            before[name] = _claim_numbers(name, blessed_of_finished)
+            after[name] = _claim_numbers(name, finished)
+    return find_moved_tests(suite, before, after)
+
+
+def _claim_numbers(benchmark: str, records: Sequence[Record]) -> pd.DataFrame:
+    """Compute the numbers that claims compare from the records of a benchmark."""
+    outcomes = present(load_benchmark(benchmark), records).outcomes
+    return outcomes.claim_numbers()
+
+
+def find_moved_tests(
+    suite: Suite, before: Mapping[str, pd.DataFrame], after: Mapping[str, pd.DataFrame]
+) -> list[MovedTest]:
+    """Find the tests of claims whose mean differences have moved.
+
+    A mean has moved if it changed by more than its standard error over the pairs, and if rounding
+    errors do not explain the change: all pairs changed alike, or the paired t-test of the changes
+    has a p below 0.1 %. Tests with one pair, of counts and of times are not compared.
+
+    Args:
+        suite: The suite.
+        before: The older numbers that claims compare, a frame by benchmark. Its columns are
+            ``COMPARED`` of :mod:`.common`.
+        after: The newer numbers of the same runs.
+    """
+    changes = {name: _subtract(before[name], after[name]) for name in before}
+    # both frames have a row for each test, in the same order
+    tests_before = judge_claims(suite, before).itertuples()
+    tests_after = judge_claims(suite, after).itertuples()
+    moved = []
+    for old, new in zip(tests_before, tests_after, strict=True):
+        if old.evidence is None or new.evidence is None or not old.compare.is_paired:
+            continue
+        change = find_evidence(changes[old.benchmark], old.compare)
+        if change is not None and _has_moved(old.evidence.difference, change.difference):
+            moved.append(_moved_test(old, new))
+    return moved
+
+
+def _subtract(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
+    """Subtract the older from the newer value of each number. The columns are ``COMPARED``."""
+    keys = [column for column in COMPARED if column != "value"]
+    # an evaluation may record a number several times
+    unique = [
+        numbers.astype({"value": float}).groupby(keys, sort=False, dropna=False)["value"].mean()
+        for numbers in (before, after)
+    ]
+    old, new = unique
+    return (new - old).dropna().rename("value").reset_index()
+
+
+def _has_moved(before: Difference, change: Difference) -> bool:
+    """Return True if the mean of a test has moved, as :func:`find_moved_tests` defines it.
+
+    Args:
+        before: The older difference of the two methods.
+        change: The newer minus the older difference.
+    """
+    # one pair, or older differences that are all equal, have no standard error
+    limit = before.standard_error()
+    if math.isnan(limit) or abs(change.mean) <= limit:
+        return False
+    # changes that are all equal have no p
+    return math.isnan(change.p) or change.p < _SIGNIFICANCE
+
+
+def _moved_test(old: Any, new: Any) -> MovedTest:
+    """Describe a test that has moved. ``old`` and ``new`` are its rows of :func:`judge_claims`."""
+    difference = old.evidence.difference.scaled(old.compare.scale)
+    return MovedTest(
+        title=f"{old.claim_title}: {old.test_shown}",
+        unit=old.unit,
+        n=difference.n,
+        before=old.delta,
+        after=new.delta,
+        limit=difference.standard_error(),
+        verdict_before=old.verdict,
+        verdict_after=new.verdict,
+    )

@@ -1,0 +1,110 @@
+"""The check compares the tests of claims, whose means may move less than single numbers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from benchmarks.__main__ import main
+from benchmarks.harness.base import OVERRIDES, RESULTS
+from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.suite import load_suite
+from benchmarks.harness.report.claims_check import check_claims, find_moved_tests
+from benchmarks.harness.report.presentation import present
+from benchmarks.harness.results import reference
+from benchmarks.harness.results.reference import read_blessed_records
+from tests import fake_runs
+
+FULL = load_suite({"suite": "full"})
+IN_DOMAIN = "EMoE is better than the dense model in domain: text, LoRA: LoRA + EMoE against LoRA"
+
+
+@pytest.fixture(scope="module")
+def blessed() -> pd.DataFrame:
+    """Compute the claim numbers of the blessed LoRA runs of ``full``: 12 seeds of SST-2."""
+    records = read_blessed_records(FULL, "glue_lora")
+    assert records is not None
+    outcomes = present(load_benchmark("glue_lora"), list(records.records.values())).outcomes
+    return outcomes.claim_numbers().astype({"value": float})
+
+
+def shifted(numbers: pd.DataFrame, shift: float, rounding: float) -> pd.DataFrame:
+    """Shift the scores of EMoE, and add a rounding error to each score."""
+    is_score = numbers["metric"] == "score"
+    errors = np.random.default_rng(0).uniform(-rounding, rounding, len(numbers))
+    shifts = np.where(numbers["method"] == "lora_emoe", shift, 0.0)
+    changed = (numbers["value"] + errors + shifts).where(is_score, numbers["value"])
+    return numbers.assign(value=changed)
+
+
+@pytest.mark.parametrize(
+    ("shift", "rounding"),
+    [
+        (0.0, 0.0),
+        # a validation row of SST-2 is 0.11 points
+        (0.0, 0.0011),
+        # a hundredth of a point, less than the standard error of any test
+        (0.0001, 0.0),
+    ],
+)
+def test_rounding_errors_and_small_shifts_move_no_test(
+    blessed: pd.DataFrame, shift: float, rounding: float
+) -> None:
+    after = shifted(blessed, shift, rounding)
+    assert find_moved_tests(FULL, {"glue_lora": blessed}, {"glue_lora": after}) == []
+
+
+@pytest.mark.parametrize(("shift", "rounding"), [(0.002, 0.0), (-0.004, 0.0011), (0.029, 0.0011)])
+def test_a_shift_of_one_method_moves_its_tests(
+    blessed: pd.DataFrame, shift: float, rounding: float
+) -> None:
+    after = shifted(blessed, shift, rounding)
+    moved = find_moved_tests(FULL, {"glue_lora": blessed}, {"glue_lora": after})
+    tests = {test.title: test for test in moved}
+    test = tests[IN_DOMAIN]
+    assert test.after - test.before == pytest.approx(100 * shift, abs=0.1)
+    assert test.n == 12
+    # every test that names EMoE moved, and no test of the other methods
+    assert all("LoRA + EMoE" in title for title in tests)
+    assert not any(title.startswith("It needs") for title in tests)
+
+
+def test_a_moved_test_names_both_verdicts(blessed: pd.DataFrame) -> None:
+    after = shifted(blessed, 0.029, 0.0)
+    moved = find_moved_tests(FULL, {"glue_lora": blessed}, {"glue_lora": after})
+    texts = [str(test) for test in moved]
+    assert (
+        f"moved {IN_DOMAIN}: mean of 12 pairs -0.143 -> +2.76 points (limit 0.12), "
+        "undecided -> supported" in texts
+    )
+
+
+def test_the_command_reports_moved_tests_of_finished_runs(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / RESULTS).mkdir()
+    monkeypatch.setattr(reference, "REFERENCE", here / "reference")
+    part = {"suite": "mini", "benchmarks": ["glue"]}
+    monkeypatch.setenv(OVERRIDES, json.dumps(part))
+    suite = load_suite(part)
+    fake_runs.write_runs(suite.runs)
+    fake_runs.bless(suite)
+    assert check_claims(suite, ["glue"]) == []
+    fake_runs.write_runs(suite.runs, {"emoe": 0.029})
+    monkeypatch.setattr(sys, "argv", ["emoe-bench", "check", "--suite", "mini", "--elsewhere"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1
+    moved = "moved EMoE is better than the dense model in domain: text, full fine-tuning"
+    assert moved in capsys.readouterr().out
+    # benchmarks that were not asked for are not compared
+    assert check_claims(suite, ["domainbed"]) == []
+
+
+def test_models_with_random_weights_test_no_claim() -> None:
+    assert check_claims(load_suite({"suite": "smoke"}), ["glue"]) == []
