@@ -24,8 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from emoe.compiled.build import compiled_kernels
-from emoe.sparse.kernels import can_group
+from emoe.sparse.kernels import can_group, has_compiled_kernels, num_threads
 
 
 class _Costs(NamedTuple):
@@ -70,8 +69,8 @@ def pays_off(x: Tensor, expert_size: int, active: float) -> bool:
         expert_size,
         active,
         dtype,
-        threads=torch.get_num_threads(),
-        compiled=compiled_kernels() is not None,
+        threads=num_threads(),
+        compiled=has_compiled_kernels(),
     )
     return ratio is not None and ratio < 1
 

@@ -54,20 +54,14 @@ class Pairs:
         return self.starts[1:].to(torch.int32)
 
 
-def pairs_of(mask: Tensor, x: Tensor) -> Pairs:
+def pairs_of(mask: Tensor, num_chunks: int) -> Pairs:
     """List the (token, expert) pairs of a mask.
-
-    For compiled kernels, the tokens are split into the same number of chunks for each thread. Other
-    kernels get one chunk.
 
     Args:
         mask: chosen experts ``[T, N]`` bool.
-        x: FFN inputs ``[T, h]``, whose device and dtype determine the kernels.
+        num_chunks: number of chunks of tokens (:func:`number_of_chunks`).
     """
     num_tokens, num_experts = mask.shape
-    num_chunks = 1
-    if _compiled_for(x) is not None:
-        num_chunks = _number_of_chunks(num_tokens)
     chunk_size = _divide_up(num_tokens, num_chunks)
     # append tokens that choose no expert, so that all chunks have the same size
     num_missing = chunk_size * num_chunks - num_tokens
@@ -80,16 +74,20 @@ def pairs_of(mask: Tensor, x: Tensor) -> Pairs:
     counts = by_expert.sum(2).flatten()
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     token = chunk * chunk_size + token_in_chunk
-    return Pairs(token, expert, starts, num_tokens)
+    # cloned, because nonzero returns views of one tensor, which an operator must not return
+    return Pairs(token, expert.clone(), starts, num_tokens)
 
 
-def _number_of_chunks(num_tokens: int) -> int:
-    """Return the number of chunks of tokens, a multiple of the number of threads.
+def number_of_chunks(x: Tensor) -> int:
+    """Return the number of chunks into which the tokens of FFN inputs ``[T, h]`` are split.
 
-    The number of chunks determines the order in which the kernels sum.
+    For compiled kernels it is a multiple of the number of threads, and determines the order in
+    which they sum. Other kernels get one chunk.
     """
-    threads = torch.get_num_threads()
-    chunks_per_thread = _divide_up(num_tokens, threads * _TOKENS_PER_CHUNK)
+    if not _takes_compiled(x):
+        return 1
+    threads = num_threads()
+    chunks_per_thread = _divide_up(x.shape[0], threads * _TOKENS_PER_CHUNK)
     return threads * max(1, chunks_per_thread)
 
 
@@ -279,6 +277,23 @@ def _blocks(pairs: Pairs, per_pair: Tensor) -> Iterator[_Block]:
 
 def _compiled_for(x: Tensor) -> ModuleType | None:
     """Return the compiled kernels, None if there are none or they do not take inputs like ``x``."""
-    if x.device.type != "cpu" or x.dtype == torch.float16:
-        return None
-    return compiled_kernels()
+    return compiled_kernels() if _takes_compiled(x) else None
+
+
+def _takes_compiled(x: Tensor) -> bool:
+    """Check if there are compiled kernels, and they take inputs like ``x``."""
+    return x.device.type == "cpu" and x.dtype != torch.float16 and has_compiled_kernels()
+
+
+# torch.compile cannot follow the code of the next two functions: it calls them while it compiles,
+# and keeps the results
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_compiled_kernels() -> bool:
+    """Check if there are compiled kernels."""
+    return compiled_kernels() is not None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def num_threads() -> int:
+    """Return the number of torch's threads."""
+    return torch.get_num_threads()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emoe.architectures import FFN, bias_of, has_plain_weight, is_plain_tensor
-from emoe.compiled.build import is_traced, kernels_for
+from emoe.compiled.build import kernels_for
 from emoe.config import LINEAR_SCORES
 from emoe.errors import ConversionError
 from emoe.layer import RoutedActivation
@@ -234,7 +234,15 @@ class SparseFFN(_Replacement):
         mask, weights = layer.route(layer.linear_scores(rows))
         inputs, values = layer.ffn.blocks(layer.config.num_experts)
         per_expert = None if layer.config.weighting == "binary" else weights
-        outputs = sparse_ffn(rows, inputs, values, layer.activation, mask, per_expert)
+        outputs = sparse_ffn(
+            rows,
+            inputs,
+            values,
+            layer.activation,
+            mask,
+            per_expert,
+            layer.config.num_active_experts,
+        )
         return outputs, weights
 
     def _pays_off(self, rows: Tensor) -> bool:
@@ -254,8 +262,12 @@ class SparseFFN(_Replacement):
         """
         layer = self._layer[0]
         config = layer.config
-        if is_traced():
-            return "compiled, exported or traced"
+        # An exported program must run without this library, whose operators it would contain. For
+        # torch.export, is_compiling() is true as well.
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]
+            return "exported or traced"
+        if torch.compiler.is_compiling() and config.capacity_factor is not None:
+            return "compiled, with a capacity, which makes the number of used experts unknown"
         drops_neurons = config.expert_dropout > 0 or any(module.p > 0 for module in self._dropouts)
         if self.training and drops_neurons:
             return "dropout is active"

@@ -134,7 +134,6 @@ BEFORE: dict[str, Change] = {
 AFTER: dict[str, Change] = {
     **HOOKS,
     "sharded weight": shard_weights,
-    "second derivative": lambda model: None,
 }
 
 

@@ -16,7 +16,7 @@ from torch import nn
 import emoe
 from emoe.compiled.build import compiled_kernels
 from emoe.layer import routed_layers
-from emoe.sparse import cost_model, kernels, module
+from emoe.sparse import cost_model, kernels, module, operators
 from emoe.sparse.ffn import sparse_ffn
 from tests import converted, tiny_models
 from tests.converted import assert_same, step, without_dropout
@@ -185,11 +185,78 @@ def test_the_text_of_a_model_shows_its_last_path(monkeypatch: pytest.MonkeyPatch
     torch.compiler.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         runs_twice = torch.compile(compiled, backend="eager", fullgraph=True)
-        assert path_after(runs_twice, x) == "masked: compiled, exported or traced"
+        assert path_after(runs_twice, x) == "sparse"
         runs_twice(x)
+    limited = torch.compile(converted.net("sparse", capacity_factor=1.5), backend="eager")
+    assert path_after(limited, x).startswith("masked: compiled, with a capacity")
+    traced = converted.net("sparse")
+    torch.jit.trace(traced, x, check_trace=False)
+    assert "last_path='masked: exported or traced'" in repr(traced)
     monkeypatch.setattr(module, "pays_off", cost_model.pays_off)
     too_short = converted.net("sparse")
     assert path_after(too_short, x).startswith("masked: no gain is expected for 5 tokens")
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("gated", "weighting"), [(False, "softmax"), (True, "binary")])
+def test_compiled_code_computes_the_sparse_products(
+    gated: bool, weighting: str, dynamic: bool, implementation: str
+) -> None:
+    settings = {"gated": gated, "weighting": weighting}
+    compiled = converted.net("sparse", **settings).train()
+    torch.compiler.reset()
+    compiled.compile(backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    # as many tokens as the grouped products take, and then more
+    for tokens in (8, 40):
+        x = converted.inputs(tokens)
+        masked = converted.net("masked", **settings).train()
+        expected = step(masked, x)
+        assert_same(step(compiled, x), expected)
+    assert "last_path='sparse'" in repr(compiled)
+
+
+def test_operators_follow_the_rules_of_torch_library(implementation: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 16, generator=generator, requires_grad=True)
+    weight = torch.randn(4, 8, 16, generator=generator, requires_grad=True)
+    bias = torch.randn(4, 8, generator=generator, requires_grad=True)
+    mask = torch.zeros(6, 4, dtype=torch.bool)
+    mask[:, [1, 3]] = True
+    pairs = operators.list_pairs(mask, x, experts_per_token=2)
+    a = torch.randn(12, 8, generator=generator, requires_grad=True)
+    places = (pairs.token, pairs.expert, pairs.starts)
+    torch.library.opcheck(torch.ops.emoe.list_pairs, (mask, kernels.number_of_chunks(x), 12))
+    torch.library.opcheck(torch.ops.emoe.gather_mm, (x, weight, bias, *places))
+    torch.library.opcheck(torch.ops.emoe.scatter_mm, (a, weight, *places, 6))
+    torch.library.opcheck(torch.ops.emoe.outer_mm, (a, x, weight, *places))
+
+
+def test_second_derivatives() -> None:
+    gradients = {}
+    for backend in converted.BACKENDS:
+        network, x = converted.net(backend), converted.inputs(5).requires_grad_()
+        (first,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
+        gradients[backend] = torch.autograd.grad(first.square().sum(), [x, *network.parameters()])
+    for sparse, masked in zip(gradients["sparse"], gradients["masked"], strict=True):
+        torch.testing.assert_close(sparse, masked, rtol=1e-4, atol=1e-4 * float(masked.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["x", "inner.weight", "outer.weight"])
+def test_forward_mode_derivatives_are_refused(name: str) -> None:
+    network, x = converted.net("sparse"), converted.inputs(5)
+    ffn = network.layers[0]
+    values = {"x": x, **dict(ffn.named_parameters())}
+
+    def output(value: torch.Tensor) -> torch.Tensor:
+        changed = values | {name: value}
+        parameters = {key: tensor for key, tensor in changed.items() if key != "x"}
+        return torch.func.functional_call(ffn, parameters, (changed["x"],))
+
+    value = values[name].detach()
+    with pytest.raises(
+        RuntimeError, match=r"no forward-mode derivatives of sparse FFNs: call emoe"
+    ):
+        torch.func.jvp(output, (value,), (torch.ones_like(value),))
 
 
 @pytest.mark.parametrize(
@@ -229,7 +296,7 @@ def test_sparse_products_are_used_if_they_pay_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "pays_off", cost_model.pays_off)
-    monkeypatch.setattr(cost_model, "compiled_kernels", object)
+    monkeypatch.setattr(cost_model, "has_compiled_kernels", lambda: True)
     network = converted.net("sparse", top_k=top_k)
     sparse_calls.reset_mock()
     network(converted.inputs(tokens))
