@@ -285,15 +285,19 @@ def _takes_compiled(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype != torch.float16 and has_compiled_kernels()
 
 
-# torch.compile cannot follow the code of the next two functions: it calls them while it compiles,
-# and keeps the results
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_compiled_kernels() -> bool:
     """Check if there are compiled kernels."""
+    if torch.compiler.is_compiling():
+        from emoe.sparse import constants
+
+        return bool(constants.has_compiled_kernels())
     return compiled_kernels() is not None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def num_threads() -> int:
     """Return the number of torch's threads."""
+    if torch.compiler.is_compiling():
+        from emoe.sparse import constants
+
+        return int(constants.num_threads())
     return torch.get_num_threads()

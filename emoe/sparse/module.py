@@ -24,7 +24,6 @@ from emoe.errors import ConversionError
 from emoe.layer import RoutedActivation
 from emoe.routers import is_offloaded
 from emoe.sparse.cost_model import pays_off
-from emoe.sparse.ffn import sparse_ffn
 from emoe.sparse.serving import Layout, are_few, can_serve
 
 _WAY_OUT = "call emoe.set_backend_(model, 'masked')"
@@ -229,6 +228,9 @@ class SparseFFN(_Replacement):
         Returns:
             Outputs ``[T, h]``, and the expert weights ``[T, N]``.
         """
+        # imported here, because the import of torch's operators takes a second
+        from emoe.sparse.ffn import sparse_ffn
+
         layer = self._layer[0]
         _check_weights(layer.ffn)
         mask, weights = layer.route(layer.linear_scores(rows))

@@ -16,7 +16,7 @@ from torch import nn
 import emoe
 from emoe.compiled.build import compiled_kernels
 from emoe.layer import routed_layers
-from emoe.sparse import cost_model, kernels, module, operators
+from emoe.sparse import constants, cost_model, ffn, kernels, module, operators
 from emoe.sparse.ffn import sparse_ffn
 from tests import converted, tiny_models
 from tests.converted import assert_same, step, without_dropout
@@ -32,6 +32,7 @@ def use(implementation: str, patch: pytest.MonkeyPatch) -> None:
         pytest.skip("no compiler on this machine")
     if implementation != "compiled":
         patch.setattr(kernels, "compiled_kernels", lambda: None)
+        patch.setattr(constants, "compiled_kernels", lambda: None)
     if implementation == "grouped":
         if not hasattr(nn.functional, "grouped_mm"):
             pytest.skip("this torch has no grouped_mm")
@@ -49,7 +50,7 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 @pytest.fixture
 def sparse_calls() -> Iterator[mock.Mock]:
     """Count the FFNs that are computed sparsely."""
-    with mock.patch.object(module, "sparse_ffn", side_effect=sparse_ffn) as spy:
+    with mock.patch.object(ffn, "sparse_ffn", side_effect=sparse_ffn) as spy:
         yield spy
 
 
@@ -244,13 +245,13 @@ def test_second_derivatives() -> None:
 @pytest.mark.parametrize("name", ["x", "inner.weight", "outer.weight"])
 def test_forward_mode_derivatives_are_refused(name: str) -> None:
     network, x = converted.net("sparse"), converted.inputs(5)
-    ffn = network.layers[0]
-    values = {"x": x, **dict(ffn.named_parameters())}
+    layer = network.layers[0]
+    values = {"x": x, **dict(layer.named_parameters())}
 
     def output(value: torch.Tensor) -> torch.Tensor:
         changed = values | {name: value}
         parameters = {key: tensor for key, tensor in changed.items() if key != "x"}
-        return torch.func.functional_call(ffn, parameters, (changed["x"],))
+        return torch.func.functional_call(layer, parameters, (changed["x"],))
 
     value = values[name].detach()
     with pytest.raises(

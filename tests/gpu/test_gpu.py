@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 import emoe
-from emoe.sparse import kernels, module
+from emoe.sparse import ffn, kernels
 from emoe.sparse.ffn import sparse_ffn
 from tests.converted import process_group, step
 from tests.plain_net import plain_net
@@ -110,7 +110,7 @@ def test_masked_sparse_and_grouped_agree(
         monkeypatch.setattr(kernels, "can_group", lambda _: True)
     with (
         autocast(device, dtype),
-        mock.patch.object(module, "sparse_ffn", side_effect=sparse_ffn) as called,
+        mock.patch.object(ffn, "sparse_ffn", side_effect=sparse_ffn) as called,
         mock.patch.object(kernels, "pad_rows", side_effect=kernels.pad_rows) as product,
     ):
         assert_same(step(sparse, x), step(masked, x), TOLERANCE[dtype])
