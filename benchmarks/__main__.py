@@ -347,11 +347,11 @@ def check(suite: str, benchmarks: tuple[str, ...], elsewhere: bool) -> None:
     loaded = _load_suite(suite)
     chosen = _chosen(loaded, benchmarks)
     comparison = check_suite(loaded, chosen, elsewhere=elsewhere)
-    moved = check_claims(loaded, chosen)
-    for test in moved:
-        click.echo(test)
     click.echo(comparison)
-    raise click.exceptions.Exit(not comparison.passed or bool(moved))
+    claims_check = check_claims(loaded, chosen)
+    if claims_check.num_compared:
+        click.echo(claims_check)
+    raise click.exceptions.Exit(not comparison.passed or bool(claims_check.moved))
 
 
 @cli.command()

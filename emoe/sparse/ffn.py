@@ -48,7 +48,10 @@ def sparse_ffn(
     differentiated = [x, values, weights]
     for weight, bias in inputs:
         differentiated += [weight, bias]
-    _reject_forward_mode(differentiated)
+    if _have_tangents(differentiated):
+        raise RuntimeError(
+            "no forward-mode derivatives of sparse FFNs: call emoe.set_backend_(model, 'masked')"
+        )
     device_type = x.device.type
     # the operators do not know autocast: cast the tensors as autocast does for linear layers
     if torch.is_autocast_enabled(device_type):
@@ -75,14 +78,12 @@ def sparse_ffn(
         return scatter_mm(hidden, values, pairs)
 
 
-def _reject_forward_mode(tensors: Iterable[Tensor | None]) -> None:
-    """Raise :class:`RuntimeError` if one of some tensors has a forward-mode derivative."""
-    # compiled code has none
+def _have_tangents(tensors: Iterable[Tensor | None]) -> bool:
+    """Check if one of some tensors has a tangent, which stands for a forward-mode derivative."""
+    # while it is compiled, a tensor does not tell
     if torch.compiler.is_compiling():
-        return
-    for tensor in tensors:
-        if tensor is not None and unpack_dual(tensor).tangent is not None:
-            raise RuntimeError(
-                "no forward-mode derivatives of sparse FFNs: "
-                "call emoe.set_backend_(model, 'masked')"
-            )
+        from emoe.sparse import constants
+
+        return bool(constants.is_in_forward_mode())
+    given = [tensor for tensor in tensors if tensor is not None]
+    return any(unpack_dual(tensor).tangent is not None for tensor in given)

@@ -74,7 +74,7 @@ def pairs_of(mask: Tensor, num_chunks: int) -> Pairs:
     counts = by_expert.sum(2).flatten()
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     token = chunk * chunk_size + token_in_chunk
-    # cloned, because nonzero returns views of one tensor, which an operator must not return
+    # cloned, because nonzero returns views of one tensor, and an operator must return whole tensors
     return Pairs(token, expert.clone(), starts, num_tokens)
 
 
@@ -188,9 +188,7 @@ def outer_mm(a: Tensor, x: Tensor, pairs: Pairs, weight: Tensor) -> Tensor:
     Returns:
         Sums ``[N, s, h]``.
     """
-    out = torch.empty_strided(
-        weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device
-    )
+    out = torch.empty_like(weight)
     compiled = _compiled_for(a)
     if compiled is not None:
         compiled.outer_mm(a.contiguous(), x.contiguous(), pairs.token, pairs.starts, out)

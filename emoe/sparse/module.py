@@ -264,12 +264,12 @@ class SparseFFN(_Replacement):
         """
         layer = self._layer[0]
         config = layer.config
-        # An exported program must run without this library, whose operators it would contain. For
-        # torch.export, is_compiling() is true as well.
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
             return "exported or traced"
-        if torch.compiler.is_compiling() and config.capacity_factor is not None:
-            return "compiled, with a capacity, which makes the number of used experts unknown"
+        if torch.compiler.is_compiling():
+            reason = self._reason_for_mask_in_compiled_code(rows)
+            if reason is not None:
+                return reason
         drops_neurons = config.expert_dropout > 0 or any(module.p > 0 for module in self._dropouts)
         if self.training and drops_neurons:
             return "dropout is active"
@@ -280,12 +280,29 @@ class SparseFFN(_Replacement):
             return f"{dtype} would round the neurons that the score averages"
         if self._pays_off(rows):
             return None
+        if torch.compiler.is_compiling():
+            # without the number of tokens, which would make compiled code special for this number
+            return "no gain is expected for so few tokens or so small experts"
         if rows.device.type != "cpu":
             return f"PyTorch has no grouped product for {dtype} on {rows.device.type}"
         size = layer.ffn.d // config.num_experts
         active = f"{config.num_active_experts} of {config.num_experts}"
         experts = f"{active} experts of {size} neurons, {dtype}"
         return f"no gain is expected for {len(rows)} tokens ({experts})"
+
+    def _reason_for_mask_in_compiled_code(self, rows: Tensor) -> str | None:
+        """Return why compiled or exported code computes all neurons; None if there is no reason."""
+        from emoe.sparse import constants
+
+        # an exported program must run without this library, whose operators it would contain
+        if constants.is_exporting():
+            return "exported or traced"
+        if self._layer[0].config.capacity_factor is not None:
+            return "compiled, with a capacity, which makes the number of used experts unknown"
+        # listing the pairs waits for the device, which a CUDA graph cannot record
+        if rows.device.type != "cpu":
+            return f"compiled for {rows.device.type}"
+        return None
 
     def _compute_masked(self, x: Tensor) -> Tensor:
         """Compute all neurons with the replaced modules, as the masked backend does."""
@@ -365,7 +382,7 @@ def check_supported(layer: RoutedActivation) -> None:
         raise ConversionError(
             f"{ffn.name}: score='{config.score}' needs every neuron: keep it masked"
         )
-    # the backward pass needs the activation's input again
+    # the products are not tested with activations that change them
     if getattr(layer.activation, "inplace", False):
         raise ConversionError(
             f"{ffn.name}.{ffn.spec.activation} writes over its input: build it with inplace=False"

@@ -1,7 +1,7 @@
 """The products of an FFN of experts as operators of PyTorch, with their derivatives.
 
-``torch.compile`` cannot follow the code of :mod:`emoe.sparse.kernels`. It treats an operator as one
-step of the compiled program, whose result has a known shape.
+``torch.compile`` cannot follow the code of the products. It treats an operator as one step of the
+compiled program, whose result has a known shape.
 
 Each operator has a function ``_empty_…``, which gives compiled code a tensor of the result's shape.
 PyTorch calls it with the same arguments.
@@ -41,7 +41,7 @@ def list_pairs(mask: Tensor, x: Tensor, experts_per_token: int) -> Pairs:
 def _list_pairs(mask: Tensor, num_chunks: int, num_pairs: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the tensors of :class:`Pairs`.
 
-    Only the function below uses ``num_pairs``, because it does not know the mask.
+    Only the function below uses ``num_pairs``, because it has a mask without values.
     """
     pairs = kernels.pairs_of(mask, num_chunks)
     return pairs.token, pairs.expert, pairs.starts
@@ -163,9 +163,7 @@ def _outer_mm(
 def _empty_outer_mm(
     a: Tensor, x: Tensor, weight: Tensor, token: Tensor, expert: Tensor, starts: Tensor
 ) -> Tensor:
-    return torch.empty_strided(
-        weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device
-    )
+    return torch.empty_like(weight)
 
 
 def _save_for_outer_mm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

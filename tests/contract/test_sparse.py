@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import emoe
 from emoe.compiled.build import compiled_kernels
@@ -216,6 +217,24 @@ def test_compiled_code_computes_the_sparse_products(
     assert "last_path='sparse'" in repr(compiled)
 
 
+def test_compiled_code_takes_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    # the real choice between the sparse and the masked products
+    monkeypatch.setattr(module, "pays_off", cost_model.pays_off)
+    if compiled_kernels() is None:
+        pytest.skip("no compiler on this machine")
+    torch.compiler.reset()
+    compiled = converted.net("sparse")
+    backend = CompileCounterWithBackend("aot_eager")
+    call = torch.compile(compiled, backend=backend, dynamic=True, fullgraph=True)
+    for tokens in range(5, 15):
+        x = converted.inputs(tokens)
+        torch.testing.assert_close(call(x), converted.net()(x), atol=1e-4, rtol=1e-4)
+    assert "last_path='masked: no gain is expected" in repr(compiled)
+    assert backend.frame_count <= 2
+    call(converted.inputs(3000))
+    assert "last_path='sparse'" in repr(compiled)
+
+
 def test_operators_follow_the_rules_of_torch_library(implementation: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(6, 16, generator=generator, requires_grad=True)
@@ -232,10 +251,12 @@ def test_operators_follow_the_rules_of_torch_library(implementation: str) -> Non
     torch.library.opcheck(torch.ops.emoe.outer_mm, (a, x, weight, *places))
 
 
-def test_second_derivatives() -> None:
+@pytest.mark.parametrize(("gated", "weighting"), [(False, "binary"), (True, "softmax")])
+def test_second_derivatives(gated: bool, weighting: str, implementation: str) -> None:
     gradients = {}
     for backend in converted.BACKENDS:
-        network, x = converted.net(backend), converted.inputs(5).requires_grad_()
+        network = converted.net(backend, gated=gated, weighting=weighting)
+        x = converted.inputs(8).requires_grad_()
         (first,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
         gradients[backend] = torch.autograd.grad(first.square().sum(), [x, *network.parameters()])
     for sparse, masked in zip(gradients["sparse"], gradients["masked"], strict=True):
@@ -254,10 +275,14 @@ def test_forward_mode_derivatives_are_refused(name: str) -> None:
         return torch.func.functional_call(layer, parameters, (changed["x"],))
 
     value = values[name].detach()
-    with pytest.raises(
-        RuntimeError, match=r"no forward-mode derivatives of sparse FFNs: call emoe"
-    ):
-        torch.func.jvp(output, (value,), (torch.ones_like(value),))
+
+    def derivative(value: torch.Tensor) -> torch.Tensor:
+        return torch.func.jvp(output, (value,), (torch.ones_like(value),))[1]
+
+    torch.compiler.reset()
+    for call in (derivative, torch.compile(derivative, backend="eager")):
+        with pytest.raises(RuntimeError, match=r"no forward-mode derivatives of sparse FFNs: call"):
+            call(value)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ class MovedTest:
         before: The mean difference of the blessed runs.
         after: The mean difference of the finished runs.
         limit: The standard error of ``before``.
-        verdict_before: The verdict on the blessed runs.
+        verdict_before: The verdict on the blessed runs. It is corrected over the compared tests, so
+            it may differ from that of the suite's table.
         verdict_after: The verdict on the finished runs.
     """
 
@@ -61,10 +62,28 @@ class MovedTest:
         return f"{text}, {self.verdict_before} -> {self.verdict_after}"
 
 
-def check_claims(suite: Suite, benchmarks: Sequence[str]) -> list[MovedTest]:
+@dataclass(frozen=True)
+class ClaimsCheck:
+    """The comparison of the tests of claims.
+
+    Attributes:
+        num_compared: The number of compared tests.
+        moved: The tests that have moved.
+    """
+
+    num_compared: int
+    moved: Sequence[MovedTest]
+
+    def __str__(self) -> str:
+        lines = [str(test) for test in self.moved]
+        lines.append(f"tests of claims: {self.num_compared} compared, {len(self.moved)} moved")
+        return "\n".join(lines)
+
+
+def check_claims(suite: Suite, benchmarks: Sequence[str]) -> ClaimsCheck:
     """Find the tests of claims whose means have moved between blessed and finished runs.
 
-    Both sides use the runs that are finished here and have a blessed record.
+    Both sides use the runs that are finished here and have a blessed record with the same id.
 
     Args:
         suite: The suite. If all its models have random weights, no claim is tested.
@@ -74,7 +93,7 @@ def check_claims(suite: Suite, benchmarks: Sequence[str]) -> list[MovedTest]:
         DataError: A file of records or a ``metrics.json`` is damaged.
     """
     if has_random_weights(suite.runs):
-        return []
+        return ClaimsCheck(0, [])
     before = {}
     after = {}
     for name in claimed_benchmarks(suite):
@@ -90,7 +109,7 @@ def check_claims(suite: Suite, benchmarks: Sequence[str]) -> list[MovedTest]:
         if finished:
             before[name] = _claim_numbers(name, blessed_of_finished)
             after[name] = _claim_numbers(name, finished)
-    return find_moved_tests(suite, before, after)
+    return compare_tests(suite, before, after)
 
 
 def _claim_numbers(benchmark: str, records: Sequence[Record]) -> pd.DataFrame:
@@ -99,14 +118,15 @@ def _claim_numbers(benchmark: str, records: Sequence[Record]) -> pd.DataFrame:
     return outcomes.claim_numbers()
 
 
-def find_moved_tests(
+def compare_tests(
     suite: Suite, before: Mapping[str, pd.DataFrame], after: Mapping[str, pd.DataFrame]
-) -> list[MovedTest]:
+) -> ClaimsCheck:
     """Find the tests of claims whose mean differences have moved.
 
     A mean has moved if it changed by more than its standard error over the pairs, and if rounding
     errors do not explain the change: all pairs changed alike, or the paired t-test of the changes
-    has a p below 0.1 %. Tests with one pair, of counts and of times are not compared.
+    has a p below 0.1 %. Tests without a standard error (one pair, or older differences that are all
+    equal) are not compared, nor those of counts and of times.
 
     Args:
         suite: The suite.
@@ -118,14 +138,19 @@ def find_moved_tests(
     # both frames have a row for each test, in the same order
     tests_before = judge_claims(suite, before).itertuples()
     tests_after = judge_claims(suite, after).itertuples()
+    num_compared = 0
     moved = []
     for old, new in zip(tests_before, tests_after, strict=True):
         if old.evidence is None or new.evidence is None or not old.compare.is_paired:
             continue
+        limit = old.evidence.difference.standard_error()
         change = find_evidence(changes[old.benchmark], old.compare)
-        if change is not None and _has_moved(old.evidence.difference, change.difference):
+        if math.isnan(limit) or change is None:
+            continue
+        num_compared += 1
+        if _has_moved(change.difference, limit):
             moved.append(_moved_test(old, new))
-    return moved
+    return ClaimsCheck(num_compared, moved)
 
 
 def _subtract(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
@@ -137,19 +162,19 @@ def _subtract(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
         for numbers in (before, after)
     ]
     old, new = unique
-    return (new - old).dropna().rename("value").reset_index()
+    # newer code may record other numbers
+    old_of_both, new_of_both = old.align(new, join="inner")
+    return (new_of_both - old_of_both).dropna().rename("value").reset_index()
 
 
-def _has_moved(before: Difference, change: Difference) -> bool:
-    """Return True if the mean of a test has moved, as :func:`find_moved_tests` defines it.
+def _has_moved(change: Difference, limit: float) -> bool:
+    """Return True if the mean of a test has moved, as :func:`compare_tests` defines it.
 
     Args:
-        before: The older difference of the two methods.
-        change: The newer minus the older difference.
+        change: The newer minus the older difference of the two methods.
+        limit: The standard error of the older difference.
     """
-    # one pair, or older differences that are all equal, have no standard error
-    limit = before.standard_error()
-    if math.isnan(limit) or abs(change.mean) <= limit:
+    if abs(change.mean) <= limit:
         return False
     # changes that are all equal have no p
     return math.isnan(change.p) or change.p < _SIGNIFICANCE
