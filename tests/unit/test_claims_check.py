@@ -81,7 +81,7 @@ def test_a_moved_test_names_both_verdicts(blessed: pd.DataFrame) -> None:
     moved = compare_tests(FULL, {"glue_lora": blessed}, {"glue_lora": after}).moved
     texts = [str(test) for test in moved]
     assert (
-        f"moved {IN_DOMAIN}: mean of 12 pairs -0.143 -> +2.76 points (limit 0.12), "
+        f"moved {IN_DOMAIN}: mean of 12 pairs -0.1433 -> +2.7567 points (limit 0.12), "
         "undecided -> supported" in texts
     )
 

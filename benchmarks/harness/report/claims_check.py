@@ -55,7 +55,8 @@ class MovedTest:
     verdict_after: str
 
     def __str__(self) -> str:
-        means = f"{self.before:+.3g} -> {self.after:+.3g} {self.unit}".rstrip()
+        # z: no minus sign for a number that is rounded to 0
+        means = f"{self.before:+z.4f} -> {self.after:+z.4f} {self.unit}".rstrip()
         text = f"moved {self.title}: mean of {self.n} pairs {means} (limit {self.limit:.2g})"
         if self.verdict_before == self.verdict_after:
             return f"{text}, still {self.verdict_after}"
