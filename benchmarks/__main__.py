@@ -345,10 +345,9 @@ def check(suite: str, benchmarks: tuple[str, ...], elsewhere: bool) -> None:
     from benchmarks.harness.results.suite_check import check as check_suite
 
     loaded = _load_suite(suite)
-    chosen = _chosen(loaded, benchmarks)
-    comparison = check_suite(loaded, chosen, elsewhere=elsewhere)
+    comparison = check_suite(loaded, _chosen(loaded, benchmarks), elsewhere=elsewhere)
     click.echo(comparison)
-    claims_check = check_claims(loaded, chosen)
+    claims_check = check_claims(loaded, comparison.finished)
     if claims_check.num_compared:
         click.echo(claims_check)
     raise click.exceptions.Exit(not comparison.passed or bool(claims_check.moved))

@@ -15,8 +15,8 @@ from benchmarks.harness.base import RUNS
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.report import writing
 from benchmarks.harness.report.claims import claimed_benchmarks
-from benchmarks.harness.report.presentation import present
 from benchmarks.harness.results import records as results
 from benchmarks.harness.results.records import Record, read_record
 from benchmarks.harness.results.reference import write_reference
@@ -400,8 +400,7 @@ def claim_numbers(suite: Suite) -> dict[str, pd.DataFrame]:
     """Compute the claim numbers of a suite's finished runs, by benchmark."""
     numbers = {}
     for name in claimed_benchmarks(suite):
-        presentation = present(load_benchmark(name), records(suite.runs_of(name)))
-        numbers[name] = presentation.outcomes.claim_numbers()
+        numbers[name] = writing.claim_numbers(name, records(suite.runs_of(name)))
     return numbers
 
 

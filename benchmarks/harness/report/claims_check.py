@@ -13,17 +13,16 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report.claims import claimed_benchmarks
 from benchmarks.harness.report.claims_table import judge_claims
 from benchmarks.harness.report.common import COMPARED
 from benchmarks.harness.report.evidence import find_evidence
-from benchmarks.harness.report.presentation import has_random_weights, present
+from benchmarks.harness.report.presentation import has_random_weights
+from benchmarks.harness.report.writing import claim_numbers
 from benchmarks.harness.results.records import Record
 from benchmarks.harness.results.reference import read_blessed_records
 from benchmarks.harness.results.statistics import Difference
-from benchmarks.harness.results.suite_check import finished_records
 
 # rounding errors scatter around zero, so they seldom move a mean with a smaller p
 _SIGNIFICANCE = 0.001
@@ -81,42 +80,38 @@ class ClaimsCheck:
         return "\n".join(lines)
 
 
-def check_claims(suite: Suite, benchmarks: Sequence[str]) -> ClaimsCheck:
+def check_claims(suite: Suite, finished: Mapping[str, Sequence[Record]]) -> ClaimsCheck:
     """Find the tests of claims whose means have moved between blessed and finished runs.
 
     Both sides use the runs that are finished here and have a blessed record with the same id.
 
     Args:
         suite: The suite. If all its models have random weights, no claim is tested.
-        benchmarks: The names of the benchmarks whose runs are compared.
+        finished: The records of finished runs, by the name of the benchmark.
 
     Raises:
-        DataError: A file of records or a ``metrics.json`` is damaged.
+        DataError: A file of blessed records is damaged.
     """
     if has_random_weights(suite.runs):
         return ClaimsCheck(0, [])
     before = {}
     after = {}
     for name in claimed_benchmarks(suite):
-        blessed = read_blessed_records(suite, name)
-        if name not in benchmarks or blessed is None:
+        if name not in finished:
             continue
-        finished = []
-        blessed_of_finished = []
-        for record in finished_records(suite, name):
+        blessed = read_blessed_records(suite, name)
+        if blessed is None:
+            continue
+        new_records = []
+        old_records = []
+        for record in finished[name]:
             if record.run.folder in blessed.records:
-                finished.append(record)
-                blessed_of_finished.append(blessed.records[record.run.folder])
-        if finished:
-            before[name] = _claim_numbers(name, blessed_of_finished)
-            after[name] = _claim_numbers(name, finished)
+                new_records.append(record)
+                old_records.append(blessed.records[record.run.folder])
+        if new_records:
+            before[name] = claim_numbers(name, old_records)
+            after[name] = claim_numbers(name, new_records)
     return compare_tests(suite, before, after)
-
-
-def _claim_numbers(benchmark: str, records: Sequence[Record]) -> pd.DataFrame:
-    """Compute the numbers that claims compare from the records of a benchmark."""
-    outcomes = present(load_benchmark(benchmark), records).outcomes
-    return outcomes.claim_numbers()
 
 
 def compare_tests(
@@ -156,16 +151,16 @@ def compare_tests(
 
 def _subtract(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     """Subtract the older from the newer value of each number. The columns are ``COMPARED``."""
-    keys = [column for column in COMPARED if column != "value"]
-    # an evaluation may record a number several times
-    unique = [
-        numbers.astype({"value": float}).groupby(keys, sort=False, dropna=False)["value"].mean()
-        for numbers in (before, after)
-    ]
-    old, new = unique
     # newer code may record other numbers
-    old_of_both, new_of_both = old.align(new, join="inner")
-    return (new_of_both - old_of_both).dropna().rename("value").reset_index()
+    old, new = _values(before).align(_values(after), join="inner")
+    return (new - old).dropna().rename("value").reset_index()
+
+
+def _values(numbers: pd.DataFrame) -> pd.Series[float]:
+    """Return each number by all its names, once. An evaluation may record it several times."""
+    names = [column for column in COMPARED if column != "value"]
+    as_floats = numbers.astype({"value": float})
+    return as_floats.groupby(names, sort=False, dropna=False)["value"].mean()
 
 
 def _has_moved(change: Difference, limit: float) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from benchmarks.harness.report.paper import write_paper_items
 from benchmarks.harness.report.presentation import present
 from benchmarks.harness.report.section import make_section
 from benchmarks.harness.results.available import find_records
+from benchmarks.harness.results.records import Record
 
 
 def write_tables(suite: Suite, benchmark: str, part: str | None = None) -> str:
@@ -74,6 +76,14 @@ def write_tables(suite: Suite, benchmark: str, part: str | None = None) -> str:
     return found.note
 
 
+def claim_numbers(benchmark: str, records: Sequence[Record]) -> pd.DataFrame:
+    """Compute the numbers that claims compare from the records of a benchmark.
+
+    The columns are ``COMPARED`` of :mod:`.common`.
+    """
+    return present(load_benchmark(benchmark), records).outcomes.claim_numbers()
+
+
 def find_claim_numbers(suite: Suite) -> tuple[dict[str, pd.DataFrame], list[str]]:
     """Compute the numbers that claims compare from the available records.
 
@@ -93,8 +103,7 @@ def find_claim_numbers(suite: Suite) -> tuple[dict[str, pd.DataFrame], list[str]
         if found.note:
             notes.append(found.note)
         if found.records:
-            outcomes = present(load_benchmark(name), found.records).outcomes
-            numbers[name] = outcomes.claim_numbers()
+            numbers[name] = claim_numbers(name, found.records)
     if not numbers and notes:
         raise DefinitionError("; ".join(notes))
     return numbers, notes

@@ -78,11 +78,13 @@ class SuiteCheck:
     Attributes:
         results: The comparisons of :func:`compare_pairs`.
         benchmarks: The counts by the name of the benchmark.
+        finished: The records of the compared runs, by the name of the benchmark.
         unblessed: The names of the benchmarks without blessed numbers, which are not compared.
     """
 
     results: Sequence[CheckResult]
     benchmarks: Mapping[str, BenchmarkCheck]
+    finished: Mapping[str, Sequence[Record]]
     unblessed: Sequence[str]
 
     @property
@@ -150,29 +152,21 @@ def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -
     for name in benchmarks:
         if name in with_numbers:
             blessed[name] = read_reference(suite.name, name)
+    finished = {}
     pairs = {}
     for name, before in blessed.items():
-        records = finished_records(suite, name)
-        finished = [record.run for record in records]
-        pairs[name] = Pair(rows_of_runs(before, finished), check_numbers(records))
+        found = find_finished(suite, name).records
+        # a run whose metrics.json was deleted may still have a collected record
+        records = [record for record in found if record.run.metrics_file.exists()]
+        finished[name] = records
+        runs_of_records = [record.run for record in records]
+        pairs[name] = Pair(rows_of_runs(before, runs_of_records), check_numbers(records))
     results = compare_pairs(suite, pairs.values(), elsewhere=elsewhere)
 
     counts = {}
     for name, before in blessed.items():
         counts[name] = _count(suite, name, before, pairs[name].after, results)
-    return SuiteCheck(results, counts, unblessed)
-
-
-def finished_records(suite: Suite, benchmark: str) -> list[Record]:
-    """Return the records of a benchmark's runs that are compared: those with a ``metrics.json``.
-
-    A run whose ``metrics.json`` was deleted may still have a collected record.
-
-    Raises:
-        DataError: A file of records or a ``metrics.json`` is damaged.
-    """
-    found = find_finished(suite, benchmark)
-    return [record for record in found.records if record.run.metrics_file.exists()]
+    return SuiteCheck(results, counts, finished, unblessed)
 
 
 def _count(
