@@ -80,7 +80,9 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
             check_names(where.at("model"), block.model, model_names("image"))
             check_names(where.at("task"), block.task, self.tasks)
             check_names(where.at("method"), block.method, methods)
-            training = {model: self.settings("training", part, model) for model in block.model}
+            training = {
+                model: self.settings("training", part, model=model) for model in block.model
+            }
             for model, name, method in itertools.product(block.model, block.task, block.method):
                 if name in exclude:
                     continue

@@ -97,7 +97,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
             if method["variant"]:
                 variant = f"{variant}-{method['variant']}"
             learning_rate = _learning_rate(tuning, point, where)
-            training = _training(training_settings(point["model"]), tuning, method, where)
+            training = _training(training_settings(model=point["model"]), tuning, method, where)
             yield self.spec(
                 variant,
                 model={**model, **tuning.model_spec()},

@@ -93,7 +93,7 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
                 task={"name": point["mixture"], "tasks": self._learned_tasks(tasks)},
                 ood=self._ood_sets(tasks, exclude),
                 method=method,
-                training=training_settings(point["model"]).spec(),
+                training=training_settings(model=point["model"]).spec(),
                 learning_rate=float(point["learning_rate"]),
                 seed=point["seed"],
             )

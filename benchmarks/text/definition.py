@@ -92,7 +92,7 @@ class EpochTraining(Training):
 class TextTraining(EpochTraining):
     """Training settings of a classifier; a suite may override them."""
 
-    in_no_spec: ClassVar = {"by_model", "evaluate_ood", "epochs_by_task"}
+    in_no_spec: ClassVar = {"by_model", "by_task", "evaluate_ood"}
 
     train_rows: Count | None
     """Training rows, drawn with the run's seed from those that are not held out; null for all."""
@@ -119,9 +119,9 @@ class TextTraining(EpochTraining):
     evaluate_ood: bool | Names | None = optional()
     """Evaluate all runs, or the runs of these methods, on the task's OOD sets at the end. This key
     is not part of a run's spec. For large sets, use a benchmark that evaluates only chosen runs."""
-    epochs_by_task: dict[str, Positive] | None = optional()
-    """Number of epochs for single tasks, instead of `epochs`. This key is not part of a run's
-    spec."""
+    by_task: dict[str, dict[str, Any]] | None = optional()
+    """Settings for single tasks, by the task's name. They override the other settings and those of
+    `by_model`. This key is not part of a run's spec."""
 
 
 class TextBlock(VariantAxes):

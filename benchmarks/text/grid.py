@@ -155,7 +155,6 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
     def specs(
         self, part: Part[TextPart], exclude: Collection[str], others: Sequence[Run]
     ) -> Iterator[dict[str, Any]]:
-        self._check_training(part)
         methods = self.methods(part)
         names = {
             "model": model_names(None),
@@ -163,15 +162,15 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
             # a transformed row is trained as another method
             "method": [name for name in methods if name not in self.definition.transformed],
         }
-        # computed once for each model, because all its grid points have the same settings
-        model_settings = functools.cache(functools.partial(self.settings, "training", part))
+        # computed once for each model and task, whose grid points all have the same settings
+        training_settings = functools.cache(functools.partial(self._training_settings, part))
         for where, point in part.grid_points(names, (*names, *VARIANT_KEYS, *_OTHER_AXES)):
             _check_training_keys(point, methods, where)
             # an excluded task has no runs, but its block is checked
             if point["task"] in exclude:
                 continue
             task = self.tasks[point["task"]]
-            settings: TextTraining = model_settings(point["model"])
+            settings = training_settings(point["model"], point["task"])
             method_sections = self._method_sections(methods, point, settings, where)
             protocol = _protocol(task, point, where)
             training = run_training(settings, task, point, protocol)
@@ -213,7 +212,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         Args:
             methods: The methods of the suite.
             point: The point of the grid: one value for each key of a block.
-            settings: The training settings of the suite for the run's model.
+            settings: The training settings of the suite for the run's model and task.
             where: The place of the point in the file, for messages.
         """
 
@@ -230,15 +229,15 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
                 sections["used_as"] = {"name": name, "config": target["config"]}
         return sections
 
-    def _check_training(self, part: Part[TextPart]) -> None:
-        """Check that the training settings of a suite name existing things and fit together.
+    def _training_settings(self, part: Part[TextPart], model: str, task: str) -> TextTraining:
+        """Return the training settings of a suite for a model and a task.
 
         Raises:
-            DefinitionError: A check failed.
+            DefinitionError: A setting names a method that does not exist, or two do not fit
+                together.
         """
-        training: TextTraining = self.settings("training", part)
+        training: TextTraining = self.settings("training", part, model=model, task=task)
         where = part.where("training")
-        check_names(where.at("epochs_by_task"), training.epochs_by_task or (), self.tasks)
         if not isinstance(training.evaluate_ood, bool):
             check_names(
                 where.at("evaluate_ood"), training.evaluate_ood or (), self.definition.methods
@@ -252,6 +251,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
             raise DefinitionError(
                 f"{where.at('patience')} needs checkpoint_selection: best; set patience: null"
             )
+        return training
 
 
 def _check_trained_once(transformed: Mapping[str, Transformed], file: Path) -> None:
@@ -441,15 +441,13 @@ def run_training(
     """Return the training settings of a run's spec.
 
     Args:
-        settings: The settings of the suite for the run's model.
+        settings: The settings of the suite for the run's model and task.
         task: The training task.
         point: The point of the grid, which may vary epochs and rows.
         protocol: The protocol of the run.
     """
     training = settings.spec()
-    epochs_by_task = settings.epochs_by_task or {}
-    epochs = epochs_by_task.get(point["task"], settings.epochs)
-    training["epochs"] = epochs * point.get("epochs_factor", 1)
+    training["epochs"] = settings.epochs * point.get("epochs_factor", 1)
     # only a clean run of a task without a test split needs held-out training rows
     if protocol == PUBLISHED or task.splits.test is not None:
         training["validation_fraction"] = 0.0

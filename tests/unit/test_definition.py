@@ -96,6 +96,21 @@ def test_mistakes_in_a_benchmark_are_named_with_the_nearest_valid_value(
             {"minilm": {"precision": "fp23"}},
             r"minilm\.precision' is 'fp23'; did you mean 'fp32'",
         ),
+        (
+            "training.by_task",
+            {"tweet": {"epochs": 1}},
+            r"training\.by_task' is 'tweet', which does not exist; did you mean 'tweets'",
+        ),
+        (
+            "training.by_task",
+            {"tweets": {"epochs": 0}},
+            r"'benchmarks\.glue\.training\.by_task\.tweets\.epochs' is 0: ",
+        ),
+        (
+            "training.by_task",
+            {"tweets": {"patience": 3}},
+            r"'benchmarks\.glue\.training\.patience' needs checkpoint_selection: best",
+        ),
         ("training.validation_fraction", 0, "clean runs need rows for selection"),
         (
             "training.patience",
@@ -135,6 +150,27 @@ def test_mistakes_in_a_suite_are_named_with_the_nearest_valid_value(path, value,
     with pytest.raises(DefinitionError, match=message) as caught:
         specs(load_benchmark("glue"), edited_part("glue", "mini", {path: value}))
     assert str(caught.value).startswith(f"{paths.CONFIG / 'mini.yaml'}: ")
+
+
+def test_settings_of_a_task_override_those_of_the_suite_and_of_the_model() -> None:
+    edits = {
+        "training.epochs": 1,
+        "training.by_model": {"minilm": {"epochs": 2, "batch_size": 8}},
+        "training.by_task": {"tweets": {"epochs": 3, "train_rows": None}},
+    }
+    planned = specs(load_benchmark("glue"), edited_part("glue", "mini", edits))
+    settings = {}
+    for spec in planned:
+        training = spec["training"]
+        assert "by_task" not in training
+        task = spec["task"]["name"]
+        settings[task] = (training["epochs"], training["batch_size"], training["train_rows"])
+    assert settings["tweets"] == (3, 8, None)
+    del settings["tweets"]
+    assert settings
+    for epochs, batch_size, train_rows in settings.values():
+        assert (epochs, batch_size) == (2, 8)
+        assert train_rows is not None
 
 
 def test_rounding_errors_do_not_refuse_a_share_of_the_experts() -> None:

@@ -387,15 +387,19 @@ class Benchmark(ABC, Generic[D, E, P]):
         check_names(part.where("methods"), part.settings.methods, definition.methods)
         return resolve_methods(definition, part.settings.method_defaults, part.settings.methods)
 
-    def settings(self, key: str, part: Part[P], model: str | None = None) -> Any:
+    def settings(
+        self, key: str, part: Part[P], *, model: str | None = None, task: str | None = None
+    ) -> Any:
         """Return one section of the benchmark's settings, merged with the changes of a suite.
 
-        The suite overrides the benchmark. The section's ``by_model`` overrides both.
+        The suite overrides the benchmark. The section's ``by_model`` overrides both, and its
+        ``by_task`` overrides these three.
 
         Args:
             key: The name of the section, such as ``training``.
             part: The benchmark's part of the suite.
             model: The name of the model whose ``by_model`` is applied; None applies none.
+            task: The name of the task whose ``by_task`` is applied; None applies none.
         """
         # Defaults are left out. So the merged settings still tell given values from defaults.
         section: Strict = getattr(self.definition, key)
@@ -407,6 +411,10 @@ class Benchmark(ABC, Generic[D, E, P]):
         if model is not None and model in by_model:
             settings = merge(settings, by_model[model])
             at = [*at, "by_model", model]
+        by_task = settings.get("by_task") or {}
+        if task is not None and task in by_task:
+            settings = merge(settings, by_task[task])
+            at = [*at, "by_task", task]
         return parse(settings, type(section), part.file, *at)
 
     @property
@@ -584,8 +592,8 @@ def _apply_grid_defaults(content: object) -> object:
 def _check_changes(benchmark: AnyBenchmark, part: Part[Any], key: str) -> None:
     """Validate one section of the benchmark's settings after a merge with the suite's changes.
 
-    The key ``by_model`` gives some models other settings. The section is also validated for each
-    of these models.
+    The keys ``by_model`` and ``by_task`` give some models and tasks other settings. The section is
+    also validated for each of these models and tasks.
 
     Args:
         benchmark: The benchmark.
@@ -597,4 +605,8 @@ def _check_changes(benchmark: AnyBenchmark, part: Part[Any], key: str) -> None:
     by_model = getattr(section, "by_model", None) or {}
     check_names(part.where(key, "by_model"), by_model, load_models())
     for model in by_model:
-        benchmark.settings(key, part, model)
+        benchmark.settings(key, part, model=model)
+    by_task = getattr(section, "by_task", None) or {}
+    check_names(part.where(key, "by_task"), by_task, benchmark.tasks)
+    for task in by_task:
+        benchmark.settings(key, part, task=task)

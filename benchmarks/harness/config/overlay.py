@@ -6,9 +6,9 @@ The settings of a later layer override those of an earlier layer, key by key. Ex
   (:func:`benchmarks.harness.config.methods.merge_methods`).
 - ``partition_seed: run`` becomes the run's seed
   (:func:`benchmarks.harness.config.method_specs.method_spec`).
-- ``by_model`` overrides the suite's settings
+- ``by_model`` and ``by_task`` override the suite's settings
   (:func:`benchmarks.harness.config.benchmark.Benchmark.settings`).
-- A task and a grid point change the epochs, and a protocol the number of validation rows
+- A grid point changes the epochs, and a protocol the number of validation rows
   (:func:`benchmarks.text.grid.run_training`).
 - An untrained model has no training settings (:mod:`benchmarks.llama.grid`).
 - An image set gives ``eval_every``, and DomainBed's random search gives the hyper-parameters
