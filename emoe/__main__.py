@@ -197,7 +197,7 @@ def inspect(folder: Path) -> None:
     if experts is None:
         raise CheckpointError(f"{folder} holds no experts; convert it with python -m emoe convert")
 
-    # if the model's own library saved the folder, it has no partition file
+    # a folder that transformers saved has no partition file
     partition = folder / checkpoint.PARTITION_FILE
     tensors = {}
     if partition.exists():
@@ -210,7 +210,7 @@ def inspect(folder: Path) -> None:
     click.echo(_file_table(folder))
     if not tensors:
         click.echo(
-            "\nThe model's own library saved this folder: "
+            f"\nThere is no {checkpoint.PARTITION_FILE}: "
             "the original order of the neurons is unknown."
         )
 

@@ -106,7 +106,8 @@ class _Sample:
         rows = self._without_padding(magnitudes).float().cpu()
         numbers = torch.rand(len(rows), generator=self._generator, dtype=torch.float64)
 
-        # keep the lowest numbers among the sample so far and the new rows
+        # Keep the lowest numbers among the sample so far and the new rows.
+        # The sample so far is an empty vector at first. `cat` leaves it out, whatever its shape.
         all_numbers = torch.cat([self._lowest.numbers, numbers])
         all_rows = torch.cat([self._lowest.rows, rows])
         lowest = all_numbers.argsort()[:MAX_TOKENS]

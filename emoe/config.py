@@ -213,7 +213,7 @@ class RoutingConfig:
             if getattr(self, name) is None:
                 raise ConfigError(f"{type(self).__name__} needs the field '{name}'")
 
-        # the type of a field determines its check; a field of another type is checked by its name
+        # switches, choices and numbers have one check each; layers and router have their own
         for field in dataclasses.fields(self):
             if field.type is bool:
                 self._check_switch(field.name)
@@ -424,9 +424,12 @@ class EMoEConfig(RoutingConfig):
         if has_parameters and self.weighting == "binary":
             wanted = f"'softmax' or 'softmax_times_k' {with_router}, else no gradient"
             raise self._error("weighting", wanted)
-        uses_one_of_many = self.top_k == 1 and self.num_experts > 1
+        uses_one_of_many = self.num_active_experts == 1 and self.num_experts > 1
         if has_parameters and self.weighting == "softmax_times_k" and uses_one_of_many:
-            wanted = "at least 2 with weighting='softmax_times_k', else the weight is always 1"
+            wanted = (
+                "so that at least 2 experts are active with weighting='softmax_times_k', else "
+                "the weight is always 1"
+            )
             raise self._error("top_k", wanted)
 
     @property

@@ -154,7 +154,13 @@ def convert_(
     reports = [convert_ffn(ffn, config, partition) for ffn in chosen]
     finish_conversion_(model)
     added = count_parameters(model) - dense_parameters
-    return conversion_report(reports, config, ffns=len(ffns), neurons=dense_neurons, added=added)
+    return conversion_report(
+        reports,
+        config,
+        num_ffns=len(ffns),
+        num_dense_neurons=dense_neurons,
+        num_added=added,
+    )
 
 
 def _check_permutations(partition: Mapping[int, Tensor], ffns: Iterable[FFN]) -> None:
@@ -234,30 +240,34 @@ def convert_ffn(
 
 
 def conversion_report(
-    reports: list[LayerReport], config: EMoEConfig | GMoEConfig, ffns: int, neurons: int, added: int
+    reports: list[LayerReport],
+    config: EMoEConfig | GMoEConfig,
+    num_ffns: int,
+    num_dense_neurons: int,
+    num_added: int,
 ) -> ConversionReport:
     """Build the report of a conversion.
 
     Args:
         reports: one for each converted FFN.
         config: configuration of the experts.
-        ffns: number of FFNs in the model.
-        neurons: number of neurons of the dense model's FFNs.
-        added: number of parameters that the dense model does not have.
+        num_ffns: number of FFNs in the model.
+        num_dense_neurons: number of neurons of the dense model's FFNs.
+        num_added: number of parameters that the dense model does not have.
     """
     # the dense FFN has the neurons of one copy of GMoE, or of all experts of EMoE
     experts_per_dense_ffn = 1 if isinstance(config, GMoEConfig) else config.num_experts
     # all neurons of the dense model, with those of each converted FFN replaced
-    active_neurons = neurons
+    num_active = num_dense_neurons
     for report in reports:
         neurons_of_dense_ffn = report.expert_size * experts_per_dense_ffn
         neurons_of_active_experts = report.expert_size * config.num_active_experts
-        active_neurons += neurons_of_active_experts - neurons_of_dense_ffn
+        num_active += neurons_of_active_experts - neurons_of_dense_ffn
     return ConversionReport(
         layers=tuple(reports),
-        total_layers=ffns,
-        active_neurons=active_neurons / neurons,
-        added_parameters=added,
+        total_layers=num_ffns,
+        active_neurons=num_active / num_dense_neurons,
+        added_parameters=num_added,
     )
 
 

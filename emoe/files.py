@@ -1,6 +1,6 @@
 """Read and write model folders: JSON, safetensors and the model's own library.
 
-No code of a folder is executed.
+No code of a folder is executed, unless the caller passes ``trust_remote_code=True``.
 """
 
 from __future__ import annotations
@@ -74,8 +74,9 @@ def _writable(path: Path) -> Iterator[None]:
     written = [path]
     if path.is_dir():
         written = list(path.glob("*.safetensors"))
-    # setting the umask is the only way to read it
-    umask = os.umask(0)
+    # Setting the umask is the only portable way to read it. Until it is set back, files of other
+    # threads are only for the owner.
+    umask = os.umask(0o077)
     os.umask(umask)
     for file in written:
         file.chmod(0o666 & ~umask)
@@ -312,7 +313,9 @@ def load_stock(
     new_head: bool = True,
     **options: Any,
 ) -> Any:
-    """Load a checkpoint with its own library: safetensors only, and no code of the checkpoint.
+    """Load a checkpoint with its own library: safetensors only.
+
+    No code of the checkpoint is executed, unless ``options`` have ``trust_remote_code=True``.
 
     Args:
         loader: transformers class, ``timm.create_model`` or function that builds a plain module.
@@ -470,13 +473,14 @@ def _load_with_transformers(
     with silence:
         model, info = loader.from_pretrained(str(folder), **loader_options)
 
-    missing = set(info["missing_keys"])
-    # transformers lists each name with the two shapes
-    mismatched = {name for name, *_shapes in info["mismatched_keys"]}
+    # tensors that another file holds are neither missing nor mismatched
+    restored_names: set[str] = set()
     if restored:
         restored_names = restored(model)
-        missing -= restored_names
-        mismatched -= restored_names
+    missing = set(info["missing_keys"]) - restored_names
+    # transformers lists each name with the two shapes
+    mismatched_names = {name for name, *_shapes in info["mismatched_keys"]}
+    mismatched = mismatched_names - restored_names
     not_loaded = missing | mismatched
     head_names = _head_names(model, not_loaded)
 
@@ -495,7 +499,9 @@ def _load_with_transformers(
         resized_names = mismatched & head_names
 
     _check_complete(not_loaded - new_names - resized_names, folder)
-    stored = (set(model.state_dict()) - missing) | set(info["unexpected_keys"])
+    # the folder's tensors: those of the model that are not missing, and those that it lacks
+    found = set(model.state_dict()) - missing
+    stored = found | set(info["unexpected_keys"])
     check_layers(model, stored, folder)
 
     if options.get("output_loading_info"):

@@ -136,10 +136,11 @@ class RoutedActivation(nn.Module):
 
     @property
     def aux_loss(self) -> Tensor | None:
-        """Balance loss of this thread's last call.
+        """Balance loss of this thread's last call. In compiled code, of any thread's last call.
 
         It is None before the first call, and if the configuration has no balance loss.
         """
+        # _store_balance_loss clears this one in each call, so if it is set, it is the newer one
         if self._traced.loss is not None:
             return self._traced.loss
         return self._eager.loss
@@ -197,7 +198,7 @@ class RoutedActivation(nn.Module):
 
         # a buffer of zeros, because not every projection works without a bias (GPT-2's Conv1D)
         proj_out.register_buffer("bias", zeros)
-        self._handles.append(proj_out.register_forward_hook(self._add_output_bias))
+        self._handles.append(proj_out.register_forward_hook(self._output_bias_hook))
 
     def folded_output_bias(self) -> Tensor:
         """Return the output bias ``[h]`` of the dense FFN that the experts are folded into.
@@ -224,7 +225,7 @@ class RoutedActivation(nn.Module):
             return None
         return x.reshape(-1, x.shape[-1])
 
-    def _add_output_bias(self, _module: nn.Module, _args: Any, y: Tensor) -> Tensor:
+    def _output_bias_hook(self, _module: nn.Module, _args: Any, y: Tensor) -> Tensor:
         """Add to the FFN's output the biases of the experts that the activation chose.
 
         This is a hook on the out-projection.
@@ -319,9 +320,11 @@ class RoutedActivation(nn.Module):
 
         Returns:
             The mask ``[T, N]`` that :meth:`route` would choose. None if :meth:`route` must choose:
-            there are no kernels, a gradient or the routing is recorded, or the configuration needs
-            more than a mask of the highest or lowest scores.
+            the model trains, no earlier pass has kept keys, there are no kernels, a gradient or the
+            routing is recorded, or the configuration needs more than a mask of the highest or
+            lowest scores.
         """
+        # The kept keys are None in training, so there is no noise or dropout to leave out here.
         keys = self.router.kept_keys()
         if keys is None:
             return None
@@ -414,9 +417,12 @@ class RoutedActivation(nn.Module):
             token_mask = None
             if self.padding_hook is not None:
                 token_mask = self.padding_hook.token_mask(len(clean))
+            if token_mask is not None:
+                # the layers of a model may be on several devices
+                token_mask = token_mask.to(clean.device)
 
             chosen, kept = self._choose(noisy, token_mask)
-            weights = expert_weights(noisy, chosen, config.weighting, config.top_k)
+            weights = expert_weights(noisy, chosen, config.weighting, config.num_active_experts)
             if config.capacity_factor is not None:
                 weights = weights * kept
 
@@ -534,7 +540,8 @@ def aux_loss(model: nn.Module) -> Tensor | float:
 
     Each loss (:func:`emoe.routing.balance_loss`) is multiplied by ``aux_loss_coefficient``. Add the
     sum to the task loss of a training step, before the next forward pass. It is 0.0 if the
-    configuration has no balance loss.
+    configuration has no balance loss. A layer that the last pass skipped, as layer drop does, adds
+    the loss of an earlier pass.
 
     Args:
         model: converted model.

@@ -124,7 +124,7 @@ class LayerRecord:
             # the first tokens of all rows come first: [tokens of a row, rows, N]
             by_row = chosen.unflatten(0, (-1, num_rows)).sum(0)
         self._make_room_for(labels)
-        labels = labels.to(by_row.device)
+        labels = labels.to(by_row.device, torch.int64)  # index_add_ takes no smaller integers
         # negative labels, such as -100, mean that a row has none
         is_labelled = labels >= 0
         self._loads_by_label.index_add_(0, labels[is_labelled], by_row[is_labelled])

@@ -191,14 +191,15 @@ class Stamp:
         self._version = _version(weight)
         self._address = weight.data_ptr()
         # a view needs no comparison of elements
-        elements = weight.new_empty(0)
+        compared = weight.new_empty(0)
         if has_copy:
             elements = weight.detach().view(-1)
-        step = max(len(elements) // _COMPARED_ELEMENTS, 1)
-        # With an even step, the compared elements might all be of one column. `| 1` makes it odd.
-        odd_step = step | 1
-        self._elements = elements[::odd_step]  # a view: it shows later changes
-        self._stored = self._elements.clone()
+            step = max(len(elements) // _COMPARED_ELEMENTS, 1)
+            # With an even step, the compared elements might all be of one column.
+            odd_step = step | 1
+            compared = elements[::odd_step]
+        self._elements = compared  # a view of the weight: it shows later changes
+        self._stored = compared.clone()
 
     def is_of(self, projection: nn.Module) -> bool:
         """Check if a projection is the stamped one, and its weight unchanged."""
@@ -476,7 +477,9 @@ class AvgKRouter(Router):
         gate = self.gate
         super()._apply(fn, recurse)
         if gate is not None and self.gate is not None:
-            self.gate = gate.to(self.gate.device)
+            # a gate on the device meta has no values to move
+            values = self.gate if gate.is_meta else gate
+            self.gate = values.to(self.gate.device, torch.float32)
         return self
 
 

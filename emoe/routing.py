@@ -63,7 +63,7 @@ def capacity_mask(
     scores: Tensor,
     expert_indices: Tensor,
     capacity_factor: float,
-    top_k: int,
+    num_active_experts: int,
     token_mask: Tensor | None = None,
 ) -> Tensor:
     """Return the mask ``[T, k]`` bool of the choices that fit into the experts' capacity.
@@ -75,12 +75,14 @@ def capacity_mask(
     Args:
         scores: scores ``[T, N]`` that chose the experts.
         expert_indices: chosen experts ``[T, k]``.
-        capacity_factor: factor c; each expert takes ``top_k * int(c * ceil(T / N))`` choices.
-        top_k: number of experts that a token uses.
+        capacity_factor: factor c. Each expert takes ``num_active_experts * int(c * ceil(T / N))``
+            choices.
+        num_active_experts: number of experts that a token uses.
         token_mask: real tokens ``[T]`` bool; padding tokens do not count in T and take no capacity.
     """
     num_experts = scores.shape[1]
     is_real = torch.ones_like(expert_indices, dtype=torch.bool)  # [T, k]
+    # a tensor, as the sum of a mask below is one
     num_tokens = expert_indices.new_tensor(expert_indices.shape[0])
     if token_mask is not None:
         is_real &= token_mask.unsqueeze(1)
@@ -88,7 +90,8 @@ def capacity_mask(
 
     # float64 like the authors' Python numbers; on the CPU, because MPS has no float64
     tokens_per_expert = (num_tokens.cpu().double() / num_experts).ceil()
-    capacity = top_k * (capacity_factor * tokens_per_expert).long().to(scores.device)
+    capacity_per_choice = (capacity_factor * tokens_per_expert).long().to(scores.device)
+    capacity = num_active_experts * capacity_per_choice
 
     # tokens with the most confident choice come first
     confidence = scores.softmax(-1).amax(-1)
@@ -140,17 +143,19 @@ def expert_mask(expert_indices: Tensor, num_experts: int, kept: Tensor | None = 
     return mask.scatter(1, expert_indices, kept)
 
 
-def expert_weights(scores: Tensor, mask: Tensor, weighting: Weighting, top_k: int) -> Tensor:
+def expert_weights(
+    scores: Tensor, mask: Tensor, weighting: Weighting, num_active_experts: int
+) -> Tensor:
     """Compute the weights ``[T, N]`` of the chosen experts; the others have weight zero.
 
     ``binary`` gives every chosen expert weight 1. ``softmax`` normalises over the chosen experts.
-    With ``top_k`` 1, it normalises over all experts, because a single weight would be constant.
+    With one active expert, it normalises over all, because a single weight would be constant.
     ``softmax_times_k`` multiplies by the number of chosen experts, so their mean weight is 1, as
     with ``binary``.
     """
     if weighting == "binary":
         return mask.to(scores.dtype)
-    if weighting == "softmax" and top_k == 1:
+    if weighting == "softmax" and num_active_experts == 1:
         return scores.softmax(-1) * mask
     # experts that were not chosen get the probability 0
     chosen_scores = scores.masked_fill(~mask, -math.inf)
@@ -185,13 +190,13 @@ def balance_loss(
         formula: ``published`` uses the clean *probability* in the load, as the authors' code does.
         token_mask: tokens ``[T]`` bool that count, None for all.
     """
-    # factor of each token in the sums over tokens [T, 1]: 0 for padding
+    # factor of each token in the sums over tokens [T, 1]: 1, or 0 for padding
     if token_mask is None:
-        is_counted = torch.ones_like(clean[:, :1])
+        token_factor = torch.ones_like(clean[:, :1])
     else:
-        is_counted = token_mask.unsqueeze(1).to(clean.dtype)
+        token_factor = token_mask.unsqueeze(1).to(clean.dtype)
     probabilities = clean.softmax(-1)
-    importance = (probabilities * is_counted).sum(0)
+    importance = (probabilities * token_factor).sum(0)
     importance_loss = _squared_variation(importance)
     if noise_std == 0:
         return importance_loss
@@ -201,7 +206,7 @@ def balance_loss(
     compared = probabilities if formula == "published" else clean
     # under normal noise, the chance that a score exceeds the threshold
     chance = torch.special.ndtr((compared - threshold) / noise_std)
-    load = (chance * is_counted).sum(0)
+    load = (chance * token_factor).sum(0)
     return (importance_loss + _squared_variation(load)) / 2
 
 

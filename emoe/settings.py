@@ -164,8 +164,10 @@ def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> nn.Module:
     """Give every token the experts that were used most, in place.
 
     This is a static control for token-wise routing. The configuration's ``router`` becomes
-    ``fixed``, and the settings of the old scores are reset. ``top_k`` and ``selection`` stay. The
-    counts are saved with the model.
+    ``fixed``, and the settings of the old scores are reset. The counts are saved with the model.
+
+    ``top_k`` and ``selection`` stay. So do the router's noise, with which some tokens get other
+    experts in training, and the capacity, with which some tokens get fewer.
 
     Args:
         model: model converted with an :class:`EMoEConfig` whose router is ``avg_k`` or ``fixed``.

@@ -24,7 +24,8 @@ _TORCH_MASKS = ("src_key_padding_mask", "tgt_key_padding_mask")
 
 def is_recomputed() -> bool:
     """Check if activation checkpointing is repeating a forward pass within the backward pass."""
-    # PyTorch has no public function for this. Recomputing a compiled graph does not call Python.
+    # PyTorch has no public function for this. The number is -1 outside of a backward pass.
+    # A compiled graph is recomputed without calling Python, so compiled code needs no check.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -111,10 +112,12 @@ class _ArgumentHook:
         # compiled code cannot read thread-local attributes
         if torch.compiler.is_compiling() or self._is_compiled:
             return self._latest
-        call: _Call = getattr(self._thread, "call", _Call(None, is_running=False))
+        no_call = _Call(None, is_running=False)
+        call: _Call = getattr(self._thread, "call", no_call)
+        # Checkpointing may repeat a forward pass in a thread of the backward pass, which has not
+        # called the model and so has no value. The value of the latest call stands in.
         if call.value is None and is_recomputed():
-            # checkpointing repeats the forward pass in a thread that has not called the model
-            return _Call(self._latest.value, call.is_running)
+            return _Call(self._latest.value, is_running=call.is_running)
         return call
 
     def remove(self) -> None:
@@ -252,13 +255,13 @@ def _module_with_mask(
     # From the activation's parent up to the layer. The name in `ffn.name` may not fit: it is the
     # one in the converted model, and this model may be a wrapper around it.
     path = ffn.spec.activation
-    *modules_below_layer, _attribute = path.split(".")
-    name = names[ffn.parents[path]]
-    for _ in modules_below_layer:
-        name = _parent_name(name)
+    layer_name = names[ffn.parents[path]]
+    # one step up for each dot of the path
+    for _ in range(path.count(".")):
+        layer_name = _parent_name(layer_name)
 
     # the search begins above the layer, because torch's own layers also take a padding mask
-    name = _parent_name(name)
+    name = _parent_name(layer_name)
     inputs = {_TEXT_INPUT, *_OTHER_INPUTS, *_TORCH_MASKS}
     while name and inputs.isdisjoint(_argument_names(modules[name])):
         name = _parent_name(name)

@@ -36,14 +36,17 @@ class _Costs(NamedTuple):
     per_product: float
 
 
-_COMPILED_FLOAT32 = _Costs(3.3, 5.0, 10.0, 4e4)
-_FLOAT32 = _Costs(3.7, 10.0, 7.2, 1.26e5)
+# of the compiled kernels
+_COMPILED_FLOAT32 = _Costs(per_expert=3.3, per_share=5.0, per_call=10.0, per_product=4e4)
+# of PyTorch's small products
+_FLOAT32 = _Costs(per_expert=3.7, per_share=10.0, per_call=7.2, per_product=1.26e5)
 _COSTS = {
     torch.float32: _FLOAT32,
-    torch.float64: _FLOAT32,
-    torch.bfloat16: _Costs(11.0, 36.0, 48.0, 1.7e6),
+    torch.float64: _FLOAT32,  # not measured
+    torch.bfloat16: _Costs(per_expert=11.0, per_share=36.0, per_call=48.0, per_product=1.7e6),
 }
-_PER_THREAD, _PER_THREAD_EXPERT = 0.25, 8.0
+_PER_THREAD = 0.25
+_PER_THREAD_EXPERT = 8.0
 
 
 def pays_off(x: Tensor, expert_size: int, active: float) -> bool:
@@ -57,12 +60,13 @@ def pays_off(x: Tensor, expert_size: int, active: float) -> bool:
         expert_size: number of neurons per expert.
         active: share of the experts that a token uses.
     """
-    if x.device.type != "cpu":
-        return can_group(x)
     tokens, width = x.shape
+    device = x.device.type
     dtype = x.dtype
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    if device != "cpu":
+        return can_group(x.new_empty(0, width, dtype=dtype))
     ratio = predicted_time_ratio(
         tokens,
         width,

@@ -5,8 +5,9 @@ Without these, PyTorch computes one expert after another.
 
 Shapes: T tokens, N experts of s neurons, h width, P pairs of a token and a chosen expert.
 
-The grouped product is one call of PyTorch for all experts. Its rows must have a multiple of 16
-bytes, so other rows are padded. On a GPU a token's outputs are summed in varying order unless
+The grouped product is one call of PyTorch for all experts. The rows of its tensors must have a
+multiple of 16 bytes. For that, neurons of zeros are appended. A width h that is no such multiple is
+not padded. On a GPU a token's outputs are summed in varying order unless
 ``torch.use_deterministic_algorithms(True)`` is set. The grouped product is tested on a CPU and not
 timed on a GPU.
 """
@@ -54,7 +55,7 @@ class Pairs:
         return self.starts[1:].to(torch.int32)
 
 
-def pairs_of(mask: Tensor, num_chunks: int) -> Pairs:
+def list_pairs(mask: Tensor, num_chunks: int) -> Pairs:
     """List the (token, expert) pairs of a mask.
 
     Args:
@@ -133,10 +134,9 @@ def _gather_mm_grouped(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pa
     The arguments and the result are those of :func:`gather_mm`.
     """
     expert_size = weight.shape[1]
-    # The s rows of each weight are padded with rows of zeros. As the weights are transposed, the
-    # product has a column for each row. Its columns after the first s are zeros, and are removed.
-    padded_weight = pad_rows(weight).transpose(1, 2)  # [N, h, padded s]
-    padded_product = F.grouped_mm(x[pairs.token], padded_weight, offs=pairs.ends)
+    # the product has a column for each neuron; the columns of appended neurons are removed
+    padded_weight = pad_neurons(weight).transpose(1, 2)  # [N, h, padded s]
+    padded_product = F.grouped_mm(x[pairs.token], padded_weight, offs=pairs.ends)  # [P, padded s]
     product = padded_product[:, :expert_size]
     if bias is None:
         return product.contiguous()
@@ -165,9 +165,9 @@ def scatter_mm(a: Tensor, weight: Tensor, pairs: Pairs) -> Tensor:
     width = weight.shape[2]
     sums = torch.zeros(pairs.num_tokens, width, dtype=sum_dtype, device=a.device)
     if can_group(weight):
-        # Zeros pad the s columns of `a` and the s rows of each weight. The product sums over s, so
-        # the zeros change neither its shape [P, h] nor its values.
-        products = F.grouped_mm(pad_rows(a), pad_rows(weight), offs=pairs.ends)
+        # The product sums over the neurons. So the appended ones change neither its shape [P, h]
+        # nor its values.
+        products = F.grouped_mm(pad_neurons(a), pad_neurons(weight), offs=pairs.ends)
         sums.index_add_(0, pairs.token, products.to(sum_dtype))
     else:
         for block in _blocks(pairs, a):
@@ -194,8 +194,8 @@ def outer_mm(a: Tensor, x: Tensor, pairs: Pairs, weight: Tensor) -> Tensor:
         compiled.outer_mm(a.contiguous(), x.contiguous(), pairs.token, pairs.starts, out)
         return out
     if can_group(x):
-        # zeros pad the s columns of `a`, so each sum has rows of zeros after its s rows
-        padded_sums = F.grouped_mm(pad_rows(a).t(), x[pairs.token], offs=pairs.ends)
+        # [N, padded s, h]: a row for each neuron; the rows of appended neurons are removed
+        padded_sums = F.grouped_mm(pad_neurons(a).t(), x[pairs.token], offs=pairs.ends)
         expert_size = a.shape[1]
         return out.copy_(padded_sums[:, :expert_size])
     # the loop below skips experts without pairs, so their sums of 0 are set here
@@ -232,8 +232,14 @@ def can_group(x: Tensor) -> bool:
     return capability >= (8, 0) and is_aligned
 
 
-def pad_rows(x: Tensor) -> Tensor:
-    """Pad dimension 1 with zeros until it has a multiple of 16 bytes. The result is contiguous."""
+def pad_neurons(x: Tensor) -> Tensor:
+    """Append neurons of zeros until dimension 1 has a multiple of 16 bytes.
+
+    The result is contiguous.
+
+    Args:
+        x: weights ``[N, s, h]``, or a row for each pair ``[P, s]``.
+    """
     elements_per_unit = _ALIGNMENT // x.element_size()
     # the distance to the next multiple
     missing = -x.shape[1] % elements_per_unit

@@ -284,7 +284,11 @@ class SparseFFN(_Replacement):
             # without the number of tokens, which would make compiled code special for this number
             return "no gain is expected for so few tokens or so small experts"
         if rows.device.type != "cpu":
-            return f"PyTorch has no grouped product for {dtype} on {rows.device.type}"
+            width = rows.shape[-1]
+            return (
+                f"PyTorch has no grouped product for {dtype} and a width of {width} on "
+                f"{rows.device.type}"
+            )
         size = layer.ffn.d // config.num_experts
         active = f"{config.num_active_experts} of {config.num_experts}"
         experts = f"{active} experts of {size} neurons, {dtype}"
@@ -491,7 +495,14 @@ def probe_output(layer: RoutedActivation) -> Tensor | None:
     try:
         with torch.no_grad():
             output = module.eval()(x)
-    except (IndexError, RuntimeError, TypeError, ValueError):  # raised by the module's own code
+    except (  # raised by the module's own code
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ):
         return None
     finally:
         layer.record = record

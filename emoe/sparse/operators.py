@@ -3,8 +3,12 @@
 ``torch.compile`` cannot follow the code of the products. It treats an operator as one step of the
 compiled program, whose result has a known shape.
 
-Each operator has a function ``_empty_…``, which gives compiled code a tensor of the result's shape.
-PyTorch calls it with the same arguments.
+An operator takes the tensors of :class:`Pairs` one by one, because it cannot take other objects.
+PyTorch calls three functions of each product:
+
+- ``_empty_…`` gives compiled code a tensor of the result's shape. It has the product's arguments.
+- ``_save_for_…`` keeps what the derivative needs.
+- ``…_backward`` computes the derivative: a gradient for each argument, None if it has none.
 
 Shapes: T tokens, N experts of s neurons, h width, P pairs of a token and a chosen expert.
 """
@@ -23,7 +27,7 @@ from emoe.sparse.kernels import Pairs
 
 
 def list_pairs(mask: Tensor, x: Tensor, experts_per_token: int) -> Pairs:
-    """List the (token, expert) pairs of a mask.
+    """Compute :func:`kernels.list_pairs` as an operator.
 
     Args:
         mask: chosen experts ``[T, N]`` bool.
@@ -43,7 +47,7 @@ def _list_pairs(mask: Tensor, num_chunks: int, num_pairs: int) -> tuple[Tensor, 
 
     Only the function below uses ``num_pairs``, because it has a mask without values.
     """
-    pairs = kernels.pairs_of(mask, num_chunks)
+    pairs = kernels.list_pairs(mask, num_chunks)
     return pairs.token, pairs.expert, pairs.starts
 
 
@@ -90,8 +94,9 @@ def _empty_gather_mm(
 def _save_for_gather_mm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _bias, token, expert, starts = inputs
     ctx.num_tokens = x.shape[0]
+    _needs_x, needs_weight, *_ = ctx.needs_input_grad
     # only the gradient of the weight needs the input
-    saved_x = x if ctx.needs_input_grad[1] else None
+    saved_x = x if needs_weight else None
     ctx.save_for_backward(saved_x, weight, token, expert, starts)
 
 
@@ -131,8 +136,9 @@ def _empty_scatter_mm(
 def _save_for_scatter_mm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     a, weight, token, expert, starts, num_tokens = inputs
     ctx.num_tokens = num_tokens
+    _needs_a, needs_weight, *_ = ctx.needs_input_grad
     # only the gradient of the weight needs the rows
-    saved_a = a if ctx.needs_input_grad[1] else None
+    saved_a = a if needs_weight else None
     ctx.save_for_backward(saved_a, weight, token, expert, starts)
 
 

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import emoe
 from emoe.config import ROUTERS
+from emoe.layer import routed_layers
 from tests import converted, tiny_models
 from tests.converted import BACKENDS, assert_same, step
 from tests.pages import python_blocks
@@ -100,3 +101,30 @@ def test_a_router_with_too_few_scores_is_named(backend: str) -> None:
             converted.model("bert", backend, router="short", num_experts=4),
             tiny_models.inputs("bert"),
         )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_learned_router_that_leaves_one_expert_is_trained(backend: str) -> None:
+    config = emoe.EMoEConfig(
+        num_experts=4,
+        top_k=3,
+        selection="not_top",
+        router="cosine",
+        weighting="softmax",
+        layers="all",
+    )
+    net = converted.net(backend, config=config)
+    net(torch.randn(6, 16)).square().sum().backward()
+    router = routed_layers(net)[0].router
+    gradients = [parameter.grad for parameter in router.parameters()]
+    # the weight of a single expert is its share among all experts, not always 1
+    assert gradients
+    assert all(gradient is not None and gradient.any() for gradient in gradients)
+
+
+def test_a_running_gate_stays_in_single_precision_without_values() -> None:
+    net = converted.net(gate_momentum=0.5)
+    net.half().to("meta").to_empty(device="cpu")
+    router = routed_layers(net)[0].router
+    assert router.gate.dtype == torch.float32
+    assert router.gate.device.type == "cpu"

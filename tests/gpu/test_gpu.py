@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 import emoe
 from emoe.sparse import ffn, kernels
+from emoe.sparse.cost_model import pays_off
 from emoe.sparse.ffn import sparse_ffn
 from tests.converted import process_group, step
 from tests.plain_net import plain_net
@@ -111,7 +112,7 @@ def test_masked_sparse_and_grouped_agree(
     with (
         autocast(device, dtype),
         mock.patch.object(ffn, "sparse_ffn", side_effect=sparse_ffn) as called,
-        mock.patch.object(kernels, "pad_rows", side_effect=kernels.pad_rows) as product,
+        mock.patch.object(kernels, "pad_neurons", side_effect=kernels.pad_neurons) as product,
     ):
         assert_same(step(sparse, x), step(masked, x), TOLERANCE[dtype])
     assert called.called
@@ -182,6 +183,15 @@ def test_a_sparse_step_takes_less_memory_than_a_masked_one() -> None:
         net(x).sum().backward()
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert 0 < peaks[1] < 0.5 * peaks[0]
+
+
+@pytest.mark.gpu
+@NO_GPU
+def test_autocast_decides_whether_the_grouped_product_is_used() -> None:
+    rows = inputs("cuda", 64).float()
+    assert not pays_off(rows, expert_size=128, active=0.25)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert pays_off(rows, expert_size=128, active=0.25)
 
 
 @on_every_device

@@ -24,6 +24,15 @@ from emoe.config import resolve_layers
         ({"capacity_factor": 0}, "above 0, or null"),
         ({"router": "cosine"}, "weighting is 'binary'"),
         ({"router": "cosine", "weighting": "softmax_times_k", "top_k": 1}, "at least 2"),
+        (
+            {
+                "router": "cosine",
+                "weighting": "softmax_times_k",
+                "top_k": 7,
+                "selection": "not_top",
+            },
+            "top_k is 7; it must be so that at least 2 experts are active",
+        ),
         ({"router": "cosine", "weighting": "softmax", "score": "up"}, "has its own scores"),
         ({"top_k": 8, "selection": "not_top"}, "no expert is left"),
         (

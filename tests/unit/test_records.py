@@ -43,6 +43,16 @@ def test_loads_by_label() -> None:
         assert int(layer.loads.sum()) == 48
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.bool])
+def test_labels_may_be_small_integers(dtype: torch.dtype) -> None:
+    model = classifiers.bert(classifiers.METHODS["emoe"])
+    with emoe.record_routing(model) as record:
+        record.set_labels(torch.tensor([0, 1, 1, 0], dtype=dtype))
+        model(input_ids=torch.randint(3, 60, (4, 6)))
+    by_label = record.layers[2].by_label
+    assert {label: int(loads.sum()) for label, loads in by_label.items()} == {0: 24, 1: 24}
+
+
 def test_empty_labels_are_no_labels() -> None:
     model = classifiers.bert(classifiers.METHODS["emoe"])
     with emoe.record_routing(model) as record:
