@@ -105,25 +105,25 @@ class EnvironmentBatches(Sampler[Draw]):
     all methods and all resumed runs read the same rows.
 
     Args:
-        rows: The number of rows of each training environment.
+        row_counts: The number of rows of each training environment.
         batch_size: The number of rows of each environment per step.
         steps: The number of training steps.
         seed: The seed of the draws.
     """
 
-    def __init__(self, rows: Sequence[int], batch_size: int, steps: int, seed: int) -> None:
-        self._rows = rows
+    def __init__(self, row_counts: Sequence[int], batch_size: int, steps: int, seed: int) -> None:
+        self._row_counts = row_counts
         self._batch_size = batch_size
         self._steps = steps
         self._seed = seed
 
     def __len__(self) -> int:
-        return self._steps * self._batch_size * len(self._rows)
+        return self._steps * self._batch_size * len(self._row_counts)
 
     def __iter__(self) -> Iterator[Draw]:
         # each environment has its own generator, so its rows do not depend on the others
         drawn_by_env = []
-        for env, count in enumerate(self._rows):
+        for env, count in enumerate(self._row_counts):
             random = torch.Generator().manual_seed(derive_seed("order", self._seed, env))
             shape = (self._steps, self._batch_size)
             drawn_by_env.append(torch.randint(count, shape, generator=random))

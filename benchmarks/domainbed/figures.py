@@ -28,7 +28,13 @@ from benchmarks.harness.results.statistics import (
 _SELECTION = "training"  # the selection that is drawn: training-domain validation
 _COLUMNS = (4, 3)  # how many panels may be beside each other, the largest number first
 _MOST_LABELS = 20  # most classes that are named
-_PANEL_WIDTH = 1.4  # inches
+_PANEL_WIDTH = 1.4  # inches of a panel without its margin
+# inches, in the figure of routing
+_COLUMN_WIDTH = 1.6  # a panel with its margin
+_SIDE_WIDTH = 1.3  # the names on the left, and the colour bar
+_TEXT_HEIGHT = 0.14  # a line of text
+_PANEL_TITLES_HEIGHT = 1.7  # the titles of two heatmaps, and the experts' numbers
+_FIGURE_TITLE_HEIGHT = 0.5
 _CHANCE = "bit: mutual information with the expert; chance: mean and 95 % quantile, images shuffled"
 _MOST_STEPS = 6  # most steps with differences to the baseline
 _MOST_TICKS = 7  # most numbers below a panel of curves
@@ -144,6 +150,7 @@ def _chosen_alone(outcomes: DomainOutcomes, name: str) -> Iterator[tuple[Run, in
     for run, env in _runs_alone(outcomes, name):
         env_name = outcomes.environments(name)[env]
         hparams_seed = outcomes.specs[run.id].hparams_seed
+        # a value for each of ``keys``, in the same order
         key = (run.model, run.method, env_name, run.seed, hparams_seed, run.method_variant)
         if key in chosen_keys:
             yield run, env
@@ -366,22 +373,20 @@ def _draw_panels(
         classes: The names of the classes.
         env_titles: The titles of the environments.
     """
-    # the heights of the two heatmaps in lines of text: many classes get less than a line each
-    heights = [min(len(classes), _MOST_LABELS), len(env_titles)]
     columns = _count_columns(len(panels))
     lines_of_panels = math.ceil(len(panels) / columns)
-    # in inches: a column of panels has a width of 1.6, and a line of text a height of 0.14; the
-    # other numbers are room for the titles and the colour bar
-    width = min(1.6 * columns + 1.3, plots.WIDTH)
-    height_of_panel = 0.14 * sum(heights) + 1.7
-    size = (width, height_of_panel * lines_of_panels + 0.5)
+    # the heights of a panel's two heatmaps, in lines of text; many classes get less than one each
+    heatmap_heights = [min(len(classes), _MOST_LABELS), len(env_titles)]
+    panel_height = _TEXT_HEIGHT * sum(heatmap_heights) + _PANEL_TITLES_HEIGHT
+    height = panel_height * lines_of_panels + _FIGURE_TITLE_HEIGHT
+    width = min(_COLUMN_WIDTH * columns + _SIDE_WIDTH, plots.WIDTH)
     figure_of_panels = plots.panel_figure(
         path,
-        2 * lines_of_panels,
+        2 * lines_of_panels,  # one heatmap above the other
         columns,
-        size,
+        (width, height),
         plots.HEATMAP,
-        height_ratios=heights * lines_of_panels,
+        height_ratios=heatmap_heights * lines_of_panels,  # repeats the two heights
     )
     with figure_of_panels as (figure, axes):
         for number, panel in enumerate(panels):
@@ -400,8 +405,9 @@ def _draw_panels(
         figure.colorbar(
             plots.USE, ax=axes, shrink=0.6, label="use ÷ mean use of the expert", extend="max"
         )
-        lines = [plots.wrap_text(title, width), plots.wrap_text(_CHANCE, width)]
-        figure.suptitle("\n".join(lines), fontsize=8)
+        title_text = plots.wrap_text(title, width)
+        chance_text = plots.wrap_text(_CHANCE, width)
+        figure.suptitle(f"{title_text}\n{chance_text}", fontsize=8)
 
 
 def _count_columns(num_panels: int) -> int:

@@ -49,7 +49,8 @@ def load_digits(digits: str) -> Digits:
     """
     if digits == "package":
         return _load_packaged_digits()
-    root = Path(os.environ.get(DATA_ROOT, "data_root"))
+    # without a data root, the message below names the place
+    root = Path(os.environ.get(DATA_ROOT) or "data_root")
     try:
         train = MNIST(root, train=True)
         test = MNIST(root, train=False)
@@ -83,21 +84,22 @@ def load_mnist(task: RunImageSet, seed: int) -> ImageSet:
 
     The seed determines the order of digits and all random flips.
     """
-    images, labels, source = load_digits(str(task.source.digits))
+    digits = load_digits(str(task.source.digits))
+    names = [name for name, _ in task.environments]
     # each environment has an angle (rotated) or a probability (coloured)
     settings = [float(setting) for _, setting in task.environments]
     if task.source.mnist == "rotated":
-        digits = rotated_mnist(images, labels, settings, seed)
-        classes = [str(digit) for digit in range(10)]
+        contents = rotated_mnist(digits.images, digits.labels, settings, seed)
+        classes = [str(number) for number in range(10)]
     else:
-        digits = colored_mnist(images, labels, settings, seed)
+        contents = colored_mnist(digits.images, digits.labels, settings, seed)
         classes = ["5 to 9", "0 to 4"]
     environments = []
-    for (name, _), (pixels, class_numbers) in zip(task.environments, digits, strict=True):
+    for name, (pixels, class_numbers) in zip(names, contents, strict=True):
         # select(pixels, 0, row) returns the image of a row
         open_row = partial(torch.select, pixels, 0)
         environments.append(Environment(name, class_numbers.tolist(), open_row))
-    return ImageSet(environments, classes, source)
+    return ImageSet(environments, classes, digits.source)
 
 
 def rotated_mnist(

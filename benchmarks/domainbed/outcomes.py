@@ -138,7 +138,7 @@ class DomainOutcomes(Outcomes):
         needs are missing, its row is left out.
         """
         distinct_settings = self._distinct_settings(runs)
-        accuracies = [self._run_records(run, distinct_settings) for run in runs]
+        accuracies = [self._accuracies_of(run, distinct_settings) for run in runs]
         any_run = runs[0]  # all runs have the same model, set, method and trial
         for name, selection in SELECTIONS.items():
             for env, env_name in enumerate(self.environments(any_run.task)):
@@ -163,13 +163,13 @@ class DomainOutcomes(Outcomes):
                     "variant": settings.variant,
                 }
 
-    def _run_records(self, run: Run, distinct_settings: Sequence[_Settings]) -> RunRecords:
+    def _accuracies_of(self, run: Run, distinct_settings: Sequence[_Settings]) -> RunRecords:
         """Return the accuracies of a run, with the index of its settings in the given list."""
-        records = self.finished[run.id].metrics.records or ()
+        evaluated_steps = self.finished[run.id].metrics.records or ()
         return RunRecords(
             test_envs=tuple(self.specs[run.id].test_envs),
             choice=distinct_settings.index(self._settings_of(run)),
-            records=[record.model_dump() for record in records],
+            records=[step.model_dump() for step in evaluated_steps],
         )
 
     def _distinct_settings(self, runs: Sequence[Run]) -> list[_Settings]:

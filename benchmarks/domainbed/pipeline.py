@@ -63,7 +63,9 @@ def run(spec: ImageSpec, folder: Path, progress: Progress) -> dict[str, Any]:
         environments = _add_prefixes(classifier.prefix, spec, environments, splits)
 
     trainer = _make_trainer(classifier, spec, environments, splits, folder, progress)
-    records = _add_epochs(trainer.fit(), spec, splits)
+    # the training
+    evaluated_steps = trainer.fit()
+    records = _add_epochs(evaluated_steps, spec, splits)
     _write_results(folder / "results.jsonl", spec, records)
 
     # the confusion and the routing are of the last step, not of the selected one

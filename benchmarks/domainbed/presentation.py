@@ -104,7 +104,6 @@ def _with_accuracies(outcomes: DomainOutcomes, name: str) -> tuple[pd.DataFrame,
     cells = outcomes.shared[outcomes.shared["task"] == name]
     by_environment = cells.groupby([*CELL, "eval_task"], sort=False)["value"]
     means = by_environment.agg(mean="mean", error=_domainbed_error).reset_index()
-    numbers = means[["eval_task", *CELL, "mean", "error"]]
 
     trials = cells.groupby(CELL, sort=False).agg(n=("seed", "nunique")).reset_index()
     held_out = set(cells["eval_task"])
@@ -113,8 +112,8 @@ def _with_accuracies(outcomes: DomainOutcomes, name: str) -> tuple[pd.DataFrame,
     with_envs, env_columns = common.with_columns(
         trials,
         on=CELL,
-        numbers=numbers,
-        names="eval_task",
+        numbers=means,
+        name_column="eval_task",
         headings=headings,
         metric="accuracy",
         std="error",
@@ -196,7 +195,7 @@ def summary(outcomes: DomainOutcomes) -> Table:
         counts,
         on=keys,
         numbers=numbers,
-        names="task",
+        name_column="task",
         headings=headings,
         metric="accuracy",
         std="error",
@@ -369,7 +368,8 @@ def _limit_note(outcomes: DomainOutcomes, name: str) -> str:
         if limit is not None:
             limits.add(limit)
     # sorted, because the order of a set is not defined
-    return "".join(f", of which {limit} are used" for limit in sorted(limits))
+    counts = " or ".join(str(limit) for limit in sorted(limits))
+    return f", of which {counts} are used" if counts else ""
 
 
 def _selections_note(outcomes: DomainOutcomes, names: list[str]) -> str:

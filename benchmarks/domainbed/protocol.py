@@ -84,8 +84,8 @@ def split_environment(rows: int, env: int, trial_seed: int, *, is_test: bool) ->
     shuffled = _shuffle(range(rows), seed)
     out = shuffled[:num_out]
     within = shuffled[num_out:]
-    # DomainBed can split these rows again, for domain adaptation; here it splits off none, but it
-    # still shuffles with the same seed
+    # DomainBed splits the rows of a held-out environment a second time, to set some aside for
+    # domain adaptation. Here it sets none aside, but the second split still shuffles the rows.
     if is_test:
         within = _shuffle(within, seed)
     return Split(within, out)

@@ -55,22 +55,22 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
     ood_splits = {other.name: _load_ood(other, load) for other in spec.ood}
     candidates = [read_run(RUNS / candidate / "run.json") for candidate in spec.candidates]
     chosen = _chosen(spec, spec.trained, candidates)
-    trained = parse(chosen.spec, TextSpec, chosen.folder)
+    chosen_spec = parse(chosen.spec, TextSpec, chosen.folder)
     recorded = read_record(chosen).metrics
-    tokenizer = load_tokenizer(trained.model)
-    classifier = _reopen(chosen, trained, recorded, tokenizer)
+    tokenizer = load_tokenizer(chosen_spec.model)
+    classifier = _reopen(chosen, chosen_spec, recorded, tokenizer)
     # evaluate the trained weights with the experts of another method, or without experts
     if spec.used_as is not None:
         target = _chosen(spec, spec.used_as, candidates)
-        used_as = parse(target.spec, TextSpec, target.folder)
-        convert_trained_(classifier.model, used_as.method.config)
+        target_spec = parse(target.spec, TextSpec, target.folder)
+        convert_trained_(classifier.model, target_spec.method.config)
     evaluator = TextEvaluator(
         classifier,
         tokenizer,
-        trained.task,
+        chosen_spec.task,
         settings.batch_size,
         settings.max_length,
-        trained.training.precision,
+        chosen_spec.training.precision,
         folder,
     )
     probe = Probe()
@@ -80,7 +80,7 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
 
     # the score of the training run is used if model and rows are the same; a model with experts is
     # evaluated anyway, to record its routing
-    if _has_recorded_score(spec, trained) and not emoe.is_converted(classifier.model):
+    if _has_recorded_score(spec, chosen_spec) and not emoe.is_converted(classifier.model):
         recorded_scores = recorded.scores or {}  # a finished run always has scores
         test_scores = recorded_scores["test"][spec.task.name]
     else:
@@ -99,8 +99,8 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
         "probe": probe.summary(),
         "chosen": {
             "run": chosen.folder,
-            "learning_rate": trained.learning_rate,
-            "variant": trained.method.variant,
+            "learning_rate": chosen_spec.learning_rate,
+            "variant": chosen_spec.method.variant,
         },
         "cost": evaluator.cost,
         "data": {

@@ -74,8 +74,12 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
         data = self.settings("data", part)
         evaluation = self.settings("evaluation", part)
         templates = _templates(data.template, part.where("data", "template"))
-        # the function takes a model, because a suite may change the settings of single models
-        training_settings = functools.cache(functools.partial(self.settings, "training", part))
+
+        @functools.cache  # most points have the model of an earlier point
+        def training_of_model(name: str) -> Any:
+            """Return the training settings, with the suite's changes for this model."""
+            return self.settings("training", part, model=name)
+
         # the valid names, by key of a block
         names = {
             "model": model_names("language"),
@@ -89,15 +93,16 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
                 continue
             tuning = tunings[point["finetuning"]]
             model = load_models()[point["model"]].spec(point["model"])
-            method = method_spec(methods, point, point["seed"], None, where)
-            # the fine-tuning decides what is trained, not the method
+            method = method_spec(methods, point, point["seed"], lora=None, where=where)
+            # replaced, because the fine-tuning decides what is trained, not the method
             method["tune"] = tuning.tune_spec()
             # such as `lora`, or `lora-N16` if the block varies settings of the method
             variant = point["finetuning"]
             if method["variant"]:
                 variant = f"{variant}-{method['variant']}"
             learning_rate = _learning_rate(tuning, point, where)
-            training = _training(training_settings(model=point["model"]), tuning, method, where)
+            settings = training_of_model(point["model"])
+            training = _training(settings, tuning, method, where)
             yield self.spec(
                 variant,
                 model={**model, **tuning.model_spec()},

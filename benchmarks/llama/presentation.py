@@ -381,10 +381,11 @@ def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
             *_gain_texts(outcomes, row, gains),
             *_test_texts(outcomes, row),
         ]
-        # the titles of model, set (if there are several), tuning and method
-        *group_titles, method_title = [row[column] for column in _key_headings(outcomes)]
+        # the titles of model, set (if there are several) and tuning
+        group_columns = [name for name in _key_headings(outcomes) if name != "method_title"]
+        group_text = ", ".join(row[column] for column in group_columns)
         yield (
-            f"{', '.join(group_titles)}, against {outcomes.baseline_title}: {method_title}: "
+            f"{group_text}, against {outcomes.baseline_title}: {row['method_title']}: "
             f"{'; '.join(findings)}."
         )
 

@@ -179,14 +179,17 @@ def draw_by_subject(sizes: Mapping[str, int], count: int) -> dict[str, list[int]
     names = sorted(sizes, key=_without_form)
     counts = dict.fromkeys(names, 1)
 
-    def turn(name: str) -> float:
-        """Return the priority of a subject by Webster's method. The lowest gets a question."""
-        # the sum of its present and its next count, n + (n + 1), divided by its size
+    def quotient(name: str) -> float:
+        """Return Webster's quotient of a subject. The subject with the lowest gets a question.
+
+        It depends on the present value of ``counts``, which grows below.
+        """
+        # with n questions so far, 2n + 1 is the sum of n and the next count, n + 1
         return (2 * counts[name] + 1) / sizes[name]
 
     num_left = count - len(names)
     for _ in range(num_left):
-        next_name = min(names, key=turn)
+        next_name = min(names, key=quotient)
         counts[next_name] += 1
 
     drawn = {}

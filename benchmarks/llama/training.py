@@ -92,7 +92,9 @@ def train(
         )
         # added after the stopwatch, so that the stopwatch does not time it
         trainer.add_callback(HeldOutCurve(loss_of, training.eval_every))
-    trainer.train(resume_from_checkpoint=resume(trainer, progress.say))
+    # also restores the state and the callbacks of the trainer
+    checkpoint = resume(trainer, progress.say)
+    trainer.train(resume_from_checkpoint=checkpoint)
 
     curve, held_out_curve = _read_curves(trainer.state)
     trained: dict[str, Any] = {
@@ -132,6 +134,7 @@ def _trainer_arguments(
         gradient_accumulation_steps=accumulation(training, world_size()),
         learning_rate=spec.learning_rate,
         lr_scheduler_type=training.schedule,
+        # Trainer takes a number below 1 as a share of the steps, which `warmup` is
         warmup_steps=training.warmup,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,

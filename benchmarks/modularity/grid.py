@@ -39,8 +39,8 @@ class ModularityBenchmark(TextSets[ModularityDefinition, ModularityPart]):
         for key, method in benchmark.methods().items():
             settings = method.given()
             is_emoe = method.kind == "emoe"
-            # without this setting, the router is avg-k, which follows from the weights
-            has_other_router = "router" in settings
+            # avg-k, the usual router, follows from the weights
+            has_other_router = settings.get("router", "avg_k") != "avg_k"
             # this partition is calibrated on rows
             needs_rows = settings.get("partition") == "coactivation"
             if not is_emoe or has_other_router or needs_rows:

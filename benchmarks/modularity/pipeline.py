@@ -157,8 +157,8 @@ def _read_with_experts(
 def _measure_selections(routing: _Routing, magnitudes: Tensor, active: Tensor) -> dict[str, float]:
     """Measure the neurons that the top and the bottom experts use.
 
-    Returns the numbers of :func:`measure_use` for each selection. Each name ends with the
-    selection: ``kept_top``, ``kept_bottom``. The function gets ``magnitudes`` and ``active``.
+    Returns the numbers that :func:`measure_use` computes from ``magnitudes`` and ``active``. Each
+    name ends with the selection: ``kept_top``, ``kept_bottom``.
     """
     measured = {}
     for selection, used in [("top", routing.used_top), ("bottom", routing.used_bottom)]:
@@ -209,7 +209,7 @@ def neurons_used(model: nn.Module, layer: int, batches: Batches, selection: Sele
     assert isinstance(config, EMoEConfig)  # noqa: S101 -- the grid refuses other methods
     changed = dataclasses.replace(config, selection=selection)
     # until the model is restored, the layer uses the selected experts, and all activations are 1;
-    # so the out-projection gets 1 from the neurons of these experts, and 0 from other neurons
+    # so the out-projection gets 0 from all neurons except those of these experts
     routed.config = changed
     routed.router.config = changed
     routed.activation = _Ones()
@@ -302,11 +302,12 @@ def gini(values: Tensor) -> float:
     ordered = values.double().sort().values
     count = len(ordered)
     total = float(ordered.sum())
+    # for sorted x_1 to x_n: 2 * sum(i * x_i) / (n * sum(x_i)) - (n + 1) / n
     ranks = torch.arange(1, count + 1, dtype=torch.float64)
-    weighted = (ranks * ordered).sum()
-    # a division of tensors: if all values are zero, it gives nan instead of an error
-    share = 2 * weighted / (count * total)
-    return float(share - (count + 1) / count)
+    weighted_sum = (ranks * ordered).sum()
+    # a tensor is divided: if all values are zero, this gives nan instead of an error
+    ratio = 2 * weighted_sum / (count * total)
+    return float(ratio - (count + 1) / count)
 
 
 def measure_use(used: Tensor, magnitudes: Tensor, active: Tensor) -> dict[str, float]:

@@ -250,7 +250,7 @@ def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
     """Draw the magnitudes of activations in the first layer of the first model, as the paper does.
 
     One 3D panel shows the neurons before clustering, and the other panel shows them after it. Both
-    have the same axes. If no run recorded the activations, the figure is a placeholder.
+    have the same axes. If the model has neither method, the figure is a placeholder.
     """
     title, rows = next(outcomes.panels())
     # the method "contiguous" keeps the order of the checkpoint, the baseline clusters the neurons

@@ -86,6 +86,12 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
             if any(name in exclude for name in tasks):
                 continue
             method = method_spec(methods, point, point["seed"], None, where)
+            training = training_settings(model=point["model"])
+            if not training.validation_fraction:
+                raise DefinitionError(
+                    f"{part.where('training').at('validation_fraction')} is 0, but clean runs "
+                    "need rows for selection"
+                )
             yield self.spec(
                 method["variant"],
                 protocol=CLEAN,
@@ -93,7 +99,7 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
                 task={"name": point["mixture"], "tasks": self._learned_tasks(tasks)},
                 ood=self._ood_sets(tasks, exclude),
                 method=method,
-                training=training_settings(model=point["model"]).spec(),
+                training=training.spec(),
                 learning_rate=float(point["learning_rate"]),
                 seed=point["seed"],
             )

@@ -178,7 +178,7 @@ class MixedOrder(EpochOrder):
     that were not used yet. The rows of all tasks in an epoch are shuffled together.
 
     Args:
-        tasks: The number of tokens of each row, by task.
+        lengths_by_task: The number of tokens of each row, by task.
         most: The maximum number of rows of a task in an epoch; None for all rows.
         batch_size: The number of rows of a step.
         seed: The seed of the run.
@@ -187,17 +187,18 @@ class MixedOrder(EpochOrder):
 
     def __init__(
         self,
-        tasks: Mapping[str, list[int]],
+        lengths_by_task: Mapping[str, list[int]],
         most: int | None,
         batch_size: int,
         seed: int,
         *,
         by_length: bool,
     ) -> None:
+        # without lengths, because each epoch has other rows: `__iter__` collects their lengths
         super().__init__([], batch_size, seed, by_length=by_length)
-        self._tasks = tasks
+        self._lengths_by_task = lengths_by_task
         self._rows_per_epoch = {}
-        for name, lengths in tasks.items():
+        for name, lengths in lengths_by_task.items():
             rows = len(lengths)
             self._rows_per_epoch[name] = rows if most is None else min(rows, most)
 
@@ -209,7 +210,7 @@ class MixedOrder(EpochOrder):
         rows: list[int] = []
         lengths_of_rows: list[int] = []
         first_row = 0  # the index of the task's first row
-        for name, lengths in self._tasks.items():
+        for name, lengths in self._lengths_by_task.items():
             for row in self._rows_of_epoch(name):
                 rows.append(first_row + row)
                 lengths_of_rows.append(lengths[row])
@@ -223,7 +224,7 @@ class MixedOrder(EpochOrder):
         The task's rows form an endless sequence of passes. Each pass has all rows once, in a new
         random order. An epoch takes the next rows of this sequence.
         """
-        rows = len(self._tasks[name])
+        rows = len(self._lengths_by_task[name])
         rows_per_epoch = self._rows_per_epoch[name]
         # the earlier epochs used `first_pass` complete passes, and `start` rows of the next pass
         first_pass, start = divmod(self._epoch * rows_per_epoch, rows)

@@ -197,10 +197,10 @@ def _compared_runs(outcomes: MultitaskOutcomes, frame: pd.DataFrame) -> pd.Serie
         """Write the folders of some runs, separated by blanks."""
         return " ".join(f"{outcomes.name}/{run_id}" for run_id in ids)
 
-    folders = run_ids.map(folders_text)
+    folders = run_ids.map(folders_text).rename("folders")
+    together = frame.join(folders, on=["model", "method", "task"])["folders"]
     # a task that is learned alone is its own training task
-    together = frame.join(folders, on=["model", "method", "task"])["run_id"]
-    alone = frame.join(folders, on=["model", "method", "eval_task"])["run_id"]
+    alone = frame.join(folders, on=["model", "method", "eval_task"])["folders"]
     return together + " " + alone
 
 

@@ -27,6 +27,7 @@ _ROUNDS = 5
 _MIN_SECONDS = 0.1  # minimum time of the measurement of a candidate in each round
 # the timed statement of each measure; `variables` returns the values of the names in it
 _STATEMENTS = {
+    # `x` is also the gradient of the output: any tensor of the output's shape serves
     "layer": "net.zero_grad(); net.layers[0].mlp(x.detach().requires_grad_()).backward(x)",
     "step": (
         "optimizer.zero_grad(); "

@@ -131,11 +131,13 @@ def _summarise(seeds: pd.DataFrame, references: Iterable[tuple[str, str | None]]
     the second place means that all other rows are compared with the reference.
     """
     summaries = summarize(seeds, cell=_KEYS_OF_ROW, references=references).drop(columns="pairs")
-    # ablations show pandas' grouped statistics, which differ from summarize's in the last digit
-    by_row = seeds.groupby(_KEYS_OF_ROW, sort=False)["value"]
+    # Replace the mean and the sample deviation with those of pandas' groupby, which differ in the
+    # last digit. `assign` matches them by the keys in the index.
     by_keys = summaries.set_index(_KEYS_OF_ROW)
-    rows = by_keys.assign(mean=by_row.mean(), std=by_row.std()).reset_index()
-    # the sample deviation, or the population deviation for the authors' selection
+    scores_of_row = seeds.groupby(_KEYS_OF_ROW, sort=False)["value"]
+    replaced = by_keys.assign(mean=scores_of_row.mean(), std=scores_of_row.std())
+    rows = replaced.reset_index()
+    # `std` becomes the shown one: the population deviation for the authors' selection
     return rows.assign(std=shown_deviation(rows))
 
 

@@ -349,10 +349,11 @@ def _check_transformed_row(
 def _has_portable_weights(method: Method) -> bool:
     """Return True if a method's trained weights fit a dense model, and EMoE with other experts."""
     settings = method.given()
-    # the other model lacks the weights of a learned router, and fixed experts depend on the run's
-    # data
+    # a learned router has weights that the other model lacks, and the choice of the router `fixed`
+    # depends on the run's data
     has_other_router = settings.get("router", "avg_k") != "avg_k"
-    # these experts depend on the activations of the run's data, not only on the weights
+    # a partition by co-activation depends on the activations of the run's data, not only on the
+    # weights
     has_experts_from_data = settings.get("partition") == "coactivation"
     # GMoE's experts have weights of their own, not slices of a dense layer
     is_gmoe = method.kind == "gmoe"

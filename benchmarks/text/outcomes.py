@@ -261,7 +261,10 @@ class TextOutcomes(Outcomes):
         is_ablation = methods.map(self.role).eq(ABLATION)
         settings = self._settings(is_ablation)
         has_setting = settings.ne("")
-        names = methods.mask(has_setting, methods + SETTING_SEPARATOR + settings)
+        names_with_setting = methods + SETTING_SEPARATOR + settings
+        # `mask` replaces the names where the condition is true
+        names = methods.mask(has_setting, names_with_setting)
+        # the method behind each row name, which may have a setting
         methods_by_name = {name: self.methods[split_name(name).method] for name in names.unique()}
         self.methods = {**self.methods, **methods_by_name}
         # clear the variants of these rows, so that none is chosen: each has a row of its own
@@ -292,11 +295,13 @@ class TextOutcomes(Outcomes):
         for record in described.itertuples():
             variant = str(record.variant)
             if record.is_ablation:
+                # a model may have only ablations, and so no usual settings
                 usual = usual_by_model.get(record.model, set())
                 settings.append(remove_settings(variant, usual))
             elif record.num_variants > 1:
                 settings.append(variant)
             else:
+                # a row with a single variant keeps its name
                 settings.append("")
         return pd.Series(settings, records.index, dtype=str)
 
@@ -499,18 +504,19 @@ class TextOutcomes(Outcomes):
             if math.isnan(change):
                 continue
             changes.append((record.run.id, record.run.method, change))
-        types = {"run_id": str, "trained_as": str, "value": float}
+        # `plain_method` is here the method that the run trained
+        types = {"run_id": str, "plain_method": str, "value": float}
         change_of_run = pd.DataFrame(changes, columns=list(types)).astype(types)
 
         records = with_own_protocol(self.chosen)
         runs = records[[*_KEYS_OF_RUN, "run_id"]].drop_duplicates()
         # A run with a conversion occurs twice here: as the method that was trained, and as the
-        # method after the conversion. Only the first matches `trained_as`, and gets the number.
+        # method after the conversion. Only the first matches `change_of_run`, and gets the number.
         methods = [split_name(name).method for name in runs["method"]]
         # the type is given, because pandas cannot infer it if there are no runs
-        trained_as = pd.Series(methods, runs.index, dtype=str)
-        with_methods = runs.assign(trained_as=trained_as)
-        with_changes = with_methods.merge(change_of_run, on=["run_id", "trained_as"])
+        plain_method = pd.Series(methods, runs.index, dtype=str)
+        with_methods = runs.assign(plain_method=plain_method)
+        with_changes = with_methods.merge(change_of_run, on=["run_id", "plain_method"])
         return with_changes.assign(domain=TRAINING, metric="load_change")
 
     def _memory_ratios(self) -> pd.DataFrame:

@@ -330,8 +330,9 @@ def _our_trace_numbers(outcomes: TextOutcomes, numbers: Sequence[str]) -> pd.Dat
     """Average the numbers of our traces over layers, then over the seeds of each cell."""
     by_layer = traces(outcomes)
     measured = pd.DataFrame([trace_numbers(trace) for trace in by_layer["trace"]], columns=numbers)
-    layers_of_run = by_layer[_KEYS_OF_RUN].join(measured).groupby(_KEYS_OF_RUN, sort=False)
-    by_run = layers_of_run.mean().reset_index()
+    # both frames number their rows from 0, so `join` puts the numbers beside their trace
+    with_measured = by_layer[_KEYS_OF_RUN].join(measured)
+    by_run = with_measured.groupby(_KEYS_OF_RUN, sort=False).mean().reset_index()
     return outcomes.order(average_over_seeds(by_run, cell=CELL, numbers=numbers), CELL)
 
 

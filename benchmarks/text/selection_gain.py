@@ -92,17 +92,18 @@ def _pooled_deviation(choices_of_row: pd.DataFrame) -> float:
 
     It is nan if every choice has a single seed.
     """
-    freedom = choices_of_row["n"] - 1
-    total = freedom.sum()
-    if total == 0:
+    freedom = choices_of_row["n"] - 1  # degrees of freedom of each choice
+    total_freedom = freedom.sum()
+    if total_freedom == 0:
         return math.nan
     # a choice with a single seed has no deviation, and the weight 0
     variances = choices_of_row["std"].fillna(0.0) ** 2
-    deviation = math.sqrt((freedom * variances).sum() / total)
-    # the root of an unbiased variance is too small on average; for a single choice with two seeds,
-    # by a fifth
-    log_of_ratio = math.lgamma((total + 1) / 2) - math.lgamma(total / 2)
-    share_of_true = math.sqrt(2 / total) * math.exp(log_of_ratio)
+    deviation = math.sqrt((freedom * variances).sum() / total_freedom)
+    # The root of an unbiased variance is too small on average; for a single choice with two seeds,
+    # by a fifth. For normal scores and f degrees of freedom, its mean is this share of the true
+    # deviation: sqrt(2 / f) * gamma((f + 1) / 2) / gamma(f / 2).
+    log_of_gammas = math.lgamma((total_freedom + 1) / 2) - math.lgamma(total_freedom / 2)
+    share_of_true = math.sqrt(2 / total_freedom) * math.exp(log_of_gammas)
     return deviation / share_of_true
 
 

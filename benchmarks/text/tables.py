@@ -11,7 +11,7 @@ from benchmarks.harness.config.benchmark import OOD_MEAN
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.report import common
 from benchmarks.harness.report.table import MISSING, Column, Table
-from benchmarks.text.definition import CLEAN, ID, OOD, PAPER_COLUMNS, PUBLISHED, TaskEntry
+from benchmarks.text.definition import CLEAN, ID, OOD, PAPER_COLUMNS, PUBLISHED
 from benchmarks.text.outcomes import (
     CELL,
     DOMAINS,
@@ -135,7 +135,7 @@ def _results_caption(outcomes: TextOutcomes) -> str:
         f"t), not corrected for multiple tests. {common.SEEDS_COVER} "
         f"{outcomes.shared_note} ID is the training task, OOD the mean over the other sets, "
         f"without further training. {_SELECTIONS} Bold marks the best method, without controls. "
-        f"{_metric_note(outcomes)}"
+        f"{_metric_note(outcomes, ID, OOD)}"
     )
 
 
@@ -153,7 +153,7 @@ def tasks_table(outcomes: TextOutcomes, domain: str = ID) -> Table:
         common.format_counts(rows, _KEYS_OF_ROW),
         on=_KEYS_OF_ROW,
         numbers=rows[["scope", *_KEYS_OF_ROW, "mean", "std"]],
-        names="scope",
+        name_column="scope",
         headings=headings,
         metric="score",
     )
@@ -209,7 +209,7 @@ def ood_table(outcomes: TextOutcomes) -> Table:
         outcomes.order(common.format_counts(rows, CELL), CELL),
         on=CELL,
         numbers=rows[["eval_task", *CELL, "mean", "std"]],
-        names="eval_task",
+        name_column="eval_task",
         headings=headings,
         metric="score",
         joint="_",  # the frame has columns such as `imdb_mean`
@@ -217,7 +217,8 @@ def ood_table(outcomes: TextOutcomes) -> Table:
     return Table(
         "Scores by evaluation set",
         "Clean selection. Mean ± sample standard deviation over n seeds. The column of the "
-        f"training task is the ID score. {outcomes.shared_note} {_metric_note(outcomes)}",
+        f"training task is the ID score. {outcomes.shared_note} "
+        f"{_metric_note(outcomes, ID, OOD)}",
         {**KEYS, "n": "n"},
         columns,
         frame,
@@ -336,31 +337,39 @@ def _differences_text(differences: pd.DataFrame) -> str:
     return ", ".join(parts)
 
 
-def _metric_note(outcomes: TextOutcomes, domain: str = ID) -> str:
-    """Return a sentence with each metric, and the tasks (or OOD sets) that are scored with it."""
+def _metric_note(outcomes: TextOutcomes, *domains: str) -> str:
+    """Return a sentence with the metrics of the domains that have numbers.
+
+    Args:
+        outcomes: The outcomes.
+        domains: ``id``, ``ood`` or both.
+    """
+    texts_by_domain = {}
+    for domain in domains:
+        text = _metrics_text(outcomes, domain)
+        if text:
+            texts_by_domain[domain] = text
+    scores = ", ".join(texts_by_domain.values())
+    if len(texts_by_domain) > 1:
+        scores = f"{texts_by_domain[ID]} in domain, and {texts_by_domain[OOD]} out of domain"
+    return f"Scores are {scores}, in %."
+
+
+def _metrics_text(outcomes: TextOutcomes, domain: str) -> str:
+    """List each metric of a domain, with the tasks (or OOD sets) that are scored with it."""
     rows = outcomes.rows[outcomes.rows["domain"] == domain]
     titles_by_metric: dict[str, list[str]] = {}
     for name in rows["eval_task"].unique():
-        metric = _metric_of(outcomes.benchmark.tasks[name], domain)
+        task = outcomes.benchmark.tasks[name]
+        # the first of several metrics out of domain is the main one
+        metric = task.metric if domain == ID else task.ood_metrics[0]
         titles = titles_by_metric.setdefault(metric, [])
         titles.append(outcomes.title("task", name))
     parts = []
     for metric, titles in titles_by_metric.items():
         label = load_metrics()[metric].label.lower()
         parts.append(f"{label} ({', '.join(titles)})")
-    scores = "; ".join(parts)
-    return f"Scores are {scores}, in %."
-
-
-def _metric_of(task: TaskEntry, domain: str) -> str:
-    """Return the metric of a task's scores in a domain.
-
-    It is ``metric`` in domain, and the first of ``ood_metrics`` out of domain. Without
-    ``ood_metrics``, it is ``metric`` in both.
-    """
-    if domain == ID or not task.ood_metrics:
-        return task.metric
-    return task.ood_metrics[0]
+    return "; ".join(parts)
 
 
 _PUBLISHED_KEY = list(PAPER_COLUMNS)  # model, scope (task or pair of tasks), method
@@ -485,7 +494,8 @@ def _task_averages(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
         if task.splits.train and task.source.hub:
             tasks_of_paper.append(name)
     is_of_paper = rows["task"].isin(tasks_of_paper)
-    by_method = rows[is_of_paper].groupby(["model", "method"], sort=False)
+    has_score = rows["n"] > 0  # a row without shared seeds has none
+    by_method = rows[is_of_paper & has_score].groupby(["model", "method"], sort=False)
     averages = by_method[["mean", "delta"]].mean()
     ran_all_tasks = by_method.size() == len(tasks_of_paper)
     return averages[ran_all_tasks].reset_index().assign(scope="average")

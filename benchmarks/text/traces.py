@@ -78,9 +78,11 @@ def _measure_changes(shares: NDArray[np.float64]) -> dict[str, float]:
         - ``load_change``: the mean distance between consecutive windows. It grows if windows have
           fewer tokens, so compare it only between runs with the same data, N and k.
         - ``load_drift``: the distance between the mean shares of the first and the last quarter.
-        - ``load_drift_chance``: the drift that is expected by chance. In each half of the training,
-          it is the distance between the mean shares of the even and the odd windows. The two
-          distances are averaged.
+        - ``load_drift_chance``: the drift that is expected by chance. In the first two quarters
+          and in the last two, it is the distance between the mean shares of the even and the odd
+          windows. The two distances are averaged.
+
+        A quarter has a quarter of the windows, rounded down, but at least one.
 
         All numbers are nan for a single window.
     """

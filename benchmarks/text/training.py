@@ -88,17 +88,17 @@ def score_and_loss(
     head_classes = len(trained.labels)
     set_classes = len(evaluated.labels)
     # merge the side with more classes: the labels of the data set, or the predictions
-    known_labels = labels
-    merged_head = None
+    merged_labels = labels  # if the data set has more classes, those of the head replace them
+    merged_head = None  # for each class of the head, the class of the data set
     if head_classes < set_classes:
         new_numbers = np.asarray(merged_classes(evaluated, trained))  # by class of the data set
-        known_labels = new_numbers[labels]
+        merged_labels = new_numbers[labels]
     elif head_classes > set_classes:
         merged_head = merged_classes(trained, evaluated)
 
     scores: dict[str, float | None] = {}
     for name in metrics:
-        scores[name] = score(name, logits, known_labels, merged_head)
+        scores[name] = score(name, logits, merged_labels, merged_head)
     if head_classes == set_classes:
         scores["loss"] = finite_or_none(mean_loss(logits, labels))
     # the labels of a regression are numbers, and its predictions have no temperature
@@ -228,6 +228,7 @@ def epoch_arguments(
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=spec.learning_rate,
         lr_scheduler_type="linear",
+        # Trainer takes a number below 1 as a share of the steps, which `warmup` is
         warmup_steps=training.warmup,
         weight_decay=training.weight_decay,
         max_grad_norm=0.0,  # no clipping
@@ -375,6 +376,7 @@ class TextTrainer(SplitEvaluator):
         Returns:
             All epochs with their dev scores, and the epoch whose weights are kept.
         """
+        # this also restores the trainer's state, whose log is read below
         checkpoint = resume(self.trainer, self._say)
         if self._patience and self._patience.is_over(self.trainer.state.log_history):
             # training had already stopped early when the run was killed

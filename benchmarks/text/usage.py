@@ -40,9 +40,10 @@ def task_information(loads: Integers, tasks: Integers, seed: int) -> MutualInfor
         tasks: The task numbers of the rows.
         seed: The seed of the shuffles.
     """
-    all_rows = np.zeros_like(tasks)  # all rows are in one stratum
+    strata = np.zeros_like(tasks)  # one stratum: rows are shuffled over all tasks
     one_layer = loads[:, None]  # [rows, 1, N]
-    return MutualInformation.mean(shuffled_information(one_layer, tasks, all_rows, seed))
+    bits = shuffled_information(one_layer, tasks, strata, seed)
+    return MutualInformation.mean(bits)
 
 
 def class_information(
@@ -63,13 +64,13 @@ def class_information(
     """
     bits = []  # for each task, an array [1 + PERMUTATIONS, 1]
     for task in np.unique(tasks):
-        rows = (tasks == task) & (classes >= 0)
-        labels = classes[rows]
+        is_of_task = (tasks == task) & (classes >= 0)
+        labels = classes[is_of_task]
         if len(np.unique(labels)) < 2:
             continue
-        all_rows = np.zeros_like(labels)  # all rows are in one stratum
-        one_layer = loads[rows][:, None]  # [rows, 1, N]
-        bits.append(shuffled_information(one_layer, labels, all_rows, seed))
+        strata = np.zeros_like(labels)  # one stratum: all these rows are of one task
+        one_layer = loads[is_of_task][:, None]  # [rows of the task, 1, N]
+        bits.append(shuffled_information(one_layer, labels, strata, seed))
     if not bits:
         return None
     return MutualInformation.mean(np.concatenate(bits, axis=1))

@@ -18,7 +18,7 @@ from benchmarks.harness.results.records import Record, scores_of
 from benchmarks.harness.training.metrics import SCORES, score
 from benchmarks.text.outcomes import TextOutcomes, choices, reported_scores, select_runs
 from benchmarks.text.routing import draw_traces, published_traces
-from benchmarks.text.tables import paper_table, results_table, tasks_table
+from benchmarks.text.tables import ood_table, paper_table, results_table, tasks_table
 from benchmarks.text.tables import tests_table as paired_tests_table
 from benchmarks.text.traces import trace_numbers
 from tests import fake_runs
@@ -179,6 +179,43 @@ def test_an_average_is_over_all_tasks_or_not_given(paper: list[Record]) -> None:
     )
     assert math.isnan(by_row.loc[("gpt2-xl", "clean", "lora_block"), "average"])
     assert not math.isnan(by_row.loc[("gpt2-xl", "clean", "lora"), "average"])
+
+
+def test_the_papers_average_leaves_out_methods_without_a_seed_that_all_rows_have(
+    paper: list[Record],
+) -> None:
+    def is_kept(record: Record) -> bool:
+        # on CoLA, the dense row and the others have different seeds
+        spec = record.run.spec
+        if spec["task"]["name"] != "cola":
+            return True
+        return (spec["method"]["name"] == "lora") == (spec["seed"] == 0)
+
+    kept = [record for record in paper if is_kept(record)]
+    ours = {}
+    for name, records in (("all", paper), ("kept", kept)):
+        frame = paper_table(outcomes_of(records, "glue_lora"), "id").frame
+        by_row = frame.set_index(["model", "scope", "method"])
+        ours[name] = by_row.loc[("gpt2-xl", "average", "lora_emoe"), "published"]
+    assert not math.isnan(ours["all"])
+    assert math.isnan(ours["kept"])
+
+
+def test_captions_name_the_metrics_in_and_out_of_domain(evaluated: TextOutcomes) -> None:
+    # CoLA has Matthews' correlation, and its set out of domain has the accuracy
+    def sentence(outcomes: TextOutcomes) -> str:
+        caption = ood_table(outcomes).caption
+        return caption[caption.index("Scores are ") :]
+
+    only_out = sentence(evaluated)
+    assert "Grammar Test" in only_out[only_out.index("accuracy (") : only_out.index(")")]
+    both = sentence(evaluated.ablated)
+    in_domain, out_of_domain = both.split(" in domain, and ")
+    assert "matthews correlation (CoLA)" in in_domain
+    assert "CoLA" not in out_of_domain
+    assert out_of_domain == only_out.removeprefix("Scores are ").replace(
+        ", in %.", " out of domain, in %."
+    )
 
 
 def test_ranks_state_what_was_ranked(evaluated: TextOutcomes) -> None:

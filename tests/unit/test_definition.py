@@ -108,6 +108,11 @@ def test_mistakes_in_a_benchmark_are_named_with_the_nearest_valid_value(
         ),
         (
             "training.by_task",
+            {"tweets": {"by_model": {"minilm": {"epochs": 1}}}},
+            r"by_task\.tweets\.by_model' must stand beside the other settings",
+        ),
+        (
+            "training.by_task",
             {"tweets": {"patience": 3}},
             r"'benchmarks\.glue\.training\.patience' needs checkpoint_selection: best",
         ),

@@ -142,6 +142,8 @@ def test_methods_whose_experts_mean_nothing_before_training_are_refused() -> Non
     for method in ("gmoe", "emoe_learn"):
         with pytest.raises(DefinitionError, match=f"methods.{method}' must be an EMoE"):
             edited_benchmark("modularity", {"methods": {"emoe": {}, method: {}}})
+    # the usual router may also be named
+    edited_benchmark("modularity", {"methods": {"emoe": {"router": "avg_k"}}})
 
 
 @pytest.fixture

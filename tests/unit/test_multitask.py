@@ -145,6 +145,12 @@ def test_unusable_tasks_and_methods_are_named(change: dict[str, Any], message: s
         edited_benchmark("multitask", change)
 
 
+def test_a_suite_without_rows_for_selection_is_refused() -> None:
+    part = edited_part("multitask", "smoke", {"training.validation_fraction": 0})
+    with pytest.raises(DefinitionError, match=r"'\S+\.training\.validation_fraction' is 0, but"):
+        list(BENCHMARK.specs(part, (), ()))
+
+
 def test_sets_that_are_learned_are_not_out_of_domain_and_excluded_ones_are_not_read() -> None:
     part = edited_part("multitask", "smoke", {"grid.0.mixture": ["sentences"]})
     spec = next(BENCHMARK.specs(part, (), ()))

@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from benchmarks.harness.base import RUNS
+from benchmarks.harness.base import RUNS, DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.report.presentation import present
 from benchmarks.speed import pipeline
 from benchmarks.speed.definition import MEASURES, MeasurementSpec, Settings
 from tests import fake_runs
-from tests.planned import plan
+from tests.planned import edited_part, plan
 
 SIZES = {
     "num_hidden_layers": 2,
@@ -90,6 +90,14 @@ def test_each_measure_gives_numbers_of_each_candidate(
         assert all(
             0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"] for row in measured.values()
         )
+
+
+def test_candidates_of_other_measures_are_refused() -> None:
+    block = {"measure": "partition", "model": ["minilm"], "settings": {"candidates": [["sparse"]]}}
+    part = edited_part("speed", "speed", {"grid": [block]})
+    message = r"candidates' is 'sparse', which does not exist; choose from emoe, kmeans_"
+    with pytest.raises(DefinitionError, match=message):
+        list(load_benchmark("speed").specs(part, (), ()))
 
 
 def test_tables_of_measures_without_runs_are_empty(here: Path) -> None:

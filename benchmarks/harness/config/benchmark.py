@@ -604,9 +604,21 @@ def _check_changes(benchmark: AnyBenchmark, part: Part[Any], key: str) -> None:
     section = benchmark.settings(key, part)
     by_model = getattr(section, "by_model", None) or {}
     check_names(part.where(key, "by_model"), by_model, load_models())
-    for model in by_model:
+    for model, changes in by_model.items():
+        _refuse_nested(changes, part.where(key, "by_model", model))
         benchmark.settings(key, part, model=model)
     by_task = getattr(section, "by_task", None) or {}
     check_names(part.where(key, "by_task"), by_task, benchmark.tasks)
-    for task in by_task:
+    for task, changes in by_task.items():
+        _refuse_nested(changes, part.where(key, "by_task", task))
         benchmark.settings(key, part, task=task)
+
+
+def _refuse_nested(changes: Mapping[str, Any], where: Location) -> None:
+    """Raise a DefinitionError if a model's or task's settings have ``by_model`` or ``by_task``.
+
+    They would not be applied.
+    """
+    for key in ("by_model", "by_task"):
+        if key in changes:
+            raise DefinitionError(f"{where.at(key)} must stand beside the other settings")

@@ -55,8 +55,10 @@ class SetPart:
 
         Their number may include the dropped rows or not.
         """
+        if self.expected is None:
+            return True
         with_dropped = (self.rows or 0) + self.dropped
-        return self.expected in (None, self.rows, with_dropped)  # None: they give no number
+        return self.expected in (self.rows, with_dropped)
 
     @property
     def note(self) -> str | None:

@@ -221,10 +221,10 @@ def _make_trainable(
     report = apply_method_(network, spec.method, spec.seed, calibration, partition)
     frozen_names = prefix.names if prefix is not None else frozenset()
     adapters, groups = _adapt_(network, spec, frozen_names)
-    # last, because tune_ decides for every parameter whether it is trained, and the choice of the
-    # backend depends on the adapters
+    # after _adapt_, which decides for every parameter whether it is trained
     if prefix is not None:
         prefix.freeze_()
+    # after _adapt_, because the sparse backend does not support adapters in FFNs
     use_sparse_(model)
 
     summary = {"source": dict(source), **_summarise(model, dense, report, groups)}
@@ -281,18 +281,18 @@ def _summarise(
         report: The report of the conversion; None for a dense model.
         groups: The trained parameters by group; empty if all are trained.
     """
+    # the FFN neurons that a token uses, as a share of the dense model's
     if report is None:
-        active_neurons = 1.0
+        active_share = 1.0
         conversion = []
     else:
-        # FFN neurons that a token uses, as a share of the dense model's
-        active_neurons = report.active_neurons
+        active_share = report.active_neurons
         conversion = [dataclasses.asdict(layer) for layer in report.layers]
     routing_parameters = sum(_count_parameters(layer) for layer in routed_layers(model))
 
     # The number of FFN weights that a token uses, minus that of the dense model. It is negative for
     # EMoE with inactive neurons, and positive for GMoE with more than one active expert.
-    additional_weights = (active_neurons - 1) * dense.ffns
+    additional_weights = (active_share - 1) * dense.ffns
     active_parameters = round(dense.parameters + additional_weights) + routing_parameters
     return {
         "parameters": _count_parameters(model),
@@ -302,7 +302,7 @@ def _summarise(
         "flops_per_token": 2 * (active_parameters - dense.embeddings),
         "trainable_parameters": _count_trainable(model),
         "trained": {group: _describe_group(members) for group, members in groups.items()},
-        "active_neurons": active_neurons,
+        "active_neurons": active_share,
         "conversion": conversion,
     }
 

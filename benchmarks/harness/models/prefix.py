@@ -249,7 +249,7 @@ class PrefixStates:
 
     Args:
         prefix: The prefix of the model.
-        rows: The digest of the model inputs of all rows.
+        rows_digest: The digest of the model inputs of all rows.
         lengths: The number of tokens of each row.
         batch: A function that returns the model's inputs for rows, given their numbers. It pads on
             the right.

@@ -221,7 +221,8 @@ def check_comparison(compare: Comparison, where: Location) -> None:
         where: The location of the comparison in its YAML file, for messages.
 
     Raises:
-        DefinitionError: A name does not exist or does not fit. Names the file and the key.
+        DefinitionError: A name does not exist or does not fit. The message names the file and the
+            key.
     """
     check_names(where.at("benchmark"), [compare.benchmark], benchmark_names())
     benchmark = load_benchmark(compare.benchmark)

@@ -122,7 +122,7 @@ def compare_tests(
     A mean has moved if it changed by more than its standard error over the pairs, and if rounding
     errors do not explain the change: all pairs changed alike, or the paired t-test of the changes
     has a p below 0.1 %. Tests without a standard error (one pair, or older differences that are all
-    equal) are not compared, nor those of counts and of times.
+    equal and not 0) are not compared, nor those of counts and of times.
 
     Args:
         suite: The suite.

@@ -79,12 +79,13 @@ def draw_claims(rows: pd.DataFrame, path: Path, *, narrow: bool = False) -> None
     grouped = shown.assign(group=groups).sort_values("group", kind="stable")
 
     marks = pd.concat([_our_marks(grouped), _paper_marks(grouped)])
-    lines = list(marks["test"])
-    if not narrow:  # the titles of lines are beside the marks, where there is little room
-        lines = [wrap_text(title, _LABEL_WIDTH, 7) for title in lines]
+    titles = list(marks["test"])
+    # in a wide figure, the titles of lines are beside the marks, where there is little room
+    if not narrow:
+        titles = [wrap_text(title, _LABEL_WIDTH, size=7) for title in titles]
     placed_marks = marks.assign(
         panel=marks["claim_title"],
-        line=lines,
+        line=titles,
         style=marks["series"].map(_STYLES),
         # draw_forest takes shares and prints points
         delta=marks["delta"] / 100,
@@ -101,8 +102,10 @@ def _our_marks(rows: pd.DataFrame) -> pd.DataFrame:
     ``series`` is the entry of the legend, and ``text`` has the difference and the count of pairs.
     """
     series = rows["verdict"].replace(MISSING, _NO_VERDICT)
-    differences = rows["runs_shown"].str.replace(" points", "").str.replace("-", _MINUS)
-    return rows.assign(series=series, text=differences + "\nn " + rows["n_shown"])
+    without_unit = rows["runs_shown"].str.replace(" points", "")  # the axis has the unit
+    differences = without_unit.str.replace("-", _MINUS)
+    counts = "n " + rows["n_shown"]
+    return rows.assign(series=series, text=differences + "\n" + counts)
 
 
 def _paper_marks(rows: pd.DataFrame) -> pd.DataFrame:

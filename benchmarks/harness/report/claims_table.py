@@ -396,14 +396,15 @@ def _with_evidence(
         gap = find_gap(difference, row.effect, paper)
 
     # equal counts need no margin
-    margin = math.nan
+    margin_of_metric = math.nan
     if compare.direction != "equal":
-        margin = metric.margin(evidence.reference_mean) * scale
+        margin_of_metric = metric.margin(evidence.reference_mean) * scale
     # only claims of a higher or lower number have a p, and a margin below the paper's effect
     p = math.nan
+    margin = margin_of_metric
     if compare.direction in ("higher", "lower"):
         p = difference.p
-        margin = _margin_below(margin, [row.effect, shares.expected])
+        margin = _margin_below(margin_of_metric, [row.effect, shares.expected])
     return replace(
         row,
         margin=margin,
@@ -458,7 +459,10 @@ def _error_shares(
     if metric.unit == "%":
         our_errors = 100 - reference
     # a model without errors has no share
-    our_share = difference.scaled(1 / our_errors if our_errors else math.nan)
+    share_of_a_point = math.nan
+    if our_errors != 0:
+        share_of_a_point = 1 / our_errors  # nan if the metric has no errors
+    our_share = difference.scaled(share_of_a_point)
     if paper.reference is None:
         return ErrorShares(ours=our_share, paper=math.nan, expected=math.nan)
     paper_share = effect / (100 - paper.reference)

@@ -263,7 +263,7 @@ def with_columns(
     frame: pd.DataFrame,
     on: Sequence[str],
     numbers: pd.DataFrame,
-    names: str,
+    name_column: str,
     headings: Mapping[str, str],
     metric: str,
     *,
@@ -275,8 +275,8 @@ def with_columns(
     Args:
         frame: The rows of the table.
         on: The columns that link a row to its numbers.
-        numbers: The numbers, with the columns ``names``, ``on``, ``mean`` and ``std``.
-        names: The column of ``numbers`` whose names become printed columns, such as ``task``.
+        numbers: The numbers, with the columns ``name_column``, ``on``, ``mean`` and ``std``.
+        name_column: The column of ``numbers`` whose names become printed columns, such as ``task``.
         headings: The heading of each name, in the order of the printed columns.
         metric: The metric of the numbers.
         std: The column of ``numbers`` with the standard deviation to print.
@@ -288,7 +288,8 @@ def with_columns(
     extended = frame
     columns = []
     for name, heading in headings.items():
-        of_name = numbers[numbers[names] == name].drop(columns=names)
+        has_name = numbers[name_column] == name
+        of_name = numbers[has_name].drop(columns=name_column)
         prefix = f"{name}{joint}"
         extended = with_numbers(extended, on, of_name, prefix)
         columns.append(Column(metric, f"{prefix}mean", heading, std=f"{prefix}{std}", best=True))
@@ -476,13 +477,13 @@ def summarize(
         reference. ``pairs`` is the number of paired seeds.
     """
     rows = []
-    for names, values in scores.groupby(list(cell), sort=False)["value"]:
+    for names, cell_scores in scores.groupby(list(cell), sort=False)["value"]:
         row = {
             **dict(zip(cell, names, strict=True)),
-            "mean": values.mean(),
-            "std": values.std(),
-            "population_std": values.std(ddof=0),
-            "n": len(values),
+            "mean": cell_scores.mean(),
+            "std": cell_scores.std(),
+            "population_std": cell_scores.std(ddof=0),
+            "n": len(cell_scores),
         }
         rows.append(row)
     # the columns are named, so that they exist even without rows
@@ -496,6 +497,7 @@ def summarize(
         paired = paired_differences(
             compared, cell=cell, reference={"method": reference}, pair="seed"
         )
+        # with one score per seed, the count of scores in `values` repeats the count of seeds
         differences.append(paired.drop(columns="values"))
     # the seeds that both rows have may be fewer than those of the cell, which are `n`
     all_differences = pd.concat(differences).rename(columns={"n": "pairs"})

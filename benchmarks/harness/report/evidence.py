@@ -318,11 +318,11 @@ def compare_gains(
         ``smaller``, ``larger``, or ``not shown`` if one fact is missing.
     """
     is_significant = p_holm < SIGNIFICANCE  # nan is not
-    # our interval must exclude the expected difference on the side of the gap
+    # our interval must exclude the expected difference on the side of the gap; nan is not excluded
     is_below_paper = gap < 0
-    is_below_expected = difference.high < expected
-    is_above_expected = difference.low > expected
-    excludes_expected = is_below_expected if is_below_paper else is_above_expected
+    excludes_expected = difference.low > expected
+    if is_below_paper:
+        excludes_expected = difference.high < expected
     if not is_significant or not excludes_expected:
         return "not shown"
     # if the claim is a lower number, the lower difference is the larger gain

@@ -157,10 +157,14 @@ def _shown_files(item: PaperItem, files: Sequence[str]) -> tuple[list[str], str]
         return shown, f"{num_existing} of {len(files)} files"
 
     # a table is always shown, but a figure only if it is not a placeholder
-    drawn = [file for file in shown if file.endswith(".md") or plots.is_drawn(Path(file))]
-    if not drawn:
-        return drawn, "this suite has no data for it"
-    return drawn, "made"
+    without_placeholders = []
+    for file in shown:
+        is_table = file.endswith(".md")
+        if is_table or plots.is_drawn(Path(file)):
+            without_placeholders.append(file)
+    if not without_placeholders:
+        return [], "this suite has no data for it"
+    return without_placeholders, "made"
 
 
 def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

@@ -58,8 +58,10 @@ _AXIS_HEIGHT = 0.5  # the axis at the bottom and its label
 _LABEL_HEIGHT = 0.115  # a line of text above marks
 _ABOVE_MARKS_HEIGHT = 0.22  # the marks under such a text
 _BAND_HEIGHT = 0.11  # the shaded margin around zero
+_LINE_TO_BORDER = 0.6  # lines, from the middle of the first and of the last line to the border
 _NUMBER_WIDTH = 0.25  # inches for the number of an expert, below a matrix of expert use
-_LONG_SERIES = 30  # letters; with a name of this length the legend has one column, else three
+# letters; with a name of this length the legend has one column, else three (two in narrow figures)
+_LONG_SERIES = 30
 # inches of a column of curves, and of the labels of the vertical axes
 _CURVES_WIDTH = 3.0
 _LABELS_WIDTH = 0.6
@@ -151,14 +153,19 @@ def _narrow_shape(rows: pd.DataFrame) -> _ForestShape:
     most_lines = max(label.count("\n") + 1 for label in _labels_above(rows))
     label_height = most_lines * _LABEL_HEIGHT
     line_height = label_height + _ABOVE_MARKS_HEIGHT
+    # the label takes the upper part of a line, so the middle of the marks is half of the label's
+    # height below the middle of the line
+    marks_middle = 0.5 * label_height / line_height
+    # not the whole space under the label, so that marks keep a distance from the next label
+    marks_share = 0.9 * _ABOVE_MARKS_HEIGHT / line_height
     return _ForestShape(
         width=_NARROW_WIDTH,
         title_width=_NARROW_WIDTH,
         title_height=0.38,  # titles often have two lines
         line_height=line_height,
         panel_border=0.2,
-        marks_middle=0.5 * label_height / line_height,
-        marks_share=0.9 * _ABOVE_MARKS_HEIGHT / line_height,
+        marks_middle=marks_middle,
+        marks_share=marks_share,
         labels_above=True,
         legend_columns=2,
         style=_NARROW_STYLE,
@@ -238,10 +245,10 @@ def _draw_panel(
         _draw_labels_above(axis, rows)
     else:
         _draw_labels_beside(axis, rows)
-    # Heights grow downwards, so the first line is at the top. There are 0.6 lines of space from the
-    # middle of the first and of the last line to the border.
-    top = -0.6
-    bottom = rows["line"].nunique() - 0.4
+    # heights grow downwards from 0, so the first line is at the top
+    last_line = rows["line"].nunique() - 1
+    top = -_LINE_TO_BORDER
+    bottom = last_line + _LINE_TO_BORDER
     axis.set_ylim(bottom, top)
 
 
@@ -255,6 +262,7 @@ def draw_heading(axis: Any, title: Any, heading: str, side: str) -> None:
         side: Where the heading is along the first panel: ``left`` or ``center``.
     """
     place = 0 if side == "left" else 0.5
+    # x is a share of the panel's width, and y a share of the drawn title's height: 1 is its top
     options: Any = {
         "xycoords": ("axes fraction", title),
         "textcoords": "offset points",
@@ -262,7 +270,7 @@ def draw_heading(axis: Any, title: Any, heading: str, side: str) -> None:
         "fontsize": 8,
         "fontweight": "bold",
     }
-    above_title = {"xy": (place, 1), "xytext": (0, 7)}
+    above_title = {"xy": (place, 1), "xytext": (0, 7)}  # 7 points above the top of the title
     # A heading may be wider than its panel. If the layout knew its width, it would make all panels
     # narrower. So only a blank text of the same height is part of the layout.
     axis.annotate(heading, **above_title, **options).set_in_layout(False)
@@ -296,7 +304,7 @@ def _draw_labels_above(axis: Any, rows: pd.DataFrame) -> None:
     # the white box hides the grid
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     for height, label in enumerate(_labels_above(rows)):
-        top_of_line = height - 0.6  # the first line begins at the border
+        top_of_line = height - _LINE_TO_BORDER  # the first line begins at the border
         axis.annotate(label, (0, top_of_line), bbox=box, linespacing=1.1, **above)
 
 

@@ -164,16 +164,17 @@ def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
         return table
 
     # the runs that may belong to a row, one line per run and combination of names
-    names = [key for key in keys if key != "run_id"]  # a table may have one run in each row
-    candidates = origins[["run_id", *names]].astype(str).drop_duplicates(ignore_index=True)
+    name_columns = [key for key in keys if key != "run_id"]  # a table may have one run in each row
+    candidates = origins[["run_id", *name_columns]].astype(str).drop_duplicates(ignore_index=True)
     # for each column, map each name to the places of its lines in `candidates`; this is done once
     # for all rows, because tables have many
     lines_by_name = {key: candidates.groupby(key).indices for key in keys}
 
     folders_of_rows = []
-    for names in table.frame[keys].fillna("").astype(str).to_dict("records"):
+    names_of_rows = table.frame[keys].fillna("").astype(str)
+    for names_of_row in names_of_rows.to_dict("records"):
         matching = set(candidates.index)
-        for key, name in names.items():
+        for key, name in names_of_row.items():
             if name:  # an empty name matches all
                 matching.intersection_update(lines_by_name[key].get(name, ()))
         runs = candidates["run_id"].iloc[sorted(matching)].unique()

@@ -61,7 +61,7 @@ def find_records(suite: Suite, benchmark: str, part: str | None = None) -> Found
     """Find the records of the runs that are finished here; without any, the blessed records.
 
     The arguments and errors are those of :func:`find_finished`. There may be no records. The note
-    then gives both ways to get some.
+    then gives the ways to get some.
     """
     found = find_finished(suite, benchmark, part)
     if found.records:

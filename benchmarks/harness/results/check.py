@@ -47,7 +47,15 @@ _TOLERANCES = {
 _TOLERANCES_BY_BENCHMARK = {
     "domainbed": dict.fromkeys(_FIRST_LOSSES, 0.005),  # 0.0021
 }
-_PRESENTATION_FILES = ("figures.py", "presentation.py", "tables.py")  # these files change no number
+# files that read, print or draw the numbers of runs, and change none
+_PRESENTATION_FILES = (
+    "ablations.py",
+    "figures.py",
+    "presentation.py",
+    "ranks.py",
+    "selection_gain.py",
+    "tables.py",
+)
 # factors on all tolerances; the tiny models of smoke train for a few steps
 _SUITE_SCALES = {"smoke": 0.1}
 
@@ -100,7 +108,7 @@ class CheckResult:
         lines += [_shift_text(row) for row in self.shifts.itertuples()]
         if self.failures:
             lines.append(
-                f"{len(self.failures)} runs are not finished, the first is {self.failures[0]}"
+                f"{len(self.failures)} repeated runs failed, the first is {self.failures[0]}"
             )
         lines += self.machine_sentences
 
@@ -183,20 +191,21 @@ def compare(
         elsewhere: True to apply tolerances even on the same machine.
         failures: For each run that failed when it was repeated, its name and the reason.
     """
-    rows = _join_numbers(before, after, suite)
-    is_on_both_sides = rows["status"] == "compared"
+    joined = _join_numbers(before, after, suite)
 
     # the same code on the same machine repeats every digit, so there is no tolerance
     repeats_digits = before.code == after.code and not elsewhere
-    must_be_equal = (rows["machine_before"] == rows["machine_after"]) & repeats_digits
-    rows["tolerance"] = rows["tolerance"].mask(must_be_equal, 0.0)
+    must_be_equal = (joined["machine_before"] == joined["machine_after"]) & repeats_digits
+    rows = joined.assign(tolerance=joined["tolerance"].mask(must_be_equal, 0.0))
 
     agrees = _rows_agree(rows)
-    renamed = rows.rename(columns={"value_before": "before", "value_after": "after"})
-    differences = renamed.replace({"status": {"compared": "changed"}})
+    disagreeing = rows[~agrees].rename(columns={"value_before": "before", "value_after": "after"})
+    # a number that was compared and does not agree has changed
+    differences = disagreeing.replace({"status": {"compared": "changed"}})
+    is_on_both_sides = rows["status"] == "compared"
     shown = ["status", "benchmark", *KEYS, "before", "after", "tolerance"]
     return CheckResult(
-        differences=differences.loc[~agrees, shown],
+        differences=differences[shown],
         equal=rows.loc[agrees, "benchmark"].value_counts().to_dict(),
         shifts=find_shifts(rows),
         machine_sentences=_machine_sentences(rows, before, after, elsewhere=elsewhere),
@@ -278,24 +287,33 @@ def _comparison_kind(before: Numbers, after: Numbers, old_machine: str, new_mach
 
 def code_digest() -> str:
     """Hash the code that numbers depend on, without the files that only print or draw numbers."""
+    harness = BENCHMARKS / "harness"
     folders = [
         ROOT / "emoe",
-        BENCHMARKS / "harness" / "models",
-        BENCHMARKS / "harness" / "sources",
-        BENCHMARKS / "harness" / "training",
+        harness / "models",
+        harness / "sources",
+        harness / "training",
         BENCHMARKS / "text",
     ]
     folders += [BENCHMARKS / name for name in benchmark_names()]
-
-    digest = hashlib.sha256()
+    # seeds come from base.py and execution.py; statistics.py measures the information of experts
+    files = [
+        harness / "base.py",
+        harness / "results" / "statistics.py",
+        harness / "run" / "execution.py",
+    ]
     for folder in folders:
         for file in sorted(folder.rglob("*")):
             is_code = file.suffix in (".py", ".cpp", ".h")
             if is_code and file.name not in _PRESENTATION_FILES:
-                # the name is hashed too, so a renamed file counts as changed
-                name = file.relative_to(folder.parent).as_posix()
-                digest.update(f"{name}\0".encode())
-                digest.update(file.read_bytes())
+                files.append(file)
+
+    digest = hashlib.sha256()
+    for file in files:
+        # the name is hashed too, so a renamed file counts as changed
+        name = file.relative_to(ROOT).as_posix()
+        digest.update(f"{name}\0".encode())
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

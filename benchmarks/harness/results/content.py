@@ -339,7 +339,8 @@ class Usage(Recorded):
     """Experts that some data set uses more than by chance."""
 
     def model_post_init(self, _context: Any, /) -> None:
-        """Raise if only some of the keys are given, or if a named expert does not exist."""
+        """Raise if only some of the keys are given, if sets have other numbers of experts, or if a
+        named expert does not exist."""
         given = self.model_fields_set
         # dense models and runs on one data set give none of the keys
         if given:

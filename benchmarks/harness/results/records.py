@@ -291,7 +291,7 @@ def check_metrics(run: Run, content: bytes, path: Path) -> Metrics:
     if metrics.run_id != run.id:
         raise DataError(f"{path} belongs to the run '{metrics.run_id}'; {advice}")
     try:
-        _check_parts(run, metrics)
+        _check_sections(run, metrics)
         # `list`, because the iterator raises the errors of missing scores only when it is read
         numbers = list(run_numbers(run, metrics))
     except (LookupError, ValueError, TypeError) as error:
@@ -343,16 +343,16 @@ def _is_between(value: object, low: float, high: float) -> bool:
     return low - _ROUNDING <= value <= high + _ROUNDING
 
 
-def _check_parts(run: Run, metrics: Metrics) -> None:
+def _check_sections(run: Run, metrics: Metrics) -> None:
     """Check that a ``metrics.json`` has all sections that its benchmark must record.
 
     Raises:
         ValueError: The file lacks a section, or has no score.
     """
     needed = load_benchmark(run.benchmark).recorded
-    for part in needed:
-        if getattr(metrics, part, None) is None:
-            raise ValueError(f"'{part}' is missing")
+    for section in needed:
+        if getattr(metrics, section, None) is None:
+            raise ValueError(f"'{section}' is missing")
     if "scores" in needed:
         scores = metrics.scores or {}
         if not any(scores.values()):
@@ -374,9 +374,12 @@ def tabulate_numbers(records: Iterable[Record]) -> pd.DataFrame:
         for part, data_set, metric, value in run_numbers(run, record.metrics):
             # a part such as "test as emoe" has the main metrics of "test"
             part_before_conversion, _, _method = part.partition(AS)
-            # `ood_mean` has no data set, and its main metric is called `score`. Numbers without a
-            # main metric, such as costs, get the same default, which none of them is called.
-            main_metric = main_metrics.get((part_before_conversion, data_set), "score")
+            key = (part_before_conversion, data_set)
+            # of the numbers without a main metric, such as costs, only the mean over the sets out
+            # of domain (`ood_mean`) is a score, and only its metric is called so
+            is_score = metric == "score"
+            if key in main_metrics:
+                is_score = metric == main_metrics[key]
             row = {
                 **run_keys(run),
                 "run_id": run.id,
@@ -384,7 +387,7 @@ def tabulate_numbers(records: Iterable[Record]) -> pd.DataFrame:
                 "eval_task": data_set,
                 "metric": metric,
                 "value": value,
-                "is_score": metric == main_metric,
+                "is_score": is_score,
             }
             rows.append(row)
     # the columns are named, so that they exist even without rows

@@ -74,29 +74,42 @@ def find_shifts(rows: pd.DataFrame) -> pd.DataFrame:
 def _read_numbers(compared: pd.DataFrame) -> pd.DataFrame:
     """Convert the texts of numbers, and add the settings of their runs.
 
-    The added columns are ``model``, ``task``, ``method``, ``before``, ``after`` and
-    ``scatter``. The method of a converted model is the one that it was converted to.
+    Rows with an absent, damaged or infinite number are left out. The added columns are ``model``,
+    ``task``, ``method``, ``before``, ``after`` and ``scatter``. The method of a converted model is
+    the one that it was converted to. Three columns change:
+
+    - ``part`` loses its conversion, such as `` as emoe``.
+    - ``run`` gets this conversion at its end.
+    - ``tolerance`` becomes absolute.
     """
+    # "test as emoe" is the part "test" of a model that was converted to "emoe"; without a
+    # conversion, the separator and the method after it are empty
+    split_parts = compared["part"].str.partition(AS)
+    part = split_parts[0]
+    separator = split_parts[1]
+    converted_to = split_parts[2]
+
+    # The name of a run begins with benchmark, model, task and method (check.group_name). A
+    # measurement of `speed` has no method. It has one seed, so _group_means leaves it out.
+    words = compared["run"].str.split(" ")
+    trained_method = words.str[3]
+    method = converted_to.where(converted_to != "", trained_method)
+
     # absent and damaged texts become nan
     before = pd.to_numeric(compared["value_before"], errors="coerce")
     after = pd.to_numeric(compared["value_after"], errors="coerce")
-    # "test as emoe" is the part "test" of a model that was converted to "emoe"
-    split_parts = compared["part"].str.partition(AS)
-    conversion = split_parts[1] + split_parts[2]  # " as emoe"; empty without a conversion
-    converted_to = split_parts[2]
-    # the name of a run begins with benchmark, model, task and method (check.group_name)
-    words = compared["run"].str.split(" ")
-    trained_method = words.str[3]
+    # as in check.values_agree, a tolerance is relative above 1
+    absolute_tolerance = compared["tolerance"] * before.abs().clip(lower=1)
+
     numbers = compared.assign(
-        run=compared["run"] + conversion,
+        run=compared["run"] + separator + converted_to,
         model=words.str[1],
         task=words.str[2],
-        method=converted_to.where(converted_to != "", trained_method),
-        part=split_parts[0],
+        method=method,
+        part=part,
         before=before,
         after=after,
-        # as in check.values_agree, a tolerance is relative above 1
-        tolerance=compared["tolerance"] * before.abs().clip(lower=1),
+        tolerance=absolute_tolerance,
     )
     is_finite = np.isfinite(numbers["before"]) & np.isfinite(numbers["after"])
     finite = numbers[is_finite]
@@ -113,7 +126,8 @@ def _scatter(numbers: pd.DataFrame) -> pd.Series[float]:
     over_seeds = frame.groupby(["run", "part", "eval_task", "metric"])["difference"]
     from_mean = frame["difference"] - over_seeds.transform("mean")
     num_seeds = over_seeds.transform("size")
-    # n seeds have n - 1 degrees of freedom, because their mean is estimated; each has its share
+    # n seeds have n - 1 degrees of freedom, because their mean is estimated. Each of the n rows
+    # gets an equal share, (n - 1) / n, so the sum over a pool is the freedom of all its groups.
     terms = frame.assign(square=from_mean**2, freedom=1 - 1 / num_seeds)
     pool = terms.groupby(["benchmark", "part", "metric"])
     variance = pool["square"].transform("sum") / pool["freedom"].transform("sum")
@@ -149,20 +163,21 @@ def _group_means(numbers: pd.DataFrame) -> pd.DataFrame:
 
     The columns are :data:`SHIFT_COLUMNS`. A mean is over the means of the seeds.
     """
+    # one row per group and seed
     seed_means = numbers.groupby([*_GROUP, "seed"])[["before", "after"]].mean()
-    means_by_group = seed_means.groupby(_GROUP)
+    seeds_by_group = seed_means.groupby(_GROUP)
     numbers_by_group = numbers.groupby(_GROUP)
-    counts = numbers_by_group.size()
+    counts = numbers_by_group.size()  # of numbers, not of seeds
     error_of_shift = numbers_by_group["scatter"].mean() / np.sqrt(counts)
 
     # the three rules of find_shifts
     limits = pd.DataFrame(
         {
-            "error of the mean": means_by_group["before"].sem(),
+            "error of the mean": seeds_by_group["before"].sem(),
             "errors of the shift": _ERRORS * error_of_shift,
             "one number": numbers_by_group["tolerance"].mean() / counts,
         }
     )
-    described = means_by_group.mean().assign(numbers=counts, limit=limits.max(axis=1))
-    has_several_seeds = means_by_group.size() > 1
+    described = seeds_by_group.mean().assign(numbers=counts, limit=limits.max(axis=1))
+    has_several_seeds = seeds_by_group.size() > 1
     return described[has_several_seeds].reset_index()

@@ -134,12 +134,14 @@ def paired_differences(
     for column, name in reference.items():
         is_reference &= scores[column] == name
 
-    # put the reference score beside each score that has the same values in the shared columns
-    not_shared = ("value", *reference, *averaged)
-    shared = [column for column in scores if column not in not_shared]
-    by_shared = scores[is_reference].groupby(shared, sort=False)
-    references = by_shared["value"].mean().rename("reference").reset_index()
-    both = scores[~is_reference].merge(references, on=shared)
+    # a score may differ from its reference score in these columns, such as the method; all other
+    # columns must agree
+    may_differ = ("value", *reference, *averaged)
+    must_agree = [column for column in scores if column not in may_differ]
+    matching = scores[is_reference].groupby(must_agree, sort=False)
+    references = matching["value"].mean().rename("reference").reset_index()
+    # put the reference score beside each score; scores without one are left out
+    both = scores[~is_reference].merge(references, on=must_agree)
 
     # one row per cell and seed: both mean scores, and how many scores they average
     by_pair = both.groupby([*cell, pair], sort=False)

@@ -80,7 +80,9 @@ def execute(
         if group.broadcast(output.exists()):
             return output
         with _redirect_output(own_log) as terminal:
-            progress = Progress(run.name, terminal if is_main else sys.stderr)
+            # the first process reports to the terminal, and each of the others to its own log
+            stream = terminal if is_main else sys.stderr
+            progress = Progress(run.name, stream)
             metrics = _measure(benchmark, run, spec, folder, progress, started)
             if is_main:  # all processes compute, but only the first one writes
                 _write_metrics(run, metrics, output)

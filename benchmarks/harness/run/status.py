@@ -66,7 +66,8 @@ def describe(suite: Suite) -> str:
 def run_status(run: Run) -> RunStatus:
     """Determine the state of a run, and the last line of its log if it is running or failed."""
     folder = RUNS / run.folder
-    # checked first, because a run writes its numbers before it releases its lock
+    # checked before metrics.json: a run that writes it and ends between the two checks would
+    # otherwise have neither numbers nor a lock, and would look failed
     is_running = is_held(folder / LOCK)
     if run.metrics_file.exists():
         return RunStatus(run, "finished")

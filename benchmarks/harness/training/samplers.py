@@ -18,7 +18,7 @@ class EpochOrder(Sampler[int]):
 
     Args:
         lengths: The number of tokens of each row.
-        batch_size: The number of rows of a step.
+        batch_size: The number of rows of a batch, if rows of similar length are batched.
         seed: The seed of the run.
         by_length: True to batch rows of similar length.
     """
