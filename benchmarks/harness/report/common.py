@@ -370,6 +370,7 @@ def our_means(values: pd.Series[float], cell: Sequence[str]) -> pd.DataFrame:
     by_cell = values.groupby(list(cell), sort=False)
     means = by_cell.agg(ours="mean", n="size")
 
+    # in the order of the rows of `means`
     lows = []
     highs = []
     for _, cell_values in by_cell:

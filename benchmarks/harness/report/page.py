@@ -343,7 +343,8 @@ def _readable_width(path: Path) -> int:
     ``path`` has no ending.
     """
     with Image.open(path.with_suffix(".png")) as image:
-        return round(image.width / STYLE["savefig.dpi"] * _READABLE_DPI)
+        inches = image.width / STYLE["savefig.dpi"]
+    return round(inches * _READABLE_DPI)
 
 
 def _read_image(path: Path) -> str:

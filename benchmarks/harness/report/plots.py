@@ -65,6 +65,7 @@ _LONG_SERIES = 30
 # inches of a column of curves, and of the labels of the vertical axes
 _CURVES_WIDTH = 3.0
 _LABELS_WIDTH = 0.6
+_LEGEND_HEIGHT = 0.3
 
 
 def count_text(counts: Iterable[float], unit: str = "seeds") -> str:
@@ -429,7 +430,7 @@ def curve_figure(
     legend names the lines of all panels. ``panel_height`` is in inches.
     """
     width = curves_width(len(titles))
-    height = panel_height * len(labels) + 0.3
+    height = panel_height * len(labels) + _LEGEND_HEIGHT
     title_width = (width - _LABELS_WIDTH) / len(titles)
     panels = panel_figure(
         path,
@@ -445,8 +446,10 @@ def curve_figure(
         for axis, title in zip(axes[0], titles, strict=True):
             axis.set_title(wrap_text(title, title_width), fontsize=8)
         for axis, label in zip(axes[:, 0], labels, strict=True):
+            # shorter than the panel, so that labels of neighbours do not touch
             axis.set_ylabel(wrap_text(label, 0.9 * panel_height))
-        legend_below(figure, axes.flat, len(titles) + 1)
+        legend_columns = len(titles) + 1  # the labels at the left have room for one more
+        legend_below(figure, axes.flat, legend_columns)
 
 
 def draw_means(axis: Any, points: pd.DataFrame, styles: Mapping[str, MethodStyle]) -> None:

@@ -108,7 +108,8 @@ def _filled_style(method: Method) -> MethodStyle:
 def distinct_styles(labelled: Iterable[tuple[str, MethodStyle]]) -> dict[str, MethodStyle]:
     """Return the styles by label, changed so that lines can be told apart.
 
-    Labels with equal styles get different dashes, and alternate between hollow and filled markers.
+    Up to six labels with equal styles get different dashes, and alternate between hollow and filled
+    markers.
     """
     styles_by_label = dict(labelled)
     distinct: dict[str, MethodStyle] = {}
@@ -116,8 +117,10 @@ def distinct_styles(labelled: Iterable[tuple[str, MethodStyle]]) -> dict[str, Me
     for label, style in styles_by_label.items():
         num_earlier = seen[style]  # earlier labels with an equal style
         seen[style] += 1
+        hollow = style.hollow
         is_every_second = num_earlier % 2 == 1
-        hollow = not style.hollow if is_every_second else style.hollow
+        if is_every_second:
+            hollow = not hollow
         dashes = _DASHES[num_earlier % len(_DASHES)]
         distinct[label] = replace(style, hollow=hollow, dashes=dashes)
     return distinct

@@ -298,9 +298,11 @@ def _run_command(arguments: Sequence[str], directory: Path) -> str | None:
     if os.environ.get("PYTHONPATH"):
         search_path += os.pathsep + os.environ["PYTHONPATH"]
     environment["PYTHONPATH"] = search_path
-    for name in (paths.DATA_ROOT, paths.MODEL_ROOT):
-        if os.environ.get(name):
-            environment[name] = str(Path(os.environ[name]).resolve())
+    # the folders in these variables may be relative to the present working directory
+    for variable in (paths.DATA_ROOT, paths.MODEL_ROOT):
+        folder = os.environ.get(variable)
+        if folder:
+            environment[variable] = str(Path(folder).resolve())
     process = subprocess.run(
         [sys.executable, "-m", "benchmarks", *arguments],
         capture_output=True,
