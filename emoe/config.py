@@ -375,9 +375,9 @@ class EMoEConfig(RoutingConfig):
             mean keys always follow the weights.
         weighting: ``binary`` gives every chosen expert weight 1. ``softmax`` normalises over the
             chosen experts, as published EMoE-learn does. Then the output starts at about 1/k of the
-            dense scale. With ``top_k=1``, ``softmax`` normalises over all experts, because a single
-            weight would be constant. ``softmax_times_k`` multiplies the weights by k, which removes
-            the change of scale.
+            dense scale. With one expert in use, ``softmax`` normalises over all experts, because a
+            single weight would be constant. ``softmax_times_k`` multiplies the weights by the
+            number of experts in use, which removes the change of scale.
     """
 
     kind: ClassVar[str] = "emoe"

@@ -75,8 +75,10 @@ class LayerRecord:
                 self._tokens += len(chosen)
                 counted = chosen
             else:
+                # the layers of a model may be on several devices
+                mask = mask.to(chosen.device)
                 self._tokens += mask.sum()
-                counted = chosen & mask.to(chosen.device).unsqueeze(1)
+                counted = chosen & mask.unsqueeze(1)
             self._dropped += (counted & ~kept).sum()
             self._loads += counted.sum(0)
             self._add_by_label(counted)

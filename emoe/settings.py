@@ -166,8 +166,9 @@ def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> nn.Module:
     This is a static control for token-wise routing. The configuration's ``router`` becomes
     ``fixed``, and the settings of the old scores are reset. The counts are saved with the model.
 
-    ``top_k`` and ``selection`` stay. So do the router's noise, with which some tokens get other
-    experts in training, and the capacity, with which some tokens get fewer.
+    ``top_k`` and ``selection`` stay. So does the router's noise: in training it changes the order
+    of experts with equal counts, and seldom of others. So does the capacity: some tokens then get
+    fewer experts.
 
     Args:
         model: model converted with an :class:`EMoEConfig` whose router is ``avg_k`` or ``fixed``.

@@ -180,7 +180,7 @@ def draw_by_subject(sizes: Mapping[str, int], count: int) -> dict[str, list[int]
     counts = dict.fromkeys(names, 1)
 
     def quotient(name: str) -> float:
-        """Return Webster's quotient of a subject. The subject with the lowest gets a question.
+        """Return Webster's quotient of a subject, inverted. The lowest gets a question.
 
         It depends on the present value of ``counts``, which grows below.
         """

@@ -47,6 +47,20 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
         for number in range(len(part.settings.grid)):
             yield from self._specs_of_block(part, number)
 
+    def _candidates_of(self, measure: str) -> list[str]:
+        """Return the candidates that a measure can compare.
+
+        ``partition`` compares ways to cluster the neurons. The other measures compare ways to
+        compute layers and models; the dense model is always one of them.
+        """
+        clusterings: list[str] = []
+        if "partition" in self.definition.measures:
+            clusterings = self.definition.measures["partition"].settings.given()["candidates"]
+        if measure == "partition":
+            return clusterings
+        others = {"dense", *clusterings}
+        return [name for name in self.definition.candidates if name not in others]
+
     def _specs_of_block(self, part: Part[MeasurementPart], number: int) -> Iterator[dict[str, Any]]:
         """Yield a spec for every model and every combination of a block's settings.
 
@@ -64,17 +78,14 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
         check_names(where.at("model"), block.model, self._known_models())
         defaults = definition.measures[block.measure].settings.given()
         check_names(where.at("settings"), block.settings, defaults)
+        known_candidates = self._candidates_of(block.measure)
         key_path = ("benchmarks", self.name, "grid", number, "settings")
         for model in block.model:
             for varied in _combinations(block.settings):
                 parsed = parse({**defaults, **varied}, Settings, part.file, *key_path)
                 settings = parsed.given()  # without the settings that the measure does not use
                 candidates = settings["candidates"]
-                # `partition` compares other things than the rest, which time layers and models
-                known = definition.candidates
-                if block.measure == "partition":
-                    known = {name: known[name] for name in defaults["candidates"]}
-                check_names(where.at("settings", "candidates"), candidates, known)
+                check_names(where.at("settings", "candidates"), candidates, known_candidates)
                 variant = _variant(settings, defaults)
                 # nothing is trained: there is no method, learning rate or out-of-domain data
                 yield self.spec(

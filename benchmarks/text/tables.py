@@ -465,7 +465,7 @@ def _our_scores(outcomes: TextOutcomes, domain: str, protocol: str) -> pd.DataFr
     """Return our scores, differences and seed counts in one domain under one protocol.
 
     The columns are named after the protocol, such as ``clean`` for the score, and ``clean_delta``.
-    In domain, methods that ran all tasks of the paper also have a row with their average.
+    In domain, methods with a score on all tasks of the paper also have a row with their average.
     """
     rows = outcomes.of(domain, protocol)
     numbers = ["mean", "delta", "low", "high", "n"]
@@ -486,7 +486,7 @@ def _our_scores(outcomes: TextOutcomes, domain: str, protocol: str) -> pd.DataFr
 def _task_averages(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
     """Average scores and differences over the paper's tasks, for each model and method.
 
-    A model and method that did not run all these tasks is left out. The scope is ``average``.
+    A model and method without a score on one of these tasks is left out. The scope is ``average``.
     """
     # the paper trains on sets of the hub; the others are our additions
     tasks_of_paper = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,17 @@ def test_a_section_has_the_rows_and_the_settings_of_the_runs(suite: Suite) -> No
     )
     assert section.models == ["minilm"]
     assert section.random_weights is False
+
+
+def test_a_limit_that_only_some_runs_have_is_a_whole_number(suite: Suite) -> None:
+    records = read_records(suite, "glue")
+    presentation = present(load_benchmark("glue"), records)
+    first = records[0]
+    training = {**first.run.spec["training"], "train_rows": None}
+    run = replace(first.run, spec={**first.run.spec, "training": training})
+    section = make_section(presentation, [replace(first, run=run), *records[1:]], "mini")
+    values = {setting.name: setting.value for setting in section.training}
+    assert values["train_rows"] == "–, 640"
 
 
 def test_tables_write_the_numbers_of_the_claims(suite: Suite) -> None:

@@ -92,10 +92,19 @@ def test_each_measure_gives_numbers_of_each_candidate(
         )
 
 
-def test_candidates_of_other_measures_are_refused() -> None:
-    block = {"measure": "partition", "model": ["minilm"], "settings": {"candidates": [["sparse"]]}}
+@pytest.mark.parametrize(
+    ("measure", "candidate", "others"),
+    [
+        ("partition", "sparse", "emoe, kmeans_constrained"),
+        ("layer", "emoe", "sparse, inference, masked"),
+    ],
+)
+def test_candidates_of_other_measures_are_refused(
+    measure: str, candidate: str, others: str
+) -> None:
+    block = {"measure": measure, "model": ["minilm"], "settings": {"candidates": [[candidate]]}}
     part = edited_part("speed", "speed", {"grid": [block]})
-    message = r"candidates' is 'sparse', which does not exist; choose from emoe, kmeans_"
+    message = f"candidates' is '{candidate}', which does not exist; choose from {others}"
     with pytest.raises(DefinitionError, match=message):
         list(load_benchmark("speed").specs(part, (), ()))
 

@@ -86,7 +86,7 @@ def test_verify_repeats_a_blessed_run_that_is_not_finished_here(
     assert output[-1].endswith(" agree, 1 changed, 0 missing, 0 new")
     monkeypatch.setattr(sys, "executable", "false")
     output = call(*VERIFY, "--seed", "1", status=1).splitlines()
-    assert output[-2] == f"1 runs are not finished, the first is {run.name}: no output"
+    assert output[-2] == f"1 repeated runs failed, the first is {run.name}: no output"
 
 
 def test_verify_trains_the_run_that_an_evaluation_needs(own_reference: Path, workdir: Path) -> None:

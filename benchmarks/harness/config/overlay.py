@@ -1,4 +1,4 @@
-"""Merge the settings of a benchmark, a suite and a model.
+"""Merge the settings of a benchmark, a suite, a model and a task.
 
 The settings of a later layer override those of an earlier layer, key by key. Exceptions:
 

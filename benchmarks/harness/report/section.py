@@ -227,10 +227,10 @@ def _training_settings(records: Sequence[Record]) -> list[Setting]:
         hyper_parameters = spec.get("hparams", {})  # only runs on images (DomainBed) have them
         rows.append({**spec["training"], **hyper_parameters})
 
-    # A dash stands for a setting that a run lacks. The columns become columns of objects first,
-    # because a column of numbers cannot hold a dash.
-    settings = pd.DataFrame(rows)
-    with_dashes = settings.astype(object).where(settings.notna(), MISSING)
+    # A dash stands for a setting that a run lacks, or that is null. The columns are columns of
+    # objects: one of numbers cannot hold a dash, and would turn 960 beside null into 960.0.
+    settings = pd.DataFrame(rows, dtype=object)
+    with_dashes = settings.where(settings.notna(), MISSING)
     texts = with_dashes.astype(str)
 
     described = []

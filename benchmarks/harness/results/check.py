@@ -296,11 +296,15 @@ def code_digest() -> str:
         BENCHMARKS / "text",
     ]
     folders += [BENCHMARKS / name for name in benchmark_names()]
-    # seeds come from base.py and execution.py; statistics.py measures the information of experts
     files = [
+        # the seeds
         harness / "base.py",
-        harness / "results" / "statistics.py",
         harness / "run" / "execution.py",
+        # the names of frozen parameters
+        harness / "config" / "methods.py",
+        # the mean scores out of domain, and the information that experts carry
+        harness / "results" / "records.py",
+        harness / "results" / "statistics.py",
     ]
     for folder in folders:
         for file in sorted(folder.rglob("*")):
