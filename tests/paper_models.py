@@ -6,6 +6,7 @@ Llamas have two layers instead of 32 or 60. Tokenizers have the published kind b
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -200,8 +201,13 @@ def _write_weights(folder: Path, shape: Shape) -> None:
 
 
 def _texts() -> list[str]:
-    """Return the texts that tokenizers are trained on: made-up rows, and the names of classes."""
+    """Return the texts that tokenizers are trained on.
+
+    They are made-up rows, the names of classes, and all letters that a keyboard has. Without these,
+    Llama's tokenizer would join the letter of an answer with the unknown letters before it.
+    """
+    letters = " ".join(string.ascii_letters + string.digits + string.punctuation)
     lines = [line for _file, lines in TSV.values() for line in lines]
     labels = [" ".join(task["labels"]) for task in TASKS.values()]
     instructions = [f"{row['instruction']} {row['input']} {row['output']}" for row in ROWS]
-    return lines + labels + instructions
+    return [*lines, *labels, *instructions, letters]

@@ -50,8 +50,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     gpus = 1 if torch.cuda.is_available() else 0
     made.edit(SUITE_FILE, "gpu: 8, processes: 8", f"gpu: {gpus}, processes: 1")
     made.edit(SUITE_FILE, "gpu: 1}", f"gpu: {gpus}}}")
-    # lm-eval ships MMLU's dev questions alone, four examples and a question for each subject
-    made.edit(SUITE_FILE, "task: mmlu, num_fewshot: 5", "task: mmlu_dev, num_fewshot: 4")
+    # lm-eval ships MMLU's dev questions alone: in each subject two examples and a question or more
+    made.edit(SUITE_FILE, "task: mmlu, num_fewshot: 5", "task: mmlu_dev, num_fewshot: 2")
     made.edit(SUITE_FILE, "task: mmlu,", "task: mmlu_dev,")
     return made
 
