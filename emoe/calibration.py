@@ -117,10 +117,10 @@ class _Sample:
         """Drop the rows ``[tokens, d]`` of padding tokens, if the model got a padding mask."""
         if self._padding is None:
             return rows
-        mask = self._padding.token_mask(len(rows))
+        mask = self._padding.token_mask(len(rows), rows.device)
         if mask is None:
             return rows
-        return rows[mask.to(rows.device)]
+        return rows[mask]
 
 
 def _call(model: nn.Module, batch: Batch) -> None:

@@ -416,10 +416,7 @@ class RoutedActivation(nn.Module):
                 noisy = clean + torch.randn_like(clean) * noise_std
             token_mask = None
             if self.padding_hook is not None:
-                token_mask = self.padding_hook.token_mask(len(clean))
-            if token_mask is not None:
-                # the layers of a model may be on several devices
-                token_mask = token_mask.to(clean.device)
+                token_mask = self.padding_hook.token_mask(len(clean), clean.device)
 
             chosen, kept = self._choose(noisy, token_mask)
             weights = expert_weights(noisy, chosen, config.weighting, config.num_active_experts)

@@ -70,13 +70,11 @@ class LayerRecord:
         if is_recomputed():
             return
         with self._lock:
-            mask = self._token_mask(len(chosen))
+            mask = self._token_mask(len(chosen), chosen.device)
             if mask is None:
                 self._tokens += len(chosen)
                 counted = chosen
             else:
-                # the layers of a model may be on several devices
-                mask = mask.to(chosen.device)
                 self._tokens += mask.sum()
                 counted = chosen & mask.unsqueeze(1)
             self._dropped += (counted & ~kept).sum()
@@ -92,15 +90,15 @@ class LayerRecord:
         self.windows.append((self._loads - self._loads_at_window_start).cpu())
         self._loads_at_window_start = self._loads.clone()
 
-    def _token_mask(self, tokens: int) -> Tensor | None:
-        """Return the mask ``[tokens]`` of tokens that count, None if all count.
+    def _token_mask(self, tokens: int, device: torch.device) -> Tensor | None:
+        """Return the mask ``[tokens]`` of tokens that count on a device, None if all count.
 
         A padding mask that does not fit gives a warning, and all tokens count.
         """
         if self._padding is None:
             return None
         try:
-            return self._padding.token_mask(tokens)
+            return self._padding.token_mask(tokens, device)
         except RuntimeError as error:  # a statistic should not stop a forward pass
             warnings.warn(f"padding is counted: {error}", stacklevel=2)
             return None

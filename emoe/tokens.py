@@ -147,14 +147,15 @@ class PaddingMaskHook(_ArgumentHook):
         self._cached = cached
         self._rows_first = rows_first
 
-    def token_mask(self, tokens: int) -> Tensor | None:
+    def token_mask(self, tokens: int, device: torch.device) -> Tensor | None:
         """Return a mask ``[tokens]`` that is true for a layer's tokens and false for padding.
 
         Args:
             tokens: number of tokens that the layer got, with padding.
+            device: device of the layer. The layers of a model may be on several devices.
 
         Returns:
-            The mask. None if the model got no 2-D mask.
+            The mask, on this device. None if the model got no 2-D mask.
 
         Raises:
             RuntimeError: the module was called without its hooks, or its mask does not fit the
@@ -183,7 +184,7 @@ class PaddingMaskHook(_ArgumentHook):
         mask = self._true_for_tokens(newest_columns)
         if not self._rows_first:
             mask = mask.t()
-        return mask.reshape(-1).bool()
+        return mask.reshape(-1).to(device, torch.bool)
 
     def _true_for_tokens(self, mask: Tensor) -> Tensor:
         """Return a mask that is true for tokens. In torch's own masks, True or -inf is padding."""

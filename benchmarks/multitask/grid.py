@@ -15,7 +15,7 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import Location, check_names, parse, read
 from benchmarks.multitask.definition import MultitaskDefinition, MultitaskPart, MultitaskSpec
 from benchmarks.text.definition import CLEAN, ID, LOSSES, OOD, TaskFile
-from benchmarks.text.grid import TextSets
+from benchmarks.text.grid import TextSets, check_validation_rows
 
 _SCORES_AND_LOSSES = Domain(("score", *LOSSES), selections=(CLEAN,))
 _DOMAINS = {
@@ -87,11 +87,7 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
                 continue
             method = method_spec(methods, point, point["seed"], None, where)
             training = training_settings(model=point["model"])
-            if not training.validation_fraction:
-                raise DefinitionError(
-                    f"{part.where('training').at('validation_fraction')} is 0, but clean runs "
-                    "need rows for selection"
-                )
+            check_validation_rows(training, part.where("training"))
             yield self.spec(
                 method["variant"],
                 protocol=CLEAN,

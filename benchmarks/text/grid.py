@@ -50,6 +50,7 @@ from benchmarks.text.definition import (
     PUBLISHED,
     ROUTING,
     TRAINING,
+    EpochTraining,
     TaskEntry,
     TaskFile,
     TextDefinition,
@@ -243,15 +244,20 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
                 where.at("evaluate_ood"), training.evaluate_ood or (), self.definition.methods
             )
         # a block of the grid may ask for clean runs of a task without a test split
-        if not training.validation_fraction:
-            raise DefinitionError(
-                f"{where.at('validation_fraction')} is 0, but clean runs need rows for selection"
-            )
+        check_validation_rows(training, where)
         if training.patience is not None and training.checkpoint_selection != "best":
             raise DefinitionError(
                 f"{where.at('patience')} needs checkpoint_selection: best; set patience: null"
             )
         return training
+
+
+def check_validation_rows(training: EpochTraining, where: Location) -> None:
+    """Raise a DefinitionError if the training settings at ``where`` hold out no rows."""
+    if not training.validation_fraction:
+        raise DefinitionError(
+            f"{where.at('validation_fraction')} is 0, but clean runs need rows for selection"
+        )
 
 
 def _check_trained_once(transformed: Mapping[str, Transformed], file: Path) -> None:

@@ -61,11 +61,8 @@ def pays_off(x: Tensor, expert_size: int, active: float) -> bool:
         active: share of the experts that a token uses.
     """
     tokens, width = x.shape
-    device = x.device.type
-    dtype = x.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    if device != "cpu":
+    dtype = dtype_of_products(x)
+    if x.device.type != "cpu":
         return can_group(x.new_empty(0, width, dtype=dtype))
     ratio = predicted_time_ratio(
         tokens,
@@ -77,6 +74,14 @@ def pays_off(x: Tensor, expert_size: int, active: float) -> bool:
         compiled=has_compiled_kernels(),
     )
     return ratio is not None and ratio < 1
+
+
+def dtype_of_products(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a linear layer multiplies inputs ``x``, under autocast or not."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype
 
 
 def predicted_time_ratio(

@@ -23,7 +23,7 @@ from emoe.config import LINEAR_SCORES
 from emoe.errors import ConversionError
 from emoe.layer import RoutedActivation
 from emoe.routers import is_offloaded
-from emoe.sparse.cost_model import pays_off
+from emoe.sparse.cost_model import dtype_of_products, pays_off
 from emoe.sparse.serving import Layout, are_few, can_serve
 
 _WAY_OUT = "call emoe.set_backend_(model, 'masked')"
@@ -273,9 +273,7 @@ class SparseFFN(_Replacement):
         drops_neurons = config.expert_dropout > 0 or any(module.p > 0 for module in self._dropouts)
         if self.training and drops_neurons:
             return "dropout is active"
-        dtype = rows.dtype
-        if torch.is_autocast_enabled(rows.device.type):
-            dtype = torch.get_autocast_dtype(rows.device.type)
+        dtype = dtype_of_products(rows)
         if self._rounds_scores(dtype):
             return f"{dtype} would round the neurons that the score averages"
         if self._pays_off(rows):
