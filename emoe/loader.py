@@ -10,8 +10,9 @@ Importing this module registers the loader (:mod:`emoe.registration` does so).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface
@@ -32,6 +33,9 @@ from emoe.checkpoint import (
 from emoe.convert import finish_conversion_
 from emoe.errors import CheckpointError
 from emoe.model_config import NEEDS_EMOE, QUANT_METHOD, Experts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -63,7 +67,7 @@ class ExpertsLoader(HfQuantizer):
     quantization_config: ExpertsConfig
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> nn.Module:
         """Build the experts, and find the files that hold the state of their routers and biases.
 
@@ -86,7 +90,7 @@ class ExpertsLoader(HfQuantizer):
         folder = paths[0].parent  # all files are in one folder
         self._folder = folder
         stored = files.tensor_files(paths)
-        files.check_layers(model, stored, folder)
+        files.check_layers(model, _names_in_model(model, stored), folder)
         self._layers = build_experts_(model, experts, folder)
         # Folders of emoe 0.1 have the routers in the extra file. If a Trainer wrote such a folder,
         # the routers are among the weights instead.
@@ -118,6 +122,24 @@ class ExpertsLoader(HfQuantizer):
     def is_trainable(self) -> bool:
         """True: the model trains like the dense one."""
         return True
+
+
+def _names_in_model(model: PreTrainedModel, stored: Iterable[str]) -> list[str]:
+    """Return the names that stored tensors have in the model.
+
+    Transformers renames the tensors of some models while it loads them. For ViT,
+    ``encoder.layer.0.…`` becomes ``layers.0.…``.
+    """
+    # transformers has not loaded this module yet when it imports ours
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    renamings = get_model_conversion_mapping(model)
+    names = []
+    for name in stored:
+        for renaming in renamings:
+            name, _pattern = renaming.rename_source_key(name)
+        names.append(name)
+    return names
 
 
 def _refuse_experts(*_args: Any, **_kwargs: Any) -> NoReturn:

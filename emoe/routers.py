@@ -25,8 +25,9 @@ _INITIAL_SCALE = 2.0
 _EMBEDDING_DEVIATION = 0.01
 # elements of a weight that are averaged together on a CPU
 _CHUNK_ELEMENTS = 1 << 19
-# elements of a weight that are compared to detect changes
-_COMPARED_ELEMENTS = 32
+# Elements of a weight that are compared to detect changes. They are spread evenly, so each of up to
+# this many experts has one.
+_COMPARED_ELEMENTS = 512
 
 
 def means_of_blocks(blocks: Tensor) -> Tensor:
@@ -176,7 +177,8 @@ class Stamp:
 
     A change shows in the weight's identity, version, address, or some of its elements. The elements
     are compared because PyTorch counts no versions for changes through ``weight.data``, which PEFT
-    uses to merge adapters. Such a merge changes the whole matrix, and so the compared elements.
+    uses to merge adapters. Such a merge changes the whole matrix, and so the compared elements. A
+    change of a few neurons through ``weight.data`` may not show.
 
     Args:
         projection: module with a plain weight in the CPU's memory.
@@ -302,6 +304,12 @@ class AvgKRouter(Router):
     def forget_kept_keys_(self) -> None:
         """Discard the kept mean weights, so that a later forward pass computes them again."""
         self._kept = None
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the training or evaluation mode. Training discards the kept mean weights."""
+        if mode:
+            self.forget_kept_keys_()
+        return super().train(mode)
 
     def _may_keep(self) -> bool:
         """Check if this forward pass may keep mean weights, or use kept ones.

@@ -15,6 +15,7 @@ from emoe.layer import routed_layers
 from emoe.routers import AvgKRouter
 from tests import converted, tiny_models
 from tests.converted import assert_same, inputs, net, step
+from tests.plain_net import plain_net
 
 pytestmark = pytest.mark.usefixtures("always_sparse")
 LEARNED = converted.SETTINGS["learned"]
@@ -171,6 +172,29 @@ def test_mean_keys_follow_the_weights_in_evaluation() -> None:
         weight.mul_(-1)
         fresh.load_state_dict(model.state_dict())
         assert torch.equal(model(x), copy.deepcopy(fresh)(x))
+
+
+@torch.no_grad()
+def test_mean_keys_follow_a_change_of_one_expert_that_pytorch_does_not_count() -> None:
+    model = plain_net(hidden=96, width=384)
+    emoe.convert_(model, emoe.EMoEConfig(num_experts=64, top_k=16, partition="contiguous"))
+    x = torch.randn(5, 96)
+    for expert in range(64):
+        model(x)
+        blocks = model.layers[0].inner.weight.data.unflatten(0, (64, -1))
+        blocks[expert] *= -1
+        assert torch.equal(model(x), copy.deepcopy(model)(x)), expert
+
+
+@torch.no_grad()
+def test_training_discards_the_kept_mean_keys() -> None:
+    model, x = net(), inputs(5)
+    model(x)
+    model.train()
+    # one element, which may not be among those that are compared
+    model.layers[0].inner.weight.data[1, 1] += 10.0
+    model.eval()
+    assert torch.equal(model(x), copy.deepcopy(model)(x))
 
 
 @torch.no_grad()

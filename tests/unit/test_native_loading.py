@@ -220,7 +220,13 @@ def test_the_report_of_transformers_is_returned(tmp_path: Path) -> None:
 
 
 # the number of layers has another name in each configuration
-FEWER_LAYERS = {"llama": "num_hidden_layers", "gpt2": "n_layer", "t5": "num_layers"}
+FEWER_LAYERS = {
+    "bert": "num_hidden_layers",
+    "gpt2": "n_layer",
+    "llama": "num_hidden_layers",
+    "t5": "num_layers",
+    "vit": "num_hidden_layers",  # transformers renames its tensors
+}
 
 
 @pytest.mark.parametrize("name", FEWER_LAYERS)
