@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.harness import base
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config import runs, suite
-from benchmarks.harness.config.benchmark import benchmark_names
+from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics
+from benchmarks.harness.config.runs import Run
 from benchmarks.harness.workflow.environment import suite_of_job
 from tests.planned import edited_project, plan
 
@@ -141,6 +143,24 @@ def test_methods_share_the_clustering_of_each_layer_and_others_wait_for_none() -
     runs_of_both = [run for run in search.runs if run.spec["method"]["config"]["layers"] == [3, 5]]
     assert all(len(runs.partition_jobs(run)) == 2 for run in runs_of_both)
     assert len(search.partitions) == 3 * 2  # three numbers of experts, layers 3 and 5
+
+
+@pytest.mark.parametrize("name", ["smoke", "mini", "full", "paper"])
+def test_models_are_used_with_the_experts_of_a_method_that_is_trained(name: str) -> None:
+    """A dense model that gets experts after training gets those of EMoE on the same task."""
+
+    def key(run: Run, method: str) -> tuple[str, ...]:
+        return (run.benchmark, run.model, run.task, run.protocol, method)
+
+    runs = plan(["glue", "glue_lora"], name)
+    trained: dict[tuple[str, ...], list[Any]] = {}
+    for run in runs:
+        trained.setdefault(key(run, run.method), []).append(run.spec["method"]["config"])
+    for run in runs:
+        if "used_as" not in run.spec:
+            continue
+        row = load_benchmark(run.benchmark).definition.transformed[run.spec["used_as"]["name"]]
+        assert run.spec["used_as"]["config"] in trained[key(run, row.used_as)], run.id
 
 
 PACKAGES_FILE = "benchmarks/harness/sources/packages.yaml"
