@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -18,13 +17,15 @@ from benchmarks.harness.config.methods import ABLATION, CONTROL
 from benchmarks.harness.config.yaml import NUMBER_COLUMNS
 from benchmarks.harness.report import plots
 from benchmarks.harness.report.common import (
+    OTHER_MODELS,
     SEEDS_COVER,
     SETTING_SEPARATOR,
     cell_means,
+    differences_to,
     name_or_count,
     published_delta,
     read_published,
-    summarize,
+    summarize_scores,
     with_numbers,
 )
 from benchmarks.harness.report.presentation import Figure
@@ -53,7 +54,7 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
         - the five keys and their titles
         - ``mean``, ``std`` and ``n`` over seeds, and ``active_neurons``
         - ``delta``, ``low``, ``high``, ``p``, ``p_holm`` and ``verdict``: the paired difference to
-          the baseline, or to the row above if the ablation has ``steps``
+          the baseline, or to the row above if the ablation has ``steps``, over ``pairs`` seeds
         - ``paper``, ``paper_delta``, ``status`` and ``source``: the paper's numbers
         - ``is_ours``: False for rows that only the paper has
         - ``is_average``: True if the scope is an average
@@ -62,15 +63,21 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     ablated = outcomes.ablated
     names = _row_names(ablation, ablated.methods)
     seeds = _compared_seeds(ablated, names)
+    # the means of a group are over the seeds that all its rows have
+    shared = shared_pairs(seeds, within=_KEYS_OF_GROUP, compared=["method"], pair="seed")
 
     # compare all rows with the baseline, or each row with the row above
     references: Iterable[tuple[str, str | None]] = [(ablated.baseline, None)]
     if ablation.steps:
         references = itertools.pairwise(names)
-    tested = with_verdicts(_summarise(seeds, references), family=_KEYS_OF_GROUP)
+    # a difference uses all seeds that a row shares with its reference
+    differences = differences_to(seeds, cell=_KEYS_OF_ROW, references=references)
+    summaries = _summarise(shared).merge(differences, on=_KEYS_OF_ROW, how="left")
+    tested = with_verdicts(summaries, family=_KEYS_OF_GROUP)
+    with_counts = tested.fillna({"pairs": 0}).astype({"pairs": int})
 
     neurons = cell_means(ablated.records, cell=["model", "method"], metrics=["active_neurons"])
-    ours = with_numbers(tested, on=["model", "method"], numbers=neurons)
+    ours = with_numbers(with_counts, on=["model", "method"], numbers=neurons)
     with_paper = _join_paper(ablated, ablation, ours)
     marked = with_paper.assign(is_ours=with_paper["mean"].notna())
     in_order = _sort_rows(ablation, marked)
@@ -92,9 +99,8 @@ def _row_names(ablation: Ablation, methods: Iterable[str]) -> list[str]:
 def _compared_seeds(outcomes: TextOutcomes, names: Sequence[str]) -> pd.DataFrame:
     """Return the scores of the rows ``names`` by seed, and their averages over scopes.
 
-    A group has the rows that are compared with each other (:data:`_KEYS_OF_GROUP`). Only the seeds
-    that all rows of a group have are kept. A group without the baseline or without an ablated row
-    is left out.
+    A group has the rows that are compared with each other (:data:`_KEYS_OF_GROUP`). A group without
+    the baseline or without an ablated row is left out.
     """
     scores = outcomes.seeds
     is_shown = (
@@ -115,8 +121,7 @@ def _compared_seeds(outcomes: TextOutcomes, names: Sequence[str]) -> pd.DataFram
         has_baseline = group["method"].eq(outcomes.baseline).any()
         return bool(has_ablated and has_baseline)
 
-    compared = seeds.groupby(_KEYS_OF_GROUP, sort=False).filter(has_comparison)
-    return shared_pairs(compared, within=_KEYS_OF_GROUP, compared=["method"], pair="seed")
+    return seeds.groupby(_KEYS_OF_GROUP, sort=False).filter(has_comparison)
 
 
 def _is_ablated(outcomes: TextOutcomes, name: str) -> bool:
@@ -124,13 +129,9 @@ def _is_ablated(outcomes: TextOutcomes, name: str) -> bool:
     return bool(split_name(name).setting) or outcomes.role(name) in (ABLATION, CONTROL)
 
 
-def _summarise(seeds: pd.DataFrame, references: Iterable[tuple[str, str | None]]) -> pd.DataFrame:
-    """Compute the mean, deviation and paired difference of each row over seeds.
-
-    Each pair in ``references`` has a reference row, and the row that is compared with it. None in
-    the second place means that all other rows are compared with the reference.
-    """
-    summaries = summarize(seeds, cell=_KEYS_OF_ROW, references=references).drop(columns="pairs")
+def _summarise(seeds: pd.DataFrame) -> pd.DataFrame:
+    """Compute the mean and the shown deviation of each row over seeds."""
+    summaries = summarize_scores(seeds, cell=_KEYS_OF_ROW)
     # Replace the mean and the sample deviation with those of pandas' groupby, which differ in the
     # last digit. `assign` matches them by the keys in the index.
     by_keys = summaries.set_index(_KEYS_OF_ROW)
@@ -250,17 +251,17 @@ def _add_titles(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
     """Add ``is_average``, and ``method_title`` with the setting of the row.
 
     Some ablations vary k, the number of experts in use. There, our rows without a setting also show
-    N, the number of experts, and k/N.
+    N, the number of experts, and k/N, if all runs of the row have the same.
     """
     settings = [split_name(name).setting for name in rows["method"]]
     k_varies = any("k" in setting_values(setting) for setting in settings)
-    configs = _configs(outcomes)
+    main_settings = _main_settings(outcomes)
     titles = []
     for row in rows.itertuples():
         method, setting = split_name(row.method)
-        # the paper's rows have no run, and so no configuration
+        # the paper's rows have no run, and so no main setting
         if k_varies and not setting and row.is_ours:
-            setting = _main_setting(configs[row.model, row.method])
+            setting = main_settings[row.model, row.method]
         title = outcomes.title("method", method)
         words = setting_text(setting)
         if words:
@@ -269,11 +270,17 @@ def _add_titles(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(method_title=titles, is_average=rows["scope"].str.startswith(_AVERAGE_OF))
 
 
-def _configs(outcomes: TextOutcomes) -> dict[tuple[str, str], dict[str, Any]]:
-    """Map each model and method to the expert settings of its first run, empty without experts."""
-    by_run = {run.id: run.config for run in outcomes.runs}
-    first_runs = outcomes.records.drop_duplicates(["model", "method"])
-    return {(run.model, run.method): by_run[run.run_id] for run in first_runs.itertuples()}
+def _main_settings(outcomes: TextOutcomes) -> dict[tuple[str, str], str]:
+    """Map each model and method to N and k/N of its runs, such as ``N16-k0.25``.
+
+    The text is empty for models without EMoE, and if N or k/N differs between tasks.
+    """
+    setting_by_run = {run.id: _main_setting(run.config) for run in outcomes.runs}
+    settings = {}
+    for row, records in outcomes.records.groupby(["model", "method"], sort=False):
+        of_row = {setting_by_run[run_id] for run_id in records["run_id"].unique()}
+        settings[row] = of_row.pop() if len(of_row) == 1 else ""
+    return settings
 
 
 def _main_setting(config: Mapping[str, Any]) -> str:
@@ -293,6 +300,7 @@ def ablation_table(outcomes: TextOutcomes, name: str) -> Table:
         status=_or_dash(rows["status"]),
         source=_or_dash(rows["source"]),
         n=[_count_text(count) for count in rows["n"]],
+        pairs=[_count_text(count) for count in rows["pairs"]],
         model_title=_or_dash(rows["model_title"]),
         on=rows["scope"] + " (" + rows["domain"].map(DOMAINS) + ")",
     )
@@ -305,6 +313,7 @@ def ablation_table(outcomes: TextOutcomes, name: str) -> Table:
             "on": "On",
             "method_title": "Method",
             "n": "n",
+            "pairs": "n of Δ",
         },
         [
             Column("score", "mean", "Score", std="std"),
@@ -326,9 +335,10 @@ def _table_caption(ablation: Ablation) -> str:
     return (
         f"{ablation.question} Score (%): mean ± standard deviation over the n seeds that all "
         f"rows of a set and selection share. Δ is the difference to the {reference}, paired by "
-        f"seed, with a 95 % confidence interval (Student's t). {SEEDS_COVER} p is from the paired "
-        "t-test, corrected with Holm's procedure over the rows of a set and selection; the verdict "
-        "uses it at 5 %. The paper's numbers are for its own models and tasks."
+        "seed over all seeds that both have, with a 95 % confidence interval (Student's t). "
+        f"{SEEDS_COVER} p is from the paired t-test, corrected with Holm's procedure over the "
+        "rows of a set and selection; the verdict "
+        f"uses it at 5 %. {OTHER_MODELS}"
     )
 
 
@@ -338,8 +348,9 @@ def _or_dash(texts: pd.Series[str]) -> pd.Series[str]:
 
 
 def _count_text(count: float) -> str:
-    """Format a number of seeds; a dash for a row that only the paper has."""
-    return MISSING if math.isnan(count) else f"{count:.0f}"
+    """Format a number of seeds; a dash for none, and for a row that only the paper has."""
+    has_seeds = count > 0  # nan has none
+    return f"{count:.0f}" if has_seeds else MISSING
 
 
 def ablation_figure(outcomes: TextOutcomes, name: str) -> Figure:
@@ -418,7 +429,7 @@ def _shown_differences(ours: pd.DataFrame) -> pd.DataFrame:
     rows = _first_selection(ours)
     # beside each row: whether its panel and domain has an average
     has_average = rows.groupby(["model_title", "domain"])["is_average"].transform("any")
-    return rows[rows["is_average"] | ~has_average]
+    return rows[rows["is_average"] | ~has_average].assign(n=rows["pairs"])
 
 
 def _paper_differences(rows: pd.DataFrame) -> pd.DataFrame:

@@ -15,9 +15,10 @@ from benchmarks.harness.config.methods import ABLATION
 from benchmarks.harness.report.common import (
     SETTING_SEPARATOR,
     Outcomes,
+    differences_to,
     join_claim_numbers,
     parameter_counts,
-    summarize,
+    summarize_scores,
 )
 from benchmarks.harness.results.content import Metrics
 from benchmarks.harness.results.records import AS, Record, scores_of, tabulate_numbers
@@ -177,9 +178,10 @@ class TextOutcomes(Outcomes):
             training task and evaluation task, only the seeds that all methods have are kept.
         protocols: The protocols that have scores.
         run_protocols: The protocols under which runs were trained.
-        rows: Mean, deviation and difference to the baseline of the scores in ``shared``, from
-            :func:`~benchmarks.harness.report.common.summarize`. A method without shared seeds has a
-            row without these numbers, and its ``n`` is 0.
+        rows: Mean and deviation of the ``n`` scores in ``shared``, from
+            :func:`~benchmarks.harness.report.common.summarize_scores`, and the difference to the
+            baseline over the seeds that both have, which ``pairs`` counts (nan for the baseline). A
+            method without shared seeds has a row without mean, and its ``n`` is 0.
         tests: The paired differences to the baseline in and out of domain, over all seeds that a
             method shares with the baseline. Each row has a verdict. The p values are Holm-corrected
             over all rows.
@@ -276,9 +278,11 @@ class TextOutcomes(Outcomes):
         """Return the setting to add to the row name of each record, or an empty text.
 
         A row with several variants gets the variant. An ablation gets the variant without the
-        settings that all main rows of the model share.
+        settings that all main rows of the model share. Models that are converted after training
+        have the variants of their training, so a row of them counts as a main row.
         """
         records = self.records
+        is_transformed = records["method"].isin(list(self.benchmark.definition.transformed))
         cells = records.groupby(["protocol", "model", "task", "method"])
         # beside each record: the number of variants of its row
         num_variants = cells["variant"].transform("nunique")
@@ -289,12 +293,12 @@ class TextOutcomes(Outcomes):
             usual_by_model[model] = self._usual_settings(rows)
 
         described = records[["model", "variant"]].assign(
-            is_ablation=is_ablation, num_variants=num_variants
+            has_own_settings=is_ablation & ~is_transformed, num_variants=num_variants
         )
         settings = []
         for record in described.itertuples():
             variant = str(record.variant)
-            if record.is_ablation:
+            if record.has_own_settings:
                 # a model may have only ablations, and so no usual settings
                 usual = usual_by_model.get(record.model, set())
                 settings.append(remove_settings(variant, usual))
@@ -373,16 +377,19 @@ class TextOutcomes(Outcomes):
         return seeds.sort_values("protocol", kind="stable")
 
     def _rows(self) -> pd.DataFrame:
-        """Summarise the shared scores of each row, and compare them with the baseline's.
+        """Summarise the shared scores of each row, and compare its scores with the baseline's.
 
-        A row without shared seeds has no numbers, and its ``n`` is 0.
+        The scores are those of the ``n`` seeds that all methods have. A difference uses all seeds
+        that the row shares with the baseline; they are counted in ``pairs``.
         """
+        summaries = summarize_scores(self.shared, cell=_KEYS_OF_ROW)
         # None: all methods are compared with the baseline
         references = [(self.baseline, None)]
-        summaries = summarize(self.shared, cell=_KEYS_OF_ROW, references=references)
-        # a row without shared seeds stays, without numbers
+        differences = differences_to(self.seeds, cell=_KEYS_OF_ROW, references=references)
+        # a row without shared seeds has no mean, and the baseline has no difference
         all_rows = self.seeds[_KEYS_OF_ROW].drop_duplicates()
-        rows = all_rows.merge(summaries.drop(columns="p"), how="left", on=_KEYS_OF_ROW)
+        with_scores = all_rows.merge(summaries, how="left", on=_KEYS_OF_ROW)
+        rows = with_scores.merge(differences.drop(columns="p"), how="left", on=_KEYS_OF_ROW)
         with_counts = rows.fillna({"n": 0}).astype({"n": int})
         return self._by_set(with_counts)
 
@@ -449,8 +456,7 @@ class TextOutcomes(Outcomes):
 
         The losses are the metrics :data:`.definition.LOSSES`, in nat. A regression is left out,
         because its loss, the squared error, has another unit. A set whose classes are merged has no
-        loss, so the mean leaves it out. A diverged run lacks a loss that other runs of its model
-        and task have. It has no mean.
+        loss, so the mean leaves it out. The loss of a run that diverged is nan.
 
         The columns are those of :attr:`seeds`, except ``scope``, and ``metric``.
         """
@@ -458,24 +464,16 @@ class TextOutcomes(Outcomes):
         tasks: Mapping[str, TaskEntry] = self.benchmark.tasks
         regressions = [name for name, task in tasks.items() if not task.labels]
         is_loss = records["metric"].isin(LOSSES) & ~records["eval_task"].isin(regressions)
-        losses = records[is_loss]
+        losses = _add_diverged(records[is_loss], runs=records[_KEYS_OF_RUN].drop_duplicates())
         columns = [*_KEYS_OF_RUN, "eval_task", "domain", "metric", "value"]
         parts = []
         if self._shows_in_domain:
             in_domain = losses[losses["part"] == "test"].assign(domain=ID)
             parts.append(in_domain[columns])
 
-        # beside each OOD loss: how many sets have a loss in any run of its model and task, and how
-        # many have one in its own run
         others = losses[losses["part"] == OOD]
-        keys_of_run = [*_KEYS_OF_RUN, "metric"]
-        by_task = others.groupby(["protocol", "model", "task", "metric"])
-        by_run = others.groupby(keys_of_run, sort=False)
-        sets_of_task = by_task["eval_task"].transform("nunique")
-        sets_of_run = by_run["eval_task"].transform("nunique")
-        # a diverged run has fewer
-        complete = others[sets_of_run == sets_of_task]
-        means = complete.groupby(keys_of_run, sort=False)["value"].mean().reset_index()
+        by_run = others.groupby([*_KEYS_OF_RUN, "metric"], sort=False)["value"]
+        means = by_run.mean(skipna=False).reset_index()
         parts.append(means.assign(domain=OOD_MEAN, eval_task="")[columns])
         return pd.concat(parts)
 
@@ -492,7 +490,7 @@ class TextOutcomes(Outcomes):
         """Return how much expert loads change between windows of training, for each chosen run.
 
         The number is that of :func:`.traces.mean_load_change`. It grows if a window has fewer
-        choices, so methods compare only with the same N, k and data.
+        choices. So N and k are part of ``eval_task``, and claims compare only equal ones.
         """
         changes = []
         for record in self._finished:
@@ -503,9 +501,11 @@ class TextOutcomes(Outcomes):
             # a single window has no change
             if math.isnan(change):
                 continue
-            changes.append((record.run.id, record.run.method, change))
+            config = record.run.config
+            experts = f"{config['top_k']} of {config['num_experts']} experts"
+            changes.append((record.run.id, record.run.method, experts, change))
         # `plain_method` is here the method that the run trained
-        types = {"run_id": str, "plain_method": str, "value": float}
+        types = {"run_id": str, "plain_method": str, "eval_task": str, "value": float}
         change_of_run = pd.DataFrame(changes, columns=list(types)).astype(types)
 
         records = with_own_protocol(self.chosen)
@@ -570,6 +570,19 @@ def _protocols_of(frame: pd.DataFrame) -> list[str]:
     """List the protocols that a frame contains, in the order of :data:`PROTOCOLS`."""
     contained = set(frame["protocol"])
     return [protocol for protocol in PROTOCOLS if protocol in contained]
+
+
+def _add_diverged(losses: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """Add a loss of nan for each of ``runs`` that lacks a loss which its method has.
+
+    Other seeds of the method have this loss. A run without it diverged.
+    """
+    keys_of_loss = ["part", "eval_task", "metric"]
+    keys_of_method = ["protocol", "model", "task", "method"]
+    # every loss that a method has in any run, for every run of the method
+    losses_of_method = losses[[*keys_of_method, *keys_of_loss]].drop_duplicates()
+    expected = runs.merge(losses_of_method, on=keys_of_method)
+    return expected.merge(losses, on=[*_KEYS_OF_RUN, *keys_of_loss], how="left")
 
 
 def add_transformed_rows(records: pd.DataFrame) -> pd.DataFrame:

@@ -140,7 +140,7 @@ def selection_gain_table(outcomes: TextOutcomes) -> Table:
     ]
     frame = selection_gains(outcomes)
     for protocol in (PUBLISHED, CLEAN):
-        differences = outcomes.of(ID, protocol)[[*CELL, "delta", "low", "high"]]
+        differences = outcomes.of(ID, protocol)[[*CELL, "delta", "low", "high", "pairs"]]
         frame = with_numbers(frame, on=CELL, numbers=differences, prefix=f"{protocol}_")
         difference = Column(
             "score",
@@ -150,7 +150,8 @@ def selection_gain_table(outcomes: TextOutcomes) -> Table:
             signed=True,
             decimals=2,
         )
-        columns.append(difference)
+        pairs = Column("runs", f"{protocol}_pairs", f"n of Δ, {PROTOCOLS[protocol]} selection")
+        columns += [difference, pairs]
     return Table(
         "What the selection adds",
         _caption(outcomes),
@@ -173,7 +174,8 @@ def _caption(outcomes: TextOutcomes) -> str:
         "independent normal scores that have the deviation of seeds; the deviation is pooled over "
         "the choices, and unbiased). Luck adds less if some choices are really better, or if equal "
         f"seeds are lucky together. By luck, {baseline} with as many choices: the same with the "
-        f"deviation of {baseline}. Δ: the reported score minus that of {baseline}, paired by seed, "
+        f"deviation of {baseline}. Δ: the reported score minus that of {baseline}, paired by seed "
+        "over all seeds that both have, "
         f"with a 95 % confidence interval (Student's t). {SEEDS_COVER} Without runs of a "
         "selection, Δ is a dash or has no column. If a task has only clean runs, the choices "
         "are those of the clean selection, where luck does not enter the reported score. The "

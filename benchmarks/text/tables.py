@@ -110,7 +110,7 @@ def results_table(outcomes: TextOutcomes) -> Table:
     return Table(
         f"Scores under both selections, and differences to {outcomes.baseline_title}",
         _results_caption(outcomes),
-        {**KEYS, "n": "n"},
+        {**KEYS, "n": "n", "pairs": "n of Δ"},
         columns,
         _result_rows(outcomes),
         group=("model", "task"),
@@ -121,7 +121,9 @@ def results_table(outcomes: TextOutcomes) -> Table:
 def _result_rows(outcomes: TextOutcomes) -> pd.DataFrame:
     """Return the rows of :func:`results_table`, with the numbers of all blocks side by side."""
     numbers = ["mean", "std", "population_std", "delta", "low", "high"]
-    frame = outcomes.order(common.format_counts(outcomes.rows, CELL), CELL)
+    counts = common.format_counts(outcomes.rows, CELL)
+    pairs = common.format_counts(outcomes.rows, CELL, count="pairs")
+    frame = outcomes.order(counts.merge(pairs, on=CELL), CELL)
     for block in _RESULT_BLOCKS:
         of_block = outcomes.of(block.domain, block.protocol)[[*CELL, *numbers]]
         frame = common.with_numbers(frame, on=CELL, numbers=of_block, prefix=f"{block.prefix}_")
@@ -131,11 +133,20 @@ def _result_rows(outcomes: TextOutcomes) -> pd.DataFrame:
 def _results_caption(outcomes: TextOutcomes) -> str:
     """Write the caption of :func:`results_table`."""
     return (
-        f"{_DEVIATION} Differences are paired by seed, with a 95 % confidence interval (Student's "
-        f"t), not corrected for multiple tests. {common.SEEDS_COVER} "
-        f"{outcomes.shared_note} ID is the training task, OOD the mean over the other sets, "
-        f"without further training. {_SELECTIONS} Bold marks the best method, without controls. "
+        f"{_DEVIATION} {_pairs_note(outcomes)} They have a 95 % confidence interval (Student's t), "
+        f"not corrected for multiple tests. {common.SEEDS_COVER} ID is the training task, OOD the "
+        f"mean over the other sets, without further training. {_SELECTIONS} Bold marks the best "
+        f"method, without controls. "
         f"{_metric_note(outcomes, ID, OOD)}"
+    )
+
+
+def _pairs_note(outcomes: TextOutcomes) -> str:
+    """Return sentences for captions: which seeds the scores use, and which the differences."""
+    return (
+        "Scores use the n seeds that all compared rows have. Differences (Δ) use all seeds that a "
+        f"row shares with {outcomes.baseline_title}, paired by seed, so they may differ from the "
+        "difference of the scores."
     )
 
 
@@ -184,7 +195,7 @@ def tests_table(outcomes: TextOutcomes) -> Table:
     }
     caption = (
         f"Differences to {outcomes.baseline_title}, paired by seed, over all n seeds of both rows. "
-        f"Other tables use the seeds that all their rows share. {common.SEEDS_COVER} {_SELECTIONS}"
+        f"{common.SEEDS_COVER} {_SELECTIONS}"
     )
     return common.tests_table(
         against=outcomes.baseline_title,
@@ -399,11 +410,11 @@ def paper_table(outcomes: TextOutcomes, domain: str = ID) -> Table:
 def _paper_caption(outcomes: TextOutcomes) -> str:
     """Write the caption of :func:`paper_table`."""
     return (
-        f"Δ is the difference to {outcomes.baseline_title}. Ours is paired by seed, with a 95 % "
-        f"confidence interval for single tasks. {common.SEEDS_COVER} "
-        f"{outcomes.shared_note} Status: published (from the authors' notebooks or quoted from the "
-        "paper), inferred (published, but the row is our interpretation), unknown (in the paper, "
-        "but unavailable). A dash: unavailable, or not run by this suite."
+        f"{_pairs_note(outcomes)} Ours have a 95 % confidence interval for single tasks. "
+        f"{common.SEEDS_COVER} {common.OTHER_MODELS} Status: published (from the authors' "
+        "notebooks or quoted from the paper), inferred (published, but the row is our "
+        "interpretation), unknown (in the paper, but unavailable). A dash: unavailable, or not "
+        "run by this suite."
     )
 
 
@@ -443,6 +454,7 @@ def _our_columns(protocol: str) -> list[Column]:
             decimals=2,
         ),
         Column("runs", f"{protocol}_n", f"n, {title}"),
+        Column("runs", f"{protocol}_pairs", f"n of Δ, {title}"),
     ]
 
 
@@ -468,7 +480,7 @@ def _our_scores(outcomes: TextOutcomes, domain: str, protocol: str) -> pd.DataFr
     In domain, methods with a score on all tasks of the paper also have a row with their average.
     """
     rows = outcomes.of(domain, protocol)
-    numbers = ["mean", "delta", "low", "high", "n"]
+    numbers = ["mean", "delta", "low", "high", "n", "pairs"]
     ours = rows[[*_PUBLISHED_KEY, *numbers]]
     if domain == ID:
         ours = pd.concat([ours, _task_averages(outcomes, rows)])
@@ -479,6 +491,7 @@ def _our_scores(outcomes: TextOutcomes, domain: str, protocol: str) -> pd.DataFr
             "low": f"{protocol}_low",
             "high": f"{protocol}_high",
             "n": f"{protocol}_n",
+            "pairs": f"{protocol}_pairs",
         }
     )
 

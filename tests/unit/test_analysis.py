@@ -14,8 +14,11 @@ from benchmarks.glue_ood.ranks import ranked_scores, ranks
 from benchmarks.harness.base import RUNS
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.suite import load_suite
+from benchmarks.harness.report.claims import Comparison
+from benchmarks.harness.report.evidence import find_evidence
 from benchmarks.harness.results.records import Record, scores_of
 from benchmarks.harness.training.metrics import SCORES, score
+from benchmarks.text.ablations import ablation_table
 from benchmarks.text.outcomes import TextOutcomes, choices, reported_scores, select_runs
 from benchmarks.text.routing import draw_traces, published_traces
 from benchmarks.text.tables import ood_table, paper_table, results_table, tasks_table
@@ -103,18 +106,64 @@ def test_results_table_says_what_was_put_in(glue: TextOutcomes) -> None:
     assert math.isnan(frame.loc[("tweets", "vanilla"), "id_delta"])
 
 
-def test_means_differ_by_the_difference_beside_them_and_tests_keep_all_seeds(
+def test_scores_use_the_seeds_of_all_rows_and_differences_those_of_both(
     glue: TextOutcomes,
 ) -> None:
-    frame = results_table(glue).frame.set_index(["task", "method"])
-    for prefix in ("id", "ood", "published"):
-        by_row = frame.loc["tweets"].drop(
-            index="vanilla"
-        )  # vanilla and EMoE have eight seeds, the others five
-        gaps = by_row[f"{prefix}_mean"] - frame.loc[("tweets", "vanilla"), f"{prefix}_mean"]
-        assert by_row[f"{prefix}_delta"].tolist() == pytest.approx(gaps.tolist())
+    # vanilla and EMoE have eight seeds, the others five
+    rows = results_table(glue).frame.set_index(["task", "method"]).loc["tweets"]
+    assert set(rows["n"]) == {"5"}
+    assert rows["pairs"].to_dict() == {
+        "vanilla": "–",
+        "gmoe": "5",
+        "emoe": "8",
+        "emoe_learn": "5",
+        "random_partition": "5",
+    }
+    # a method with fewer seeds does not change the difference of another
+    both = [run for run in glue.runs if run.method in ("vanilla", "emoe")]
+    alone = outcomes_of(fake_runs.records(both), "glue")
+    alone_rows = results_table(alone).frame.set_index(["task", "method"]).loc["tweets"]
+    columns = ["id_delta", "id_low", "ood_delta", "published_delta"]
+    assert rows.loc["emoe", columns].tolist() == alone_rows.loc["emoe", columns].tolist()
+    gap = alone_rows.loc["emoe", "id_mean"] - alone_rows.loc["vanilla", "id_mean"]
+    assert rows.loc["emoe", "id_delta"] == pytest.approx(gap)
     tested = paired_tests_table(glue).frame.set_index(["task", "method"])["n"]
     assert set(tested.loc[("tweets", "emoe")]) == {8}
+
+
+def test_tasks_with_other_experts_are_averaged_and_compared(shared_here: Path) -> None:
+    # in `full`, EMoE on MRPC has k/N 1/2, on the other tasks 1/4
+    runs = load_suite({"suite": "full", "benchmarks": ["glue"]}).runs
+    fake_runs.write_runs(runs)
+    outcomes = outcomes_of(fake_runs.records(runs), "glue")
+    rows = ablation_table(outcomes, "transformation").frame
+    clean = rows[rows["protocol"] == "clean"]
+    assert set(clean["method"]) == {"vanilla", "emoe", "emoe2vanilla", "vanilla2emoe"}
+    assert "average of 4 tasks" in set(clean["scope"])
+    assert not clean["method_title"].str.contains("k/N").any()
+    claimed = outcomes.claim_numbers()
+    folded = claimed[(claimed["method"] == "emoe2vanilla") & (claimed["selection"] == "clean")]
+    assert set(folded["setting"]) == {""}
+    assert set(folded["task"]) == {"sst2", "stsb", "cola", "mrpc"}
+
+
+def test_changes_of_loads_are_compared_between_equal_numbers_of_experts(shared_here: Path) -> None:
+    # in `full`, EMoE has k/N 1/4 and EMoE-learn 1/2; in `mini` they are equal
+    compare = Comparison(
+        benchmark="glue",
+        method="emoe",
+        against="emoe_learn",
+        selection="clean",
+        domain="training",
+        metric="load_change",
+        direction="lower",
+    )
+    for suite, is_comparable in (("full", False), ("mini", True)):
+        runs = load_suite({"suite": suite, "benchmarks": ["glue"]}).runs
+        fake_runs.write_runs(runs)
+        numbers = outcomes_of(fake_runs.records(runs), "glue").claim_numbers()
+        assert numbers["metric"].eq("load_change").any()
+        assert (find_evidence(numbers, compare) is not None) == is_comparable
 
 
 def test_paper_table_puts_published_numbers_beside_ours(glue: TextOutcomes) -> None:

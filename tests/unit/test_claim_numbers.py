@@ -14,6 +14,12 @@ import pytest
 from benchmarks.harness.base import RUNS
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run
+from benchmarks.harness.config.suite import load_suite
+from benchmarks.harness.report.claims_table import (
+    judge_claims,
+    read_claim_numbers,
+    write_claim_numbers,
+)
 from benchmarks.harness.report.common import COMPARED
 from benchmarks.harness.report.presentation import present
 from benchmarks.harness.training.metrics import calibrated_loss, mean_loss
@@ -131,7 +137,7 @@ def test_the_squared_error_of_a_regression_is_no_loss_of_a_claim(here: Path) -> 
     assert tasks["loss"] == {"rte"}
 
 
-def test_a_run_that_diverged_on_a_set_has_no_mean_loss(glue: list[Run]) -> None:
+def test_a_run_that_diverged_on_a_set_has_a_mean_loss_of_nan(glue: list[Run]) -> None:
     diverged = find(glue, "emoe", seed=1)
 
     def lose(made: dict[str, Any]) -> None:
@@ -140,10 +146,30 @@ def test_a_run_that_diverged_on_a_set_has_no_mean_loss(glue: list[Run]) -> None:
 
     fake_runs.edit(diverged, lose)
     numbers = claimed_numbers("glue", glue)
-    assert ("emoe", "", 1) not in values(numbers, "ood_mean", "loss")
-    assert ("emoe", "", 0) in values(numbers, "ood_mean", "loss")
-    assert ("emoe", "", 1) in values(numbers, "ood_mean", "loss_calibrated")
-    assert ("emoe", "", 1) in values(numbers, "id", "loss")
+    means = values(numbers, "ood_mean", "loss")
+    assert math.isnan(means["emoe", "", 1])
+    assert means.notna().sum() == len(means) - 1
+    assert values(numbers, "ood_mean", "loss_calibrated").notna().all()
+    assert values(numbers, "id", "loss").notna().all()
+
+
+def test_claims_are_told_that_a_run_diverged(glue: list[Run]) -> None:
+    diverged = find(glue, "emoe", seed=1)
+
+    def lose(made: dict[str, Any]) -> None:
+        for values_of_set in made["scores"]["test"].values():
+            values_of_set["loss"] = None
+
+    fake_runs.edit(diverged, lose)
+    suite = load_suite({"benchmarks": ["glue"]})
+    for name, numbers in fake_runs.claim_numbers(suite).items():
+        write_claim_numbers(suite.name, name, numbers)
+    rows = judge_claims(suite, read_claim_numbers(suite))
+    is_loss = (rows["metric"] == "loss") & (rows["method"] == "emoe") & (rows["domain"] == "id")
+    of_dense = rows[is_loss & (rows["against"] == "vanilla")].iloc[0]
+    assert (of_dense["n"], of_dense["verdict"]) == (7, "untestable")
+    assert math.isnan(of_dense["p"])
+    assert of_dense["remark"].endswith("; 1 seed left out because training diverged")
 
 
 def test_a_set_on_which_no_run_has_a_loss_is_left_out_of_the_mean(glue: list[Run]) -> None:

@@ -240,6 +240,19 @@ def test_tasks_are_averaged_within_a_seed_and_a_seed_that_lacks_one_is_left_out(
     assert (evidence.difference.n, evidence.incomplete) == (0, 4)
 
 
+def test_a_loss_is_untestable_if_a_run_diverged() -> None:
+    lower = claimed("lower", metric="loss")
+    base = {("t", seed): 0.5 + 0.01 * seed for seed in range(6)}
+    ours = {key: value - 0.02 + 0.001 * key[1] for key, value in base.items()}
+    usual = compared(numbers({"emoe": ours, "vanilla": base}, metric="loss"), lower)
+    assert judge(lower, usual, usual.difference.p, MARGIN) is Verdict.SUPPORTED
+    # the other five seeds alone would support the claim
+    diverged = {**ours, ("t", 5): math.nan}
+    evidence = compared(numbers({"emoe": diverged, "vanilla": base}, metric="loss"), lower)
+    assert (evidence.difference.n, evidence.incomplete, evidence.diverged) == (5, 1, 1)
+    assert judge(lower, evidence, evidence.difference.p, MARGIN) is Verdict.UNTESTABLE
+
+
 def test_a_claim_of_all_settings_is_of_their_mean_and_a_setting_counts_if_it_is_named() -> None:
     base = {("t", seed): 0.5 + 0.01 * seed for seed in range(4)}
     rows = [numbers({"vanilla": base})]

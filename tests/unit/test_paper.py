@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
 from benchmarks.harness.base import BENCHMARKS, DefinitionError
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
-from benchmarks.harness.config.suite import load_suite
+from benchmarks.harness.config.suite import Suite, load_suite
 from benchmarks.harness.config.yaml import Location
 from benchmarks.harness.report.artifacts import all_artifacts
 from benchmarks.harness.report.paper import draw_main, main_rows, paper_index, write_paper_items
@@ -71,14 +72,8 @@ def test_a_mistyped_table_is_named_in_the_file_that_has_the_mistake(tmp_path: Pa
 def test_paper_tables_have_the_papers_rows(here: Path) -> None:
     suite = load_suite({"benchmarks": ["glue", "glue_lora", "glue_ood"]})
     fake_runs.write_runs(suite.runs)
-    folder, drawn = Path("results/mini/paper"), Path("results/mini/figures")
-    drawn.mkdir(parents=True)
-    for name in suite.settings.benchmarks:
-        presented = present(load_benchmark(name), fake_runs.records(suite.runs_of(name)))
-        for figure in presented.figures:
-            save(plt.figure(), drawn / figure)  # test_figures draws them
-            (drawn / f"{figure}.pdf").write_text(figure)
-        write_paper_items(suite, presented)
+    folder = Path("results/mini/paper")
+    write_items(suite)
     draw_main({}, main_figure(suite.name))
     assert (folder / "figure_5a.pdf").read_text() == "glue_lora_settings"
     assert {path.name for path in folder.iterdir()} == {
@@ -96,6 +91,32 @@ def test_paper_tables_have_the_papers_rows(here: Path) -> None:
         "made",
         "not in this suite (benchmark llama)",
     )
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_paper_table_shows_the_clean_runs_if_the_published_protocol_lacks_some(
+    here: Path,
+) -> None:
+    # in `full`, only two methods on one task have runs of the published protocol
+    suite = load_suite({"suite": "full", "benchmarks": ["glue"]})
+    fake_runs.write_runs(suite.runs)
+    write_items(suite)
+    rows = pd.read_csv("results/full/paper/table_2a.csv")
+    assert set(rows["method"]) == {"vanilla", "gmoe", "emoe", "emoe_learn"}
+    assert set(rows["protocol"]) == {"clean"}
+    assert rows["STS-B mean"].notna().all()
+
+
+def write_items(suite: Suite) -> None:
+    """Write the paper's tables and figures of all benchmarks of a suite, with empty figures."""
+    drawn = Path(f"results/{suite.name}/figures")
+    drawn.mkdir(parents=True)
+    for name in suite.settings.benchmarks:
+        presented = present(load_benchmark(name), fake_runs.records(suite.runs_of(name)))
+        for figure in presented.figures:
+            save(plt.figure(), drawn / figure)  # test_figures draws them
+            (drawn / f"{figure}.pdf").write_text(figure)
+        write_paper_items(suite, presented)
 
 
 def test_main_averages_are_those_of_the_runs_and_of_the_paper(here: Path) -> None:
@@ -120,7 +141,10 @@ def test_main_averages_are_those_of_the_runs_and_of_the_paper(here: Path) -> Non
             pairs
         )
         assert full.loc[method, ["delta", "n"]].to_list() == pytest.approx([difference, seeds])
-        assert full.loc[method, "line"] == "MiniLM-L6 (22.7 M)\n(Tweets, Amazon; n = 5 to 8 pairs)"
+        # the methods have other tasks and seeds, and the title says so
+        assert full.loc[method, "line"] == (
+            "MiniLM-L6 (22.7 M)\n(GMoE: Tweets; n = 5 pairs;\nEMoE: Tweets, Amazon; n = 8 pairs)"
+        )
     paper = rows[~rows["is_ours"]].set_index(["panel", "line", "method"])
     assert paper.loc[("Text in full", "BERT-large", "emoe"), "delta"] == pytest.approx(0.0062)
     with watched() as faults:

@@ -67,8 +67,8 @@ _TABLE_CAPTION = (
     "(Welch's t-test with the paper's standard error, Holm's procedure over all such tests), "
     "and our interval excludes the paper's reduction of errors. Share of errors: the "
     "difference, divided by the errors of the reference method. The interval of a time is its "
-    "range over all rounds and settings. Untestable: one pair, equal differences, or two "
-    "methods that are no better than a guess. Missing: no such runs in this suite."
+    "range over all rounds and settings. Untestable: no pair or one, equal differences, a run that "
+    "diverged, or two methods that are no better than a guess. Missing: no such runs in this suite."
 )
 
 # endpoints of the tests
@@ -166,7 +166,9 @@ def write_claim_numbers(suite: str, benchmark: str, numbers: pd.DataFrame) -> No
 
     ``numbers`` has the columns ``COMPARED`` of :mod:`.common`.
     """
-    lines = (_to_json(row) for row in numbers.to_dict("records"))
+    # the loss of a run that diverged is nan, for which JSON has null
+    with_null = numbers.astype(object).where(numbers.notna(), None)
+    lines = (_to_json(row) for row in with_null.to_dict("records"))
     write_lines(Path(numbers_file(suite, benchmark)), lines)
 
 
@@ -403,7 +405,8 @@ def _with_evidence(
     p = math.nan
     margin = margin_of_metric
     if compare.direction in ("higher", "lower"):
-        p = difference.p
+        if not evidence.diverged:
+            p = difference.p
         margin = _margin_below(margin_of_metric, [row.effect, shares.expected])
     return replace(
         row,
@@ -484,7 +487,7 @@ def _runs_text(difference: Difference, unit: str, compare: Comparison, metric: M
     """Format a difference as text.
 
     A difference of counts gets a sign, and a ratio of times gets its range. Any other difference
-    gets its unit and interval.
+    gets its unit and interval, or a dash if no pair is complete.
     """
     if compare.direction == "equal":
         return f"{difference.mean:+,.0f} parameters"
@@ -495,6 +498,8 @@ def _runs_text(difference: Difference, unit: str, compare: Comparison, metric: M
         highest = difference.high + 1
         return f"× {ratio:.2f} [{lowest:.2f}, {highest:.2f}]"
 
+    if difference.n == 0:
+        return MISSING
     decimals = metric.decimals
     if metric.unit == "%":
         decimals += 1  # differences are smaller than scores
@@ -505,7 +510,7 @@ def _runs_text(difference: Difference, unit: str, compare: Comparison, metric: M
 
 
 def _remark(evidence: Evidence, pair: str, benchmark: AnyBenchmark) -> str:
-    """List the compared models and tasks, and count the pairs that were left out as incomplete.
+    """List the compared models and tasks, and count the pairs that were left out.
 
     More than three models or tasks are only counted. ``pair`` is the noun for a pair, such as
     ``seed``.
@@ -513,8 +518,11 @@ def _remark(evidence: Evidence, pair: str, benchmark: AnyBenchmark) -> str:
     models = [model_title(name) for name in evidence.models]
     tasks = [benchmark.task_titles.get(name, name) for name in evidence.tasks]
     texts = [name_or_count(models, "models"), name_or_count(tasks, "tasks")]
-    if evidence.incomplete:
-        texts.append(f"{_with_noun(evidence.incomplete, pair)} left out as incomplete")
+    unfinished = evidence.incomplete - evidence.diverged
+    if unfinished:
+        texts.append(f"{_with_noun(unfinished, pair)} left out as incomplete")
+    if evidence.diverged:
+        texts.append(f"{_with_noun(evidence.diverged, pair)} left out because training diverged")
     # a comparison of times has no tasks, so their text is empty and is skipped
     return "; ".join(text for text in texts if text)
 

@@ -48,6 +48,8 @@ SEEDS_COVER = (
     "Intervals over seeds cover what a seed draws: new head, adapters, order of the rows, random "
     "partitions and routers, and the training rows if the suite limits their number."
 )
+# for captions of tables that show the paper's numbers beside ours
+OTHER_MODELS = "The paper's numbers are for its own models and tasks."
 # the end of the caption of tests_table
 _TESTS_CAPTION = (
     "Intervals are 95 % confidence intervals (Student's t). p is from the paired t-test; p (Holm) "
@@ -422,19 +424,22 @@ def cell_means(records: pd.DataFrame, cell: Sequence[str], metrics: Sequence[str
     return pd.DataFrame(means).reset_index()
 
 
-def format_counts(rows: pd.DataFrame, cell: Sequence[str]) -> pd.DataFrame:
-    """Format the count ``n`` of each cell as text: ``5``, or ``5–8`` if its rows differ.
+def format_counts(rows: pd.DataFrame, cell: Sequence[str], count: str = "n") -> pd.DataFrame:
+    """Format the column ``count`` of each cell as text: ``5``, or ``5–8`` if its rows differ.
 
-    A cell is a combination of values of the columns ``cell``. Returns these columns and ``n``.
+    A cell is a combination of values of the columns ``cell``. If all its counts are nan, its text
+    is a dash. Returns these columns and ``count``.
     """
-    ends = rows.groupby(list(cell), sort=False)["n"].agg(["min", "max"])
+    ends = rows.groupby(list(cell), sort=False)[count].agg(["min", "max"])
     texts = []
     for low, high in zip(ends["min"], ends["max"], strict=True):
-        if low == high:
-            texts.append(f"{low}")
+        if math.isnan(low):
+            texts.append(MISSING)
+        elif low == high:
+            texts.append(f"{low:.0f}")
         else:
-            texts.append(f"{low}–{high}")
-    return ends.assign(n=texts)[["n"]].reset_index()
+            texts.append(f"{low:.0f}–{high:.0f}")
+    return ends.assign(**{count: texts})[[count]].reset_index()
 
 
 def name_or_count(names: Sequence[str], noun: str) -> str:
@@ -461,21 +466,15 @@ def average_over_seeds(
     return values.mean().join(deviations).join(counts).reset_index()
 
 
-def summarize(
-    scores: pd.DataFrame, cell: Sequence[str], references: Iterable[tuple[str, str | None]]
-) -> pd.DataFrame:
-    """Summarize the ``value`` of each cell over seeds, and compare it with a reference.
+def summarize_scores(scores: pd.DataFrame, cell: Sequence[str]) -> pd.DataFrame:
+    """Summarize the ``value`` of each cell over seeds.
 
     Args:
         scores: The scores, one row per seed.
-        cell: The columns that identify a cell; ``method`` is one of them.
-        references: Pairs of a reference method and the method that is compared with it. None
-            compares all other methods with the reference.
+        cell: The columns that identify a cell.
 
     Returns:
-        One row per cell with ``mean``, ``std`` (sample), ``population_std`` and ``n``. The columns
-        ``delta``, ``low``, ``high`` and ``p`` (uncorrected) describe the difference to the
-        reference. ``pairs`` is the number of paired seeds.
+        One row per cell with ``mean``, ``std`` (sample), ``population_std`` and ``n``.
     """
     rows = []
     for names, cell_scores in scores.groupby(list(cell), sort=False)["value"]:
@@ -488,8 +487,24 @@ def summarize(
         }
         rows.append(row)
     # the columns are named, so that they exist even without rows
-    summaries = pd.DataFrame(rows, columns=[*cell, "mean", "std", "population_std", "n"])
+    return pd.DataFrame(rows, columns=[*cell, "mean", "std", "population_std", "n"])
 
+
+def differences_to(
+    scores: pd.DataFrame, cell: Sequence[str], references: Iterable[tuple[str, str | None]]
+) -> pd.DataFrame:
+    """Compare the ``value`` of each cell with that of a reference, over the seeds of both.
+
+    Args:
+        scores: The scores, one row per seed.
+        cell: The columns that identify a cell; ``method`` is one of them.
+        references: Pairs of a reference method and the method that is compared with it. None
+            compares all other methods with the reference.
+
+    Returns:
+        One row per cell that shares seeds with its reference. The columns ``delta``, ``low``,
+        ``high`` and ``p`` (uncorrected) describe the difference, and ``pairs`` counts the seeds.
+    """
     differences = []
     for reference, method in references:
         compared = scores
@@ -499,12 +514,8 @@ def summarize(
             compared, cell=cell, reference={"method": reference}, pair="seed"
         )
         # with one score per seed, the count of scores in `values` repeats the count of seeds
-        differences.append(paired.drop(columns="values"))
-    # the seeds that both rows have may be fewer than those of the cell, which are `n`
-    all_differences = pd.concat(differences).rename(columns={"n": "pairs"})
-
-    # the rows of a reference have no difference
-    return summaries.merge(all_differences, on=list(cell), how="left")
+        differences.append(paired.drop(columns="values").rename(columns={"n": "pairs"}))
+    return pd.concat(differences)
 
 
 def cost_table(

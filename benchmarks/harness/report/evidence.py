@@ -28,7 +28,8 @@ class Verdict(StrEnum):
     CONTRADICTED = "contradicted"
     EQUIVALENT = "equivalent"  # the whole interval lies within the margin
     UNDECIDED = "undecided"
-    # one pair, differences that are all equal, or two methods that are no better than a guess
+    # no pair or one, differences that are all equal, two methods that are no better than a guess,
+    # or a run that diverged
     UNTESTABLE = "untestable"
     MISSING = "missing"  # the suite lacks the runs
 
@@ -45,6 +46,7 @@ class Evidence:
         is_at_chance: True if neither method is better than a guess.
         incomplete: The number of pairs that are left out, because they lack a score of a model,
             training task, test set, tuning or setting.
+        diverged: The number of these pairs that lack a score because training diverged.
         models: The models that both methods have.
         tasks: The tasks that both methods have.
     """
@@ -53,6 +55,7 @@ class Evidence:
     reference_mean: float
     is_at_chance: bool
     incomplete: int
+    diverged: int
     models: list[str]
     tasks: list[str]
 
@@ -127,8 +130,8 @@ def _compare_pairs(
     """Compare the scores of two methods seed by seed, or question by question.
 
     The score of a seed (or question) is its mean over all models, training tasks, test sets,
-    tunings and settings. A seed that lacks one of them is left out. Returns None if the methods
-    share no seed or question.
+    tunings and settings. A seed that lacks one of them is left out. The number of a run that
+    diverged is nan. Returns None if the methods share no seed or question.
 
     Args:
         ours: The scores of the method of the claim.
@@ -149,9 +152,11 @@ def _compare_pairs(
 
     # a complete pair has a score for every model, task, set and setting
     cells = both[[*_COMPARED_COLUMNS, "setting"]].drop_duplicates()
-    by_pair = both.groupby(_PAIR_COLUMNS, sort=True)
+    has_diverged = both[["our_score", "other_score"]].isna().any(axis=1)
+    by_pair = both.assign(has_diverged=has_diverged).groupby(_PAIR_COLUMNS, sort=True)
+    pair_diverged = by_pair["has_diverged"].any()
     # `both` has one row for each pair and cell, because the scores were averaged above
-    is_complete = by_pair.size() == len(cells)
+    is_complete = (by_pair.size() == len(cells)) & ~pair_diverged
     mean_scores = by_pair[["our_score", "other_score"]].mean()
     complete = mean_scores[is_complete].astype(float)
 
@@ -161,6 +166,7 @@ def _compare_pairs(
         reference_mean=float(complete["other_score"].mean()),
         is_at_chance=chance is not None and _are_at_chance(complete, chance),
         incomplete=len(mean_scores) - len(complete),
+        diverged=int(pair_diverged.sum()),
         models=list(both["model"].unique()),
         tasks=list(both["task"].unique()),
     )
@@ -208,6 +214,7 @@ def _compare_counts(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None
         reference_mean=math.nan,
         is_at_chance=False,
         incomplete=0,
+        diverged=0,
         models=list(both["model"].unique()),
         tasks=list(both["task"].unique()),
     )
@@ -236,6 +243,7 @@ def _compare_ratios(rows: pd.DataFrame, compare: Comparison) -> Evidence | None:
         reference_mean=math.nan,
         is_at_chance=False,
         incomplete=0,
+        diverged=0,
         models=list(of_method["model"].unique()),
         tasks=[],
     )
@@ -335,7 +343,8 @@ def compare_gains(
 def judge(compare: Comparison, evidence: Evidence, p: float, margin: float) -> Verdict:
     """Judge a claim by the margin, and by the corrected p if it names a direction.
 
-    Two methods that are no better than a guess are untestable.
+    Two methods that are no better than a guess are untestable. So are two methods of which one
+    diverged, because the seeds that did not diverge are not a fair sample.
 
     Args:
         compare: The comparison.
@@ -343,7 +352,7 @@ def judge(compare: Comparison, evidence: Evidence, p: float, margin: float) -> V
         p: The corrected p of the t-test; nan without a test.
         margin: The largest negligible difference.
     """
-    if evidence.is_at_chance:
+    if evidence.is_at_chance or evidence.diverged:
         return Verdict.UNTESTABLE
     if compare.direction in ("higher", "lower"):
         return _judge_by_test(compare, evidence.difference, p, margin)

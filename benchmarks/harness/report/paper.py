@@ -67,7 +67,10 @@ def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite) -> Table
     frame = _select_protocol(of_methods, output.part.benchmark, suite)
     is_shorter = len(frame) < len(table.frame)
 
-    caption = table.caption
+    caption = (
+        f"{table.caption} Models, sets and seeds are those of the suite `{suite.name}`; the "
+        "paper's may differ."
+    )
     if "p_holm" in frame and is_shorter:
         caption += (
             f" p is corrected over all rows of `{table.name}`; this table shows some of them."
@@ -95,14 +98,18 @@ def _select_methods(frame: pd.DataFrame, methods: Sequence[str] | None) -> pd.Da
 
 
 def _select_protocol(frame: pd.DataFrame, benchmark: str, suite: Suite) -> pd.DataFrame:
-    """Keep our rows of one protocol: the published one if the suite runs it, else the clean one.
+    """Keep our rows of one protocol: the published one if it has all rows, else the clean one.
 
-    Rows with the paper's own numbers are always kept.
+    A suite may run the published protocol only for some tasks or methods of the clean one. Rows
+    with the paper's own numbers are always kept.
     """
     if "protocol" not in frame:
         return frame
-    planned = {run.protocol for run in suite.runs_of(benchmark)}
-    protocol = "published" if "published" in planned else "clean"
+    planned: dict[str, set[tuple[str, ...]]] = {"published": set(), "clean": set()}
+    for run in suite.runs_of(benchmark):
+        planned[run.protocol].add((run.model, run.task, run.method))
+    is_published = planned["published"] and planned["published"] >= planned["clean"]
+    protocol = "published" if is_published else "clean"
     is_chosen = frame["protocol"].eq(protocol)
     # a table without this column has no numbers of the paper
     if "is_ours" not in frame:
@@ -193,7 +200,7 @@ def _our_rows(average: MainAverage, model: str, numbers: pd.DataFrame) -> list[d
 
     ``numbers`` are the claim numbers of the model.
     """
-    evidence_by_method = {}
+    evidence_by_method: dict[Literal["gmoe", "emoe"], Evidence] = {}
     for method in _MAIN_TITLES:
         # the fields `gmoe` and `emoe` have the names of the two methods in the benchmark
         name_in_benchmark = getattr(average.of, method)
@@ -202,7 +209,9 @@ def _our_rows(average: MainAverage, model: str, numbers: pd.DataFrame) -> list[d
         if evidence is not None:
             evidence_by_method[method] = evidence
 
-    line = _line_title(average, model, list(evidence_by_method.values()))
+    if not evidence_by_method:
+        return []
+    line = _line_title(average, model, evidence_by_method)
     rows = []
     for method, evidence in evidence_by_method.items():
         row = {
@@ -236,21 +245,29 @@ def _published_rows(average: MainAverage) -> list[dict[str, Any]]:
     return rows
 
 
-def _line_title(average: MainAverage, model: str, evidence: Sequence[Evidence]) -> str:
+def _line_title(
+    average: MainAverage, model: str, evidence: Mapping[Literal["gmoe", "emoe"], Evidence]
+) -> str:
     """Return the title of a line in the figure: the model, the compared tasks, and the pairs.
 
-    More than three tasks are only counted, and pairs are always only counted.
+    If the methods have other tasks or other numbers of pairs, each method is described apart.
     """
+    texts = {}
+    for method, found in evidence.items():
+        texts[_MAIN_TITLES[method]] = _compared_text(average, found)
+    if len(set(texts.values())) == 1:
+        compared = next(iter(texts.values()))
+    else:
+        compared = ";\n".join(f"{title}: {text}" for title, text in texts.items())
+    return f"{model_title(model)}\n({compared})"
+
+
+def _compared_text(average: MainAverage, evidence: Evidence) -> str:
+    """Name the compared tasks, and count the pairs. More than three tasks are only counted."""
     titles = load_benchmark(average.of.benchmark).task_titles
-    tasks: list[str] = []
-    for found in evidence:
-        for task in found.tasks:
-            title = titles.get(task, task)
-            if title not in tasks:
-                tasks.append(title)
-    tasks_text = name_or_count(tasks, "sets")
-    pairs = plots.count_text([found.difference.n for found in evidence], "pairs")
-    return f"{model_title(model)}\n({tasks_text}; {pairs})"
+    tasks = [titles.get(task, task) for task in evidence.tasks]
+    pairs = plots.count_text([evidence.difference.n], "pairs")
+    return f"{name_or_count(tasks, 'sets')}; {pairs}"
 
 
 def draw_main(numbers: Mapping[str, pd.DataFrame], path: Path) -> None:
