@@ -53,7 +53,8 @@ class Finetuning(Entry):
     `blocks` (the transformer blocks of `layers`)."""
     layers: Layers | None = None
     """Numbers of layers, written like a method's `layers`. With `train: blocks` these blocks are
-    trained; with `quantize` the FFNs of these layers stay unquantised."""
+    trained; a method has to convert the same layers. With `quantize` the FFNs of these layers stay
+    unquantised; a method can convert only these."""
     lora: LoRA | None = None
     """The adapters."""
     weights: Literal["fp32", "bf16"] = "fp32"
@@ -111,7 +112,8 @@ class Data(Strict):
     train_rows: Count | None
     """Number of training rows, drawn with the run's seed. Null: all rows that are not held out."""
     held_out_rows: Count
-    """Number of rows for the held-out loss, the same rows for all runs."""
+    """Number of rows for the held-out loss. Runs with the same set, template, tokenizer and lengths
+    hold out the same rows."""
     broken_rows: Literal["refuse", "skip"]
     """Refuse a set with unusable rows, or skip and count them."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -41,6 +42,10 @@ from benchmarks.llama.definition import (
 )
 from benchmarks.llama.instructions import load_instructions
 from benchmarks.llama.questions import MMLU, MMLU_ROWS, describe_mmlu, is_mmlu
+from emoe.config import resolve_layers
+from emoe.errors import ConfigError
+
+_MOST_LAYERS = 200  # more than the models have
 
 
 class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, InstructionPart]):
@@ -52,7 +57,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
     part_model = InstructionPart
     recorded = ("scores", "data", "model", "routing", "tasks", "answers")
     task_files: ClassVar = {"instruction_sets": SetFile, "templates": TemplateFile}
-    paper_columns = ("model", "tuning", "method")
+    paper_columns = ("model", "tuning", "method", "num_experts", "top_k")
 
     @classmethod
     def load(cls, name: str, content: object, file: Path) -> Self:
@@ -103,6 +108,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
             learning_rate = _learning_rate(tuning, point, where)
             settings = training_of_model(point["model"])
             training = _training(settings, tuning, method, where)
+            _check_layers(tuning, point, method["config"], where)
             yield self.spec(
                 variant,
                 model={**model, **tuning.model_spec()},
@@ -186,6 +192,58 @@ def _learning_rate(tuning: Finetuning, point: Mapping[str, Any], where: Location
             f"{where}: the finetuning '{point['finetuning']}' trains, so it needs 'learning_rate'"
         )
     return float(point["learning_rate"])
+
+
+def _check_layers(
+    tuning: Finetuning, point: Mapping[str, Any], config: Mapping[str, Any] | None, where: Location
+) -> None:
+    """Check that a fine-tuning method fits the layers that a method converts.
+
+    With ``train: blocks``, it has to train exactly these layers. With ``quantize``, it has to leave
+    all of them unquantised. The number of layers of a model is unknown before it is loaded, so this
+    has to hold for every number.
+
+    Args:
+        tuning: The fine-tuning method.
+        point: The point of the grid.
+        config: The configuration of the experts; None for a dense model.
+        where: The location of the grid's block, for messages.
+
+    Raises:
+        DefinitionError: The layers do not fit.
+    """
+    # without `layers`, the fine-tuning is the same for all layers
+    if config is None or tuning.layers is None:
+        return
+    converted = _layers_by_depth(config["layers"])
+    named = _layers_by_depth(tuning.layers)
+    depths = converted.keys() & named.keys()
+    if tuning.train == "blocks":
+        fits = all(converted[depth] == named[depth] for depth in depths)
+        verb = "trains the blocks"
+    else:
+        fits = all(converted[depth] <= named[depth] for depth in depths)
+        verb = "leaves unquantised only"
+    if depths and fits:
+        return
+    finetuning = point["finetuning"]
+    raise DefinitionError(
+        f"{where}: method '{point['method']}' converts the layers {config['layers']!r}, but the "
+        f"finetuning '{finetuning}' {verb} {tuning.layers!r}; set 'layers' of the method to "
+        f"{tuning.layers!r}, or 'finetuning.{finetuning}.layers' to {config['layers']!r}"
+    )
+
+
+def _layers_by_depth(layers: str | Sequence[int]) -> dict[int, set[int]]:
+    """Return the numbers of the requested layers, for each number of layers of a model.
+
+    Numbers of layers with which the request is invalid are left out.
+    """
+    by_depth = {}
+    for depth in range(1, _MOST_LAYERS + 1):
+        with suppress(ConfigError):
+            by_depth[depth] = set(resolve_layers(layers, depth))
+    return by_depth
 
 
 def _training(

@@ -20,7 +20,7 @@ from benchmarks.harness.results.statistics import (
     shared_pairs,
     with_verdicts,
 )
-from benchmarks.llama.definition import HELD_OUT, NATS, QUESTIONS
+from benchmarks.llama.definition import HELD_OUT, NATS, QUESTIONS, RANDOM
 
 # the columns that identify a group of comparable cells
 GROUP = ["model", "task", "tuning"]
@@ -53,6 +53,7 @@ class InstructionOutcomes(Outcomes):
         rates_chosen: True if a cell had several learning rates.
         records: All numbers of these runs, with the columns of :data:`CELL`.
         several_sets: True if runs train on several sets. The column ``task`` has the set.
+        draws_templates: True if the seed of a run draws its prompt template.
         shared: The rows of ``records`` for the seeds that all methods of a model, set and tuning
             share.
         eval_tasks: The evaluated tasks in order, each with the result of its first run.
@@ -73,6 +74,7 @@ class InstructionOutcomes(Outcomes):
         super().__init__(benchmark, runs, [*GROUP, "method"], task=sets, tuning=tunings)
         self.records = _tabulate_by_cell(self.chosen)
         self.several_sets = self.records["task"].nunique() > 1
+        self.draws_templates = any(run.spec["data"]["template"] == RANDOM for run in runs)
         self.shared = shared_pairs(
             self.records, within=GROUP, compared=["method", "variant"], pair="seed"
         )
@@ -143,8 +145,15 @@ class InstructionOutcomes(Outcomes):
         values = self.questions[is_metric].drop(columns=["run_id", "metric"])
         differences = []
         for against in self._references:
-            compared = self._differences(
-                values, cell=[*CELL, "eval_task"], against=against, pair="question"
+            # the answers of an untuned model do not depend on the seed, so every seed is compared
+            # with it; tasks of lm-eval do not use the template
+            averaged = ["seed"] if against == UNTUNED else []
+            compared = paired_differences(
+                values,
+                cell=[*CELL, "eval_task"],
+                reference=self._references[against],
+                pair="question",
+                averaged=averaged,
             )
             differences.append(compared.assign(against=against))
         # ``n`` counts pairs, and here a pair is a question
@@ -160,36 +169,43 @@ class InstructionOutcomes(Outcomes):
         columns = [*CELL, "against", "eval_task", "questions", "seeds", *Difference.COLUMNS]
         return with_verdicts(in_order[columns], lower_is_better=metric == NATS)
 
-    def _differences(
-        self, scores: pd.DataFrame, cell: list[str], against: str, pair: str
-    ) -> pd.DataFrame:
-        """Compare the ``value`` of each cell with its reference.
-
-        Args:
-            scores: The column ``value``, the columns that ``cell`` and ``pair`` name, and ``seed``.
-            cell: The names of the columns that identify a cell.
-            against: The reference: ``baseline`` (of the same tuning) or ``untuned`` (the same
-                method before tuning).
-            pair: The column that identifies a pair: ``seed`` or ``question``.
-
-        Returns:
-            The frame of :func:`.statistics.paired_differences`.
-        """
-        # an untuned model does not depend on the seed, so every seed is compared with it
-        averaged = ["seed"] if against == UNTUNED else []
-        return paired_differences(
-            scores, cell, reference=self._references[against], pair=pair, averaged=averaged
-        )
-
     def loss_differences(self, against: str) -> pd.DataFrame:
         """Compare the held-out loss of each cell with its reference, paired by shared seed.
 
-        ``against`` is ``baseline`` or ``untuned``. Returns the columns of :data:`CELL` and of
-        :class:`.Difference`.
+        The loss of an untuned model depends on the seed only if the seed draws the template.
+        Otherwise every seed is compared with the same untuned loss.
+
+        Args:
+            against: The reference: ``baseline`` (of the same tuning) or ``untuned`` (the same
+                method before tuning).
+
+        Returns:
+            The columns of :data:`CELL` and of :class:`.Difference`.
         """
         losses = self.numbers("dev", "loss").reset_index()
-        differences = self._differences(losses, cell=CELL, against=against, pair="seed")
+        averaged = []
+        if against == UNTUNED and not self.draws_templates:
+            averaged = ["seed"]
+        differences = paired_differences(
+            losses, CELL, reference=self._references[against], pair="seed", averaged=averaged
+        )
         return differences.drop(columns=["n", "values"])
+
+    def expert_counts(self) -> pd.DataFrame:
+        """Return the numbers of experts of each converted cell.
+
+        These are the columns of :data:`CELL`, ``num_experts`` and ``top_k`` (both as text).
+        """
+        rows = []
+        for run in self.runs:
+            config = run.spec["method"]["config"]
+            if config is None:
+                continue  # a dense model has no experts
+            num_experts = str(config["num_experts"])
+            top_k = str(config["top_k"])
+            rows.append({**cell_of(run), "num_experts": num_experts, "top_k": top_k})
+        # the runs of a cell differ only in their seeds
+        return pd.DataFrame(rows, columns=[*CELL, "num_experts", "top_k"]).drop_duplicates()
 
     def claim_numbers(self) -> pd.DataFrame:
         """Return the numbers that claims may compare, with the columns of ``common.COMPARED``.

@@ -229,8 +229,9 @@ def _split_rows(
 ) -> tuple[list[int], list[int]]:
     """Split shuffled row indices into learned and held-out ones.
 
-    All runs on a set hold out the same rows. The learned rows are drawn from the others with the
-    run's seed, and fill whole steps of ``batch_size``.
+    ``num_rows`` counts the usable rows, and the draw depends on this count. So runs hold out the
+    same rows if they have the same set, template, tokenizer and lengths. The learned rows are drawn
+    from the others with the run's seed, and fill whole steps of ``batch_size``.
     """
     shuffled = list(range(num_rows))
     # the seed is the name of the set, not the run's seed

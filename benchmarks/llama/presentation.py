@@ -80,6 +80,12 @@ def _results_caption(outcomes: InstructionOutcomes) -> str:
     rate_note = ""
     if outcomes.rates_chosen:
         rate_note = "Rows show the learning rate with the lowest held-out loss. "
+    template_note = ""
+    if outcomes.draws_templates:
+        template_note = (
+            "The seed draws the prompt template, so Δ to not tuned needs an untuned run of the "
+            "same seed. "
+        )
     baseline = outcomes.baseline_title
     # each note is empty or ends with a blank
     return (
@@ -89,7 +95,7 @@ def _results_caption(outcomes: InstructionOutcomes) -> str:
         "paired by seed; for an untuned model it is the cost of conversion. Δ to not tuned "
         "compares with the same untuned method; it is the gain of tuning. Both have a 95 % "
         f"confidence interval over seeds (Student's t). {common.SEEDS_COVER} "
-        f"{rate_note}Bold marks the best method of a tuning, without controls."
+        f"{template_note}{rate_note}Bold marks the best method of a tuning, without controls."
     )
 
 
@@ -213,8 +219,8 @@ def _tests_caption(metric: str, baseline: str) -> str:
     return (
         f"{texts.caption_start}Differences of {texts.description} to the equally tuned {baseline} "
         "and to the same untuned method, paired by question. Each question is averaged over the "
-        "seeds that both have. A test over questions generalises to other questions, not to other "
-        "seeds."
+        "seeds that both have. A test over questions generalises to other questions of the same "
+        "subjects, not to other seeds."
     )
 
 
@@ -311,22 +317,33 @@ _PAPER_CAPTION = (
     "Status: published (quoted by others; the paper's full tables were not available). The paper's "
     "number of shots, and its learning rate and epochs of LoRA, are unknown. A dash: not run by "
     "this suite, or unavailable. Results with another model, other data and other questions "
-    "neither confirm nor refute a published value. Only MMLU itself has a difference."
+    "neither confirm nor refute a published value. Only MMLU itself has a difference, and only if "
+    "N and k are those of the published value, where these are known."
 )
 
 
 def paper_table(outcomes: InstructionOutcomes) -> Table:
     """Make a table of the paper's MMLU accuracies beside our accuracies on all evaluated tasks."""
     in_points = common.read_published(outcomes.benchmark)
-    published = in_points.assign(value=in_points["value"] / 100)
-    ours = _accuracy_means(outcomes)
+    # N and k are compared as text, because they may be empty
+    published = in_points.assign(value=in_points["value"] / 100).astype(
+        {"num_experts": str, "top_k": str}
+    )
+    ours = _accuracy_means(outcomes).merge(outcomes.expert_counts(), on=CELL, how="left")
     # an outer join keeps the rows that only the paper has, or only we have
-    merged = published.merge(ours, on=["model", "tuning", "method"], how="outer", sort=False)
+    merged = published.merge(
+        ours,
+        on=["model", "tuning", "method"],
+        how="outer",
+        sort=False,
+        suffixes=("_published", "_ours"),  # both sides have N and k
+    )
     # rows that only the paper has lack our task and our variant
     named = merged.fillna({"eval_task_title": "MMLU (shots unknown)", "variant": ""})
     # other tasks, such as "MMLU-dev (…)", have other questions, so they get no difference
     is_mmlu = named["eval_task_title"].str.startswith("MMLU (")
-    difference = (named["ours"] - named["value"]).where(is_mmlu)
+    is_comparable = is_mmlu & _has_published_experts(named)
+    difference = (named["ours"] - named["value"]).where(is_comparable)
     # the training set of the paper's rows is unknown, so it is left empty in our rows too
     compared = named.assign(difference=difference, task="")
     return common.published_table(
@@ -336,6 +353,19 @@ def paper_table(outcomes: InstructionOutcomes) -> Table:
         frame=outcomes.order(compared, CELL),
         origins=outcomes.shared,
     )
+
+
+def _has_published_experts(rows: pd.DataFrame) -> pd.Series[bool]:
+    """Return True for the rows whose N and k are those of the published value.
+
+    If the paper's N or k is unknown, every N or k is accepted.
+    """
+    has_published = pd.Series(True, rows.index)
+    for name in ("num_experts", "top_k"):
+        published = rows[f"{name}_published"]
+        is_unknown = published == ""
+        has_published &= is_unknown | (published == rows[f"{name}_ours"])
+    return has_published
 
 
 def _accuracy_means(outcomes: InstructionOutcomes) -> pd.DataFrame:

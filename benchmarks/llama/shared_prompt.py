@@ -18,15 +18,20 @@ from benchmarks.harness.models.prefix import STATES, Prefix, PrefixStates, colum
 Request = tuple[tuple[str, str], list[int], list[int]]
 # a choice's log-likelihood, and True if it is the greedy continuation
 Answer = tuple[float, bool]
+# The largest number of tokens of choices in a row. An empty prompt becomes one token that all
+# requests of a task share, so without a limit a single row could have them all. The four answers of
+# a question of MMLU have up to 592 tokens of SmolLM2, so no question of MMLU has several rows.
+MAX_CHOICE_TOKENS = 1024
 
 
 class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
     """A model for lm-eval that computes the prompt of a question once for all choices.
 
-    A row of the model's input has the prompt and all choices. A choice attends to the prompt and to
-    itself. Only positions that predict a token of a choice get logits. Likelihoods equal lm-eval's
-    up to rounding. lm-eval's own code answers on an accelerator, if the model does not support such
-    masks, or if the question is too long.
+    A row of the model's input has the prompt and all choices. If the choices have more than
+    :data:`MAX_CHOICE_TOKENS` tokens, the question has several rows. A choice attends to the prompt
+    and to itself. Only positions that predict a token of a choice get logits. Likelihoods equal
+    lm-eval's up to rounding. lm-eval's own code answers on an accelerator, if the model does not
+    support such masks, or if the question is too long.
 
     Args:
         prefix: The frozen layers of the model, whose output is kept for all runs; None if no layer
@@ -139,17 +144,29 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
 @dataclass
 class _Question:
-    """A prompt with its choices, as tokens.
+    """A prompt with choices that share a row, as tokens.
 
     Attributes:
         prompt: The tokens of the prompt.
         choices: The tokens of each choice.
         numbers: For each choice, the index of the request that asks for it.
+        choice_tokens: The number of tokens of all choices.
     """
 
     prompt: tuple[int, ...]
     choices: list[list[int]] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
+    choice_tokens: int = 0
+
+    def has_room(self, choice: Sequence[int]) -> bool:
+        """Return True if the row can take another choice."""
+        return self.choice_tokens + len(choice) <= MAX_CHOICE_TOKENS
+
+    def add(self, choice: list[int], number: int) -> None:
+        """Add a choice, and the index of the request that asks for it."""
+        self.choices.append(choice)
+        self.numbers.append(number)
+        self.choice_tokens += len(choice)
 
     @property
     def segments(self) -> list[Sequence[int]]:
@@ -182,16 +199,20 @@ class _Question:
 def _group_by_prompt(requests: Sequence[Request]) -> list[_Question]:
     """Collect the requests with the same prompt into one question.
 
-    Questions are in the order of their first requests.
+    If the choices do not fit into a row, several questions have the same prompt. Questions are in
+    the order of their first requests.
     """
-    questions: dict[tuple[int, ...], _Question] = {}
+    questions: list[_Question] = []
+    latest: dict[tuple[int, ...], _Question] = {}  # the last question of each prompt
     for number, (_, prompt_tokens, choice) in enumerate(requests):
         prompt = tuple(prompt_tokens)
-        if prompt not in questions:
-            questions[prompt] = _Question(prompt)
-        questions[prompt].choices.append(choice)
-        questions[prompt].numbers.append(number)
-    return list(questions.values())
+        question = latest.get(prompt)
+        if question is None or not question.has_room(choice):
+            question = _Question(prompt)
+            latest[prompt] = question
+            questions.append(question)
+        question.add(choice, number)
+    return questions
 
 
 def _inputs(questions: Sequence[_Question]) -> dict[str, Tensor]:

@@ -170,6 +170,62 @@ def test_the_papers_numbers_are_beside_ours(runs: list[Run]) -> None:
     assert (row["difference"] == row["ours"] - row["value"]).all()
 
 
+def test_only_the_papers_numbers_of_experts_have_a_difference() -> None:
+    """The paper's LoRA value is for k/N = 1/4. Its k with full tuning is unknown."""
+    runs = [run for run in paper_runs("llama") if run.spec["seed"] == 0]
+    write_runs(runs)
+    frame = paper_table(outcomes_of(runs)).frame
+    ours = frame[(frame["model"] == "llama2-7b") & frame["ours"].notna() & frame["value"].notna()]
+    compared = {
+        (tuning, variant.split("-")[0]): rows["difference"].notna().tolist()
+        for (tuning, variant), rows in ours[ours["method"] == "emoe"].groupby(["tuning", "variant"])
+    }
+    assert compared == {
+        ("lora", "k0.25"): [True, True],  # 5 shots and none
+        ("lora", "k0.5"): [False, False],
+        ("full", "k0.25"): [True, True],
+        ("full", "k0.5"): [True, True],
+    }
+    assert ours.loc[ours["method"] == "dense", "difference"].notna().all()
+
+
+@pytest.mark.parametrize("template", ["random", "alpaca"])
+def test_a_tuned_run_is_compared_with_the_untuned_run_of_its_template(template: str) -> None:
+    """A random template depends on the seed, so only a run of the same seed has the same one."""
+    planned = specs(
+        LLAMA,
+        edited_part(
+            "llama",
+            "smoke",
+            {
+                "data.template": template,
+                "grid": [
+                    {"finetuning": ["base"], "seed": [0, 1]},
+                    {"finetuning": ["lora"], "learning_rate": [0.1], "seed": [1, 2]},
+                ],
+            },
+        ),
+    )
+    runs = [run_from_spec(spec | {"files": {}}) for spec in planned]
+    write_runs(runs)
+    outcomes = outcomes_of(runs)
+    gains = outcomes.loss_differences("untuned").set_index(["tuning", "method"])["delta"]
+    for method in METHODS:
+        untuned = of(runs, "base", method, loss)
+        tuned = of(runs, "lora", method, loss)
+        gain = sum(tuned) / 2 - sum(untuned) / 2
+        if template == "random":
+            # only the seed 1 has both
+            gain = tuned[0] - untuned[1]
+        assert gains["lora", method] == pytest.approx(gain)
+    caption = results(outcomes).caption
+    assert ("The seed draws the prompt template" in caption) == (template == "random")
+    # answers to questions do not depend on the template
+    tests = outcomes.tests["accuracy"]
+    seeds = tests.loc[tests["against"] == "untuned", "seeds"]
+    assert set(seeds) == {2}
+
+
 def test_the_learning_rate_with_the_lowest_loss_is_chosen_and_never_one_that_diverged(
     runs: list[Run],
 ) -> None:
@@ -189,6 +245,7 @@ BLOCK = {
     "seed": [0],
 }
 TRAINS = {**BLOCK, "finetuning": ["full"], "learning_rate": [0.1]}
+EXPERTS = {**TRAINS, "method": ["emoe"]}
 
 
 @pytest.mark.parametrize(
@@ -208,6 +265,16 @@ TRAINS = {**BLOCK, "finetuning": ["full"], "learning_rate": [0.1]}
             {"grid": [TRAINS], "finetuning": {"full": {"layers": "all"}}},
             "'layers' is required with 'train: blocks' or 'quantize'",
         ),
+        (
+            {"grid": [EXPERTS | {"finetuning": ["blocks"], "layers": ["28::2"]}]},
+            r"smoke.yaml: 'benchmarks.llama.grid\[0\]': method 'emoe' converts the layers '28::2', "
+            r"but the finetuning 'blocks' trains the blocks '2::1'; set 'layers' of the method to "
+            r"'2::1', or 'finetuning.blocks.layers' to '28::2'$",
+        ),
+        (
+            {"grid": [EXPERTS | {"finetuning": ["qlora"], "layers": ["28::2"]}]},
+            "the finetuning 'qlora' leaves unquantised only 'last-half:4'; .* to '28::2'$",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(change: dict[str, Any], message: str) -> None:
@@ -220,6 +287,23 @@ def test_wrong_settings_are_refused(change: dict[str, Any], message: str) -> Non
                 change if "grid" not in change else {"grid_defaults": {}, **change},
             ),
         )
+
+
+@pytest.mark.parametrize(
+    ("finetuning", "layers"),
+    [
+        ("blocks", "2::1"),
+        ("blocks", "2:"),  # another word for the same layers
+        ("qlora", "last-half:4"),
+        ("qlora", "last-half:8"),  # fewer than are unquantised
+    ],
+)
+def test_converted_layers_that_are_trained_or_unquantised_are_planned(
+    finetuning: str, layers: str
+) -> None:
+    block = {**EXPERTS, "method": list(METHODS), "finetuning": [finetuning], "layers": [layers]}
+    part = edited_part("llama", "smoke", {"grid_defaults": {}, "grid": [block]})
+    assert [spec["method"]["name"] for spec in specs(LLAMA, part)] == list(METHODS)
 
 
 def test_the_papers_grid_is_as_published() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from benchmarks.llama.evaluation import load_task, nats_per_byte, summarise
 from benchmarks.llama.export import export
 from benchmarks.llama.pipeline import read_data
 from benchmarks.llama.questions import ensure_mmlu_dev
-from benchmarks.llama.shared_prompt import SharedPromptLM
+from benchmarks.llama.shared_prompt import MAX_CHOICE_TOKENS, SharedPromptLM
 from tests.executed import finish, killed_and_resumed, prepare, typed
 from tests.instruction_runs import ROWS, offer_only, tiny_run
 from tests.programs import call
@@ -216,15 +217,49 @@ def test_a_copied_checkout_asks_its_own_questions(
     monkeypatch.chdir(first)
     ensure_mmlu_dev()
     shutil.copytree(first, copy)
+    edit_question(first)
     monkeypatch.chdir(copy)
-    edit_question(copy)
-    assert ANATOMY in asked_about_anatomy()
+    assert ANATOMY not in asked_about_anatomy()
     # written by version 0.1
     for file in FILES.glob("*.yaml"):
         file.write_text(file.read_text().replace(f": {FILES}/", f": {first / FILES}/"))
+    (FILES / "sha256.json").unlink()
+    assert ANATOMY not in asked_about_anatomy()
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("anatomy.jsonl", r"\A.*\n", ""),
+        ("mmlu_dev_anatomy.yaml", r"(?s).*", "{"),
+        ("mmlu_dev_stem.yaml", r"(?s).*", "{"),
+        ("sha256.json", r"(?s).*", "{}"),
+        ("sha256.json", r"(?s).*", ""),
+    ],
+)
+def test_damaged_questions_are_written_again(
+    name: str,
+    old: str,
+    new: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
     ensure_mmlu_dev()
-    edit_question(copy)
-    assert ANATOMY in asked_about_anatomy()
+    written = {file: file.read_bytes() for file in FILES.iterdir()}
+    ensure_mmlu_dev()
+    assert capsys.readouterr().err == ""
+    damaged = FILES / name
+    text = damaged.read_text()
+    damaged.write_text(re.sub(old, new, text, count=1))
+    assert damaged.read_text() != text
+    ensure_mmlu_dev()
+    assert re.fullmatch(rf"warning: {FILES}.* written again\n", capsys.readouterr().err)
+    assert {file: file.read_bytes() for file in FILES.iterdir()} == written
+    damaged.unlink()
+    ensure_mmlu_dev()
+    assert {file: file.read_bytes() for file in FILES.iterdir()} == written
 
 
 ANATOMY = "Where is the heart?"
@@ -307,3 +342,30 @@ def test_choices_that_share_their_prompt_are_as_likely_as_alone(frozen_layers: i
     assert len({value for value, _ in ours}) == len(texts)
     assert again == ours  # read the frozen layers' output for the questions
     assert len(list(PREFIXES.glob("*.npy"))) == (frozen_layers > 0)
+
+
+def test_many_choices_with_one_prompt_share_rows_of_limited_length() -> None:
+    """An empty prompt becomes one token, so all requests of a task such as BLiMP share it."""
+    run = typed(tiny_run("emoe", "full"))
+    model = build_language_model(run).model.eval()
+    tokenizer = load_tokenizer(run.model)
+    prompt = [tokenizer.cls_token_id]
+    generator = torch.Generator().manual_seed(0)
+    asked = []
+    for number in range(2000):
+        tokens = torch.randint(1000, 2000, (2 + number % 9,), generator=generator).tolist()
+        asked.append((("", str(number)), prompt, tokens))
+    sizes = []
+
+    def record(_module: Any, _args: Any, inputs: dict[str, Any]) -> None:
+        sizes.append(inputs["input_ids"].shape)
+
+    settings: dict[str, Any] = {"pretrained": model, "tokenizer": tokenizer, "batch_size": 64}
+    theirs = HFLM(**settings)._loglikelihood_tokens(asked, disable_tqdm=True)
+    model.register_forward_pre_hook(record, with_kwargs=True)
+    ours = SharedPromptLM(**settings)._loglikelihood_tokens(asked, disable_tqdm=True)
+    assert {rows for rows, _ in sizes} == {1}
+    assert max(tokens for _, tokens in sizes) <= len(prompt) + MAX_CHOICE_TOKENS
+    assert len(sizes) < 20  # the rows are full
+    assert [value for value, _ in ours] == pytest.approx([value for value, _ in theirs], abs=1e-4)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
