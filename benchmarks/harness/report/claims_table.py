@@ -54,8 +54,8 @@ _NUMBER = TypeAdapter(dict[str, str | int | float | None])
 _TABLE_CAPTION = (
     "Differences are means over n pairs (seeds, trials or questions), with a 95 % confidence "
     f"interval (Student's t). Each pair is averaged over tasks first. {SEEDS_COVER} Trials of "
-    "images have different splits. Intervals over questions cover the choice of the questions, "
-    "not of the seeds. p is from the paired t-test; p (Holm) is corrected with Holm's procedure "
+    "images have different splits. Intervals over questions cover the choice of questions "
+    "of the same subjects, not of the seeds. p is from the paired t-test; p (Holm) is corrected with Holm's procedure "
     "over the {num_tests} tests of this table (tests of losses, a second endpoint: over their "
     "own {num_loss_tests}). Equivalent: the whole interval lies within the margin, which is at "
     "most half of the paper's effect (losses: {loss_share:.1f} % of the loss of the reference). "
