@@ -190,14 +190,22 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
 
     def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
         task = spec["task"]
-        describe = functools.partial(self._describe, task["name"], spec["data_seed"])
+        truncated = spec["training"]["truncated"]
+        describe = functools.partial(self._describe, task["name"], spec["data_seed"], truncated)
         return [SetReader(task["name"], ALL, describe)]
 
-    def _describe(self, name: str, data_seed: int, open_files: bool) -> Iterator[SetPart]:
+    def _describe(
+        self, name: str, data_seed: int, truncated: str, open_files: bool
+    ) -> Iterator[SetPart]:
         """Yield the number of images of each environment, then of the whole set.
 
-        If ``open_files`` is True, every image is opened. If the set is missing or damaged, only the
-        instructions to get it are yielded.
+        If the set is missing or damaged, only the instructions to get it are yielded.
+
+        Args:
+            name: The name of the set.
+            data_seed: DomainBed's seed of the run.
+            truncated: ``refuse`` to reject image files that end early, ``load`` to fill them.
+            open_files: True to open every image.
         """
         # this module imports PyTorch, and planning is faster without PyTorch
         from benchmarks.domainbed.validation import count_images, load_set, validate_images
@@ -205,7 +213,7 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         entry = self.tasks[name]
         task = RunImageSet(**entry.spec(name))
         try:
-            image_set = load_set(task, data_seed, truncated="refuse")
+            image_set = load_set(task, data_seed, truncated=truncated)
             if open_files:
                 validate_images(image_set)
         except DataError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,11 +33,13 @@ class Environment:
         labels: The class number of every row.
         open: The function that returns the image of a row: an RGB image, or for MNIST a tensor
             ``[channels, 28, 28]`` in [0, 1].
+        files: The path of every row's image; empty if the images are not from a folder.
     """
 
     name: str
     labels: list[int]
     open: Callable[[int], Picture]
+    files: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -179,7 +181,7 @@ def _environment_from_disk(
         raise DataError(f"{folder}: {error}; images are {', '.join(IMG_EXTENSIONS)}") from error
     paths = [path for path, _ in images]
     labels = [label for _, label in images]
-    return Environment(name, labels, open=partial(_open_file, paths, truncated))
+    return Environment(name, labels, open=partial(_open_file, paths, truncated), files=paths)
 
 
 def _in_domainbeds_order(present: list[str], task: RunImageSet, where: str) -> list[str]:

@@ -191,18 +191,22 @@ class DomainOutcomes(Outcomes):
     def trial_means(self, *, complete: bool = False) -> pd.Series[float]:
         """Average the accuracies of :attr:`shared` over environments.
 
-        Returns one mean for each :data:`CELL` and ``seed``, which are the index. ``complete`` omits
-        trials that lack an environment of the image set.
+        Returns one mean for each :data:`CELL` and ``seed``, which are the index. The mean is nan if
+        the trial lacks an environment that another trial of the image set has, because means over
+        different environments are not comparable. ``complete`` omits trials that lack an
+        environment of the image set.
         """
         by_trial = self.shared.groupby([*CELL, "seed"], sort=False)["value"]
         means = by_trial.mean()
-        if not complete:
-            return means
-        # compare each trial's number of accuracies with its image set's number of environments
+        # a trial has one accuracy for each of its environments
         num_accuracies = by_trial.count().to_numpy()
         image_sets = means.index.get_level_values("task")
-        num_environments = [len(self.environments(name)) for name in image_sets]
-        return means[num_accuracies == num_environments]
+        if complete:
+            num_environments = [len(self.environments(name)) for name in image_sets]
+            return means[num_accuracies == num_environments]
+        num_compared = self.shared.groupby("task")["eval_task"].nunique()
+        num_needed = [num_compared[name] for name in image_sets]
+        return means.where(num_accuracies == num_needed)
 
     def claim_numbers(self) -> pd.DataFrame:
         """Return the held-out accuracies of all trials and the parameter counts, for claims."""

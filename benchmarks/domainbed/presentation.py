@@ -128,6 +128,7 @@ def _results_caption(outcomes: DomainOutcomes, name: str) -> str:
         f"{_limit_note(outcomes, name)}). Mean over n trials. {_ERROR_NOTE}.",
         outcomes.shared_note,
         _held_out_note(outcomes, [name]),
+        "A dash: the row lacks the environment. The average needs a row with all environments.",
         _selections_note(outcomes, [name]),
         _experts_note(outcomes, [name]),
         "Δ is paired by trial, with a 95 % confidence interval (Student's t), not corrected "
@@ -185,7 +186,8 @@ def summary(outcomes: DomainOutcomes) -> Table:
     """
     keys = ["selection", "model", "method"]
     by_cell = outcomes.trial_means().groupby(CELL, sort=False)
-    means = by_cell.agg(mean="mean", error=_domainbed_error, n="count").reset_index()
+    # size also counts the trials of a dash, as in the table of each set
+    means = by_cell.agg(mean="mean", error=_domainbed_error, n="size").reset_index()
     numbers = means[["task", *keys, "mean", "error"]]
 
     # a row for each selection, model and method, and a column for each image set
@@ -221,7 +223,8 @@ def _summary_caption(outcomes: DomainOutcomes) -> str:
         f"{_ERROR_NOTE}.",
         outcomes.shared_note,
         _held_out_note(outcomes, outcomes.sets),
-        "The average needs a row with all sets.",
+        "A dash: the row lacks the set, or a held-out environment of it that another row has. The "
+        "average needs a row with all sets.",
         _selections_note(outcomes, outcomes.sets),
         _experts_note(outcomes, outcomes.sets),
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock
@@ -36,12 +38,17 @@ def load_set(task: RunImageSet, seed: int, *, truncated: str) -> ImageSet:
 def validate_once(image_set: ImageSet, task: RunImageSet, truncated: str) -> None:
     """Open every image of a set, and write the counts of images to a file in :data:`.IMAGES`.
 
-    If the file exists, no image is opened. Concurrent runs wait for the first one.
+    If the file exists, no image is opened. The name of the file depends on the image files, so
+    other files are opened again. Concurrent runs wait for the first one.
 
     Raises:
         DataError: Images are damaged.
     """
-    settings = {"task": task.model_dump(), "truncated": truncated}
+    settings = {
+        "task": task.model_dump(),
+        "truncated": truncated,
+        "files": _digest_files(image_set),
+    }
     text = canonical_json(settings)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     output = IMAGES / f"{task.name}-{digest}.json"
@@ -50,6 +57,27 @@ def validate_once(image_set: ImageSet, task: RunImageSet, truncated: str) -> Non
         if not output.exists():
             counts = validate_images(image_set)
             write_json(output, {**settings, **counts})
+
+
+def _digest_files(image_set: ImageSet) -> str:
+    """Return a digest of the origin of a set, and of the path and size of every image file.
+
+    No file is read. Images of the hub have no files of their own, but their origin has the commit.
+    """
+    digest = hashlib.sha256(image_set.source.encode())
+    for environment in image_set.environments:
+        for file in environment.files:
+            line = f"\n{_file_size(file)} {file}"
+            digest.update(os.fsencode(line))
+    return digest.hexdigest()
+
+
+def _file_size(file: str) -> int | None:
+    """Return the size of a file in bytes; None for a broken link, which cannot be opened."""
+    try:
+        return Path(file).stat().st_size
+    except OSError:
+        return None
 
 
 def validate_images(image_set: ImageSet) -> dict[str, Any]:

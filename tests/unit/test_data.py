@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import re
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.harness.base import DATA_ROOT, DataError
-from benchmarks.harness.config.suite import load_suite
+from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.suite import load_suite, plain_suite
 from benchmarks.harness.run.data import missing_sets
+from benchmarks.harness.sources.local import expected_path
 from benchmarks.harness.sources.packages import PackageFile, find_package, sha256
 from tests.image_sets import write_images
 from tests.instruction_runs import write_mmlu
-from tests.planned import plan_once
+from tests.planned import edited_part, plan_once
 from tests.programs import call
 from tests.text_sets import write_own
 from tests.tiny_hub import write_data, write_glue_x
@@ -101,6 +104,26 @@ def test_sets_that_must_be_fetched_by_hand_are_named_before_work_starts(
     assert set(missing_sets(paper)) == by_hand
     write_images(root, "vlcs")
     assert set(missing_sets(paper)) == by_hand - {"vlcs"}
+
+
+def test_the_whole_mnist_is_missing_without_its_files_in_their_only_folder(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smoke = plain_suite("smoke")
+    part = edited_part("domainbed", "smoke", {"grid.0.task": ["rotated_mnist"]})
+    suite = replace(smoke, benchmark_parts={"domainbed": part})
+    monkeypatch.setenv(DATA_ROOT, str(here))
+    (here / "rotated_mnist").mkdir()
+    raw = here / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    assert missing_sets(suite) == ["rotated_mnist"]  # no set reads the folder of its name
+    source = load_benchmark("domainbed").tasks["rotated_mnist"].source.model_dump()
+    assert expected_path(source) == str(raw)
+    for name in ("train-images", "train-labels", "t10k-images", "t10k-labels"):
+        assert missing_sets(suite) == ["rotated_mnist"]
+        dimensions = 3 if "images" in name else 1
+        (raw / f"{name}-idx{dimensions}-ubyte").write_bytes(b"")
+    assert missing_sets(suite) == []
 
 
 def test_a_packaged_set_that_is_not_fetched_yet(root: Path, archive: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,37 @@ def test_tables_average_over_environments_then_trials(runs: list[Run]) -> None:
     row = both.tests.set_index(["selection", "method"]).loc[("training", "emoe")]
     assert row["delta"] == pytest.approx((trials["emoe"] - trials["erm"]).mean())
     assert row["n"] == 3  # trials
+
+
+def set_accuracies(content: dict[str, Any], accuracy: float) -> None:
+    """Give a run the same accuracy on all environments at all steps."""
+    for step in content["records"]:
+        step.update({key: accuracy for key in step if key.endswith("_acc")})
+
+
+def test_a_row_without_an_environment_of_the_other_rows_has_a_dash_for_the_mean(here: Path) -> None:
+    erm = [pacs_run("erm", env) for env in range(4)]
+    emoe = [pacs_run("emoe", env) for env in range(3)]
+    write_runs([*erm, *emoe])
+    for run in [*erm, *emoe]:
+        accuracy = 0.2 if run.spec["test_envs"] == [3] else 0.8
+        fake_runs.edit(run, partial(set_accuracies, accuracy=accuracy))
+
+    both = outcomes([*erm, *emoe])
+    means = {"summary": "pacs mean", "results": "average"}
+    tables = {"summary": summary(both), "results": results(both, "pacs")}
+    for name, table in tables.items():
+        rows = table.frame.set_index(["selection", "method"])
+        assert rows.loc[("training", "erm"), means[name]] == pytest.approx(0.65)
+        assert math.isnan(rows.loc[("training", "emoe"), means[name]])
+        assert str(rows.loc[("training", "emoe"), "n"]) == "1"  # the trial is counted
+        assert "A dash: the row lacks" in table.caption
+    texts = tables["summary"].texts()
+    assert set(texts.iloc[:, -1]) == {"65.0", "–"}
+    # without the fourth environment, the rows are comparable
+    shorter = outcomes([*erm[:3], *emoe])
+    rows = summary(shorter).frame.set_index(["selection", "method"])
+    assert rows.loc["training", "pacs mean"].tolist() == pytest.approx([0.8, 0.8])
 
 
 def test_each_trial_has_its_choices_with_the_runs_of_all_trials(runs: list[Run]) -> None:

@@ -16,12 +16,14 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from benchmarks.domainbed.batches import DEVIATION, MEAN, evaluation_transform, training_transform
+from benchmarks.domainbed.definition import RunImageSet
 from benchmarks.domainbed.images import Environment
 from benchmarks.domainbed.mnist import load_digits
-from benchmarks.domainbed.validation import validate_images
-from benchmarks.harness.base import DATA_ROOT, DataError
+from benchmarks.domainbed.validation import validate_images, validate_once
+from benchmarks.harness.base import DATA_ROOT, IMAGES, DataError
 from benchmarks.harness.config.benchmark import load_benchmark
-from tests.image_sets import CLASSES, FOLDERS, PACS, load
+from benchmarks.harness.run.data import check_data
+from tests.image_sets import CLASSES, FOLDERS, PACS, load, pacs_run, write_images
 
 
 def pixels(environment: Environment) -> list[bytes]:
@@ -100,6 +102,61 @@ def test_damaged_images_are_all_named_before_anything_is_trained(pacs: Path) -> 
     assert load("load").environments[2].open(0).size == (40, 40)
     with pytest.raises(DataError, match="truncated"):  # the option does not stay for others
         load().environments[2].open(0)
+
+
+def test_the_check_of_data_treats_truncated_images_as_the_suite_does(pacs: Path) -> None:
+    image = pacs / "PACS" / "photo" / "dog" / "000.jpg"
+    image.write_bytes(image.read_bytes()[:-200])
+    rows = {}
+    for truncated in ("load", "refuse"):
+        run = pacs_run(truncated=truncated)
+        parts = check_data([run], open_images=True)
+        rows[truncated] = {part.part: part.rows for part in parts}
+    assert rows["load"] == {"A": 9, "C": 9, "P": 9, "S": 9, "all": 36}
+    assert rows["refuse"] == {"all": None}
+
+
+def markers(here: Path) -> list[Path]:
+    """Return the files which say that images were validated."""
+    return sorted((here / IMAGES).glob("*.json"))
+
+
+def test_images_of_another_data_root_are_validated_again(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = RunImageSet.model_validate(PACS)
+    for name in ("first", "second"):
+        write_images(here / name, "pacs")
+    image = here / "second" / "PACS" / "photo" / "dog" / "000.jpg"
+    image.write_bytes(image.read_bytes()[:-200])
+
+    monkeypatch.setenv(DATA_ROOT, str(here / "first"))
+    for _ in range(2):  # the second time, no image is opened
+        validate_once(load(), task, "refuse")
+        assert len(markers(here)) == 1
+    monkeypatch.setenv(DATA_ROOT, str(here / "second"))
+    with pytest.raises(DataError, match=f"1 of 24 images cannot be used(.|\n)*{image} cannot"):
+        validate_once(load(), task, "refuse")
+
+
+def test_changed_images_are_validated_again(
+    here: Path, pacs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = RunImageSet.model_validate(PACS)
+    validate_once(load(), task, "refuse")
+    image = pacs / "PACS" / "photo" / "dog" / "000.jpg"
+    whole = image.read_bytes()
+    image.write_bytes(whole[:-200])
+    with pytest.raises(DataError, match=f"1 of 36 images cannot be used(.|\n)*{image} cannot"):
+        validate_once(load(), task, "refuse")
+    image.unlink()
+    image.symlink_to("missing.jpg")  # a broken link
+    with pytest.raises(DataError, match=f"1 of 36 images cannot be used(.|\n)*{image} cannot"):
+        validate_once(load(), task, "refuse")
+    image.unlink()
+    image.write_bytes(whole)
+    validate_once(load(), task, "refuse")
+    assert len(markers(here)) == 1
 
 
 def test_other_kinds_of_images_become_rgb(pacs: Path) -> None:
