@@ -443,7 +443,8 @@ class MultitaskTrainer(RoutedTrainer):
         collate = DataCollatorWithPadding(self._tokenizer)
         network = cast(PreTrainedModel, self.model)
         likelihoods = []
-        with restore_rng_and_modes(network), self.compute_loss_context_manager():
+        # accelerate wraps only the model's `forward` in autocast, and the encoder is called alone
+        with restore_rng_and_modes(network), self.accelerator.autocast():
             network.eval()
             for batch in batches(rows, collate, self._eval_batch_size):
                 inputs = {key: tensor.to(network.device) for key, tensor in batch.items()}

@@ -77,6 +77,10 @@ _TRAINING_DOMAINS = {
     TRAINING: Domain(("load_change",), selections=_SELECTIONS),
     MEMORY: Domain((MEMORY_RATIO, f"{MEMORY_RATIO}_low", f"{MEMORY_RATIO}_high"), pair="setting"),
 }
+# the built-in metrics: for any classes, for two classes only, and for a regression
+_CLASS_METRICS = ["accuracy", "balanced_accuracy", "mcc"]
+_TWO_CLASS_METRICS = ["accuracy_f1", "f1"]
+_REGRESSION_METRICS = ["pearson_spearman"]
 # the keys of a grid point, except model, task, method and the method settings (VARIANT_KEYS)
 _OTHER_AXES = (*TRAINING_KEYS, "protocol", "learning_rate", "seed")
 
@@ -390,7 +394,7 @@ def check_ablations(benchmark: AnyBenchmark) -> None:
 
 
 def _check_task(where: Location, name: str, tasks: Mapping[str, TaskEntry]) -> None:
-    """Check that the names in a task exist, and that the classes of its OOD sets fit its own.
+    """Check that the names in a task exist, and that its metrics and OOD sets fit its classes.
 
     A task that is neither on the hub nor in a package or csv must say how to get it.
 
@@ -400,12 +404,19 @@ def _check_task(where: Location, name: str, tasks: Mapping[str, TaskEntry]) -> N
     task = tasks[name]
     check_names(where.at("metric"), [task.metric], load_metrics())
     check_names(where.at("ood_metrics"), task.ood_metrics, load_metrics())
+    # a set on which no model is trained is only scored as an OOD set
+    if task.splits.train and task.splits.dev:
+        _check_metric(where.at("metric"), task.metric, len(task.labels))
     check_names(where.at("ood"), task.ood, tasks)
     for other in task.ood:
         try:
             _check_classes_fit(task, tasks[other])
         except DefinitionError as error:
             raise DefinitionError(f"{where.at('ood')}: {error}") from error
+        # the side with more classes is merged into the classes of the other
+        classes = min(len(task.labels), len(tasks[other].labels))
+        for metric in tasks[other].ood_metrics:
+            _check_metric(f"{where.at('ood')}: 'ood_metrics' of '{other}'", metric, classes)
     check_names(where.at("label_names"), task.label_names.values(), task.labels)
     source = task.source
     is_available = bool(source.hub or source.csv or source.vader_sentiment)
@@ -413,6 +424,36 @@ def _check_task(where: Location, name: str, tasks: Mapping[str, TaskEntry]) -> N
         raise DefinitionError(
             f"{where} is not on the hub, in a package or in a csv, so it needs "
             "'download_instructions'"
+        )
+
+
+def _check_metric(where: Location | str, metric: str, classes: int) -> None:
+    """Check that a metric can score predictions of some classes.
+
+    Metrics of plugins are not checked.
+
+    Args:
+        where: The place of the metric, for messages.
+        metric: The name of the metric.
+        classes: The number of classes; 0 for a regression.
+
+    Raises:
+        DefinitionError: The metric cannot score them.
+    """
+    if classes == 0:
+        scored = "a regression"
+        valid = _REGRESSION_METRICS
+        invalid = _CLASS_METRICS + _TWO_CLASS_METRICS
+    elif classes == 2:
+        return
+    else:
+        scored = f"{classes} classes"
+        valid = _CLASS_METRICS
+        invalid = _TWO_CLASS_METRICS
+    if metric in invalid:
+        choices = ", ".join(valid)
+        raise DefinitionError(
+            f"{where} is '{metric}', which cannot score {scored}; choose from {choices}"
         )
 
 

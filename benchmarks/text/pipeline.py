@@ -10,6 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.harness.base import derive_seed
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.models.build import build_classifier, save_trained
 from benchmarks.harness.models.conversion import check_layers, convert_trained_
@@ -104,6 +107,9 @@ def _evaluate(
     Returns:
         The scores by part (``test`` or ``ood``), set and metric.
     """
+    # Random selection of experts draws from the global generator. After the training, its state
+    # depends on whether the run was resumed. No other method depends on it in an evaluation.
+    torch.manual_seed(derive_seed("evaluation", spec.seed))
     test_scores = trainer.evaluate(test, routing=routing)
     ood_scores = {}
     for other in spec.ood:

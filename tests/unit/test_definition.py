@@ -208,6 +208,21 @@ def test_missing_file_names_its_neighbour_and_numbers_may_have_no_point(tmp_path
         ),
         ("mnli", {"ood": ["hans"], "label_map": {}}, "ood': 'mnli' has 3 classes, 'hans' 2"),
         (
+            "mnli",
+            {"metric": "f1"},
+            "metric' is 'f1', which cannot score 3 classes; choose from accuracy, balanced_accuracy, mcc",
+        ),
+        (
+            "stsb",
+            {"metric": "accuracy"},
+            "metric' is 'accuracy', which cannot score a regression; choose from pearson_spearman",
+        ),
+        (
+            "mnli",
+            {"ood": ["mnli"], "ood_metrics": ["accuracy", "f1"]},
+            "ood': 'ood_metrics' of 'mnli' is 'f1', which cannot score 3 classes; choose from acc",
+        ),
+        (
             "flipkart",
             {"download_instructions": None},
             "' is not on the hub, in a package or in a csv, so it needs 'downl",
@@ -224,6 +239,17 @@ def test_tasks_with_wrong_metrics_sets_or_sources_are_refused(
         mock.patch("benchmarks.text.grid.read", return_value=entries),
         pytest.raises(DefinitionError, match=rf"tasks\.yaml: 'tasks\.{name}.*{message}"),
     ):
+        edited_benchmark("glue", {})
+
+
+def test_a_set_that_is_merged_into_two_classes_may_have_a_metric_for_two() -> None:
+    tasks = load_benchmark("glue").tasks
+    changes = {"metric": "f1", "ood_metrics": ["accuracy_f1", "f1"]}
+    snli = TaskEntry.model_validate({**tasks["snli"].model_dump(), **changes})
+    mnli = TaskEntry.model_validate({**tasks["mnli"].model_dump(), "ood": ["hans"]})
+    rte = TaskEntry.model_validate({**tasks["rte"].model_dump(), "ood": ["snli"]})
+    entries = SimpleNamespace(tasks={**tasks, "snli": snli, "mnli": mnli, "rte": rte})
+    with mock.patch("benchmarks.text.grid.read", return_value=entries):
         edited_benchmark("glue", {})
 
 

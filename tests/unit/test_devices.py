@@ -78,6 +78,11 @@ def test_jobs_never_share_a_device_and_a_killed_job_frees_its_devices(
             assert len(seen(large)) == 3
 
 
+def test_a_run_that_asks_for_no_device_sees_all() -> None:
+    with reserve_devices(0, "a run"):
+        assert os.environ[VISIBLE] == ALL
+
+
 def test_only_the_runs_of_one_scheduled_job_share_its_devices() -> None:
     """A scheduler may number the devices of every job from 0."""
     with (

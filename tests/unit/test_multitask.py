@@ -16,6 +16,7 @@ from benchmarks.harness.config.catalogue import model_spec
 from benchmarks.harness.config.runs import run_from_spec
 from benchmarks.harness.models.loading import load_seq2seq, load_tokenizer
 from benchmarks.harness.report.presentation import present
+from benchmarks.multitask import pipeline
 from benchmarks.multitask.definition import LearnedTask
 from benchmarks.multitask.pipeline import MixedOrder, log_likelihoods, tokenise_answers
 from benchmarks.multitask.presentation import MultitaskOutcomes
@@ -109,6 +110,39 @@ def test_a_killed_run_resumes_to_the_same_numbers(
     assert set(whole["scores"]["test"]) == {"amazon", "amazon_strength"}
     assert set(whole["scores"]["ood"]) == {other["name"] for other in run.spec["ood"]}
     assert [entry["epoch"] for entry in whole["dev_curve"]] == [1.0, 2.0]
+
+
+def test_encoder_and_decoder_compute_in_the_precision_of_the_run(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate wraps only the model's own forward, and likelihoods call the encoder by itself."""
+    dtypes = []
+
+    def watched(model: Any, *arguments: Any) -> torch.Tensor:
+        def note(_module: object, _inputs: object, output: torch.Tensor) -> None:
+            dtypes.append(output.dtype)
+
+        products = [
+            model.encoder.block[0].layer[0].SelfAttention.q,
+            model.decoder.block[0].layer[0].SelfAttention.q,
+            model.lm_head,
+        ]
+        hooks = [product.register_forward_hook(note) for product in products]
+        likelihoods = log_likelihoods(model, *arguments)
+        for hook in hooks:
+            hook.remove()
+        return likelihoods
+
+    monkeypatch.setattr(pipeline, "log_likelihoods", watched)
+    run = smoke_run("multitask", "emoe")
+    finish(prepare(run, "fp32"))
+    assert set(dtypes) == {torch.float32}
+    dtypes.clear()
+    # a CPU can compute in bfloat16 too
+    monkeypatch.setattr(pipeline, "available_precision", lambda requested: requested)
+    training = {**run.spec["training"], "precision": "bf16"}
+    finish(prepare(run_from_spec({**run.spec, "training": training}), "bf16"))
+    assert set(dtypes) == {torch.bfloat16}
 
 
 def test_the_papers_runs_train_and_read_other_sets_as_the_task_that_names_them(

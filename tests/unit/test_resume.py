@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ import pytest
 
 from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.sources.packages import find_package
+from benchmarks.harness.training.checkpoints import last_complete_checkpoint
 from benchmarks.text.training import TextTrainer
-from tests.executed import finish, killed_at, prepare
+from tests.executed import finish, killed_and_resumed, killed_at, prepare
 from tests.planned import plan
 
 SMOKE = {run.spec["method"]["name"]: run.spec for run in plan(["glue"], "smoke")}
@@ -178,6 +180,25 @@ def test_a_run_without_an_undamaged_checkpoint_starts_again(
     assert "resumed at step" not in output.log
 
 
+@pytest.mark.parametrize("listed", [(), *(tuple(set(FILES) - {name}) for name in FILES[1:])])
+def test_a_checkpoint_that_lists_too_few_files_is_not_used(
+    listed: tuple[str, ...], killed: Path, tmp_path: Path
+) -> None:
+    checkpoints = copied(killed, tmp_path).parent / "checkpoints"
+    complete = checkpoints / "checkpoint-12" / "complete"
+    digests = json.loads(complete.read_text())
+    few = {name: digest for name, digest in digests.items() if name in listed}
+    complete.write_text(json.dumps(few))
+    warnings: list[str] = []
+    newest = last_complete_checkpoint(checkpoints, warnings.append)
+    assert newest == checkpoints / "checkpoint-6"
+    missing = [name for name in FILES[1:] if name not in few]
+    (warning,) = warnings
+    assert warning.startswith(f"warning: {complete} is damaged: it does not list ")
+    assert all(Path(name).stem in warning for name in missing)
+    assert warning.endswith("; the run goes on from checkpoint-6")
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_run_whose_best_checkpoint_is_damaged_starts_again(
     damage: Damage,
@@ -209,3 +230,21 @@ def test_a_run_that_was_moved_after_its_training_keeps_its_best_weights(
     moved = Path("moved").absolute() / path
     shutil.move(path.parent, moved.parent)
     assert finish(moved) == whole
+
+
+@pytest.mark.parametrize("patience", [None, 2])
+def test_a_method_that_chooses_experts_at_random_resumes_to_the_same_numbers(
+    patience: int | None, workdir: Path
+) -> None:
+    """A run that was killed after its training draws nothing more before its evaluation."""
+    (spec,) = (
+        run.spec for run in plan(["glue_lora"], "smoke") if run.spec["method"]["name"] == "lora_any"
+    )
+    changes: dict[str, object] = {"train_rows": 48, "eval_rows": 30, "epochs": 3}
+    if patience is not None:
+        changes |= {"checkpoint_selection": "best", "patience": patience}
+    run = run_from_spec({**spec, "training": {**spec["training"], **changes}})
+    whole = finish(prepare(run, "whole"))
+    assert killed_and_resumed(run, 14) == whole  # in the last epoch
+    shutil.rmtree("killed")
+    assert finish(killed_after_training(run)) == whole

@@ -30,7 +30,8 @@ def reserve_devices(count: int, name: str, processes: int = 1) -> ExitStack:
     this before anything uses an accelerator, because it sets ``CUDA_VISIBLE_DEVICES``.
 
     Args:
-        count: The number of accelerators. With 0, or on a machine without any, nothing is reserved.
+        count: The number of accelerators. With 0, or on a machine without any, nothing is reserved
+            or hidden: a run with 0 uses an accelerator if one is visible.
         name: The name of the run, for messages.
         processes: The number of processes of the run, one on each accelerator.
 
