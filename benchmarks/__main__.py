@@ -318,8 +318,10 @@ def ui(suite: str, port: int) -> None:
         click.echo(link)
     if not is_server:
         sys.stdout.flush()
-        arguments = ["ui", "--backend-store-uri", uri, "--port", str(port)]
-        os.execv(sys.executable, [sys.executable, "-m", "mlflow", *arguments])  # noqa: S606
+        arguments = [sys.executable, "-m", "mlflow", "ui", "--port", str(port)]
+        # other users see arguments of processes, but not their environment with the password
+        environment = {**os.environ, "MLFLOW_BACKEND_STORE_URI": uri}
+        os.execve(sys.executable, arguments, environment)  # noqa: S606
 
 
 _benchmarks = click.option(

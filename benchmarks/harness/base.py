@@ -9,6 +9,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -97,6 +98,11 @@ def first_problem(error: ValidationError) -> str:
 
 _SECONDS_OF_A_DAY = 24 * 60 * 60
 _UUID = re.compile("[0-9a-f]{32}")
+
+
+def print_warning(text: str) -> None:
+    """Print a warning to standard error, which is the log during a run."""
+    sys.stderr.write(f"warning: {text}\n")
 
 
 @contextmanager
@@ -198,6 +204,24 @@ def read_bytes(path: Path, advice: str = "") -> bytes:
         return path.read_bytes()
     except OSError as error:
         problem = f"{path} cannot be read: {error.strerror}"
+        raise DataError(_with_advice(problem, advice)) from None
+
+
+def read_text(path: Path, advice: str = "") -> str:
+    """Read a file as UTF-8.
+
+    Args:
+        path: The path of the file.
+        advice: What the user should do, such as "delete it". It ends the error message.
+
+    Raises:
+        DataError: The file cannot be read, or is not UTF-8.
+    """
+    content = read_bytes(path, advice)
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        problem = f"{path} is damaged: {first_line(error)}"
         raise DataError(_with_advice(problem, advice)) from None
 
 
@@ -334,9 +358,9 @@ def derive_seed(*parts: object) -> int:
     return number % 2**31
 
 
-# Matches "://user:password@". A password may contain "@" and blanks, so the match ends at the last
-# "@" before the next URL.
-_PASSWORD_OF_USER = re.compile(r"(://[^:/@\s]*:)(?:(?!://).)*@")
+# Matches "://user:password@". A password may contain "@", "://" and blanks, so the match ends at
+# the last "@" before the next URL. The next URL follows a blank.
+_PASSWORD_OF_USER = re.compile(r"(://[^:/@\s]*:)(?:(?!\s\S*://).)*@")
 # Matches "https://token@". A name without a password is a token only in the URL of a web server. In
 # the URL of a database, it is the name of a user.
 _TOKEN_OF_USER = re.compile(r"(?i)(https?://)[^:/?#@\s]+@")

@@ -36,12 +36,16 @@ from benchmarks.harness.base import (
     derive_seed,
     first_line,
     first_problem,
+    print_warning,
     read_bytes,
+    read_json,
+    write_json,
     write_text,
 )
 from benchmarks.harness.config.sets import SetPart
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.harness.sources.local import expected_path, local_path
+from benchmarks.harness.sources.packages import sha256
 from benchmarks.llama.definition import Question
 from emoe.errors import did_you_mean
 
@@ -62,8 +66,8 @@ _ANSWER = re.compile(r"\(([ABCD])\)\.?\s*$")
 _FIFTH = "(E)"
 # the only split of MMLU-dev
 _SPLIT = "questions"
-# subjects are written in alphabetical order
-_LAST_SUBJECT = "world_religions"
+# in a folder of questions and tasks: the sha256 of the other files by name
+_MANIFEST = "sha256.json"
 # the digest of all subjects and questions in lm-eval 0.4.13
 _SHA256 = "2bf5de78578617eb2fccbb25df2a86ab6682dfb19e822d4347450623d7756568"
 
@@ -130,8 +134,9 @@ def ensure_mmlu_dev() -> Path:
     """
     folder = QUESTIONS / MMLU_DEV
     with _lock(folder):
-        if not _dev_is_written(folder):
+        if not _is_written(folder):
             _write_dev(folder)
+            _write_manifest(folder)
     return folder.resolve()
 
 
@@ -239,8 +244,9 @@ def _ensure_mmlu(data_folder: Path) -> TaskFolder:
     # prompts come from lm-eval, so another version gets other tasks, too
     folder = QUESTIONS / f"{MMLU}-{version('lm-eval')}-{digest}"
     with _lock(folder):
-        if not _groups_are_written(folder, MMLU):
+        if not _is_written(folder):
             _write_mmlu(folder, questions)
+            _write_manifest(folder)
     source = f"{data_folder}, sha256 {digest} of test and dev"
     note = _describe_questions(data_folder, "test", questions["test"]).note
     return TaskFolder(folder.resolve(), source, note)
@@ -360,20 +366,40 @@ def _write_mmlu(folder: Path, questions: Mapping[str, Mapping[str, Sequence[Ques
     _write_groups(folder, MMLU)
 
 
-def _dev_is_written(folder: Path) -> bool:
-    """Return True if MMLU-dev's folder has all files, and its tasks read its own questions."""
-    last_task = folder / f"{MMLU_DEV}_{_LAST_SUBJECT}_continuation.yaml"
-    if not last_task.exists() or not _groups_are_written(folder, MMLU_DEV):
+def _is_written(folder: Path) -> bool:
+    """Return True if a folder has all questions and tasks as they were written.
+
+    Prints a warning if one is missing or has changed. Folders of older versions have no manifest,
+    so they are written again. Version 0.1 wrote absolute paths, so that a copied checkout read the
+    questions of the original.
+    """
+    manifest = folder / _MANIFEST
+    if not manifest.exists():
         return False
-    # version 0.1 wrote absolute paths, so the copy of a checkout read the questions of the original
-    questions = folder / f"{_LAST_SUBJECT}.jsonl"
-    return f"{_SPLIT}: {questions}\n" in last_task.read_text(encoding="utf-8")
+    try:
+        digests = read_json(manifest, dict[str, str])
+    except DataError as error:
+        print_warning(f"{error}; the questions are written again")
+        return False
+    if not digests or digests != _digests_of_files(folder):
+        print_warning(f"{folder} has changed since it was written; it is written again")
+        return False
+    return True
 
 
-def _groups_are_written(folder: Path, name: str) -> bool:
-    """Return True if a folder has the groups of all subjects, which are written last."""
-    last_groups = [folder / f"{name}{ending}.yaml" for ending in _FORMS.values()]
-    return all(file.exists() for file in last_groups)
+def _write_manifest(folder: Path) -> None:
+    """Write the sha256 of all questions and tasks in a folder, when they are complete."""
+    write_json(folder / _MANIFEST, _digests_of_files(folder))
+
+
+def _digests_of_files(folder: Path) -> dict[str, str]:
+    """Compute the sha256 of each file of questions or tasks in a folder, by name."""
+    digests = {}
+    for file in folder.iterdir():
+        # the folder also has the manifest, and temporary files of killed processes
+        if file.suffix in (".jsonl", ".yaml"):
+            digests[file.name] = sha256(file)
+    return digests
 
 
 def _write_dev(folder: Path) -> None:
@@ -439,16 +465,13 @@ def _write_subject(
 
 
 def _write_groups(folder: Path, name: str) -> None:
-    """Write the groups of tasks of each form: MMLU's categories, then the group of all subjects.
+    """Write the groups of tasks of each form: MMLU's categories and the group of all subjects.
 
     ``name`` is ``mmlu`` or ``mmlu_dev``, with which the name of a group begins.
     """
     for form in _FORMS:
         files = (_lm_eval_folder() / form).glob("_mmlu*.yaml")
         groups = [_read(file, name) for file in files]
-        # the group of all subjects has the shortest name, so it is written last; its file shows
-        # that all files are complete
-        groups.sort(key=lambda group: len(group["group"]), reverse=True)
         for group in groups:
             _write_yaml(folder / f"{group['group']}.yaml", group)
 

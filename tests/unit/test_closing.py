@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.base import DataError
 from benchmarks.harness.config.suite import load_suite, plain_suite
 from benchmarks.harness.report.closing import closing_lines
 from tests import fake_runs
@@ -45,6 +46,22 @@ def test_without_verdicts_nothing_is_said_of_them(verdict: str, here: Path) -> N
     lines = closing_lines(load_suite({"suite": "mini"}))
     assert len(lines) == 4
     assert HEADING not in lines
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(b"claim_title,verdict\na,b\n", "test 1 has no 'endpoint'"), (b"\xff", "'utf-8' codec .*")],
+)
+def test_a_damaged_table_is_one_line_with_the_way_out(
+    content: bytes, problem: str, here: Path
+) -> None:
+    write_claims()
+    file = Path("results/mini/tables/claims.csv")
+    file.write_bytes(content)
+    with pytest.raises(
+        DataError, match=f"^{file} is damaged: {problem}; `snakemake .*makes it again$"
+    ):
+        closing_lines(load_suite({"suite": "mini"}))
 
 
 def test_a_suite_without_a_report_says_nothing(here: Path) -> None:

@@ -128,6 +128,8 @@ def test_incomplete_checkpoints_are_removed_and_the_newest_complete_one_is_used(
     for step in (6, 12, 100):
         state = TrainerState(global_step=step)
         (tmp_path / f"checkpoint-{step}").mkdir()
+        for name in ("trained.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            (tmp_path / f"checkpoint-{step}" / name).touch()
         state.save_to_json(str(tmp_path / f"checkpoint-{step}" / "trainer_state.json"))
         MarkComplete().on_save(arguments, state, TrainerControl())
     for step, newest in ((100, "checkpoint-12"), (12, "checkpoint-6"), (6, None)):

@@ -88,6 +88,11 @@ def test_files_of_killed_writers_are_removed_after_a_day(tmp_path: Path) -> None
     [
         ("mysql://lab:my secret@db/mlflow", "mysql://lab:***@db/mlflow"),
         ("postgresql://lab:a@b:c/d@db", "postgresql://lab:***@db"),
+        ("postgresql://lab:p@ss://w@h/db", "postgresql://lab:***@h/db"),
+        (
+            "failed: postgresql://lab:p@ss://w@h/db and sqlite:///a@b",
+            "failed: postgresql://lab:***@h/db and sqlite:///a@b",
+        ),
         ("https://SECRET@lab.org/mlflow", "https://***@lab.org/mlflow"),
         ("postgresql://lab@db/mlflow", "postgresql://lab@db/mlflow"),
         (

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from numpy.typing import NDArray
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -19,7 +26,7 @@ from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.method_specs import MethodSpec, check_frozen
 from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.models.build import build_language_model
-from benchmarks.harness.models.prefix import Prefix
+from benchmarks.harness.models.prefix import Prefix, PrefixStates
 from benchmarks.harness.models.trainable import Trainable
 from benchmarks.llama import pipeline as instructions
 from benchmarks.text import pipeline as texts
@@ -163,6 +170,76 @@ def test_the_digest_covers_frozen_weights_and_settings() -> None:
     digests = [Prefix(model, model, 2).digest for model in models]
     assert digests[0] == digests[1]
     assert len(set(digests)) == 3
+
+
+def test_states_are_the_same_before_and_after_accelerate_wraps_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All runs share them, and those of some rows are computed after the training has begun."""
+    model = bert(num_labels=3).eval()
+    prefix = Prefix(model, model, 2)
+    prefix.freeze_()
+    inputs = {"input_ids": torch.arange(12).view(2, 6)}
+    before = prefix.output(inputs)
+    logits = model(**inputs).logits
+    # a process keeps the precision of its first accelerator
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    accelerator.prepare(model)
+    assert torch.equal(prefix.output(inputs), before)
+    with accelerator.autocast():
+        assert torch.equal(prefix.output(inputs), before)
+    # the model itself still computes in bfloat16
+    assert not torch.equal(model(**inputs).logits, logits)
+
+
+def test_damaged_states_are_computed_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = bert().eval()
+    prefix = Prefix(model, model, 2)
+    prefix.freeze_()
+    lengths = [3, 5]
+
+    def open_states() -> list[torch.Tensor]:
+        states = PrefixStates(prefix, "rows", lengths, batch, tmp_path)
+        return [states[row] for row in range(2)]
+
+    def batch(rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.arange(12).view(2, 6)[list(rows)]}
+
+    expected = open_states()
+    (file,) = tmp_path.glob("*.npy")
+    content = file.read_bytes()
+    assert capsys.readouterr().err == ""
+    damages = {
+        "empty": b"",
+        "cut off": content[:-4],
+        "longer": content + b"\0",
+        "another type": content.replace(b"<f4", b"<i4"),
+        "another byte order": content.replace(b"<f4", b">f4"),
+        "other tokens": npy(np.zeros((7, 32), np.float32)),
+        "one dimension": npy(np.zeros(8 * 32, np.float32)),
+        "transposed": npy(np.zeros((8, 32), np.float32, order="F")),
+        "a pickle": pickle.dumps(np.zeros((8, 32), np.float32)),
+        "objects": npy(np.zeros((8, 32), object)),
+    }
+    for name, damage in damages.items():
+        file.write_bytes(damage)
+        for result, states in zip(open_states(), expected, strict=True):
+            assert torch.equal(result, states), name
+        warning = capsys.readouterr().err
+        assert re.fullmatch(rf"warning: {file} is damaged: .*; it is computed again\n", warning), (
+            name
+        )
+        assert file.read_bytes() == content, name
+
+
+def npy(values: NDArray[Any]) -> bytes:
+    """Return the content of NumPy's file of an array."""
+    content = io.BytesIO()
+    np.save(content, values)
+    return content.getvalue()
 
 
 def test_frozen_layers_that_cannot_be_are_refused() -> None:

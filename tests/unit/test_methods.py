@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 from unittest import mock
@@ -122,21 +123,35 @@ def test_partitions_are_cached_by_layer_and_content(tmp_path: Path) -> None:
     assert list(of_one_layer) == [1]
 
 
-def test_damaged_partitions_are_made_again(tmp_path: Path) -> None:
+def test_damaged_partitions_are_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, config = tiny_models.build("bert"), emoe.EMoEConfig(num_experts=8, top_k=2, layers=[1])
     partition = cached_partition(model, config, tmp_path)
     (path,) = tmp_path.glob("*.safetensors")
     content = path.read_bytes()
-    for damage in (
-        b"",
-        content[:-8],
-        content[:-8] + content[-16:-8],
-    ):  # empty, cut off, one neuron twice
+    damages = {
+        "empty": b"",
+        "cut off": content[:-8],
+        "one neuron twice": content[:-8] + content[-16:-8],
+        "another layer": content.replace(b"layer.1", b"layer.0"),
+        "no layer": content.replace(b"layer.1", b"layer.x"),
+        "metadata of another layer": content.replace(b'{\\"1\\"', b'{\\"0\\"'),
+        "metadata of no layer": content.replace(b'{\\"1\\"', b'{\\"x\\"'),
+        "metadata without JSON": content.replace(b'{\\"1\\"', b'[\\"1\\"'),
+        "no metadata": content.replace(b'"explained"', b'"explainet"'),
+    }
+    for name, damage in damages.items():
+        assert damage != content, name
         path.unlink()  # what is open is still read from
         path.write_bytes(damage)
-        assert torch.equal(
-            cached_partition(tiny_models.build("bert"), config, tmp_path)[1], partition[1]
-        )
+        again = cached_partition(tiny_models.build("bert"), config, tmp_path)
+        warning = capsys.readouterr().err
+        assert re.fullmatch(rf"warning: {path} .*; it is computed again\n", warning), name
+        assert list(again) == list(again.explained) == [1], name
+        assert torch.equal(again[1], partition[1]), name
+        cached_partition(tiny_models.build("bert"), config, tmp_path)  # the file is whole again
+        assert capsys.readouterr().err == "", name
 
 
 @pytest.mark.parametrize("name", ["tiny-bert", "tiny-gpt2"])

@@ -132,11 +132,39 @@ def test_the_command_prints_the_links_and_opens_the_page(
     uri = f"sqlite:///{tmp_path}/m.db"
     mirror(records(runs), uri)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with mock.patch("os.execv") as started:
+    with mock.patch("os.execve") as started:
         text = call("ui", "--suite", "mini", "--port", "5123")
     assert text.splitlines()[1:] == run_links(uri, "http://127.0.0.1:5123")
-    arguments = started.call_args.args[1]
-    assert arguments[1:] == ["-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", "5123"]
+    _program, arguments, environment = started.call_args.args
+    # `ps` shows arguments to other users, and a store may have a password
+    assert arguments[1:] == ["-m", "mlflow", "ui", "--port", "5123"]
+    assert environment["MLFLOW_BACKEND_STORE_URI"] == uri
+    assert environment.items() >= os.environ.items()
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("foo://lab:{password}@db/mlflow", "MLflow at foo://lab:***@db/mlflow: .*unsupported URI"),
+        ("sqlite:///{folder}/no.db", "MLflow at sqlite:.*/no.db: .*file is not a database$"),
+        ("http://lab:{password}@127.0.0.1:1", "MLflow at http://lab:***@127.*refused"),
+        (
+            "postgresql://lab:{password}@127.0.0.1:1/mlflow",
+            "MLflow at postgresql://lab:***@127.*[Cc]onnection refused",
+        ),
+    ],
+)
+def test_links_of_an_unusable_store_are_one_line_without_the_password(
+    uri: str, message: str, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    (tmp_path / "no.db").write_text("This is no database, only a text of some length.")
+    store = uri.format(password=KEPT_QUIET, folder=tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    with pytest.raises(RunError, match=message.replace("*" * 3, r"\*\*\*")) as refused:
+        call("ui", "--suite", "mini")
+    assert "\n" not in str(refused.value)
+    assert KEPT_QUIET not in str(refused.value)
 
 
 def test_a_run_with_the_name_of_an_older_mirror_is_replaced(

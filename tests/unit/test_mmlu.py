@@ -138,6 +138,18 @@ def test_edited_questions_get_new_tasks(folder: Path) -> None:
     assert len(list(QUESTIONS.glob("mmlu-*/mmlu.yaml"))) == 2
 
 
+def test_damaged_tasks_are_written_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "mmlu_anatomy"
+    asked = list(load_task(task(name)).tasks[name].eval_docs)
+    (written,) = QUESTIONS.glob("mmlu-*-*/")
+    file = written / "anatomy_test.jsonl"
+    file.write_text(file.read_text().replace("test question", "wrong question"))
+    capsys.readouterr()
+    assert list(load_task(task(name)).tasks[name].eval_docs) == asked
+    warning = f"warning: {written} has changed since it was written; it is written again\n"
+    assert warning in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [

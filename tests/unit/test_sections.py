@@ -136,3 +136,37 @@ def test_a_wrong_section_is_named_with_the_way_to_make_it_again(
     with pytest.raises(DataError, match=rf"^{path} {problem}; {advice}$") as error:
         call("report", "--suite", "mini", "--benchmark", "glue", "--output", "page.html")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("claims.csv", None, "cannot be read: No such file or directory"),
+        ("claims.csv", b"", "is damaged: it has no tests"),
+        ("claims.csv", b"claim_title,verdict\n", "is damaged: it has no tests"),
+        ("claims.csv", b"claim,claim_title\na,b\n", "is damaged: test 1 has no 'endpoint'"),
+        ("claims.csv", b"claim,claim_title\na\xff,b\n", "is damaged: 'utf-8' codec .*"),
+        ("claims.html", b"<table>\xff</table>", "is damaged: 'utf-8' codec .*"),
+    ],
+)
+def test_a_damaged_table_of_claims_is_named_with_the_way_to_make_it_again(
+    name: str,
+    content: bytes | None,
+    problem: str,
+    suite: Suite,
+    shared_here: Path,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(OVERRIDES, json.dumps(SHOWN))
+    undraw(monkeypatch)
+    shutil.copytree(shared_here / "results", here / "results")
+    call("claims", "--suite", "mini", "--write")
+    path = MINI / "tables" / name
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    advice = f"`snakemake --cores all --force {path} --config suite=mini` makes it again"
+    with pytest.raises(DataError, match=rf"^{path} {problem}; {advice}$") as error:
+        call("report", "--suite", "mini", "--output", "page.html")
+    assert "\n" not in str(error.value)

@@ -68,6 +68,10 @@ def test_a_seed_that_is_not_a_list_is_named_despite_the_flag(tmp_path: Path) -> 
             for value in (0, True, "3", [3], {}, 2.5)
         ),
         *(
+            ({"seeds": value}, "^--config: 'seeds' is .*should be less than or equal to 10000$")
+            for value in (10_001, 10**30)
+        ),
+        *(
             ({key: value}, f"^--config: '{key}' is .*: (Input|String) should")
             for key in ("data_root", "model_root", "tracking_uri")
             for value in (3, True, "", [], {})

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks.harness.base import DefinitionError
+from benchmarks.harness.base import DataError, DefinitionError
 from benchmarks.harness.config import suite as suites
 from benchmarks.harness.config.runs import refuse_old_folders, run_from_spec
 from benchmarks.harness.report.paper_items import missing_items
@@ -46,6 +47,89 @@ def test_a_job_on_a_cluster_reads_what_the_main_process_planned(
         DefinitionError, match=r"plan.tsv has no row 'glue/000000000000'; start the workflow again"
     ):
         plan.read_run_of_job("glue/000000000000", job)
+
+
+RUN = SMOKE.runs[0].folder
+PARTITION = next(iter(SMOKE.partitions))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        (r"(?s).*", "", "line 1 must name folder, name, keeps_weights, resources, spec"),
+        (r"\t", " ", "line 1 must name folder, name, keeps_weights, resources, spec"),
+        (r"(\n\w+/.*?)\t", r"\1 ", "line 2 has 4 cells, not 5"),
+        (r"\tyes\t", r"\tyis\t", "line .*: 'keeps_weights': Input should be 'yes' or 'no'"),
+        (r"(?s).{9}\Z", "", "the last line is cut off"),
+        ("\nglue/", "\nglua/", "the suite has no benchmark 'glua'"),
+    ],
+)
+def test_a_damaged_plan_is_one_line_with_the_way_out(
+    old: str, new: str, problem: str, here: Path
+) -> None:
+    path = write_damaged("plan.tsv", old, new)
+    expected = f"^{path} is damaged: {problem}; start the workflow again$"
+    with pytest.raises(DataError, match=expected) as error:
+        plan.weights_by_benchmark(SMOKE, in_job=True)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"seed":', '"seed":1'),
+        ('"benchmark":', '"benchmarc":'),
+        ('\t{"benchmark"', '\t"benchmark"'),
+        ('"seed":[0-9]+', '"seed":NaN'),
+    ],
+)
+def test_damaged_settings_of_a_run_are_one_line_with_the_way_out(
+    old: str, new: str, here: Path
+) -> None:
+    path = write_damaged("plan.tsv", old, new)
+    expected = f"^{path} is damaged: the settings of '{RUN}' are wrong; start the workflow again$"
+    with pytest.raises(DataError, match=expected):
+        plan.read_run_of_job(RUN, SMOKE)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        (r"(?s).*", "", "line 1 must name id, partition"),
+        ('"config"', '"confit"', f"the settings of '{PARTITION}' are wrong"),
+        ('"num_experts"', '"numexperts"', f"the settings of '{PARTITION}' are wrong"),
+        ('"model":{', '"model":', f"the settings of '{PARTITION}' are wrong"),
+        ('"num_experts":', '"num_experts":1', f"the settings of '{PARTITION}' are wrong"),
+    ],
+)
+def test_damaged_partitions_of_a_plan_are_one_line_with_the_way_out(
+    old: str, new: str, problem: str, here: Path
+) -> None:
+    path = write_damaged("partitions.tsv", old, new)
+    expected = f"^{path} is damaged: {problem}; start the workflow again$"
+    with pytest.raises(DataError, match=expected):
+        plan.read_partition_of_job(PARTITION, SMOKE)
+
+
+def write_damaged(name: str, old: str, new: str) -> Path:
+    """Write a plan, and replace the first match of a pattern in one of its files."""
+    plan.write_plan(SMOKE)
+    path = Path("results/smoke") / name
+    text = path.read_text()
+    damaged = re.sub(old, new, text, count=1)
+    assert damaged != text
+    path.write_text(damaged)
+    return path
+
+
+def test_a_plan_with_other_bytes_is_one_line(here: Path) -> None:
+    plan.write_plan(SMOKE)
+    path = Path("results/smoke/plan.tsv")
+    path.write_bytes(path.read_bytes() + b"\xff\n")
+    with pytest.raises(
+        DataError, match=rf"^{path} is damaged: 'utf-8' .*; start the workflow again$"
+    ):
+        plan.read_run_of_job(RUN, SMOKE)
 
 
 def test_the_plan_has_the_readable_name_of_each_run(here: Path) -> None:

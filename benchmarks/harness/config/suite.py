@@ -20,7 +20,6 @@ from benchmarks.harness.config.planning import plan_runs
 from benchmarks.harness.config.runs import PartitionJob, Run, partition_jobs
 from benchmarks.harness.config.yaml import (
     UNIQUE,
-    Count,
     Key,
     Location,
     Strict,
@@ -32,6 +31,7 @@ from benchmarks.harness.config.yaml import (
 from emoe.errors import did_you_mean
 
 DEFAULT_TRACKING_URI = "sqlite:///results/mlflow.db"
+_NumSeeds = Annotated[int, Field(ge=1, le=10_000)]  # more would fill the memory
 _USUAL_SUITES = ("mini", "full", "smoke", "paper")  # searched first
 
 
@@ -46,9 +46,9 @@ class SuiteSettings(Strict):
     exclude: Annotated[list[str], UNIQUE] = Field([])
     """Names of sets to exclude, for example because you have no access. Each table lists its
     sets."""
-    seeds: Count | None = None
-    """Number of seeds (for images: trials), counted from 0. They replace each list of several seeds
-    in the blocks of a grid."""
+    seeds: _NumSeeds | None = None
+    """Number of seeds (for images: trials), counted from 0, at most 10,000. They replace each list
+    of several seeds in the blocks of a grid."""
     data_root: Text | None = None
     """Folder with data sets, one subfolder each (`source.folder` in tasks.yaml). A set that is not
     there comes from the hub.
@@ -108,7 +108,7 @@ class CommandLine(Strict):
     exclude: OneOrMore | None = None
     """Names of sets to exclude, one or a list. They replace the names in the suite's file. All keys
     below also replace the values of that file."""
-    seeds: Count | None = None
+    seeds: _NumSeeds | None = None
     """Number of seeds."""
     data_root: Text | None = None
     """Folder with data sets."""

@@ -10,18 +10,20 @@ import hashlib
 import json
 from pathlib import Path
 
+from pydantic import TypeAdapter
 from torch import nn
 
 import emoe
-from benchmarks.harness.base import PARTITIONS, atomic_write
+from benchmarks.harness.base import PARTITIONS, atomic_write, print_warning
 from emoe.architectures import find_ffns
 from emoe.config import EMoEConfig, resolve_layers
 from emoe.errors import CheckpointError
-from emoe.files import read_metadata, read_tensors, tensor_digest, write_tensors
+from emoe.files import one_line, read_metadata, read_tensors, tensor_digest, write_tensors
 from emoe.partitioning import Partition, is_permutation, join_partitions
 
 # Part of every cache key. Increase it if the same settings give another partition.
 _ALGORITHM_VERSION = 2
+_NUMBERS = TypeAdapter(dict[int, float])
 _LAYER = "layer."  # a tensor's name in a file begins with this; the layer number follows
 
 
@@ -34,15 +36,33 @@ def cached_partition(model: nn.Module, config: EMoEConfig, folder: Path = PARTIT
     partitions = []
     for layer, key in partition_keys(model, config).items():
         path = folder / f"{key}.safetensors"
-        try:
-            cached = load_partition(path)
-        except CheckpointError:  # missing or damaged
+        cached = _read_cached(path, layer)
+        if cached is None:
             config_of_layer = dataclasses.replace(config, layers=[layer])
             save_partition(emoe.partition(model, config_of_layer), path)
             # read again, so that a computed partition is the same as a cached one
             cached = load_partition(path)
         partitions.append(cached)
     return join_partitions(partitions)
+
+
+def _read_cached(path: Path, layer: int) -> Partition | None:
+    """Read the partition of a layer from the cache. None if it is missing or damaged.
+
+    Prints a warning if it is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        cached = load_partition(path)
+    except CheckpointError as error:
+        print_warning(f"{error}; it is computed again")
+        return None
+    for by_layer in (cached.permutations, cached.explained, cached.seconds):
+        if list(by_layer) != [layer]:
+            print_warning(f"{path} is not that of layer {layer}; it is computed again")
+            return None
+    return cached
 
 
 def partition_keys(model: nn.Module, config: EMoEConfig) -> dict[int, str]:
@@ -88,18 +108,21 @@ def load_partition(path: Path) -> Partition:
     tensors = read_tensors(path)
     permutations = {}
     for name, tensor in tensors.items():
-        if not is_permutation(tensor, tensor.numel()):
-            raise CheckpointError(f"{path}: {name} is not a permutation")
-        layer = int(name.removeprefix(_LAYER))
-        permutations[layer] = tensor
+        layer = name.removeprefix(_LAYER)
+        if not layer.isdecimal() or not is_permutation(tensor, tensor.numel()):
+            raise CheckpointError(f"{path} is damaged: {name} is not the permutation of a layer")
+        permutations[int(layer)] = tensor
     sorted_by_layer = dict(sorted(permutations.items()))
 
     metadata = read_metadata(path)
-    explained = _numbers_by_layer(metadata.get("explained", "{}"))
-    seconds = _numbers_by_layer(metadata.get("seconds", "{}"))
+    try:
+        explained = _numbers_by_layer(metadata.get("explained", "{}"))
+        seconds = _numbers_by_layer(metadata.get("seconds", "{}"))
+    except ValueError as error:  # from JSON or pydantic
+        raise CheckpointError(f"{path} is damaged: its metadata: {one_line(error)}") from None
     return Partition(sorted_by_layer, explained, seconds)
 
 
 def _numbers_by_layer(text: str) -> dict[int, float]:
     """Read a JSON object with a number for each layer. In JSON the layer numbers are strings."""
-    return {int(layer): number for layer, number in json.loads(text).items()}
+    return _NUMBERS.validate_python(json.loads(text))

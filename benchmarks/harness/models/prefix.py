@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -22,7 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.harness.base import PREFIXES, DefinitionError, atomic_write
+from benchmarks.harness.base import (
+    PREFIXES,
+    DefinitionError,
+    atomic_write,
+    first_line,
+    print_warning,
+)
 from benchmarks.harness.config.methods import is_below
 from emoe.architectures import find_ffns
 from emoe.files import tensor_digest
@@ -53,7 +60,7 @@ _PATHS_BEFORE_LAYERS: dict[str, tuple[str, ...]] = {
         "norm_pre",
     ),
 }
-_VERSION = 1  # part of the cached files' names; increase it if the same settings give other numbers
+_VERSION = 2  # part of the cached files' names; increase it if the same settings give other numbers
 _TOKENS_AT_ONCE = 4096  # largest number of tokens in a batch, with padding
 
 Row = dict[str, Any]
@@ -124,7 +131,8 @@ class Prefix:
     def output(self, inputs: Mapping[str, Any]) -> Tensor:
         """Run the prefix, and return its output ``[rows, tokens, width]``, float32, on the CPU.
 
-        If there is an accelerator, the model is moved to it first.
+        If there is an accelerator, the model is moved to it first. The prefix always runs without
+        autocast.
 
         Args:
             inputs: The arguments of the model.
@@ -139,7 +147,8 @@ class Prefix:
         # the hook of the last frozen layer raises _Stopped, so the layers above do not run
         hook = self._frozen_layers[-1].register_forward_hook(_stop)
         try:
-            self._model(**moved_inputs)
+            with self._no_autocast(device):
+                self._model(**moved_inputs)
         except _Stopped as stopped:
             return stopped.states.float().cpu()
         finally:
@@ -148,6 +157,21 @@ class Prefix:
         raise RuntimeError(
             f"{type(self._network).__name__} does not call its layers one after the other"
         )
+
+    @contextmanager
+    def _no_autocast(self, device: torch.device) -> Iterator[None]:
+        """Run the model without autocast in this block, even if accelerate has wrapped it.
+
+        States are kept for all runs, and some are computed before the model is wrapped.
+        """
+        # accelerate's wrapper is an attribute of the model, which hides the method of its class
+        wrapper = vars(self._model).pop("forward", None)
+        try:
+            with torch.autocast(device.type, enabled=False):
+                yield
+        finally:
+            if wrapper is not None:
+                cast(Any, self._model).forward = wrapper
 
     def _take_states(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -269,10 +293,11 @@ class PrefixStates:
         key = _states_key(prefix.digest, rows_digest)
         file = folder / f"{key}.npy"
         folder.mkdir(parents=True, exist_ok=True)
+        num_tokens = int(ends[-1])
         with FileLock(folder / f".{key}.lock"):
-            if not file.exists():
+            if not _is_intact(file, num_tokens):
                 _write_states(file, prefix, ends, lengths, batch)
-        self._values = np.load(file, mmap_mode="r")  # [tokens of all rows, width]
+        self._values = _open_states(file)  # [tokens of all rows, width]
         self._ends = ends
         self._lengths = lengths
 
@@ -282,6 +307,39 @@ class PrefixStates:
         start = end - int(self._lengths[row])
         states = np.array(self._values[start:end])  # copies from the file
         return torch.from_numpy(states)
+
+
+def _open_states(file: Path) -> np.memmap[Any, Any]:
+    """Open a file of prefix states. Numbers are only read from it when they are used."""
+    # unlike np.load, this refuses other formats, such as a pickle
+    return np.lib.format.open_memmap(file, mode="r")
+
+
+def _is_intact(file: Path, num_tokens: int) -> bool:
+    """Return True if a file of prefix states exists and has the right form and size.
+
+    Prints a warning if it is damaged. The numbers are not checked, because a file may have many GB.
+
+    Args:
+        file: The file.
+        num_tokens: The number of tokens of all rows.
+    """
+    if not file.exists():
+        return False
+    try:
+        values = _open_states(file)
+    except Exception as error:  # NumPy's reader raises many types
+        print_warning(f"{file} is damaged: {first_line(error)}; it is computed again")
+        return False
+    has_form = values.ndim == 2 and len(values) == num_tokens and values.flags.c_contiguous
+    has_type = values.dtype == np.float32
+    has_size = file.stat().st_size == values.offset + values.nbytes
+    if not (has_form and has_type and has_size):
+        print_warning(
+            f"{file} is damaged: it is not that of {num_tokens:,} tokens; it is computed again"
+        )
+        return False
+    return True
 
 
 def _states_key(prefix_digest: str, rows_digest: str) -> str:

@@ -1,19 +1,17 @@
-"""Say at the end of a run what to open next, and list the verdicts on the paper's claims.
-
-This module reads the written table of claims without pandas, so that ``status`` starts at once.
-"""
+"""Say at the end of a run what to open next, and list the verdicts on the paper's claims."""
 
 from __future__ import annotations
 
-import csv
 import textwrap
 from pathlib import Path
 
 from benchmarks.harness import base as paths
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report.artifacts import CLAIMS
+from benchmarks.harness.report.claim_rows import read_claim_rows
 from benchmarks.harness.report.claims import claimed_benchmarks
 
+_COLUMNS = ("claim_title", "endpoint", "verdict")  # of the table of the claims
 _WIDTH = 100  # letters of a line
 # cells of the column `verdict` that are no verdicts
 _NO_VERDICTS = ("missing", "–")
@@ -43,10 +41,9 @@ def _verdict_lines(suite: Suite, file: Path) -> list[str]:
     if not claimed_benchmarks(suite) or not file.exists():
         return []
     claims_by_verdict: dict[str, list[str]] = {}
-    with file.open(encoding="utf-8", newline="") as rows:
-        for row in csv.DictReader(rows):
-            if row["endpoint"] == "main" and row["verdict"] not in _NO_VERDICTS:
-                claims_by_verdict.setdefault(row["verdict"], []).append(row["claim_title"])
+    for row in read_claim_rows(suite.name, _COLUMNS):
+        if row["endpoint"] == "main" and row["verdict"] not in _NO_VERDICTS:
+            claims_by_verdict.setdefault(row["verdict"], []).append(row["claim_title"])
     if not claims_by_verdict:
         return []
 

@@ -21,10 +21,11 @@ from PIL import Image
 
 import emoe
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import write_text
+from benchmarks.harness.base import read_text, write_text
 from benchmarks.harness.config.catalogue import model_title
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.report.artifacts import CLAIMS, NARROW, artifacts_of
+from benchmarks.harness.report.artifacts import CLAIMS, NARROW, artifacts_of, remake_advice
+from benchmarks.harness.report.claim_rows import read_claim_rows
 from benchmarks.harness.report.claims import claimed_benchmarks
 from benchmarks.harness.report.claims_figure import CAPTION
 from benchmarks.harness.report.claims_table import verdict_sentences
@@ -36,6 +37,19 @@ from benchmarks.harness.report.section import DataRow, Machine, Section, read_se
 from benchmarks.harness.report.table import TEMPLATES
 
 _HERE = Path(__file__).parent
+# columns of the table of the claims: those of the sentences on the verdicts, then those of the rows
+_CLAIM_COLUMNS = (
+    "claim",
+    "claim_title",
+    "endpoint",
+    "verdict",
+    "benchmark",
+    "test_shown",
+    "gain",
+    "runs_shown",
+    "n_shown",
+    "paper",
+)
 _READABLE_DPI = 120  # pixels of an inch; a letter of 7 points is then 11.7 pixels high
 
 
@@ -76,8 +90,8 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
         machines=_sum_machines(all_sections),
         runs_folder=page.link(paths.RUNS),
         run_names=_run_names(all_sections),
-        style=_read_trusted(_HERE / "page.css"),
-        script=_read_trusted(_HERE / "page.js"),
+        style=_trust(read_text(_HERE / "page.css")),
+        script=_trust(read_text(_HERE / "page.js")),
     )
     write_text(output, text)
 
@@ -108,10 +122,14 @@ class _Page:
         path = self.results / "tables" / name
         return {
             "title": title,
-            "html": _read_trusted(path.with_suffix(".html")),
+            "html": self._read_html(path.with_suffix(".html")),
             "files": self.link(path),
             "command": f"snakemake --cores 1 {path}.csv --config suite={self.suite.name}",
         }
+
+    def _read_html(self, path: Path) -> Markup:
+        """Read a written table. Its cells are already escaped."""
+        return _trust(read_text(path, remake_advice(path, self.suite.name)))
 
     def drawn_figure(self, path: Path, caption: str, narrow: Path | None = None) -> dict[str, str]:
         """Return a written figure as an image with caption and link, as :meth:`figure` does.
@@ -191,18 +209,18 @@ class _Page:
         if not claimed_benchmarks(self.suite):
             return {}
         # one row per test
-        rows = pd.read_csv(self.results / "tables" / f"{CLAIMS.name}.csv")
+        rows = read_claim_rows(self.suite.name, _CLAIM_COLUMNS)
 
         # the page has one group of rows per claim
-        tests_by_claim = {}
-        for title, tests in rows.groupby("claim_title", sort=False):
-            tests_by_claim[title] = tests.to_dict("records")
+        tests_by_claim: dict[str, list[dict[str, str]]] = {}
+        for row in rows:
+            tests_by_claim.setdefault(row["claim_title"], []).append(row)
 
         figures = self.results / "figures"
         narrow = figures / CLAIMS.stem(NARROW)
         main_caption = load_paper().items[main_item()].caption or ""
         return {
-            "sentences": [] if is_random else verdict_sentences(rows),
+            "sentences": [] if is_random else verdict_sentences(pd.DataFrame(rows)),
             "tests": tests_by_claim,
             "table": self.table(CLAIMS.name, "Every test"),
             "figure": self.drawn_figure(figures / CLAIMS.name, CAPTION, narrow),
@@ -357,9 +375,6 @@ def _read_image(path: Path) -> str:
     return f"data:image/png;base64,{text}"
 
 
-def _read_trusted(path: Path) -> Markup:
-    """Read a stylesheet, a script or a rendered table as HTML that templates do not escape.
-
-    The cells of a rendered table are already escaped.
-    """
-    return Markup(path.read_text(encoding="utf-8"))  # noqa: S704
+def _trust(text: str) -> Markup:
+    """Mark a stylesheet, a script or a rendered table as HTML that templates do not escape."""
+    return Markup(text)  # noqa: S704

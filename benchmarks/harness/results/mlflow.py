@@ -60,10 +60,6 @@ def mirror(records: Sequence[Record], uri: str) -> dict[str, int]:
     Raises:
         RunError: MLflow failed. The message names the store without its password.
     """
-    # these libraries log the creation of tables, and tracebacks
-    for name in ("alembic", "mlflow"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-
     # The lock file of a SQLite store is beside the database: `.x.db.lock` for `x.db`. The lock file
     # of any other store is in the results folder.
     is_sqlite = uri.startswith(_SQLITE)
@@ -74,31 +70,52 @@ def mirror(records: Sequence[Record], uri: str) -> dict[str, int]:
     with FileLock(store.with_name(f".{store.name}.lock")):
         if is_sqlite:
             store.touch()  # so that the file has the permissions of the umask
-        try:
-            # mirrors of other results folders may write to the same PostgreSQL database
-            with _database_lock(uri):
-                return _write_all(records, uri)
-        except Exception as error:  # MLflow passes on errors of databases, drivers and servers
-            # MLflow's message may contain the store with its password
-            hidden = hide_passwords(uri)
-            reason = hide_passwords(_problem(error).replace(uri, hidden))
-            raise RunError(f"MLflow at {hidden}: {reason}") from None
+        with _open_store(uri) as client:
+            return _write_all(records, client, has_files=not uri.startswith("http"))
 
 
-def _write_all(records: Sequence[Record], uri: str) -> dict[str, int]:
+@contextmanager
+def _open_store(uri: str) -> Iterator[MlflowClient]:
+    """Yield a client for an MLflow store. Other processes cannot mirror into it at the same time.
+
+    Raises:
+        RunError: MLflow failed, here or in the block. The message is one line that names the store
+            without its password.
+    """
+    # these libraries log the creation of tables, and tracebacks
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        # mirrors of other results folders may write to the same PostgreSQL database
+        with _database_lock(uri):
+            yield MlflowClient(uri)
+    except Exception as error:  # MLflow passes on errors of databases, drivers and servers
+        # MLflow's message may contain the store with its password
+        hidden = hide_passwords(uri)
+        reason = hide_passwords(_problem(error).replace(uri, hidden))
+        raise RunError(f"MLflow at {hidden}: {reason}") from None
+
+
+def _write_all(
+    records: Sequence[Record], client: MlflowClient, *, has_files: bool
+) -> dict[str, int]:
     """Write the runs of all benchmarks.
 
-    Returns the counts of the ``added``, ``replaced`` and ``unchanged`` runs.
+    Args:
+        records: The runs.
+        client: The store.
+        has_files: True if the store's files are on this machine, False for a server.
+
+    Returns:
+        The counts of the ``added``, ``replaced`` and ``unchanged`` runs.
     """
     by_benchmark: dict[str, list[Record]] = {}
     for record in records:
         by_benchmark.setdefault(record.run.benchmark, []).append(record)
 
-    client = MlflowClient(uri)
-    is_server = uri.startswith("http")
     counts = Counter(added=0, replaced=0, unchanged=0)
     for benchmark, of_benchmark in by_benchmark.items():
-        experiment = _experiment(client, benchmark, has_files=not is_server)
+        experiment = _experiment(client, benchmark, has_files=has_files)
         stored_runs = client.search_runs([experiment], max_results=_MOST_RUNS)
         stored_by_name = {run.info.run_name: run for run in stored_runs}
         client.set_experiment_tag(experiment, _VIEW_TAG, _view(of_benchmark))
@@ -135,7 +152,7 @@ def _problem(error: Exception) -> str:
     # SQLAlchemy's message may have these words after the first line
     if "database is locked" in str(error):
         return "the database is locked; end the other process that uses it, and repeat"
-    return first_line(error)
+    return first_line(error).strip()
 
 
 def _experiment(client: MlflowClient, benchmark: str, *, has_files: bool) -> str:
@@ -202,8 +219,12 @@ def run_links(uri: str, server: str) -> list[str]:
     Args:
         uri: The store.
         server: The address of MLflow's page, such as ``http://127.0.0.1:5000``.
+
+    Raises:
+        RunError: MLflow failed. The message names the store without its password.
     """
-    experiments = MlflowClient(uri).search_experiments(order_by=["experiment_id ASC"])
+    with _open_store(uri) as client:
+        experiments = client.search_experiments(order_by=["experiment_id ASC"])
     lines = []
     for experiment in experiments:
         # other experiments of the store are not from this module

@@ -17,8 +17,14 @@ from benchmarks.harness.base import DataError, check_is_file, read_json, write_j
 from benchmarks.harness.sources.packages import sha256
 from benchmarks.harness.training.processes import broadcast, is_main
 
-# a file in a checkpoint: the sha256 of the other files by name
+# files in a checkpoint; `complete` has the sha256 of the other files by name
 COMPLETE = "complete"
+WEIGHTS = "trained.safetensors"
+OPTIMIZER = "optimizer.pt"
+SCHEDULER = "scheduler.pt"
+_NEEDED = (WEIGHTS, OPTIMIZER, SCHEDULER, TRAINER_STATE_NAME)
+# a single process saves `rng_state.pth`; several processes save `rng_state_0.pth` and so on
+_RNG_STATE = "rng_state"
 
 
 class SavedCallback(TrainerCallback, ExportableState):
@@ -154,6 +160,12 @@ def _find_fault(checkpoint: Path) -> str | None:
         digests = read_json(checkpoint / COMPLETE, dict[str, str])
     except DataError as error:
         return str(error)
+    missing = [name for name in _NEEDED if name not in digests]
+    # the number of processes may differ from that of the killed run
+    if not any(name.startswith(_RNG_STATE) for name in digests):
+        missing.append(_RNG_STATE)
+    if missing:
+        return f"{checkpoint / COMPLETE} is damaged: it does not list {', '.join(missing)}"
     for name, digest in digests.items():
         path = checkpoint / name
         try:

@@ -20,14 +20,15 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 import emoe
 from benchmarks.harness.models.trainable import Trainable, load_trained_, trained_state
 from benchmarks.harness.training.callbacks import Probe, SetEpochs, UpdateGates
-from benchmarks.harness.training.checkpoints import MarkComplete, UpdateBestPath
+from benchmarks.harness.training.checkpoints import (
+    OPTIMIZER,
+    SCHEDULER,
+    WEIGHTS,
+    MarkComplete,
+    UpdateBestPath,
+)
 from benchmarks.harness.training.processes import is_sharded, world_size
 from emoe.files import write_tensors
-
-# files in a checkpoint
-_WEIGHTS = "trained.safetensors"
-_OPTIMIZER = "optimizer.pt"
-_SCHEDULER = "scheduler.pt"
 
 
 def available_precision(requested: str) -> str:
@@ -169,12 +170,12 @@ class RoutedTrainer(Trainer):
         state = trained_state(self._module)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(state, folder / _WEIGHTS)
+            write_tensors(state, folder / WEIGHTS)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        load_trained_(self._module, Path(resume_from_checkpoint) / _WEIGHTS)
+        load_trained_(self._module, Path(resume_from_checkpoint) / WEIGHTS)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
@@ -188,18 +189,18 @@ class RoutedTrainer(Trainer):
         if self.args.should_save:
             folder = Path(output_dir)
             scheduler: Any = self.lr_scheduler
-            torch.save(state, folder / _OPTIMIZER)
-            torch.save(scheduler.state_dict(), folder / _SCHEDULER)
+            torch.save(state, folder / OPTIMIZER)
+            torch.save(scheduler.state_dict(), folder / SCHEDULER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         folder = Path(checkpoint)
-        state = torch.load(folder / _OPTIMIZER, map_location="cpu", mmap=True, weights_only=True)
+        state = torch.load(folder / OPTIMIZER, map_location="cpu", mmap=True, weights_only=True)
         options = StateDictOptions(full_state_dict=True)
         set_optimizer_state_dict(self._module, self._unwrapped_optimizer, state, options=options)
         scheduler: Any = self.lr_scheduler
-        scheduler.load_state_dict(torch.load(folder / _SCHEDULER, weights_only=True))
+        scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
 
     @property
     def _unwrapped_optimizer(self) -> torch.optim.Optimizer:

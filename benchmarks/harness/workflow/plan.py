@@ -9,29 +9,63 @@ The main process of a workflow plans the runs. A job on a cluster reads them fro
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import DefinitionError, write_text
-from benchmarks.harness.config.runs import PartitionJob, Run, canonical_json
+from benchmarks.harness.base import (
+    DataError,
+    DefinitionError,
+    first_problem,
+    read_text,
+    write_text,
+)
+from benchmarks.harness.config.runs import PartitionJob, Run, canonical_json, run_from_spec
 from benchmarks.harness.config.suite import Suite, plain_suite, suite_names
+from benchmarks.harness.config.yaml import Strict
 
-_RUN_COLUMNS = ("folder", "name", "keeps_weights", "resources", "spec")
-_PARTITION_COLUMNS = ("id", "partition")
+_ADVICE = "start the workflow again"  # which writes both files
+
+
+class _RunRow(Strict):
+    """A row of ``plan.tsv``. The fields are its columns, in their order."""
+
+    folder: str
+    name: str
+    keeps_weights: Literal["yes", "no"]
+    resources: str
+    """JSON, which is parsed only for a run that is needed."""
+    spec: str
+    """JSON, like the resources."""
+
+
+class _PartitionRow(Strict):
+    """A row of ``partitions.tsv``. The fields are its columns, in their order."""
+
+    id: str
+    partition: str
+    """JSON."""
+
+
+_SETTINGS = TypeAdapter(dict[str, Any])
+_PARTITION = TypeAdapter(PartitionJob)
+_Row = TypeVar("_Row", _RunRow, _PartitionRow)
 
 
 def write_plan(suite: Suite) -> None:
     """Write the runs and partitions of a suite for people, and for jobs on a cluster."""
     run_rows = [_run_cells(run) for run in suite.runs]
-    _write_rows(_plan_file(suite), [_RUN_COLUMNS, *run_rows])
+    _write_rows(_plan_file(suite), _RunRow, run_rows)
     partition_rows = [(job.id, job.to_json()) for job in suite.partitions.values()]
-    _write_rows(_partitions_file(suite), [_PARTITION_COLUMNS, *partition_rows])
+    _write_rows(_partitions_file(suite), _PartitionRow, partition_rows)
 
 
 def _run_cells(run: Run) -> tuple[str, ...]:
-    """Return the values of a run in ``plan.tsv``, in the order of ``_RUN_COLUMNS``."""
+    """Return the values of a run in ``plan.tsv``, in the order of its columns."""
     keeps_weights = "yes" if run.keeps_weights else "no"
     resources = canonical_json(run.resources)
     return (run.folder, run.name, keeps_weights, resources, run.to_json())
@@ -90,11 +124,32 @@ def read_run_of_job(folder: str, suite: Suite) -> Run:
         suite: The suite.
 
     Raises:
+        DataError: The plan is damaged.
         DefinitionError: The plan has no such run.
     """
-    row = _read_row(_plan_file(suite), _RUN_COLUMNS, folder)
-    _benchmark, _, run_id = folder.partition("/")
-    return Run(run_id, spec=json.loads(row["spec"]), resources=json.loads(row["resources"]))
+    file = _plan_file(suite)
+    for row in _read_rows(file, _RunRow):
+        if row.folder == folder:
+            return _planned_run(row, file)
+    raise _missing_row(file, folder)
+
+
+def _planned_run(row: _RunRow, file: Path) -> Run:
+    """Make the run of a row in ``plan.tsv``.
+
+    Raises:
+        DataError: The settings are no JSON, or are not those of the row's folder.
+    """
+    damage = DataError(f"{file} is damaged: the settings of '{row.folder}' are wrong; {_ADVICE}")
+    try:
+        resources = _SETTINGS.validate_json(row.resources)
+        run = run_from_spec(_SETTINGS.validate_json(row.spec))
+        folder = run.folder
+    except (KeyError, ValueError):  # no JSON, without the benchmark, or with NaN
+        raise damage from None
+    if folder != row.folder:
+        raise damage
+    return replace(run, resources=resources)
 
 
 def read_partition_of_job(name: str, suite: Suite) -> PartitionJob:
@@ -105,10 +160,31 @@ def read_partition_of_job(name: str, suite: Suite) -> PartitionJob:
         suite: The suite.
 
     Raises:
+        DataError: The plan is damaged.
         DefinitionError: The plan has no such clustering.
     """
-    row = _read_row(_partitions_file(suite), _PARTITION_COLUMNS, name)
-    return PartitionJob(**json.loads(row["partition"]))
+    file = _partitions_file(suite)
+    for row in _read_rows(file, _PartitionRow):
+        if row.id == name:
+            return _planned_partition(row, file)
+    raise _missing_row(file, name)
+
+
+def _planned_partition(row: _PartitionRow, file: Path) -> PartitionJob:
+    """Return the clustering of a row in ``partitions.tsv``.
+
+    Raises:
+        DataError: The settings are no JSON, or are not those of the row's id.
+    """
+    damage = DataError(f"{file} is damaged: the settings of '{row.id}' are wrong; {_ADVICE}")
+    try:
+        partition = _PARTITION.validate_json(row.partition)
+        partition_id = partition.id
+    except (KeyError, ValueError):  # no JSON, without a setting, or with NaN
+        raise damage from None
+    if partition_id != row.id:
+        raise damage
+    return partition
 
 
 def weights_by_benchmark(suite: Suite, *, in_job: bool) -> dict[str, dict[str, bool]]:
@@ -126,9 +202,14 @@ def weights_by_benchmark(suite: Suite, *, in_job: bool) -> dict[str, dict[str, b
         for run in suite.runs:
             kept_by_benchmark[run.benchmark][run.id] = run.keeps_weights
         return kept_by_benchmark
-    for row in _read_rows(_plan_file(suite), _RUN_COLUMNS):
-        benchmark, _, run_id = row["folder"].partition("/")
-        kept_by_benchmark[benchmark][run_id] = row["keeps_weights"] == "yes"
+    file = _plan_file(suite)
+    for row in _read_rows(file, _RunRow):
+        benchmark, _, run_id = row.folder.partition("/")
+        if benchmark not in kept_by_benchmark:
+            raise DataError(
+                f"{file} is damaged: the suite has no benchmark '{benchmark}'; {_ADVICE}"
+            )
+        kept_by_benchmark[benchmark][run_id] = row.keeps_weights == "yes"
     return kept_by_benchmark
 
 
@@ -142,29 +223,43 @@ def _partitions_file(suite: Suite) -> Path:
     return paths.RESULTS / suite.name / "partitions.tsv"
 
 
-def _write_rows(path: Path, rows: list[tuple[str, ...]]) -> None:
-    """Write rows as lines with tabs between the cells. The first row names the columns."""
-    lines = ["\t".join(row) for row in rows]  # canonical JSON has no tabs
+def _write_rows(path: Path, row_model: type[_Row], rows: Sequence[tuple[str, ...]]) -> None:
+    """Write rows as lines with tabs between the cells. The first line names the columns.
+
+    Args:
+        path: The file.
+        row_model: The model whose fields are the columns.
+        rows: The cells of each row, in the order of the columns.
+    """
+    all_rows = [tuple(row_model.model_fields), *rows]
+    lines = ["\t".join(row) for row in all_rows]  # canonical JSON has no tabs
     write_text(path, "\n".join(lines) + "\n")
 
 
-def _read_rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
-    """Yield each row below the first as a dictionary of cells by column."""
-    with path.open(encoding="utf-8") as lines:
-        next(lines)  # the names of the columns
-        for line in lines:
-            cells = line.rstrip("\n").split("\t")
-            yield dict(zip(columns, cells, strict=True))
-
-
-def _read_row(path: Path, columns: tuple[str, ...], key: str) -> dict[str, str]:
-    """Return the row whose first cell is ``key``, as a dictionary of cells by column.
+def _read_rows(path: Path, row_model: type[_Row]) -> Iterator[_Row]:
+    """Yield each row below the names of the columns.
 
     Raises:
-        DefinitionError: There is no such row.
+        DataError: The file cannot be read, or a line is damaged. The error names the line.
     """
-    key_column = columns[0]
-    for row in _read_rows(path, columns):
-        if row[key_column] == key:
-            return row
-    raise DefinitionError(f"{path} has no row '{key}'; start the workflow again")
+    columns = list(row_model.model_fields)
+    text = read_text(path, _ADVICE)
+    lines = text.split("\n")
+    if lines.pop():  # a whole file ends with a line end
+        raise DataError(f"{path} is damaged: the last line is cut off; {_ADVICE}")
+    if not lines or lines[0].split("\t") != columns:
+        raise DataError(f"{path} is damaged: line 1 must name {', '.join(columns)}; {_ADVICE}")
+    for number, line in enumerate(lines[1:], start=2):
+        cells = line.split("\t")
+        where = f"{path} is damaged: line {number}"
+        if len(cells) != len(columns):
+            raise DataError(f"{where} has {len(cells)} cells, not {len(columns)}; {_ADVICE}")
+        try:
+            yield row_model.model_validate(dict(zip(columns, cells, strict=True)))
+        except ValidationError as error:
+            raise DataError(f"{where}: {first_problem(error)}; {_ADVICE}") from None
+
+
+def _missing_row(path: Path, key: str) -> DefinitionError:
+    """Return the error for a run or clustering that is not in a file of the plan."""
+    return DefinitionError(f"{path} has no row '{key}'; {_ADVICE}")
