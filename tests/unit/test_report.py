@@ -225,7 +225,7 @@ def test_a_heading_sorts_by_the_number_and_the_keyboard_lists_runs(
 ) -> None:
     page, _ = opened(browser, page_file)
     heading = page.locator("#glue_results thead button", has_text="ID (%)").first
-    values = "[...document.querySelectorAll('#glue_results tbody tr')].map((row) => Number(row.cells[3].dataset.sort))"
+    values = "[...document.querySelectorAll('#glue_results tbody tr')].map((row) => Number(row.cells[4].dataset.sort))"
     for order in (False, True):
         heading.click()
         shown = page.evaluate(values)
