@@ -25,8 +25,7 @@ _INITIAL_SCALE = 2.0
 _EMBEDDING_DEVIATION = 0.01
 # elements of a weight that are averaged together on a CPU
 _CHUNK_ELEMENTS = 1 << 19
-# Elements of a weight that are compared to detect changes. They are spread evenly, so each of up to
-# this many experts has one.
+# least number of elements of a weight that are compared to detect changes, if it has as many rows
 _COMPARED_ELEMENTS = 512
 
 
@@ -195,11 +194,12 @@ class Stamp:
         # a view needs no comparison of elements
         compared = weight.new_empty(0)
         if has_copy:
-            elements = weight.detach().view(-1)
-            step = max(len(elements) // _COMPARED_ELEMENTS, 1)
-            # With an even step, the compared elements might all be of one column.
-            odd_step = step | 1
-            compared = elements[::odd_step]
+            rows, columns = weight.shape
+            num_rows = min(rows, _COMPARED_ELEMENTS)
+            # Each step goes down some rows and along some columns, because the neurons of an expert
+            # are rows, or columns in GPT-2's Conv1D.
+            step = (rows // num_rows) * columns + max(columns // num_rows, 1)
+            compared = weight.detach().view(-1)[::step]
         self._elements = compared  # a view of the weight: it shows later changes
         self._stored = compared.clone()
 

@@ -38,8 +38,9 @@ def load_set(task: RunImageSet, seed: int, *, truncated: str) -> ImageSet:
 def validate_once(image_set: ImageSet, task: RunImageSet, truncated: str) -> None:
     """Open every image of a set, and write the counts of images to a file in :data:`.IMAGES`.
 
-    If the file exists, no image is opened. The name of the file depends on the image files, so
-    other files are opened again. Concurrent runs wait for the first one.
+    If the file exists, no image is opened. The name of the file depends on the paths and sizes of
+    the image files. If one changes, all images are opened again. Concurrent runs wait for the first
+    one.
 
     Raises:
         DataError: Images are damaged.

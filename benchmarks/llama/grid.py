@@ -230,7 +230,9 @@ def _check_layers(
     raise DefinitionError(
         f"{where}: method '{point['method']}' converts the layers {config['layers']!r}, but the "
         f"finetuning '{finetuning}' {verb} {tuning.layers!r}; set 'layers' of the method to "
-        f"{tuning.layers!r}, or 'finetuning.{finetuning}.layers' to {config['layers']!r}"
+        f"{tuning.layers!r}, or 'finetuning.{finetuning}.layers' to {config['layers']!r}; "
+        "the layers have to fit for every number of layers, because that of the model is not known "
+        "yet"
     )
 
 

@@ -337,8 +337,7 @@ def _table_caption(ablation: Ablation) -> str:
         f"rows of a set and selection share. Δ is the difference to the {reference}, paired by "
         "seed over all seeds that both have, with a 95 % confidence interval (Student's t). "
         f"{SEEDS_COVER} p is from the paired t-test, corrected with Holm's procedure over the "
-        "rows of a set and selection; the verdict "
-        f"uses it at 5 %. {OTHER_MODELS}"
+        f"rows of a set and selection; the verdict uses it at 5 %. {OTHER_MODELS}"
     )
 
 

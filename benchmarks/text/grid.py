@@ -449,7 +449,7 @@ def _check_metric(where: Location | str, metric: str, classes: int) -> None:
     else:
         scored = f"{classes} classes"
         valid = _CLASS_METRICS
-        invalid = _TWO_CLASS_METRICS
+        invalid = _TWO_CLASS_METRICS + _REGRESSION_METRICS
     if metric in invalid:
         choices = ", ".join(valid)
         raise DefinitionError(

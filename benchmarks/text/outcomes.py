@@ -464,7 +464,7 @@ class TextOutcomes(Outcomes):
         tasks: Mapping[str, TaskEntry] = self.benchmark.tasks
         regressions = [name for name, task in tasks.items() if not task.labels]
         is_loss = records["metric"].isin(LOSSES) & ~records["eval_task"].isin(regressions)
-        losses = _add_diverged(records[is_loss], runs=records[_KEYS_OF_RUN].drop_duplicates())
+        losses = _add_diverged(records[is_loss], records)
         columns = [*_KEYS_OF_RUN, "eval_task", "domain", "metric", "value"]
         parts = []
         if self._shows_in_domain:
@@ -572,17 +572,22 @@ def _protocols_of(frame: pd.DataFrame) -> list[str]:
     return [protocol for protocol in PROTOCOLS if protocol in contained]
 
 
-def _add_diverged(losses: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """Add a loss of nan for each of ``runs`` that lacks a loss which its method has.
+def _add_diverged(losses: pd.DataFrame, records: pd.DataFrame) -> pd.DataFrame:
+    """Add a loss of nan for each set that a run evaluated, if only other runs have the loss.
 
-    Other seeds of the method have this loss. A run without it diverged.
+    The other runs have the same model and task, and any method. A run without the loss diverged.
+
+    Args:
+        losses: The losses of the runs.
+        records: All numbers of the runs.
     """
-    keys_of_loss = ["part", "eval_task", "metric"]
-    keys_of_method = ["protocol", "model", "task", "method"]
-    # every loss that a method has in any run, for every run of the method
-    losses_of_method = losses[[*keys_of_method, *keys_of_loss]].drop_duplicates()
-    expected = runs.merge(losses_of_method, on=keys_of_method)
-    return expected.merge(losses, on=[*_KEYS_OF_RUN, *keys_of_loss], how="left")
+    keys_of_set = ["protocol", "model", "task", "part", "eval_task"]
+    losses_of_set = losses[[*keys_of_set, "metric"]].drop_duplicates()
+    # a diverged run still has a score on the set
+    evaluated = records[[*_KEYS_OF_RUN, "part", "eval_task"]].drop_duplicates()
+    expected = evaluated.merge(losses_of_set, on=keys_of_set)
+    keys_of_loss = [*_KEYS_OF_RUN, "part", "eval_task", "metric"]
+    return expected.merge(losses, on=keys_of_loss, how="left")
 
 
 def add_transformed_rows(records: pd.DataFrame) -> pd.DataFrame:

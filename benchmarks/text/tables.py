@@ -136,8 +136,7 @@ def _results_caption(outcomes: TextOutcomes) -> str:
         f"{_DEVIATION} {_pairs_note(outcomes)} They have a 95 % confidence interval (Student's t), "
         f"not corrected for multiple tests. {common.SEEDS_COVER} ID is the training task, OOD the "
         f"mean over the other sets, without further training. {_SELECTIONS} Bold marks the best "
-        f"method, without controls. "
-        f"{_metric_note(outcomes, ID, OOD)}"
+        f"method, without controls. {_metric_note(outcomes, ID, OOD)}"
     )
 
 
@@ -145,8 +144,8 @@ def _pairs_note(outcomes: TextOutcomes) -> str:
     """Return sentences for captions: which seeds the scores use, and which the differences."""
     return (
         "Scores use the n seeds that all compared rows have. Differences (Δ) use all seeds that a "
-        f"row shares with {outcomes.baseline_title}, paired by seed, so they may differ from the "
-        "difference of the scores."
+        f"row shares with {outcomes.baseline_title}, paired by seed, so Δ may differ from the "
+        "difference between the shown scores."
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
 
 import emoe
 from emoe.architectures import find_ffns
@@ -15,7 +16,6 @@ from emoe.layer import routed_layers
 from emoe.routers import AvgKRouter
 from tests import converted, tiny_models
 from tests.converted import assert_same, inputs, net, step
-from tests.plain_net import plain_net
 
 pytestmark = pytest.mark.usefixtures("always_sparse")
 LEARNED = converted.SETTINGS["learned"]
@@ -175,15 +175,26 @@ def test_mean_keys_follow_the_weights_in_evaluation() -> None:
 
 
 @torch.no_grad()
-def test_mean_keys_follow_a_change_of_one_expert_that_pytorch_does_not_count() -> None:
-    model = plain_net(hidden=96, width=384)
-    emoe.convert_(model, emoe.EMoEConfig(num_experts=64, top_k=16, partition="contiguous"))
-    x = torch.randn(5, 96)
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_mean_keys_follow_a_change_of_one_expert_that_pytorch_does_not_count(name: str) -> None:
+    """In GPT-2's weights, the neurons of an expert are columns, elsewhere rows."""
+    sizes: dict[str, dict[str, int]] = {
+        "bert": {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 1},
+        "gpt2": {"n_embd": 192, "n_inner": 768, "n_layer": 1},
+    }
+    config = AutoConfig.for_model(name, vocab_size=60, **sizes[name])
+    model = AutoModel.from_config(config).eval()
+    experts = emoe.EMoEConfig(num_experts=64, top_k=16, layers=[0], partition="contiguous")
+    emoe.convert_(model, experts)
+    (layer,) = routed_layers(model)
+    weight = layer.ffn.proj_in.weight.data
+    neurons = weight.T if name == "gpt2" else weight
+    tokens = torch.arange(5)[None]
     for expert in range(64):
-        model(x)
-        blocks = model.layers[0].inner.weight.data.unflatten(0, (64, -1))
-        blocks[expert] *= -1
-        assert torch.equal(model(x), copy.deepcopy(model)(x)), expert
+        model(tokens)
+        neurons.unflatten(0, (64, -1))[expert] *= -1
+        changed = model(tokens).last_hidden_state
+        assert torch.equal(changed, copy.deepcopy(model)(tokens).last_hidden_state), expert
 
 
 @torch.no_grad()

@@ -153,6 +153,20 @@ def test_a_run_that_diverged_on_a_set_has_a_mean_loss_of_nan(glue: list[Run]) ->
     assert values(numbers, "id", "loss").notna().all()
 
 
+def test_the_mean_loss_is_nan_if_all_seeds_of_a_method_diverged_on_a_set(glue: list[Run]) -> None:
+    # a mean over the other sets would be compared with the dense model's mean over all sets
+    def lose(made: dict[str, Any]) -> None:
+        first = next(iter(made["scores"]["ood"].values()))
+        first["loss"] = None
+
+    for run in glue:
+        if (run.method, run.task) == ("emoe", "tweets"):
+            fake_runs.edit(run, lose)
+    means = values(claimed_numbers("glue", glue), "ood_mean", "loss")
+    assert means.loc["emoe"].isna().all()
+    assert means.loc["vanilla"].notna().all()
+
+
 def test_claims_are_told_that_a_run_diverged(glue: list[Run]) -> None:
     diverged = find(glue, "emoe", seed=1)
 

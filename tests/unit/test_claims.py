@@ -467,7 +467,7 @@ def test_every_test_has_a_row_and_its_p_is_corrected_within_its_endpoint(
         pd.testing.assert_series_equal(of_endpoint["p_holm"], corrected, check_names=False)
     missing = rows[rows["verdict"] == "missing"].set_index(["claim", "test"])["remark"]
     name = "questions, full fine-tuning, every fourth upper layer"
-    assert missing["llama", name] == "not in this suite"
+    assert missing["llama", name] == "no runs of both methods that can be compared"
 
     first, second = verdict_sentences(rows)
     assert first.startswith(f"{len(others)} tests of {rows['claim'].nunique()} claims")

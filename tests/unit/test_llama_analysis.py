@@ -269,11 +269,11 @@ EXPERTS = {**TRAINS, "method": ["emoe"]}
             {"grid": [EXPERTS | {"finetuning": ["blocks"], "layers": ["28::2"]}]},
             r"smoke.yaml: 'benchmarks.llama.grid\[0\]': method 'emoe' converts the layers '28::2', "
             r"but the finetuning 'blocks' trains the blocks '2::1'; set 'layers' of the method to "
-            r"'2::1', or 'finetuning.blocks.layers' to '28::2'$",
+            r"'2::1', or 'finetuning.blocks.layers' to '28::2'; the layers have to fit for every ",
         ),
         (
             {"grid": [EXPERTS | {"finetuning": ["qlora"], "layers": ["28::2"]}]},
-            "the finetuning 'qlora' leaves unquantised only 'last-half:4'; .* to '28::2'$",
+            "the finetuning 'qlora' leaves unquantised only 'last-half:4'; .* to '28::2'; ",
         ),
     ],
 )

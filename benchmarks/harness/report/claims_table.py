@@ -45,6 +45,7 @@ from benchmarks.harness.report.evidence import (
 )
 from benchmarks.harness.report.presentation import has_random_weights
 from benchmarks.harness.report.table import MISSING, Column, Table
+from benchmarks.harness.results.records import MAY_DIVERGE
 from benchmarks.harness.results.statistics import Difference, holm
 
 # One line of a file of claim numbers: a number with its names. The keys are the columns COMPARED of
@@ -69,7 +70,7 @@ _TABLE_CAPTION = (
     "errors. Share of errors: the difference, divided by the errors of the reference method. "
     "The interval of a time is its range over all rounds and settings. Untestable: no pair or "
     "one, equal differences, a run that diverged, or two methods that are no better than a "
-    "guess. Missing: no such runs in this suite."
+    "guess. Missing: no runs of both methods that can be compared."
 )
 
 # endpoints of the tests
@@ -167,9 +168,10 @@ def write_claim_numbers(suite: str, benchmark: str, numbers: pd.DataFrame) -> No
 
     ``numbers`` has the columns ``COMPARED`` of :mod:`.common`.
     """
-    # the loss of a run that diverged is nan, for which JSON has null
-    with_null = numbers.astype(object).where(numbers.notna(), None)
-    lines = (_to_json(row) for row in with_null.to_dict("records"))
+    # the loss of a run that diverged is nan, for which JSON has null; any other nan is an error
+    has_diverged = numbers["metric"].isin(MAY_DIVERGE) & numbers["value"].isna()
+    values = numbers["value"].astype(object).mask(has_diverged, None)
+    lines = (_to_json(row) for row in numbers.assign(value=values).to_dict("records"))
     write_lines(Path(numbers_file(suite, benchmark)), lines)
 
 
@@ -292,7 +294,8 @@ def _claim_row(
         return row_without_evidence
     evidence = find_evidence(numbers[compare.benchmark], compare)
     if evidence is None:
-        return row_without_evidence
+        remark = "no runs of both methods that can be compared"
+        return replace(row_without_evidence, remark=remark)
     return _with_evidence(row_without_evidence, compare, test.paper, evidence)
 
 

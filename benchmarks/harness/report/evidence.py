@@ -142,8 +142,9 @@ def _compare_pairs(
     # settings, because every setting of the method is compared with the same score.
     shared_columns = [*_COMPARED_COLUMNS, *_PAIR_COLUMNS]
     our_columns = [*_COMPARED_COLUMNS, "setting", *_PAIR_COLUMNS]
-    our_means = ours.groupby(our_columns, sort=False)["value"].mean()
-    other_means = others.groupby(shared_columns, sort=False)["value"].mean()
+    # the mean with a run that diverged is nan
+    our_means = ours.groupby(our_columns, sort=False)["value"].mean(skipna=False)
+    other_means = others.groupby(shared_columns, sort=False)["value"].mean(skipna=False)
     our_scores = our_means.rename("our_score").reset_index()
     other_scores = other_means.rename("other_score").reset_index()
     both = our_scores.merge(other_scores, on=shared_columns)

@@ -55,7 +55,7 @@ RUN_KEYS = ["benchmark", "model", "task", "method", "protocol", "variant", "lear
 GROUP_KEYS = [key for key in RUN_KEYS if key != "seed"]
 AS = " as "  # in names of parts, it stands before the method that the model was converted to
 # these metrics are null if the model diverged
-_MAY_DIVERGE = ("loss", "loss_calibrated", "nats_per_byte")
+MAY_DIVERGE = ("loss", "loss_calibrated", "nats_per_byte")
 _ROUNDING = 1e-6  # a number may be outside its range by this much
 ROUTING = (*LOADS, *information_numbers("class", "environment", "task"))
 
@@ -468,7 +468,7 @@ def _score_numbers(run: Run, scores: Scores, suffix: str = "") -> Iterator[RunNu
         for data_set, values in by_data_set.items():
             for metric, value in values.items():
                 # any other missing value is yielded, so that `check_metrics` raises an error
-                has_diverged = value is None and metric in _MAY_DIVERGE
+                has_diverged = value is None and metric in MAY_DIVERGE
                 if not has_diverged:
                     yield RunNumber(part + suffix, data_set, metric, value)
 

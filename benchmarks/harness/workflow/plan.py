@@ -138,14 +138,14 @@ def _planned_run(row: _RunRow, file: Path) -> Run:
     """Make the run of a row in ``plan.tsv``.
 
     Raises:
-        DataError: The settings are no JSON, or are not those of the row's folder.
+        DataError: The settings are not JSON, or are not those of the row's folder.
     """
     damage = DataError(f"{file} is damaged: the settings of '{row.folder}' are wrong; {_ADVICE}")
     try:
         resources = _SETTINGS.validate_json(row.resources)
         run = run_from_spec(_SETTINGS.validate_json(row.spec))
         folder = run.folder
-    except (KeyError, ValueError):  # no JSON, without the benchmark, or with NaN
+    except (KeyError, ValueError):  # not JSON, lacks the benchmark, or contains NaN
         raise damage from None
     if folder != row.folder:
         raise damage
@@ -174,13 +174,13 @@ def _planned_partition(row: _PartitionRow, file: Path) -> PartitionJob:
     """Return the clustering of a row in ``partitions.tsv``.
 
     Raises:
-        DataError: The settings are no JSON, or are not those of the row's id.
+        DataError: The settings are not JSON, or are not those of the row's id.
     """
     damage = DataError(f"{file} is damaged: the settings of '{row.id}' are wrong; {_ADVICE}")
     try:
         partition = _PARTITION.validate_json(row.partition)
         partition_id = partition.id
-    except (KeyError, ValueError):  # no JSON, without a setting, or with NaN
+    except (KeyError, ValueError):  # not JSON, lacks a setting, or contains NaN
         raise damage from None
     if partition_id != row.id:
         raise damage
