@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +22,6 @@ from benchmarks.harness.report.common import (
     SEEDS_COVER,
     SETTING_SEPARATOR,
     cell_means,
-    differences_to,
     name_or_count,
     published_delta,
     read_published,
@@ -31,7 +31,7 @@ from benchmarks.harness.report.common import (
 from benchmarks.harness.report.presentation import Figure
 from benchmarks.harness.report.style import MethodStyle
 from benchmarks.harness.report.table import MISSING, Column, Table
-from benchmarks.harness.results.statistics import shared_pairs, with_verdicts
+from benchmarks.harness.results.statistics import paired_differences, shared_pairs, with_verdicts
 from benchmarks.text.definition import ABLATION_COLUMNS, ID, OOD, PUBLISHED, Ablation
 from benchmarks.text.outcomes import ARROW, DOMAINS, TextOutcomes, shown_deviation, split_name
 
@@ -71,13 +71,12 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     if ablation.steps:
         references = itertools.pairwise(names)
     # a difference uses all seeds that a row shares with its reference
-    differences = differences_to(seeds, cell=_KEYS_OF_ROW, references=references)
+    differences = _differences_to(references, seeds)
     summaries = _summarise(shared).merge(differences, on=_KEYS_OF_ROW, how="left")
     tested = with_verdicts(summaries, family=_KEYS_OF_GROUP)
-    with_counts = tested.fillna({"pairs": 0}).astype({"pairs": int})
 
     neurons = cell_means(ablated.records, cell=["model", "method"], metrics=["active_neurons"])
-    ours = with_numbers(with_counts, on=["model", "method"], numbers=neurons)
+    ours = with_numbers(tested, on=["model", "method"], numbers=neurons)
     with_paper = _join_paper(ablated, ablation, ours)
     marked = with_paper.assign(is_ours=with_paper["mean"].notna())
     in_order = _sort_rows(ablation, marked)
@@ -140,6 +139,28 @@ def _summarise(seeds: pd.DataFrame) -> pd.DataFrame:
     rows = replaced.reset_index()
     # `std` becomes the shown one: the population deviation for the authors' selection
     return rows.assign(std=shown_deviation(rows))
+
+
+def _differences_to(
+    references: Iterable[tuple[str, str | None]], seeds: pd.DataFrame
+) -> pd.DataFrame:
+    """Compare the scores of each row with those of its reference, over the seeds of both.
+
+    Each pair in ``references`` has a reference row, and the row that is compared with it. None in
+    the second place means that all other rows are compared with the reference. The column ``pairs``
+    counts the seeds.
+    """
+    differences = []
+    for reference, method in references:
+        compared = seeds
+        if method is not None:
+            compared = seeds[seeds["method"].isin([reference, method])]
+        paired = paired_differences(
+            compared, cell=_KEYS_OF_ROW, reference={"method": reference}, pair="seed"
+        )
+        # with one score per seed, the count of scores in `values` repeats the count of seeds
+        differences.append(paired.drop(columns="values").rename(columns={"n": "pairs"}))
+    return pd.concat(differences)
 
 
 def _sort_rows(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
@@ -347,9 +368,8 @@ def _or_dash(texts: pd.Series[str]) -> pd.Series[str]:
 
 
 def _count_text(count: float) -> str:
-    """Format a number of seeds; a dash for none, and for a row that only the paper has."""
-    has_seeds = count > 0  # nan has none
-    return f"{count:.0f}" if has_seeds else MISSING
+    """Format a number of seeds; a dash for nan, such as in a row that only the paper has."""
+    return MISSING if math.isnan(count) else f"{count:.0f}"
 
 
 def ablation_figure(outcomes: TextOutcomes, name: str) -> Figure:

@@ -15,7 +15,6 @@ from benchmarks.harness.config.methods import ABLATION
 from benchmarks.harness.report.common import (
     SETTING_SEPARATOR,
     Outcomes,
-    differences_to,
     join_claim_numbers,
     parameter_counts,
     summarize_scores,
@@ -225,8 +224,11 @@ class TextOutcomes(Outcomes):
         self.shared = shared_pairs(
             self.seeds, within=_KEYS_OF_SET, compared=["method"], pair="seed"
         )
-        self.rows = self._rows()
-        self.tests = self._tests()
+        differences = paired_differences(
+            self.seeds, cell=_KEYS_OF_ROW, reference={"method": self.baseline}, pair="seed"
+        ).drop(columns="values")
+        self.rows = self._rows(differences)
+        self.tests = self._tests(differences)
 
     @cached_property
     def ablated(self) -> TextOutcomes:
@@ -376,33 +378,27 @@ class TextOutcomes(Outcomes):
         ]
         return seeds.sort_values("protocol", kind="stable")
 
-    def _rows(self) -> pd.DataFrame:
-        """Summarise the shared scores of each row, and compare its scores with the baseline's.
+    def _rows(self, differences: pd.DataFrame) -> pd.DataFrame:
+        """Summarise the scores of each row in ``shared``, and add its difference to the baseline.
 
-        The scores are those of the ``n`` seeds that all methods have. A difference uses all seeds
-        that the row shares with the baseline; they are counted in ``pairs``.
+        ``pairs`` counts the seeds of the difference.
         """
         summaries = summarize_scores(self.shared, cell=_KEYS_OF_ROW)
-        # None: all methods are compared with the baseline
-        references = [(self.baseline, None)]
-        differences = differences_to(self.seeds, cell=_KEYS_OF_ROW, references=references)
+        counted = differences.rename(columns={"n": "pairs"}).drop(columns="p")
         # a row without shared seeds has no mean, and the baseline has no difference
         all_rows = self.seeds[_KEYS_OF_ROW].drop_duplicates()
         with_scores = all_rows.merge(summaries, how="left", on=_KEYS_OF_ROW)
-        rows = with_scores.merge(differences.drop(columns="p"), how="left", on=_KEYS_OF_ROW)
+        rows = with_scores.merge(counted, how="left", on=_KEYS_OF_ROW)
         with_counts = rows.fillna({"n": 0}).astype({"n": int})
         return self._by_set(with_counts)
 
-    def _tests(self) -> pd.DataFrame:
-        """Test the differences of methods to the baseline, in domain and out of domain.
+    def _tests(self, differences: pd.DataFrame) -> pd.DataFrame:
+        """Test the differences to the baseline on single sets, in domain and out of domain.
 
-        They are paired by seed. The p values are Holm-corrected over all rows.
+        The p values are Holm-corrected over all rows.
         """
-        scores = self.seeds[self.seeds["domain"].isin([ID, OOD])]
-        differences = paired_differences(
-            scores, cell=_KEYS_OF_ROW, reference={"method": self.baseline}, pair="seed"
-        )
-        return self._by_set(with_verdicts(differences.drop(columns="values")))
+        of_sets = differences[differences["domain"].isin([ID, OOD])]
+        return self._by_set(with_verdicts(of_sets))
 
     def _by_set(self, rows: pd.DataFrame) -> pd.DataFrame:
         """Group the rows that are compared, sort each group by method, and add titles.

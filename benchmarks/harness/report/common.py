@@ -19,7 +19,6 @@ from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.statistics import (
     confidence_interval,
     information_numbers,
-    paired_differences,
 )
 
 SETTING_SEPARATOR = (
@@ -488,34 +487,6 @@ def summarize_scores(scores: pd.DataFrame, cell: Sequence[str]) -> pd.DataFrame:
         rows.append(row)
     # the columns are named, so that they exist even without rows
     return pd.DataFrame(rows, columns=[*cell, "mean", "std", "population_std", "n"])
-
-
-def differences_to(
-    scores: pd.DataFrame, cell: Sequence[str], references: Iterable[tuple[str, str | None]]
-) -> pd.DataFrame:
-    """Compare the ``value`` of each cell with that of a reference, over the seeds of both.
-
-    Args:
-        scores: The scores, one row per seed.
-        cell: The columns that identify a cell; ``method`` is one of them.
-        references: Pairs of a reference method and the method that is compared with it. None
-            compares all other methods with the reference.
-
-    Returns:
-        One row per cell that shares seeds with its reference. The columns ``delta``, ``low``,
-        ``high`` and ``p`` (uncorrected) describe the difference, and ``pairs`` counts the seeds.
-    """
-    differences = []
-    for reference, method in references:
-        compared = scores
-        if method is not None:
-            compared = scores[scores["method"].isin([reference, method])]
-        paired = paired_differences(
-            compared, cell=cell, reference={"method": reference}, pair="seed"
-        )
-        # with one score per seed, the count of scores in `values` repeats the count of seeds
-        differences.append(paired.drop(columns="values").rename(columns={"n": "pairs"}))
-    return pd.concat(differences)
 
 
 def cost_table(

@@ -128,27 +128,15 @@ def read_run_of_job(folder: str, suite: Suite) -> Run:
         DefinitionError: The plan has no such run.
     """
     file = _plan_file(suite)
-    for row in _read_rows(file, _RunRow):
-        if row.folder == folder:
-            return _planned_run(row, file)
-    raise _missing_row(file, folder)
-
-
-def _planned_run(row: _RunRow, file: Path) -> Run:
-    """Make the run of a row in ``plan.tsv``.
-
-    Raises:
-        DataError: The settings are not JSON, or are not those of the row's folder.
-    """
-    damage = DataError(f"{file} is damaged: the settings of '{row.folder}' are wrong; {_ADVICE}")
+    row = _read_row(file, _RunRow, folder)
     try:
         resources = _SETTINGS.validate_json(row.resources)
         run = run_from_spec(_SETTINGS.validate_json(row.spec))
-        folder = run.folder
+        is_planned = run.folder == folder
     except (KeyError, ValueError):  # not JSON, lacks the benchmark, or contains NaN
-        raise damage from None
-    if folder != row.folder:
-        raise damage
+        is_planned = False
+    if not is_planned:
+        raise _wrong_settings(file, folder)
     return replace(run, resources=resources)
 
 
@@ -164,26 +152,14 @@ def read_partition_of_job(name: str, suite: Suite) -> PartitionJob:
         DefinitionError: The plan has no such clustering.
     """
     file = _partitions_file(suite)
-    for row in _read_rows(file, _PartitionRow):
-        if row.id == name:
-            return _planned_partition(row, file)
-    raise _missing_row(file, name)
-
-
-def _planned_partition(row: _PartitionRow, file: Path) -> PartitionJob:
-    """Return the clustering of a row in ``partitions.tsv``.
-
-    Raises:
-        DataError: The settings are not JSON, or are not those of the row's id.
-    """
-    damage = DataError(f"{file} is damaged: the settings of '{row.id}' are wrong; {_ADVICE}")
+    row = _read_row(file, _PartitionRow, name)
     try:
         partition = _PARTITION.validate_json(row.partition)
-        partition_id = partition.id
+        is_planned = partition.id == name
     except (KeyError, ValueError):  # not JSON, lacks a setting, or contains NaN
-        raise damage from None
-    if partition_id != row.id:
-        raise damage
+        is_planned = False
+    if not is_planned:
+        raise _wrong_settings(file, name)
     return partition
 
 
@@ -260,6 +236,20 @@ def _read_rows(path: Path, row_model: type[_Row]) -> Iterator[_Row]:
             raise DataError(f"{where}: {first_problem(error)}; {_ADVICE}") from None
 
 
-def _missing_row(path: Path, key: str) -> DefinitionError:
-    """Return the error for a run or clustering that is not in a file of the plan."""
-    return DefinitionError(f"{path} has no row '{key}'; {_ADVICE}")
+def _read_row(path: Path, row_model: type[_Row], key: str) -> _Row:
+    """Return the row whose first cell is ``key``.
+
+    Raises:
+        DataError: The file is damaged.
+        DefinitionError: There is no such row.
+    """
+    first_column = next(iter(row_model.model_fields))
+    for row in _read_rows(path, row_model):
+        if getattr(row, first_column) == key:
+            return row
+    raise DefinitionError(f"{path} has no row '{key}'; {_ADVICE}")
+
+
+def _wrong_settings(path: Path, key: str) -> DataError:
+    """Return the error for a row whose settings are damaged, or do not belong to its key."""
+    return DataError(f"{path} is damaged: the settings of '{key}' are wrong; {_ADVICE}")
