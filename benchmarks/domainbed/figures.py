@@ -263,14 +263,14 @@ def _draw_model(
 
 
 def _steps_label(outcomes: DomainOutcomes, numbers: pd.DataFrame, differences: pd.DataFrame) -> str:
-    """Return the label of the steps of one model, with the counts of runs and of trials."""
+    """Return the label of the steps of one model, with the counts of trials and the intervals."""
     lines = ["step"]
     if not numbers.empty:
-        num_runs = numbers.groupby("method")["run_id"].nunique()
-        lines.append(f"lines: {plots.count_text(num_runs, 'runs')}")
+        num_trials = numbers.groupby("method")["trial"].nunique()
+        lines.append(f"lines without Δ: {plots.count_text(num_trials, 'trials')}")
     if not differences.empty:
-        num_trials = plots.count_text(differences["n"], "trials")
-        lines.append(f"Δ to {outcomes.baseline_title}: {num_trials}")
+        trials_and_intervals = plots.sample_text(differences, "trials")
+        lines.append(f"Δ to {outcomes.baseline_title}: {trials_and_intervals}")
     return plots.wrap_text("\n".join(lines), 3.2)
 
 

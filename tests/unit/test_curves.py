@@ -153,8 +153,8 @@ def test_lines_by_step_are_means_and_bars_are_intervals(
             assert (high - low) / 2 == pytest.approx(scale * REACH)
         assert [0, 0] in [list(drawn.get_ydata()) for drawn in axis.lines]
     label = held_out_difference.get_xlabel()
-    assert "lines: n = 4 runs" in label
-    assert "Δ to ERM (vanilla ViT): n = 3 trials" in label.replace("\n", " ")
+    assert "lines without Δ: n = 3 trials" in label
+    assert "Δ to ERM (vanilla ViT): n = 3 trials, 95 % intervals" in label.replace("\n", " ")
 
 
 def test_without_a_pair_that_all_methods_have_only_differences_are_drawn(
