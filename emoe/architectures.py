@@ -553,9 +553,12 @@ def has_plain_weight(module: nn.Module) -> bool:
 
     A sharded weight counts as plain.
     """
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
+    is_ordinary = type(weight) in (Tensor, nn.Parameter)
     # torch.export traces with fake tensors. Their class is compared by the name of its module,
     # which is slow to import.
     is_fake = type(weight).__module__ == "torch._subclasses.fake_tensor"
-    is_plain = is_fake or type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "full_tensor")
-    return is_plain and weight.is_floating_point() and weight.ndim == 2  # type: ignore[union-attr]
+    is_sharded = hasattr(weight, "full_tensor")
+    if not (is_ordinary or is_fake or is_sharded):
+        return False
+    return weight.is_floating_point() and weight.ndim == 2

@@ -42,12 +42,13 @@ def record_activations(
     Raises:
         ConversionError: the batches have no token.
     """
-    padding = watch_padding(model, ffns)
-    samples = {ffn.index: _Sample(seed, padding.get(ffn.index)) for ffn in ffns}
-    hooks: list[Any] = list(padding.values())
+    padding_hooks = watch_padding(model, ffns)
+    samples = {}
+    sample_hooks = []
     for ffn in ffns:
-        sample = samples[ffn.index]
-        hooks.append(ffn.proj_out.register_forward_pre_hook(sample.add))
+        sample = _Sample(seed, padding_hooks.get(ffn.index))
+        samples[ffn.index] = sample
+        sample_hooks.append(ffn.proj_out.register_forward_pre_hook(sample.add))
     modes = {module: module.training for module in model.modules()}
     model.eval()
     # each call of the model adds rows to the samples through the hooks
@@ -57,8 +58,10 @@ def record_activations(
     finally:
         for module, mode in modes.items():
             module.training = mode
-        for hook in hooks:
-            hook.remove()
+        for padding_hook in padding_hooks.values():
+            padding_hook.remove()
+        for sample_hook in sample_hooks:
+            sample_hook.remove()
     # samples have a row per token, but the clustering takes a row per neuron
     activations = {index: sample.rows.t().contiguous() for index, sample in samples.items()}
     if any(rows.numel() == 0 for rows in activations.values()):
@@ -104,9 +107,9 @@ class _Sample:
         neurons = args[0]  # [..., d]
         magnitudes = neurons.flatten(0, -2).abs()
         rows = self._without_padding(magnitudes).float().cpu()
+        # a uniform sample: every row draws a number, and the rows with the lowest numbers stay
         numbers = torch.rand(len(rows), generator=self._generator, dtype=torch.float64)
 
-        # Keep the lowest numbers among the sample so far and the new rows.
         # The sample so far is an empty vector at first. `cat` leaves it out, whatever its shape.
         all_numbers = torch.cat([self._lowest.numbers, numbers])
         all_rows = torch.cat([self._lowest.rows, rows])

@@ -54,6 +54,7 @@ from emoe.model_config import (
 )
 from emoe.partitioning import is_permutation
 from emoe.routers import is_offloaded, unsharded, weights_loaded
+from emoe.tokens import check_unchunked
 
 CONFIG_FILE = "emoe_config.json"
 PARTITION_FILE = "emoe_partition.safetensors"
@@ -87,7 +88,9 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     describe_experts_(model)
     config = getattr(model, "config", None)
-    if is_ours(getattr(config, QUANTIZATION_CONFIG, None)):
+    # a plain module around a transformers model may also have a configuration
+    is_transformers = files.is_transformers_class(type(model))
+    if is_transformers and is_ours(getattr(config, QUANTIZATION_CONFIG, None)):
         # a transformers checkpoint: config.json describes the experts
         files.save_weights(model, folder)
         # files of an older save would contradict it
@@ -158,8 +161,10 @@ def _extra_state(layers: Mapping[int, RoutedActivation]) -> dict[str, Tensor]:
     extra: dict[str, Tensor] = {}
     for number, layer in layers.items():
         for key, module in _modules_with_state(layer):
+            # offloaded tensors have no values until they are loaded
             with weights_loaded(*module.modules()):
-                for name, tensor in module.state_dict().items():
+                state = module.state_dict()
+                for name, tensor in state.items():
                     extra[f"{number}.{key}.{name}"] = unsharded(tensor).cpu().contiguous()
     return extra
 
@@ -272,28 +277,32 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
             f"{folder} holds no experts; load it with its own library, and call emoe.convert_"
         )
 
-    is_transformers = hasattr(loader, "from_pretrained")
-    if not is_transformers:
+    if not files.is_transformers_class(loader):
         # the download is done, and other loaders do not know its options
         others = {name: value for name, value in options.items() if name not in files.HUB_OPTIONS}
         return _load_plain(loader, folder, experts, others)
 
     stored = files.read_settings(folder).get(QUANTIZATION_CONFIG)
+    given_config = options.get("config")
+    given = getattr(given_config, QUANTIZATION_CONFIG, None)
     is_stored_quantised = bool(stored) and not is_ours(stored)
-    if is_stored_quantised or options.get(QUANTIZATION_CONFIG):
+    is_given_quantised = bool(given) and not is_ours(given)
+    if is_stored_quantised or is_given_quantised or options.get(QUANTIZATION_CONFIG):
         return _load_quantised(loader, folder, experts, options)
 
     # transformers calls emoe.loader, which builds the experts before the weights load
-    if is_ours(stored):
+    if is_ours(stored) and given_config is None:
         return files.load_stock(loader, folder, **options)
-    return _load_emoe_0_1(loader, folder, experts, options)
+    return _load_with_description(loader, folder, experts, options)
 
 
-def _load_emoe_0_1(loader: Any, folder: Path, experts: Experts, options: Mapping[str, Any]) -> Any:
-    """Load a transformers model from a folder of emoe 0.1.
+def _load_with_description(
+    loader: Any, folder: Path, experts: Experts, options: Mapping[str, Any]
+) -> Any:
+    """Load a transformers model with a configuration that describes its experts.
 
-    Its ``config.json`` does not name :mod:`emoe.loader`. So transformers gets a configuration that
-    names it.
+    The caller's configuration, or the ``config.json`` of a folder of emoe 0.1, may not name
+    :mod:`emoe.loader`. So transformers gets a copy that names it.
     """
     config, loader_options = _read_config(folder, options)
     setattr(config, QUANTIZATION_CONFIG, experts.quantization_config())
@@ -302,10 +311,11 @@ def _load_emoe_0_1(loader: Any, folder: Path, experts: Experts, options: Mapping
 
 
 def _read_config(folder: Path, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return a folder's transformers configuration without the experts, and the loader's options.
+    """Return a transformers configuration without the experts, and the loader's options.
 
-    As in transformers' own ``from_pretrained``, an option with the name of a field changes this
-    field of the configuration. The loader's options are all other options.
+    The configuration is the option ``config``, or else the folder's. As in transformers' own
+    ``from_pretrained``, an option with the name of a field changes this field of the folder's
+    configuration. The loader's options are all other options.
     """
     others = dict(options)
     given_config = others.pop("config", None)
@@ -315,11 +325,15 @@ def _read_config(folder: Path, options: Mapping[str, Any]) -> tuple[Any, dict[st
     if QUANTIZATION_CONFIG in others:
         kept[QUANTIZATION_CONFIG] = others.pop(QUANTIZATION_CONFIG)
 
-    if given_config is not None:
+    if given_config is None:
+        config, unused = _read_auto_config(folder, others, trust_remote_code=trust_remote_code)
+    elif isinstance(given_config, str | os.PathLike):
+        # the folder or the hub id of another configuration
+        source = Path(given_config)
+        config, unused = _read_auto_config(source, others, trust_remote_code=trust_remote_code)
+    else:
         config = given_config
         unused = others
-    else:
-        config, unused = _read_auto_config(folder, others, trust_remote_code=trust_remote_code)
 
     config = copy.deepcopy(config)  # the caller's object stays as it is
     if is_ours(getattr(config, QUANTIZATION_CONFIG, None)):
@@ -395,7 +409,8 @@ def _load_plain(
     stored = files.read_tensors(folder / files.WEIGHT_FILES[0])
     not_dense = _names_not_dense(model, layers)
     dense_state = {name: tensor for name, tensor in stored.items() if name not in not_dense}
-    files.load_state_(model, dense_state, folder, not_dense)
+    may_be_missing = not_dense | files.new_head_names(model, options)
+    files.load_state_(model, dense_state, folder, may_be_missing)
     load_extra_(layers, folder)
     read_order_(layers, folder)
     finish_conversion_(model)
@@ -444,10 +459,13 @@ def build_experts_(
 
     Raises:
         CheckpointError: the model has fewer FFNs than the experts need.
-        ConversionError: the model has no FFNs in the registry, or an FFN cannot be split evenly.
+        ConversionError: the model has no FFNs in the registry, an FFN cannot be split evenly, or
+            the experts count tokens and the model passes them in chunks.
     """
     ffns = find_ffns(model)
     config = experts.config
+    if config.counts_tokens:
+        check_unchunked(model)
     last = experts.layers[-1]  # in ascending order
     if last >= len(ffns):
         raise CheckpointError(

@@ -297,6 +297,11 @@ class RoutingConfig:
         """
         return self.kind == "gmoe" or self.output_bias != "shared"
 
+    @property
+    def counts_tokens(self) -> bool:
+        """Check if the experts have a capacity or a balance loss, which count a pass's tokens."""
+        return self.capacity_factor is not None or self.aux_loss_coefficient > 0
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, with the ``kind`` for :func:`config_from_dict`."""
         values = dataclasses.asdict(self)

@@ -25,7 +25,7 @@ from emoe.model_config import (
 )
 from emoe.partitioning import Partition, is_permutation
 from emoe.partitioning import partition as build_partition
-from emoe.tokens import remove_argument_hooks, watch_padding
+from emoe.tokens import check_unchunked, remove_argument_hooks, watch_padding
 
 # columns of the table, one per field of LayerReport
 _HEADERS = ("layer", "FFN", "neurons", "experts", "size", "top_k", "explained", "seconds")
@@ -138,6 +138,8 @@ def convert_(
     chosen = [ffns[number] for number in numbers]
     check_weights(model, chosen)
     check_config_fits(chosen, config)
+    if config.counts_tokens:
+        check_unchunked(model)
 
     if isinstance(config, GMoEConfig):
         if partition is not None or calibration is not None:
@@ -367,9 +369,7 @@ def finish_conversion_(model: nn.Module) -> None:
 
     layers = routed_layers(model)
     config = layers[0].config
-    # a capacity and a balance loss count tokens, so padding has to be left out
-    counts_tokens = config.capacity_factor is not None or config.aux_loss_coefficient > 0
-    if counts_tokens and not config.count_padding:
+    if config.counts_tokens and not config.count_padding:
         hooks = watch_padding(model, [layer.ffn for layer in layers])
         for layer in layers:
             # None for a layer that no padding mask reaches

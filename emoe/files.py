@@ -333,7 +333,7 @@ def load_stock(
         CheckpointError: the folder is damaged, or holds another model's weights.
     """
     check_loadable(folder)
-    if hasattr(loader, "from_pretrained"):
+    if is_transformers_class(loader):
         with _one_line_errors(loader, folder):
             return _load_with_transformers(loader, folder, restored, new_head, options)
 
@@ -348,8 +348,21 @@ def load_stock(
         return model
 
     model = build_without_weights(loader, folder, **options)
-    load_state_(model, read_tensors(folder / WEIGHT_FILES[0]), folder)
+    stored = read_tensors(folder / WEIGHT_FILES[0])
+    load_state_(model, stored, folder, new_head_names(model, options))
     return model
+
+
+def is_transformers_class(kind: object) -> bool:
+    """Check if a value is a model class of transformers, or one of its classes like ``AutoModel``.
+
+    Other libraries' classes may also have ``from_pretrained`` and ``save_pretrained``, for example
+    from ``PyTorchModelHubMixin``.
+    """
+    if not isinstance(kind, type):
+        return False
+    # by the names of the modules, because transformers need not be installed
+    return any(base.__module__.startswith("transformers.") for base in kind.__mro__)
 
 
 def build_without_weights(loader: Any, folder: Path, **options: Any) -> nn.Module:
@@ -410,18 +423,34 @@ def check_head(folder: Path, options: Mapping[str, Any]) -> None:
         )
 
 
+def new_head_names(model: nn.Module, options: Mapping[str, Any]) -> set[str]:
+    """Return the names of a timm model's tensors that need not be stored: those of a new head.
+
+    They are empty unless ``options`` has ``num_classes``, with which a caller asks for a new head.
+    """
+    if "num_classes" not in options:
+        return set()
+    prefixes = tuple(f"{head}." for head in _timm_heads(model))
+    return {name for name in model.state_dict() if name.startswith(prefixes)}
+
+
+def _timm_heads(model: Any) -> tuple[str, ...]:
+    """Return the names of the head modules of a timm model; empty for any other model."""
+    pretrained_settings = getattr(model, "pretrained_cfg", None) or {}
+    heads = pretrained_settings.get("classifier") or ()
+    if isinstance(heads, str):
+        return (heads,)
+    return tuple(heads)
+
+
 def _check_head_is_stored(model: nn.Module, folder: Path) -> None:
     """Raise :class:`CheckpointError` if timm replaced a stored head by a new one.
 
     It does so without a message if two settings name different numbers of classes.
     """
-    pretrained_settings = cast(Any, model).pretrained_cfg
-    heads = pretrained_settings.get("classifier") or ()
-    if isinstance(heads, str):
-        heads = (heads,)
     weights = Weights(folder)
     state = model.state_dict()
-    for head in heads:
+    for head in _timm_heads(model):
         name = f"{head}.weight"
         if name not in weights.files:
             continue
@@ -498,7 +527,8 @@ def _load_with_transformers(
     if options.get("ignore_mismatched_sizes"):
         resized_names = mismatched & head_names
 
-    _check_complete(not_loaded - new_names - resized_names, folder)
+    accepted = new_names | resized_names
+    _check_complete(not_loaded - accepted, folder)
     # the folder's tensors: those of the model that are not missing, and those that it lacks
     found = set(model.state_dict()) - missing
     stored = found | set(info["unexpected_keys"])
@@ -584,7 +614,8 @@ def load_state_(
     """Load stored tensors into a plain or timm model.
 
     Raise :class:`CheckpointError` if a tensor of the model is missing or has another shape.
-    Tensors whose names are in ``restored`` may be missing, because the caller loads them later.
+    Tensors whose names are in ``restored`` may be so. They stay as they are, because they are new,
+    or the caller loads them later.
     """
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     fitting = {name: tensor for name, tensor in stored.items() if tensor.shape == shapes.get(name)}
@@ -647,8 +678,7 @@ def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None
         )
 
     folder.mkdir(parents=True, exist_ok=True)
-    is_transformers = hasattr(model, "save_pretrained")
-    if is_transformers:
+    if is_transformers_class(type(model)):
         with _writable(folder):
             cast(Any, model).save_pretrained(folder, state_dict=state)
         return

@@ -335,11 +335,7 @@ class RoutedActivation(nn.Module):
             return None
         # the kernel returns a mask, without scores
         config = self.config
-        needs_scores = (
-            config.weighting != "binary"
-            or config.capacity_factor is not None
-            or config.aux_loss_coefficient > 0
-        )
+        needs_scores = config.weighting != "binary" or config.counts_tokens
         if needs_scores or config.selection not in ("top", "bottom"):
             return None
         kernels = kernels_for(x)
@@ -550,7 +546,9 @@ def aux_loss(model: nn.Module) -> Tensor | float:
             losses.append(loss * layer.config.aux_loss_coefficient)
     if not losses:
         return 0.0
-    return torch.stack(losses).sum()
+    # the layers of a model may be on several devices
+    device = losses[0].device
+    return torch.stack([loss.to(device) for loss in losses]).sum()
 
 
 def update_gates_(model: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from torch import nn
 
 from emoe.architectures import find_ffns
 from emoe.config import EMoEConfig, GMoEConfig
+from emoe.files import is_transformers_class
 from emoe.model_config import QUANTIZATION_CONFIG, is_ours, numbered_layers
 
 FILE = "README.md"
@@ -109,7 +110,7 @@ class _LibraryTexts(NamedTuple):
 def _library_texts(model: Any, config: EMoEConfig | GMoEConfig) -> _LibraryTexts:
     """Return the texts for the library that a model comes from."""
     name = type(model).__name__
-    is_transformers = hasattr(model, "save_pretrained")
+    is_transformers = is_transformers_class(type(model))
     # in a quantised model, quantization_config describes the quantizer instead of the experts
     if is_transformers and not is_ours(getattr(model.config, QUANTIZATION_CONFIG, None)):
         return _LibraryTexts(

@@ -103,7 +103,8 @@ def is_ours(quantization_config: Any) -> bool:
 def describe_experts_(model: nn.Module) -> None:
     """Write a description of the model's experts into its transformers configuration.
 
-    A model without such a configuration stays as it is.
+    A model without such a configuration stays as it is. A base model inside the model gets the same
+    configuration, so that a later change of the base model's experts changes it too.
 
     Raises:
         ConversionError: a routed FFN is not among the FFNs that the registry names for the model.
@@ -118,6 +119,19 @@ def describe_experts_(model: nn.Module) -> None:
     first, *_ = layers.values()  # emoe.save_pretrained checks that all have the same configuration
     experts = Experts(first.config, tuple(sorted(layers)))
     _write(model.config, experts)
+    _share_config_with_base_(model)
+
+
+def _share_config_with_base_(model: Any) -> None:
+    """Give the base model inside a transformers model, such as ``model.bert``, its configuration.
+
+    In transformers both are one object. Converting only the base model has made two of them.
+    """
+    base = getattr(model, "base_model", model)
+    base_config = getattr(base, "config", None)
+    # another kind of configuration has other fields
+    if base_config is not model.config and type(base_config) is type(model.config):
+        _replace_config_(base, base_config, model.config)
 
 
 def update_description_(model: nn.Module) -> None:
@@ -179,12 +193,15 @@ def copy_config_(model: nn.Module) -> None:
     shared: Any = getattr(model, "config", None)
     if not hasattr(shared, "to_diff_dict"):
         return
-    own = copy.copy(shared)
-    # a model's modules share its configuration
+    _replace_config_(model, shared, copy.copy(shared))
+
+
+def _replace_config_(model: nn.Module, old: Any, new: Any) -> None:
+    """Replace a configuration that a model and its modules share by another one."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            if value is shared:
-                setattr(module, name, own)
+            if value is old:
+                setattr(module, name, new)
 
 
 def _describes_experts(config: Any) -> bool:

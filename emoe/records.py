@@ -91,7 +91,7 @@ class LayerRecord:
         self._loads_at_window_start = self._loads.clone()
 
     def _token_mask(self, tokens: int, device: torch.device) -> Tensor | None:
-        """Return the mask ``[tokens]`` of tokens that count on a device, None if all count.
+        """Return which tokens count, as a mask ``[tokens]`` on ``device``; None if all count.
 
         A padding mask that does not fit gives a warning, and all tokens count.
         """
@@ -104,7 +104,10 @@ class LayerRecord:
             return None
 
     def _add_by_label(self, chosen: Tensor) -> None:
-        """Add the loads of a forward pass to the loads by label, if each row has a label.
+        """Add the loads of each row to those of its label.
+
+        Rows with a negative label are skipped. Does nothing if the rows have no labels, or if
+        tokens cannot be assigned to rows.
 
         Args:
             chosen: chosen experts ``[T, N]`` bool.
@@ -265,8 +268,9 @@ class RoutingRecord:
 def record_routing(model: nn.Module, *, window: int | None = None) -> Iterator[RoutingRecord]:
     """Count how often each expert is chosen in the forward passes inside the ``with`` block.
 
-    Padding is not counted if the model gets a two-dimensional mask. If the mask does not fit the
-    tokens, padding is counted, with a warning. Choices are also counted by label if the model gets
+    Padding is not counted if the model gets a two-dimensional mask. If the mask has another form
+    (as in ``generate`` with a static cache) or does not fit the tokens, padding is counted, with a
+    warning. Choices are also counted by label if the model gets
     one integer label per row, or if :meth:`RoutingRecord.set_labels` sets them. Forward passes that
     activation checkpointing repeats are not counted.
 
@@ -276,8 +280,8 @@ def record_routing(model: nn.Module, *, window: int | None = None) -> Iterator[R
             for no windows.
 
     Raises:
-        ConversionError: the model has no routed FFN, its parts were converted separately, or it is
-            already being recorded.
+        ConversionError: the model has no routed FFN, its parts were converted separately, it is
+            already being recorded, or it passes its tokens in chunks (``chunk_size_feed_forward``).
     """
     layers = routed_layers(model)
     if not layers:
@@ -285,8 +289,8 @@ def record_routing(model: nn.Module, *, window: int | None = None) -> Iterator[R
     check_one_conversion(layers, "record_routing")
     if any(layer.record is not None for layer in layers):
         raise ConversionError("record_routing: the model is already being recorded")
-    labels = LabelHook(model)
     padding = watch_padding(model, [layer.ffn for layer in layers])
+    labels = LabelHook(model)
     records: dict[int, LayerRecord] = {}
     try:
         for layer in layers:

@@ -96,7 +96,7 @@ def capacity_mask(
     # tokens with the most confident choice come first
     confidence = scores.softmax(-1).amax(-1)
     order = _stable_order(confidence, descending=True)
-    # Padding tokens choose an additional expert with the number N, so they take no capacity.
+    # Padding tokens queue for an extra expert, number N. So they take no capacity of real experts.
     experts = torch.where(is_real, expert_indices, num_experts)
     experts_by_confidence = experts[order]  # [T, k], tokens in the order of priority
     # the first choices of all tokens, then the second ones, and so on [k * T]

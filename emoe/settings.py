@@ -167,9 +167,8 @@ def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> nn.Module:
     This is a static control for token-wise routing. The configuration's ``router`` becomes
     ``fixed``, and the settings of the old scores are reset. The counts are saved with the model.
 
-    ``top_k`` and ``selection`` stay. So does the router's noise: in training it changes the order
-    of experts with equal counts, and seldom of others. So does the capacity: some tokens then get
-    fewer experts.
+    ``top_k`` and ``selection`` stay. The router's noise stays: in training it mostly reorders
+    experts with equal counts. The capacity stays: some tokens may get fewer experts.
 
     Args:
         model: model converted with an :class:`EMoEConfig` whose router is ``avg_k`` or ``fixed``.

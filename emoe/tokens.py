@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from emoe.architectures import FFN
+from emoe.errors import ConversionError
 
 # names of arguments of a model's forward method
 _TEXT_INPUT = "input_ids"
@@ -42,10 +44,12 @@ class _Call(NamedTuple):
     Attributes:
         value: the argument that is read. None if it was not a tensor of the expected dimensions.
         is_running: true until the call ends.
+        has_other_form: true if the argument was given, but not as such a tensor.
     """
 
     value: Tensor | None
     is_running: bool
+    has_other_form: bool = False
 
 
 class _ArgumentHook:
@@ -87,14 +91,16 @@ class _ArgumentHook:
             value = args[self._position]
         else:
             value = kwargs.get(self._argument)
+        has_other_form = False
         if not isinstance(value, Tensor) or value.ndim != self._ndim:
+            has_other_form = value is not None
             value = None
-        self._store(_Call(value, is_running=True))
+        self._store(_Call(value, is_running=True, has_other_form=has_other_form))
 
     def _end(self, _module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
         """Store that the call has ended. The argument is kept, for the backward pass."""
         call = self._current_call()
-        self._store(_Call(call.value, is_running=False))
+        self._store(_Call(call.value, is_running=False, has_other_form=call.has_other_form))
 
     def _store(self, call: _Call) -> None:
         """Store a call as the latest of all threads and, outside compiled code, of this thread."""
@@ -117,7 +123,10 @@ class _ArgumentHook:
         # Checkpointing may repeat a forward pass in a thread of the backward pass, which has not
         # called the model and so has no value. The value of the latest call stands in.
         if call.value is None and is_recomputed():
-            return _Call(self._latest.value, is_running=call.is_running)
+            latest = self._latest
+            return _Call(
+                latest.value, is_running=call.is_running, has_other_form=latest.has_other_form
+            )
         return call
 
     def remove(self) -> None:
@@ -155,7 +164,8 @@ class PaddingMaskHook(_ArgumentHook):
             device: device of the layer. The layers of a model may be on several devices.
 
         Returns:
-            The mask, on this device. None if the model got no 2-D mask.
+            The mask, on this device. None if the model got no 2-D mask. If it got another mask, as
+            from ``generate`` with a static cache, there is a warning.
 
         Raises:
             RuntimeError: the module was called without its hooks, or its mask does not fit the
@@ -166,6 +176,13 @@ class PaddingMaskHook(_ArgumentHook):
             raise RuntimeError(
                 f"padding unknown: {self._name} was not called as a module; "
                 "call model(...), or set count_padding=True"
+            )
+        # an error would stop every generation with a static cache, also of rows without padding
+        if call.has_other_form and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"padding is counted: {self._name} got an {self._argument} that is not a 2-D "
+                "tensor, as generate() with a static cache passes it",
+                stacklevel=2,
             )
         if call.value is None:
             return None
@@ -220,6 +237,21 @@ class LabelHook(_ArgumentHook):
         return labels
 
 
+def check_unchunked(model: nn.Module) -> None:
+    """Raise :class:`ConversionError` if a model passes the tokens to an FFN in several calls.
+
+    Transformers' option ``chunk_size_feed_forward`` does so. Then a layer cannot know which tokens
+    of the padding mask it gets, and capacity and balance loss would be those of a chunk.
+    """
+    for module in model.modules():
+        size = getattr(module, "chunk_size_feed_forward", 0)
+        if size:
+            raise ConversionError(
+                f"{type(model).__name__} passes its tokens in chunks (chunk_size_feed_forward is "
+                f"{size}), so they cannot be counted: build it with chunk_size_feed_forward=0"
+            )
+
+
 def watch_padding(model: nn.Module, ffns: Sequence[FFN]) -> dict[int, PaddingMaskHook]:
     """Register hooks that read the padding masks of FFNs.
 
@@ -230,7 +262,11 @@ def watch_padding(model: nn.Module, ffns: Sequence[FFN]) -> dict[int, PaddingMas
     Returns:
         The hooks by layer number. A layer without a padding mask, as in image and sound models, has
         no entry.
+
+    Raises:
+        ConversionError: the model passes its tokens in chunks (:func:`check_unchunked`).
     """
+    check_unchunked(model)
     modules = dict(model.named_modules())
     names = {module: name for name, module in modules.items()}
     hooks: dict[str, PaddingMaskHook | None] = {}  # by the name of the watched module

@@ -169,7 +169,8 @@ def _add_balance_loss(model: nn.Module, _args: Any, kwargs: dict[str, Any], outp
         )
 
     weight = _loss_weight(model, kwargs, loss)
-    total = loss + balance * weight
+    # the layers may be on other devices than the head, which computed the loss
+    total = loss + balance.to(loss.device) * weight
     if isinstance(output, tuple):
         return (total, *output[1:])
     output["loss"] = total
@@ -187,7 +188,8 @@ def _loss_weight(model: nn.Module, kwargs: dict[str, Any], loss: Tensor) -> Tens
     labels_in_pass = _count_labels(model, kwargs)
     # DataParallel repeats the number for each device
     labels_in_step = count.detach().flatten()[0]
-    return labels_in_pass / labels_in_step
+    weight = labels_in_pass / labels_in_step
+    return weight.to(loss.device)
 
 
 def _depends_on(loss: Tensor, count: Tensor) -> bool:

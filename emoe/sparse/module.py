@@ -437,12 +437,16 @@ def reject_hooks(layer: RoutedActivation, error: type[Exception] = RuntimeError)
         num_own_hooks[spec.proj_in] = 1
         num_own_hooks[spec.proj_out] = int(layer.output_bias is not None)
     for path, module in _modules_of(layer):
-        forward_hooks, forward_pre_hooks, *backward_hooks = hook_tables(module)
-        num_forward_hooks = len(forward_hooks) + len(forward_pre_hooks)
-        has_foreign_hook = num_forward_hooks > num_own_hooks.get(path, 0) or any(backward_hooks)
-        if has_foreign_hook:
-            hidden = "has a hook, which cannot see the neurons of a sparse FFN"
-            raise error(f"{ffn.name}.{path} {hidden}: remove it, or {_WAY_OUT}")
+        forward, forward_pre, backward, backward_pre = hook_tables(module)
+        num_forward_hooks = len(forward) + len(forward_pre)
+        has_foreign_forward_hook = num_forward_hooks > num_own_hooks.get(path, 0)
+        # this library registers no backward hooks
+        has_backward_hook = bool(backward or backward_pre)
+        if has_foreign_forward_hook or has_backward_hook:
+            raise error(
+                f"{ffn.name}.{path} has a hook, which cannot see the neurons of a sparse FFN: "
+                f"remove it, or {_WAY_OUT}"
+            )
 
 
 def _modules_of(layer: RoutedActivation) -> list[tuple[str, nn.Module]]:
@@ -456,8 +460,12 @@ def hook_tables(module: nn.Module) -> list[dict[int, Any]]:
 
     In this order: forward, forward pre-, backward and backward pre-hooks.
     """
-    forward = [module._forward_hooks, module._forward_pre_hooks]
-    return [*forward, module._backward_hooks, module._backward_pre_hooks]
+    return [
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    ]
 
 
 def _count_hooks(layer: RoutedActivation) -> list[tuple[dict[int, Any], int]]:

@@ -113,6 +113,7 @@ def _gather_mm_backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     d_bias = None
     if needs_bias:
         d_bias = kernels.expert_sums(d_out, pairs, num_experts=weight.shape[0])
+    # no gradients of token, expert and starts
     return d_x, d_weight, d_bias, None, None, None
 
 
@@ -152,6 +153,7 @@ def _scatter_mm_backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     d_weight = None
     if needs_weight:
         d_weight = outer_mm(a, d_out, pairs, weight)
+    # no gradients of token, expert, starts and num_tokens
     return d_a, d_weight, None, None, None, None
 
 
@@ -183,6 +185,7 @@ def _outer_mm_backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     pairs = Pairs(token, expert, starts, x.shape[0])
     d_a = gather_mm(x, d_out, None, pairs)
     d_x = scatter_mm(a, d_out, pairs)
+    # no gradients of weight (only its layout is used), token, expert and starts
     return d_a, d_x, None, None, None, None
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -150,6 +152,41 @@ def test_configurations_that_do_not_fit_the_model_are_named(
     assert_rejected(
         tiny_models.build("bert").requires_grad_(False), message, config, partition=partition
     )
+
+
+def build_chunked() -> Any:
+    """Build a BERT that calls each FFN several times in a pass, with one token of each row."""
+    config = tiny_models.build("bert").config
+    config.chunk_size_feed_forward = 1
+    return type(tiny_models.build("bert"))(config)
+
+
+@pytest.mark.parametrize("count_padding", [False, True])
+@pytest.mark.parametrize("counting", [{"capacity_factor": 1.0}, {"aux_loss_coefficient": 0.1}])
+def test_experts_that_count_tokens_need_all_of_them_in_one_call(
+    counting: dict[str, float], count_padding: bool, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(CONFIG, count_padding=count_padding, **counting)
+    message = "tokens in chunks.*build it with chunk_size_feed_forward=0"
+    assert_rejected(build_chunked(), message, config)
+    whole = tiny_models.build("bert")
+    emoe.convert_(whole, config)
+    whole.save_pretrained(tmp_path)
+    for load in (whole.from_pretrained, partial(emoe.from_pretrained, type(whole))):
+        with pytest.raises(emoe.EMoEError, match=message):
+            load(tmp_path, chunk_size_feed_forward=4)
+
+
+def test_chunks_of_tokens_are_refused_in_a_calibration_and_else_change_nothing() -> None:
+    calibration = [tiny_models.inputs("bert")]
+    config = dataclasses.replace(CONFIG, partition="coactivation")
+    assert_rejected(build_chunked(), "tokens in chunks", config, calibration=calibration)
+    models = [build_chunked(), tiny_models.build("bert")]
+    models[0].load_state_dict(models[1].state_dict())
+    for model in models:
+        emoe.convert_(model.eval(), CONFIG)
+    outputs = [tiny_models.output(model, calibration[0]) for model in models]
+    torch.testing.assert_close(*outputs)
 
 
 def test_pruned_and_equal_neurons_are_split_too() -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import emoe
 from emoe.clustering import balanced_kmeans
-from emoe.layer import routed_layers
+from emoe.layer import RoutedActivation, routed_layers
 from emoe.routing import balance_loss, expert_mask
 from tests import tiny_models
 from tests.converted import active_neurons
@@ -135,6 +135,18 @@ def test_padding_does_not_count_in_the_balance_loss(formula, noise: float) -> No
 def test_padding_that_is_unknown_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="PlainNet was not called as a module"):
         net_of(aux_loss_coefficient=1.0).forward(inputs())
+
+
+def test_balance_losses_on_several_devices_are_added() -> None:
+    """The device ``meta`` stands in for a second GPU. Only the first loss can be on it."""
+    net = plain_net(H, N * S, layers=2)
+    config = emoe.EMoEConfig(num_experts=N, top_k=2, layers="all", aux_loss_coefficient=1.0)
+    emoe.convert_(net, config)
+    losses = [torch.ones((), device=device) for device in ("meta", "cpu")]
+    with mock.patch.object(RoutedActivation, "aux_loss", mock.PropertyMock(side_effect=losses)):
+        loss = emoe.aux_loss(net)
+    assert isinstance(loss, Tensor)
+    assert loss.device.type == "meta"
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])

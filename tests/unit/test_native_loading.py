@@ -132,6 +132,48 @@ def test_changed_settings_are_saved_and_a_folded_model_is_dense(tmp_path: Path) 
     assert "experts" not in (tmp_path / "dense" / "config.json").read_text()
 
 
+def test_the_base_model_is_changed_after_the_whole_was_saved(tmp_path: Path) -> None:
+    model = bert(None)
+    emoe.convert_(model.bert, METHODS["emoe"])
+    emoe.save_pretrained(model, tmp_path / "whole")
+    emoe.set_top_k_(model.bert, 5)
+    model.save_pretrained(tmp_path / "changed")
+    assert emoe.config_of(load(tmp_path / "changed")).top_k == 5
+    emoe.to_dense_(model.bert)
+    model.save_pretrained(tmp_path / "dense")
+    dense = BertForSequenceClassification.from_pretrained(tmp_path / "dense")
+    assert not emoe.is_converted(dense)
+    assert torch.equal(logits(dense), logits(model))
+
+
+@pytest.mark.parametrize(
+    "save", [emoe.save_pretrained, BertForSequenceClassification.save_pretrained]
+)
+@pytest.mark.parametrize("form", ["built", "folder"])
+def test_the_callers_configuration_need_not_describe_the_experts(
+    form: str, save: Any, tmp_path: Path
+) -> None:
+    model = bert(METHODS["emoe-learn"])
+    save(model, tmp_path / "experts")
+    config = bert(None).config
+    config.save_pretrained(tmp_path / "dense")
+    given = config if form == "built" else str(tmp_path / "dense")
+    again = load(tmp_path / "experts", config=given)
+    assert emoe.config_of(again) == METHODS["emoe-learn"]
+    assert torch.equal(logits(again), logits(model))
+    assert not hasattr(config, "quantization_config")
+
+
+def test_the_callers_configuration_may_quantise(tmp_path: Path) -> None:
+    model = bert(METHODS["emoe"])
+    emoe.save_pretrained(model, tmp_path)
+    config = bert(None).config
+    config.quantization_config = {"quant_method": "test"}
+    quantised = load(tmp_path, config=config)
+    assert quantised.is_quantized
+    assert torch.equal(logits(quantised), logits(model))
+
+
 LOAD = "transformers.AutoModel.from_pretrained({folder!r})"
 WITHOUT_AND_WITH = f"""
 import transformers
@@ -313,6 +355,27 @@ def test_a_timm_folder_with_another_number_of_classes_is_refused(
     source = model_folders.save("VisionTransformer", tmp_path / "another")
     new_head = emoe.files.load_stock(timm.create_model, source, num_classes=3, **options)
     assert new_head.num_classes == 3
+
+
+def test_a_timm_folder_gets_a_new_head_on_request(tmp_path: Path) -> None:
+    model: Any = converted.model("VisionTransformer")
+    emoe.save_pretrained(model, tmp_path)
+    again = emoe.from_pretrained(timm.create_model, tmp_path, num_classes=3)
+    assert again.head.weight.shape[0] == 3
+    loaded, expected = again.state_dict(), model.state_dict()
+    for state in (loaded, expected):
+        del state["head.weight"], state["head.bias"]
+    assert_same(loaded, expected)
+    same_head = emoe.from_pretrained(timm.create_model, tmp_path, num_classes=1000)
+    assert_same(same_head.state_dict(), model.state_dict())
+    # with emoe's files beside the weights, we load a dense model's weights ourselves
+    dense = emoe.files.load_stock(timm.create_model, tmp_path, num_classes=3)
+    assert torch.equal(dense.norm.weight, model.norm.weight)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["norm.weight"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(emoe.CheckpointError, match=r"lack norm\.weight"):
+        emoe.from_pretrained(timm.create_model, tmp_path, num_classes=3)
 
 
 @register_quantization_config("test")

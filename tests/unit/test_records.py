@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModel
 
 import emoe
 from tests import classifiers, converted, tiny_models
@@ -77,6 +80,43 @@ def test_drops_windows_and_the_table() -> None:
     assert record.summary()["drop_rate"] == pytest.approx(
         (layer.drop_rate + record.layers[2].drop_rate) / 2
     )
+
+
+def test_a_mask_that_a_static_cache_prepares_gives_a_warning() -> None:
+    model = tiny_models.build_generator("llama")
+    emoe.convert_(model, emoe.EMoEConfig(**converted.USUAL))
+    ids = torch.tensor([[0, 0, 5, 8], [3, 4, 5, 6]])
+    values = {"attention_mask": (ids > 0).long(), "max_new_tokens": 3, "min_new_tokens": 3}
+    tokens = {}
+    for cache in ("dynamic", "static"):
+        with warnings.catch_warnings(record=True) as caught, emoe.record_routing(model) as record:
+            warnings.simplefilter("always")
+            model.generate(ids, do_sample=False, cache_implementation=cache, **values)
+        messages = {str(warning.message) for warning in caught}
+        is_warned = any("padding is counted: LlamaModel" in message for message in messages)
+        assert is_warned == (cache == "static")
+        tokens[cache] = record.layers[0].tokens
+    # the last new token of each row is not passed to the model
+    assert tokens == {"dynamic": 6 + 2 * 2, "static": 8 + 2 * 2}
+
+
+def test_a_capacity_counts_the_padding_of_an_unknown_mask_with_a_warning() -> None:
+    model, values = converted.model("bert", capacity_factor=1.0), tiny_models.inputs("bert")
+    mask = (torch.arange(11) < 6).repeat(3, 1, 11, 1)  # [rows, 1, queries, keys]
+    with pytest.warns(UserWarning, match="padding is counted: BertModel got an attention_mask"):
+        model(**values, attention_mask=mask)
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "electra", "roberta", "xlm-roberta"])
+def test_a_model_that_passes_its_tokens_in_chunks_is_not_recorded(name: str) -> None:
+    config = tiny_models.build(name).config
+    config.chunk_size_feed_forward = 4
+    model = AutoModel.from_config(config)
+    emoe.convert_(model, emoe.EMoEConfig(**converted.USUAL))
+    num_hooks = len(model._forward_hooks)
+    with pytest.raises(emoe.ConversionError, match="build it with chunk_size_feed_forward=0"):
+        emoe.record_routing(model).__enter__()
+    assert len(model._forward_hooks) == num_hooks
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub import PyTorchModelHubMixin
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from emoe.layer import routed_layers
 from tests import converted, tiny_models
 from tests.classifiers import METHODS, SIZES, SOME, bert, load, logits
 from tests.model_folders import assert_same, edit_json
-from tests.plain_net import plain_net
+from tests.plain_net import FFN, PlainNet, plain_net
 
 BERT = BertForSequenceClassification
 
@@ -295,6 +296,34 @@ def test_a_new_head_may_be_missing(save: Any, method: str, tmp_path: Path) -> No
     assert_same(load(tmp_path).bert.encoder.state_dict(), model.bert.encoder.state_dict())
     state = emoe.from_pretrained(AutoModel, tmp_path, add_pooling_layer=False).state_dict()
     assert_same(state, model.bert.state_dict())
+
+
+class HubNet(PlainNet, PyTorchModelHubMixin):
+    """A plain module with ``from_pretrained`` and ``save_pretrained``, but not of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__(FFN(4, 16))
+
+
+class ModuleWithConfig(nn.Module):
+    """A plain module around a transformers model, whose configuration it also has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bert = bert(None).bert
+        self.config = self.bert.config
+
+
+@pytest.mark.parametrize("kind", [HubNet, ModuleWithConfig])
+def test_a_plain_module_that_resembles_a_transformers_model(kind: Any, tmp_path: Path) -> None:
+    emoe.register_ffn("HubNet", *emoe.architectures.REGISTRY["PlainNet"])
+    net = kind()
+    emoe.convert_(net, emoe.EMoEConfig(num_experts=4, top_k=2, layers=[0], gate_momentum=0.5))
+    emoe.save_pretrained(net, tmp_path)
+    again = emoe.from_pretrained(kind, tmp_path)
+    assert_same(again.state_dict(), net.state_dict())
+    assert emoe.config_of(again) == emoe.config_of(net)
+    assert "library_name: pytorch" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
