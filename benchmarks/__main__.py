@@ -160,7 +160,10 @@ def run(
     "--form",
     type=click.Choice(["dense", "emoe"]),
     default="dense",
-    help="dense: stock transformers can load it. emoe: with experts; only emoe can load it.",
+    help=(
+        "dense: stock transformers can load it. emoe: with experts; "
+        "transformers loads it after `import emoe`."
+    ),
 )
 def export(spec: Path, output: Path, form: str) -> None:
     """Write the language model that a finished run has tuned.
@@ -204,13 +207,22 @@ def tables(suite: str, benchmark: str, part: str | None) -> None:
     """Write the tables and figures of a benchmark.
 
     It reads the finished runs, or the blessed records if no run is finished here. If all runs are
-    finished, it also writes what `claims --write` and `report` read.
+    finished, it also writes what `claims --write` and `report` read. If each set has its own tables
+    and figures (`domainbed`), `--part` writes those of a set.
     """
+    from benchmarks.harness.base import RESULTS
     from benchmarks.harness.report.writing import write_tables
 
-    note = write_tables(_load_suite_with(suite, benchmark, part), benchmark, part)
+    loaded = _load_suite_with(suite, benchmark, part)
+    note = write_tables(loaded, benchmark, part)
     if note:
         click.echo(note, err=True)
+    folder = RESULTS / suite
+    click.echo(f"wrote tables to {folder}/tables/, figures to {folder}/figures/", err=True)
+    other_parts = loaded.table_sets(benchmark)
+    if part is None and other_parts:
+        options = ", ".join(f"--part {name}" for name in other_parts)
+        click.echo(f"each set has its own tables and figures: {options}", err=True)
 
 
 @cli.command()
@@ -512,6 +524,11 @@ def serve_command(listener: int, names: tuple[str, ...]) -> None:
 
     The modules that execute the benchmarks NAMES are imported first, so that forks start at once.
     """
+    from benchmarks.harness.config.methods import plugin_files
+    from benchmarks.harness.workflow.sources import file_times
+
+    # an edit of methods.yaml may name other plugins, but it is noticed anyway
+    plugins = plugin_files()
 
     def import_all() -> None:
         import benchmarks.harness.report.page
@@ -522,7 +539,7 @@ def serve_command(listener: int, names: tuple[str, ...]) -> None:
         for name in names:
             load_benchmark(name).pipeline()
 
-    serve(socket.socket(fileno=listener), import_all, _run_command)
+    serve(socket.socket(fileno=listener), import_all, lambda: file_times(plugins), _run_command)
 
 
 def _load_suite(suite: str) -> Suite:

@@ -18,6 +18,7 @@ from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report import writing
 from benchmarks.harness.report.claims import claimed_benchmarks
 from benchmarks.harness.results import records as results
+from benchmarks.harness.results.code import code_digest
 from benchmarks.harness.results.records import Record, read_record
 from benchmarks.harness.results.reference import write_reference
 from benchmarks.llama.definition import InstructionSpec
@@ -29,6 +30,7 @@ _ENVIRONMENT: dict[str, Any] = {
     "platform": "Linux",
     "git_commit": "abc",
     "git_dirty": False,
+    "code": code_digest(),
 }
 _ENVIRONMENT |= {
     "packages": {"torch": "2"},

@@ -382,10 +382,10 @@ def _draw_panels(
     width = min(_COLUMN_WIDTH * columns + _SIDE_WIDTH, plots.WIDTH)
     figure_of_panels = plots.panel_figure(
         path,
-        2 * lines_of_panels,  # one heatmap above the other
-        columns,
-        (width, height),
-        plots.HEATMAP,
+        lines=2 * lines_of_panels,  # one heatmap above the other
+        columns=columns,
+        size=(width, height),
+        style=plots.HEATMAP,
         height_ratios=heatmap_heights * lines_of_panels,  # repeats the two heights
     )
     with figure_of_panels as (figure, axes):
@@ -400,8 +400,8 @@ def _draw_panels(
             # only the left panels name classes and environments
             if column == 0:
                 by_environment.set_yticks(range(len(env_titles)), env_titles)
-            if column == 0 and len(classes) <= _MOST_LABELS:
-                by_class.set_yticks(range(len(classes)), classes)
+                if len(classes) <= _MOST_LABELS:
+                    by_class.set_yticks(range(len(classes)), classes)
         figure.colorbar(
             plots.USE, ax=axes, shrink=0.6, label="use ÷ mean use of the expert", extend="max"
         )
@@ -523,14 +523,14 @@ def _information(name: str, counts: NDArray[np.int64], chance: list[float]) -> s
     """
     mean, high = chance
     bits = mutual_information(counts)
-    return f"{name} {bits:.3f} bit\nchance {mean:.3f}, 95 % {high:.3f}"
+    return f"{name} {bits:.3f} bit\nchance {mean:.3f}, {high:.3f}"
 
 
 SET_FIGURES = {
     "accuracy": Figure(
         draw_accuracy,
         "Accuracy on each held-out environment by method, with training-domain validation: means "
-        "over trials, with 95 % intervals from three trials on. The axis does not start at zero.",
+        "over trials, with 95 % intervals where n ≥ 3. The axis does not start at zero.",
     ),
     "steps": Figure(
         draw_steps,

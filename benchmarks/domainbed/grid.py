@@ -146,7 +146,7 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         environments = list(task.environments)
         variant = _variant(method["variant"], environments, test_envs, hparams_seed)
         eval_every = settings.eval_every or task.eval_every
-        # all methods use the seed that DomainBed gives the baseline, so they see the same digits
+        # all methods share the baseline's seed, so they get the same MNIST digits
         data_seed = sweep_seed(task.domainbed, BASELINE, test_envs, hparams_seed, seed)
         model_name = point["model"]
         return self.spec(

@@ -32,6 +32,10 @@ class _Settings(NamedTuple):
 class DomainOutcomes(Outcomes):
     """The finished runs of a domain generalisation benchmark.
 
+    Args:
+        benchmark: The benchmark.
+        finished: The finished runs with their metrics.
+
     Attributes:
         cells: What the selections choose, one row for each selection, model, image set and method
             (:data:`CELL`), held-out environment (``eval_task``) and trial (``seed``). The other
@@ -54,16 +58,24 @@ class DomainOutcomes(Outcomes):
 
     def __init__(self, benchmark: AnyBenchmark, finished: Sequence[Record]) -> None:
         runs = [record.run for record in finished]
-        selections = {name: selection.title for name, selection in SELECTIONS.items()}
-        sets = {name: task.title for name, task in benchmark.tasks.items()}
-        super().__init__(benchmark, runs, CELL, selection=selections, task=sets)
+        selection_titles = {name: selection.title for name, selection in SELECTIONS.items()}
+        set_titles = {name: task.title for name, task in benchmark.tasks.items()}
+        super().__init__(benchmark, runs, keys=CELL, selection=selection_titles, task=set_titles)
         self.finished = {record.run.id: record for record in finished}
         self.specs = {run.id: cast(ImageSpec, benchmark.read_spec(run)) for run in runs}
         self.records = tabulate_numbers(finished)
 
-        # named here, because there may be no row
-        chosen = ["value", "chosen_by", "step", "hparams_seed", "variant"]
-        columns = [*CELL, "eval_task", "seed", *chosen]
+        # named, so that they exist even without rows
+        columns = [
+            *CELL,
+            "eval_task",
+            "seed",
+            "value",
+            "chosen_by",
+            "step",
+            "hparams_seed",
+            "variant",
+        ]
         self.cells = pd.DataFrame(self._chosen_rows(), columns=columns)
         # methods of the same selection, model and set are compared on the same trials
         self.shared = shared_pairs(
@@ -118,11 +130,21 @@ class DomainOutcomes(Outcomes):
         return list(self.benchmark.tasks[name].environments)
 
     def env_title(self, name: str, env: str) -> str:
-        """Return the title of an environment: its name, with the unit if it is a number."""
-        return f"{env}{self.benchmark.tasks[name].unit}"
+        """Return the title of an environment: its name on disk, with blanks for underscores.
+
+        An environment of digits is not on disk. Its title is its short name and the unit.
+        """
+        image_set = self.benchmark.tasks[name]
+        name_on_disk = image_set.environments[env]
+        if isinstance(name_on_disk, str):
+            return name_on_disk.replace("_", " ")
+        return f"{env}{image_set.unit}"
 
     def _chosen_rows(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows of :attr:`cells`."""
+        """Yield what each selection chooses.
+
+        There is one row per selection, model, set, method, trial and held-out environment.
+        """
         # a selection chooses among the runs of one model, set, method and trial
         groups: dict[tuple[str, str, str, int], list[Run]] = {}
         for run in self.runs:
@@ -139,23 +161,22 @@ class DomainOutcomes(Outcomes):
         """
         distinct_settings = self._distinct_settings(runs)
         accuracies = [self._accuracies_of(run, distinct_settings) for run in runs]
-        any_run = runs[0]  # all runs have the same model, set, method and trial
+        first_run = runs[0]  # all runs have the same model, set, method and trial
         for name, selection in SELECTIONS.items():
-            for env, env_name in enumerate(self.environments(any_run.task)):
+            for env, env_name in enumerate(self.environments(first_run.task)):
                 chosen = selection.choose(accuracies, env)
-                # no run holds out the environment alone, or leave-one-domain-out selection lacks
-                # runs that hold out the environment and another one
                 if chosen is None:
+                    # runs that this selection needs are missing
                     continue
                 # ``chosen.choice`` is the index of the chosen run's settings
                 settings = distinct_settings[chosen.choice]
                 yield {
                     "selection": name,
-                    "model": any_run.model,
-                    "task": any_run.task,
-                    "method": any_run.method,
+                    "model": first_run.model,
+                    "task": first_run.task,
+                    "method": first_run.method,
                     "eval_task": env_name,
-                    "seed": any_run.seed,
+                    "seed": first_run.seed,
                     "value": chosen.test_accuracy(env),
                     "chosen_by": chosen.value,
                     "step": chosen.record["step"],

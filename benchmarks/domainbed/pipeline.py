@@ -26,7 +26,7 @@ from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.domainbed.images import Environment, ImageSet, normalize_name
 from benchmarks.domainbed.protocol import HOLDOUT_FRACTION, Split, best_record, split_environment
 from benchmarks.domainbed.training import ACCURACY, DomainTrainer
-from benchmarks.domainbed.validation import count_images, load_set, validate_once
+from benchmarks.domainbed.validation import count_images, digest_images, load_set, validate_once
 from benchmarks.harness.base import DataError, derive_seed, write_text
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.sets import ALL, SetPart
@@ -64,7 +64,8 @@ def run(spec: ImageSpec, folder: Path, progress: Progress) -> dict[str, Any]:
 
     trainer = _make_trainer(classifier, spec, environments, splits, folder, progress)
     # the training
-    evaluated_steps = trainer.fit()
+    origin = {"images": digest_images(data.image_set), "weights": classifier.weights}
+    evaluated_steps = trainer.fit(origin)
     records = _add_epochs(evaluated_steps, spec, splits)
     _write_results(folder / "results.jsonl", spec, records)
 

@@ -245,8 +245,8 @@ def tests_table(outcomes: DomainOutcomes) -> Table:
 
 
 _MEASURED_ON = (
-    "the out splits of all environments at the last step. Expert tells class (environment): the "
-    "mutual information of a token's expert and its image's class (environment). By chance: its "
+    "the out splits of all environments at the last step. Mutual information with class "
+    "(environment): that of a token's expert and its image's class (environment). By chance: its "
     f"mean and 95 % quantile over {PERMUTATIONS} shuffles. Classes are shuffled among the images "
     "of an environment, and environments among the images of a class. Only values above the "
     "quantile are meaningful"

@@ -266,8 +266,12 @@ def best_record(
 ) -> SelectedRecord:
     """Choose the step of a run with the highest mean *out* accuracy of the training environments.
 
-    The first step wins a tie. ``choice`` is the number of the run's hyper-parameters, which is
-    copied to the result.
+    The first step wins a tie.
+
+    Args:
+        records: The accuracies of the run at all evaluated steps.
+        test_envs: The numbers of the held-out environments.
+        choice: The index of the run's hyper-parameters, copied to the result.
     """
     candidates = []
     for record in records:

@@ -30,7 +30,7 @@ from benchmarks.harness.results.statistics import (
     shuffled_information,
 )
 from benchmarks.harness.training.callbacks import Probe, Stopwatch, fixed_rows
-from benchmarks.harness.training.checkpoints import resume
+from benchmarks.harness.training.checkpoints import Origin, resume
 from benchmarks.harness.training.metrics import score
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.routing import loads_by_row
@@ -59,6 +59,8 @@ class EvaluationSteps(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Ask Trainer to log, evaluate and save at DomainBed's steps."""
+        # Trainer counts updates from 1; DomainBed calls the first step 0
         step = state.global_step - 1
         is_last = state.global_step == state.max_steps
         if step % self._every == 0 or is_last:
@@ -111,6 +113,8 @@ class DomainTrainer(RoutedTrainer):
         eval_every = cast(int, training.eval_every)
         images_per_step = len(draws) // training.steps
         arguments = _arguments(spec, folder, images_per_step, self._precision)
+        # with adapters, all parameters except adapters and head have a smaller learning rate
+        base_lr_ratio = training.lora.base_lr_ratio if training.lora else 1.0
         # the probe compares machines, so any fixed images will do
         first_split = next(iter(splits.values()))
         probe.observe(classifier.model, default_collate(fixed_rows(first_split)))
@@ -118,7 +122,7 @@ class DomainTrainer(RoutedTrainer):
             args=arguments,
             order=draws,
             trainable=classifier,
-            base_lr_ratio=training.lora.base_lr_ratio if training.lora else 1.0,
+            base_lr_ratio=base_lr_ratio,
             optimizer_cls_and_kwargs=(torch.optim.Adam, {"lr": hparams.lr}),
             probe=probe,
             train_dataset=train,
@@ -151,14 +155,17 @@ class DomainTrainer(RoutedTrainer):
         with torch.random.fork_rng(devices=[]):
             return super().evaluation_loop(dataloader, *args, **kwargs)
 
-    def fit(self) -> list[dict[str, Any]]:
+    def fit(self, origin: Origin) -> list[dict[str, Any]]:
         """Train from the last complete checkpoint, if any.
+
+        Args:
+            origin: The digests of the images and of the pre-trained weights.
 
         Returns:
             A record in DomainBed's form for each evaluated step: the ``step``, the ``loss`` (the
             mean since the previous record), and ``<split>_acc`` for each split.
         """
-        checkpoint = resume(self, self._say)
+        checkpoint = resume(self, origin, self._say)
         self.train(resume_from_checkpoint=checkpoint)
         # Trainer logs the loss and each split in separate entries; a record joins those of a step
         records: dict[int, dict[str, Any]] = {}

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from filelock import FileLock
 
 from benchmarks.domainbed.definition import RunImageSet
-from benchmarks.domainbed.images import ImageSet, load_folders
+from benchmarks.domainbed.images import Environment, ImageSet, load_folders
 from benchmarks.domainbed.mnist import load_mnist
-from benchmarks.harness.base import IMAGES, DataError, write_json
+from benchmarks.harness.base import IMAGES, DataError, read_bytes, write_json
 from benchmarks.harness.config.runs import canonical_json
 
 _SHOWN = 10  # damaged images that a message names
@@ -71,6 +72,26 @@ def _digest_files(image_set: ImageSet) -> str:
             line = f"\n{_file_size(file)} {file}"
             digest.update(os.fsencode(line))
     return digest.hexdigest()
+
+
+def digest_images(image_set: ImageSet) -> str:
+    """Return a digest of the labels of a set, and of the content of every image.
+
+    All image files are read, but not decoded.
+    """
+    digest = hashlib.sha256()
+    for environment in image_set.environments:
+        digest.update(f"{environment.name} {environment.labels}\n".encode())
+        for row in range(len(environment)):
+            digest.update(_image_content(environment, row))
+    return digest.hexdigest()
+
+
+def _image_content(environment: Environment, row: int) -> bytes:
+    """Return the content of the file of a row's image; its pixels if it has no file."""
+    if environment.files:
+        return read_bytes(Path(environment.files[row]))
+    return np.asarray(environment.open(row)).tobytes()
 
 
 def _file_size(file: str) -> int | None:

@@ -111,12 +111,13 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
             if not ood:
                 continue
             trained_runs = cells[row.trained]
-            candidates = list(trained_runs)
+            candidates = trained_runs
             seeds = _seeds(trained_runs)
             conversion = {}  # the key of the spec that names the method to convert to
             if row.used_as is not None:
+                # a converted row also needs the other method's runs, to choose its configuration
                 runs_of_other = cells[row.used_as]
-                candidates += runs_of_other
+                candidates = [*trained_runs, *runs_of_other]
                 # the other method may have fewer seeds, and one of its runs is chosen for each seed
                 other_seeds = _seeds(runs_of_other)
                 seeds = [seed for seed in seeds if seed in other_seeds]

@@ -65,22 +65,23 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
         target_spec = parse(target.spec, TextSpec, target.folder)
         convert_trained_(classifier.model, target_spec.method.config)
     evaluator = TextEvaluator(
-        classifier,
-        tokenizer,
-        chosen_spec.task,
-        settings.batch_size,
-        settings.max_length,
-        chosen_spec.training.precision,
-        folder,
+        classifier=classifier,
+        tokenizer=tokenizer,
+        task=chosen_spec.task,
+        batch_size=settings.batch_size,
+        max_length=settings.max_length,
+        precision=chosen_spec.training.precision,
+        folder=folder,
     )
     probe = Probe()
     routing = RoutingRecorder(classifier.model)
     first_set = ood_splits[spec.ood[0].name]
     probe.observe(classifier.model, evaluator.first_batch(first_set))
 
-    # the score of the training run is used if model and rows are the same; a model with experts is
-    # evaluated anyway, to record its routing
-    if _has_recorded_score(spec, chosen_spec) and not emoe.is_converted(classifier.model):
+    # a model with experts is evaluated anyway, to record its routing
+    is_dense = not emoe.is_converted(classifier.model)
+    can_reuse_score = is_dense and _has_recorded_score(spec, chosen_spec)
+    if can_reuse_score:
         recorded_scores = recorded.scores or {}  # a finished run always has scores
         test_scores = recorded_scores["test"][spec.task.name]
     else:
@@ -92,6 +93,10 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
         progress.say(f"evaluating on {other.name}, {len(split):,} rows")
         ood_scores[other.name] = evaluator.evaluate(split, other, routing)
     routed, usage = routing.routing_of_set(spec.task.name)
+
+    data = {"test": test.summary()}
+    for name, split in ood_splits.items():
+        data[f"ood:{name}"] = split.summary()
     return {
         "scores": {"test": {spec.task.name: test_scores}, "ood": ood_scores},
         "routing": routed,
@@ -103,10 +108,7 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
             "variant": chosen_spec.method.variant,
         },
         "cost": evaluator.cost,
-        "data": {
-            "test": test.summary(),
-            **{f"ood:{name}": split.summary() for name, split in ood_splits.items()},
-        },
+        "data": data,
     }
 
 

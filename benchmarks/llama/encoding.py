@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
@@ -109,14 +110,24 @@ class EncodedRows(Dataset[dict[str, Any]]):
             return model_inputs(collate(rows))
 
         # outputs are kept on disk for other runs; the file name depends on this digest of the rows
-        columns = {
-            "tokens": np.concatenate([row.tokens for row in self.rows]),
-            "lengths": np.asarray(lengths),
-        }
-        digest = columns_digest(columns)
+        digest = columns_digest(self._columns())
         extended = copy.copy(self)
         extended._states = PrefixStates(prefix, digest, lengths, batch)
         return extended
+
+    @property
+    def digest(self) -> str:
+        """Return a digest of all tokens, and of the places where the responses begin."""
+        begins = np.asarray([row.begin for row in self.rows], dtype=np.int64)
+        return columns_digest({**self._columns(), "begins": begins})
+
+    def _columns(self) -> dict[str, NDArray[Any]]:
+        """Return the tokens of all rows joined, and the lengths of the rows."""
+        tokens = [row.tokens for row in self.rows]
+        return {
+            "tokens": np.concatenate(tokens),
+            "lengths": np.asarray([len(row) for row in tokens]),
+        }
 
     def __len__(self) -> int:
         return len(self.rows)

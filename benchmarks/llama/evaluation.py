@@ -70,8 +70,11 @@ def load_task(entry: EvaluationTask) -> LoadedTask:
         DataError: The data of the task cannot be loaded.
     """
     name = entry.task
-    written = write_tasks(name)
-    manager = _manager(written.path if written else None)
+    written_tasks = write_tasks(name)  # None: lm-eval's own task is evaluated
+    folder = None
+    if written_tasks is not None:
+        folder = written_tasks.path
+    manager = _manager(folder)
     where = f"'evaluation.tasks' names '{name}'"
     if name not in manager.all_tasks:
         raise DefinitionError(
@@ -91,17 +94,18 @@ def load_task(entry: EvaluationTask) -> LoadedTask:
         raise DefinitionError(
             f"{where}, whose tasks are scored by different metrics; name them one by one"
         )
-    note = None
-    if written is None:
+
+    if written_tasks is None:
         sources = _hub_sources(tasks)
+        note = None
     else:
-        sources = [written.source]
-        note = written.note
+        sources = [written_tasks.source]
+        note = written_tasks.note
     drawn = None
     if entry.draw is not None:
         drawn = _draw(entry.draw, tasks, where)
         sources.append(_describe_draw(drawn, tasks))
-    return LoadedTask(loaded, tasks, drawn, sources, note)
+    return LoadedTask(content=loaded, tasks=tasks, drawn=drawn, sources=sources, note=note)
 
 
 def _draw(count: int, tasks: Mapping[str, Any], where: str) -> dict[str, list[int]]:
@@ -238,12 +242,15 @@ def run_task(
     Returns:
         The summary of :func:`summarise`, and in ``source`` the list :attr:`LoadedTask.sources`.
     """
+    mixed_precision_dtype = None
+    if precision == "bf16":
+        mixed_precision_dtype = torch.bfloat16
     wrapped = SharedPromptLM(
         prefix=prefix,
         pretrained=model,
         tokenizer=tokenizer,
         batch_size=batch_size,
-        mixed_precision_dtype=torch.bfloat16 if precision == "bf16" else None,
+        mixed_precision_dtype=mixed_precision_dtype,
     )
     # the seeds of lm-eval's command, so that it chooses the same few-shot examples
     random.seed(_PYTHON_SEED)
@@ -467,7 +474,10 @@ def nats_per_byte(samples: Sequence[Mapping[str, Any]]) -> list[float | None] | 
         _, right_answer = sample["arguments"][right]
         log_likelihood, _ = sample["filtered_resps"][right]
         value = -float(log_likelihood) / _bytes(right_answer)
-        nats.append(round(value, 6) if math.isfinite(value) else None)
+        rounded = None
+        if math.isfinite(value):
+            rounded = round(value, 6)
+        nats.append(rounded)
     return nats
 
 

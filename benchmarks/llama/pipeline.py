@@ -83,7 +83,15 @@ def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, An
 
     if isinstance(training, RunInstructionTraining):
         trained = train(
-            trainable, tokenizer, spec, training, data.train, data.held_out, folder, progress, probe
+            trainable=trainable,
+            tokenizer=tokenizer,
+            spec=spec,
+            training=training,
+            rows=data.train,
+            held_out=data.held_out,
+            folder=folder,
+            progress=progress,
+            probe=probe,
         )
         trainable = _gather_model(spec, trainable)
     else:
@@ -101,7 +109,7 @@ def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, An
         final_loss = evaluated["scores"]["dev"][spec.task.name]["loss"]
         last_step = trained["cost"]["steps"]
         trained["held_out_curve"].append({"step": last_step, "loss": final_loss})
-    trained["cost"] = {
+    cost = {
         **trained["cost"],
         "precision": available_precision(training.precision),
         **trainable.prefix_cost(),
@@ -109,6 +117,7 @@ def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, An
     return {
         **evaluated,
         **trained,
+        "cost": cost,  # instead of the cost in `trained`
         "probe": probe.summary(),
         "model": trainable.summary,
         "data": data.summary,
@@ -208,7 +217,9 @@ def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data
         "held_out": {**shared, **held_out_rows.summary()},
     }
     note = _count_note(spec, instructions)
-    return Data(template, train_rows, held_out_rows, summary, note)
+    return Data(
+        template=template, train=train_rows, held_out=held_out_rows, summary=summary, note=note
+    )
 
 
 def _count_note(spec: InstructionSpec, instructions: Instructions) -> str | None:
@@ -319,20 +330,36 @@ def _evaluate(
     model.config.use_cache = True
     progress.say("evaluating on held-out instructions")
     compute_loss = partial(
-        held_out_loss, model, data.held_out, tokenizer, evaluation.batch_size, precision
+        held_out_loss,
+        model=model,
+        rows=data.held_out,
+        tokenizer=tokenizer,
+        batch_size=evaluation.batch_size,
+        precision=precision,
     )
     loss, routing = evaluate_with_routing(model, compute_loss)
     results = {}
     for entry, loaded in tasks.items():
         progress.say(f"evaluating on {entry.title}")
-        result = run_task(
-            model, tokenizer, entry, loaded, evaluation.batch_size, precision, trainable.prefix
+        results[entry.title] = run_task(
+            model=model,
+            tokenizer=tokenizer,
+            entry=entry,
+            loaded=loaded,
+            batch_size=evaluation.batch_size,
+            precision=precision,
+            prefix=trainable.prefix,
         )
-        results[entry.title] = result
 
     instructions = [row.source for row in data.held_out.rows[: evaluation.generations]]
     progress.say(f"answering {len(instructions)} instructions")
-    answers = generate_answers(model, data.template, instructions, evaluation.new_tokens, precision)
+    answers = generate_answers(
+        model=model,
+        template=data.template,
+        instructions=instructions,
+        new_tokens=evaluation.new_tokens,
+        precision=precision,
+    )
     return {
         "scores": {
             "dev": {spec.task.name: {"loss": loss}},

@@ -185,11 +185,11 @@ def draw_by_subject(sizes: Mapping[str, int], count: int) -> dict[str, list[int]
     counts = dict.fromkeys(names, 1)
 
     def quotient(name: str) -> float:
-        """Return Webster's quotient of a subject, inverted. The lowest gets a question.
+        """Return (2n + 1) / size, where n is the subject's count so far, which the loop raises.
 
-        It depends on the present value of ``counts``, which grows below.
+        By Webster's method, the subject with the lowest value gets the next question.
         """
-        # with n questions so far, 2n + 1 is the sum of n and the next count, n + 1
+        # 2n + 1 is the sum of n and the next count, n + 1
         return (2 * counts[name] + 1) / sizes[name]
 
     num_left = count - len(names)

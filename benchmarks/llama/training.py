@@ -70,11 +70,13 @@ def train(
     precision = available_precision(training.precision)
     lengths = [len(row.tokens) for row in rows.rows]
     collate = collator(tokenizer, packing=training.packing)
+    # with adapters, all parameters except adapters and head have a smaller learning rate
+    base_lr_ratio = training.lora.base_lr_ratio if training.lora else 1.0
     trainer = RoutedTrainer(
         args=_trainer_arguments(spec, training, folder, precision),
         order=EpochOrder(lengths, training.per_device_train_batch_size, spec.seed, by_length=False),
         trainable=trainable,
-        base_lr_ratio=training.lora.base_lr_ratio if training.lora else 1.0,
+        base_lr_ratio=base_lr_ratio,
         probe=probe,
         by_token=True,
         train_dataset=rows,
@@ -92,8 +94,14 @@ def train(
         )
         # added after the stopwatch, so that the stopwatch does not time it
         trainer.add_callback(HeldOutCurve(loss_of, training.eval_every))
+    # the losses in a checkpoint are of these rows
+    origin = {
+        "training rows": rows.digest,
+        "held-out rows": held_out.digest,
+        "weights": trainable.weights,
+    }
     # also restores the state and the callbacks of the trainer
-    checkpoint = resume(trainer, progress.say)
+    checkpoint = resume(trainer, origin, progress.say)
     trainer.train(resume_from_checkpoint=checkpoint)
 
     curve, held_out_curve = _read_curves(trainer.state)
@@ -107,7 +115,7 @@ def train(
 
 
 def _read_curves(state: TrainerState) -> tuple[list[float | None], list[dict[str, Any]]]:
-    """Return the loss of every step, and the ``step`` and ``loss`` of each held-out loss.
+    """Return the training losses, one per step, and the held-out losses with their steps.
 
     They are read from Trainer's log, which also has the losses from before a resume.
     """

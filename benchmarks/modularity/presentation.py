@@ -51,14 +51,12 @@ class ModularityOutcomes(Outcomes):
     def __init__(self, benchmark: AnyBenchmark, finished: Sequence[Record]) -> None:
         runs = [record.run for record in finished]
         super().__init__(benchmark, runs, ["model", "method", "task"])
-        rows: list[dict[str, Any]] = []
-        numbers: list[str] = []
-        for record in finished:
-            measured = (record.metrics.measured or {})[EXPERTS]
-            rows.append(_to_row(record, measured))
-            numbers = list(measured)  # the same for all runs
+        rows = [_to_row(record) for record in finished]
         self.rows = self.order(pd.DataFrame(rows), [*CELL, "seed"])
         self.records = self.rows  # the base class finds the runs behind the rows of a table with it
+        numbers: list[str] = []
+        if finished:
+            numbers = list(_measured(finished[0]))  # the same for all runs
         self.means = self.with_titles(average_over_seeds(self.rows, CELL, numbers))
 
     def panels(self) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -69,7 +67,12 @@ class ModularityOutcomes(Outcomes):
             yield title, rows[rows["layer"] == layer]
 
 
-def _to_row(record: Record, measured: Mapping[str, float]) -> dict[str, Any]:
+def _measured(record: Record) -> Mapping[str, float]:
+    """Return the measured numbers of a run."""
+    return (record.metrics.measured or {})[EXPERTS]
+
+
+def _to_row(record: Record) -> dict[str, Any]:
     """Return a run's row of :attr:`ModularityOutcomes.rows`, without titles."""
     run = record.run
     (layer,) = run.config["layers"]
@@ -82,7 +85,7 @@ def _to_row(record: Record, measured: Mapping[str, float]) -> dict[str, Any]:
         "run_id": run.id,
         "usage": record.metrics.usage,
         "matrix": record.metrics.matrix,
-        **measured,
+        **_measured(record),
     }
 
 
@@ -96,15 +99,15 @@ def concentration(outcomes: ModularityOutcomes) -> Table:
     frame = outcomes.means.join(paper_columns, on=published_keys)
     frame["best_quarter_paper"] /= 100  # published in percent
     return Table(
-        "Activations in blocks of neurons, nothing trained",
-        _concentration_caption(outcomes),
-        dict(_HEADINGS),
-        [
+        title="Activations in blocks of neurons, nothing trained",
+        caption=_concentration_caption(outcomes),
+        keys=dict(_HEADINGS),
+        columns=[
             *_columns("best_quarter", "best_quarter_mass", "usage_gini", "kept_top", "inertia"),
-            Column("best_quarter", "best_quarter_paper", "Paper: best quarter"),
-            Column("usage_gini", "usage_gini_paper", "Paper: Gini"),
+            Column(metric="best_quarter", value="best_quarter_paper", label="Paper: best quarter"),
+            Column(metric="usage_gini", value="usage_gini_paper", label="Paper: Gini"),
         ],
-        frame,
+        frame=frame,
     )
 
 
@@ -118,10 +121,10 @@ def _concentration_caption(outcomes: ModularityOutcomes) -> str:
         "largest of all tokens and neurons, as many as are not zero in the paper's matrix. Best "
         "quarter: the share of a token's active neurons in the N/4 blocks that hold most of them, "
         "mean over tokens. The next column is the same for the magnitudes of all neurons. Gini: "
-        "the Gini coefficient of the blocks' numbers of active neurons, over all tokens. What "
-        "avg-k keeps is the share of all magnitude in the top k experts. Unexplained variance is "
-        "that of the keys. The paper does not name the model, layer and set of its two matrices, "
-        "so only directions can be compared."
+        "the Gini coefficient of the blocks' numbers of active neurons, over all tokens. Avg-k "
+        "chooses the top k experts; their magnitude is a share of that of all neurons. Unexplained "
+        "variance is that of the keys. The paper does not name the model, layer and set of its two "
+        "matrices, so only directions can be compared."
     )
 
 
@@ -133,24 +136,25 @@ def _active_share(benchmark: AnyBenchmark, run: Run) -> float:
 
 def _columns(*metrics: str) -> list[Column]:
     """Return a column for each metric, with its standard deviation."""
-    return [Column(metric, metric, std=f"{metric}_std") for metric in metrics]
+    return [Column(metric=name, value=name, std=f"{name}_std") for name in metrics]
 
 
 _NEURONS_CAPTION = (
     "Are the experts with the lowest scores dead, which would explain that using them does harm "
-    "(the paper's Table 4)? A neuron is dead if it is active, as above, for no token. Shares are "
-    "of the neurons of the experts in use, means over tokens. Kept is the share of all magnitude. "
-    "Means over n random partitions ± standard deviation."
+    "(the paper's Table 4)? A neuron is dead if it is active, as above, for no token. Avg-k "
+    "chooses the top k experts; the bottom k have the lowest scores. Their dead and active "
+    "neurons are shares of their neurons, means over tokens. Their magnitude is a share of the "
+    "magnitude of all neurons. Means over n random partitions ± standard deviation."
 )
 
 
 def neurons_in_use(outcomes: ModularityOutcomes) -> Table:
     """Make the table of the dead and active neurons in the top k and the bottom k experts."""
     return Table(
-        "Neurons in use by the top and the bottom k experts, nothing trained",
-        _NEURONS_CAPTION,
-        dict(_HEADINGS),
-        _columns(
+        title="Neurons in use by the top and the bottom k experts, nothing trained",
+        caption=_NEURONS_CAPTION,
+        keys=dict(_HEADINGS),
+        columns=_columns(
             "dead",
             "dead_top",
             "dead_bottom",
@@ -159,7 +163,7 @@ def neurons_in_use(outcomes: ModularityOutcomes) -> Table:
             "kept_top",
             "kept_bottom",
         ),
-        outcomes.means,
+        frame=outcomes.means,
     )
 
 
@@ -167,8 +171,9 @@ _USAGE_CAPTION = (
     "Mutual information of a token's expert with the task of its row, and with the row's class "
     "(within a task, mean over the tasks with classes). Chance: mean and 95 % quantile of "
     f"{PERMUTATIONS} shuffles of rows over the tasks, or within their task. Specialised experts: a "
-    "task uses them more than by chance (5 %, over all experts and tasks). Shared experts: every "
-    "task uses them above 1/N, and no task differs from chance. Means over random partitions."
+    "task uses them more than by chance (5 %, over all experts and tasks). Shared experts: each "
+    "gets more than 1/N of the choices of every task, and no task differs from chance. Means over "
+    "random partitions."
 )
 
 
@@ -180,11 +185,11 @@ def usage_table(outcomes: ModularityOutcomes) -> Table:
     # reindex adds missing columns: tasks without classes have no class information
     frame = outcomes.means.reindex(columns=[*_HEADINGS, *other_columns, *metrics])
     return Table(
-        "Information in the choice of an expert, nothing trained",
-        _USAGE_CAPTION,
-        {column: heading for column, heading in _HEADINGS.items() if column != "n"},
-        [Column(metric, metric) for metric in metrics],
-        frame,
+        title="Information in the choice of an expert, nothing trained",
+        caption=_USAGE_CAPTION,
+        keys={column: heading for column, heading in _HEADINGS.items() if column != "n"},
+        columns=[Column(metric=name, value=name) for name in metrics],
+        frame=frame,
     )
 
 
@@ -205,7 +210,13 @@ def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
     columns = max(len(runs) for runs in runs_by_model)
     size = (plots.WIDTH, 3.0 * len(titles) + 0.4)  # inches
     figure_of_panels = plots.panel_figure(
-        path, len(titles), columns, size, plots.HEATMAP, sharex="row", sharey="row"
+        path,
+        lines=len(titles),
+        columns=columns,
+        size=size,
+        style=plots.HEATMAP,
+        sharex="row",
+        sharey="row",
     )
     with figure_of_panels as (_, axes):
         for axes_of_model, title, runs in zip(axes, titles, runs_by_model, strict=True):

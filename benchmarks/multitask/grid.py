@@ -37,7 +37,7 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
     definition_model = MultitaskDefinition
     part_model = MultitaskPart
     recorded = ("scores", "data", "model", "routing")
-    paper_columns = ("domain", "method")
+    paper_columns = ("model", "task", "domain", "method")
 
     @classmethod
     def load(cls, name: str, content: object, file: Path) -> Self:

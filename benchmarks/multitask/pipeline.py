@@ -68,7 +68,14 @@ def run(spec: MultitaskSpec, folder: Path, progress: Progress) -> dict[str, Any]
 
     tokenizer = load_tokenizer(spec.model)
     trainable = build_seq2seq(spec)
-    trainer = MultitaskTrainer(trainable, tokenizer, spec, splits, folder, progress)
+    trainer = MultitaskTrainer(
+        trainable=trainable,
+        tokenizer=tokenizer,
+        spec=spec,
+        splits=splits,
+        folder=folder,
+        progress=progress,
+    )
     epochs, kept = trainer.fit()
     progress.say("evaluating")
     test_scores, routing = evaluate_with_routing(
@@ -323,24 +330,35 @@ class MultitaskTrainer(RoutedTrainer):
         self._say = progress.say
         self._precision = available_precision(training.precision)
         # the metric that chooses the epoch; None keeps the last epoch
-        self._best = _MEAN if training.checkpoint_selection == "best" else None
+        self._selection_metric: str | None = None
+        if training.checkpoint_selection == "best":
+            self._selection_metric = _MEAN
 
         learned = self._learned_rows()
         lengths = {name: task_rows.lengths for name, task_rows in learned.items()}
         # the tasks are concatenated in the order in which MixedOrder counts their rows
         rows: ConcatDataset[dict[str, Any]] = ConcatDataset(learned.values())
+        # the epochs of a checkpoint were trained and scored on these rows
+        self._origin = {"weights": trainable.weights}
+        for name, task_rows in learned.items():
+            self._origin[f"training rows of {name}"] = task_rows.digest
+            self._origin[f"dev rows of {name}"] = splits[name]["dev"].digest
         collate = DataCollatorForSeq2Seq(tokenizer, model=network)
         # observe the model before training, on the same rows in every run
         probe.observe(network, collate(fixed_rows(rows)))
         super().__init__(
             args=epoch_arguments(
-                folder / "checkpoints", self._precision, training, spec, self._best
+                folder=folder / "checkpoints",
+                precision=self._precision,
+                training=training,
+                spec=spec,
+                best=self._selection_metric,
             ),
             order=MixedOrder(
-                lengths,
-                training.rows_per_epoch,
-                training.batch_size,
-                spec.seed,
+                lengths_by_task=lengths,
+                most=training.rows_per_epoch,
+                batch_size=training.batch_size,
+                seed=spec.seed,
                 by_length=training.sampling != "random",
             ),
             trainable=trainable,
@@ -377,14 +395,15 @@ class MultitaskTrainer(RoutedTrainer):
             All epochs (the number, the dev score of each task, and ``mean_score``), and the epoch
             whose weights are kept.
         """
-        self.train(resume_from_checkpoint=resume(self, self._say))
+        checkpoint = resume(self, self._origin, self._say)
+        self.train(resume_from_checkpoint=checkpoint)
         # Trainer's log has an entry for each evaluation, and entries of other kinds
         evaluations = [entry for entry in self.state.log_history if f"eval_{_MEAN}" in entry]
         epochs: list[Epoch] = []
         for entry in evaluations:
             scores = {name: entry[f"eval_{name}"] for name in (_MEAN, *self._tasks)}
             epochs.append({"epoch": entry["epoch"], **scores})
-        return epochs, kept_epoch(epochs, self._best)
+        return epochs, kept_epoch(epochs, best=self._selection_metric)
 
     def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
         """Log and return the dev scores of all tasks and their mean, which selects the epoch.

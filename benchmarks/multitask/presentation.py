@@ -13,7 +13,7 @@ from benchmarks.harness.report.table import MISSING, RUNS, Column, Table
 from benchmarks.harness.results.records import Record
 from benchmarks.text.definition import CLEAN, ID, OOD
 from benchmarks.text.outcomes import CELL, DOMAINS, KEYS, SELECTION, TextOutcomes
-from benchmarks.text.tables import cost_table, ood_table, tests_table, verdicts
+from benchmarks.text.tables import cost_table, ood_table, pairs_note, tests_table, verdicts
 
 # groups of scores (domains) besides those of TextOutcomes
 ID_MEAN = "id_mean"
@@ -30,6 +30,12 @@ class MultitaskOutcomes(TextOutcomes):
     has the mean score over the tasks of a mixture. The domain ``transfer`` has the score of a task
     in a mixture, minus the score of the same task if it is learned alone.
     """
+
+    # T5 has no head, the whole model is trained, and only `rows_per_epoch` limits the rows
+    seeds_cover = (
+        "Intervals over seeds cover what a seed draws: order of the rows, dropout, random "
+        "partitions and routers, and the rows of each epoch if their number is limited."
+    )
 
     def select_mixtures(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Select the rows of mixtures, without tasks that are learned alone."""
@@ -76,23 +82,32 @@ def gains(outcomes: MultitaskOutcomes) -> Table:
     It has a row for each mixture and method, in domain and out of domain. A row also shows the set
     with the largest gain, and the gain that the paper reports.
     """
+    rows = _gain_rows(outcomes)
     return Table(
-        "Means over tasks and over other sets, and the paper's best gains",
-        _gains_caption(outcomes),
-        {**KEYS, "where": "Where", "sets": "Sets", "n": "n"},
-        [
-            Column("score", "mean", "Mean", std="std", best=True),
-            Column("score", "delta", "Δ, mean", interval=("low", "high"), signed=True),
+        title="Means over tasks and over other sets, and the paper's best gains",
+        caption=_gains_caption(outcomes),
+        keys={**KEYS, "where": "Where", "sets": "Sets", "n": "n", "pairs": "n of Δ"},
+        columns=[
+            Column(metric="score", value="mean", label="Mean", std="std", best=True),
             Column(
-                "score",
-                "best_delta",
-                "Δ, best set",
+                metric="score",
+                value="delta",
+                label="Δ, mean",
+                interval=("low", "high"),
+                signed=True,
+            ),
+            Column(
+                metric="score",
+                value="best_delta",
+                label="Δ, best set",
                 interval=("best_low", "best_high"),
                 signed=True,
             ),
-            Column("score", "paper", "Paper, best gain", signed=True, decimals=2),
+            Column(
+                metric="score", value="paper", label="Paper, best gain", signed=True, decimals=2
+            ),
         ],
-        outcomes.order(_gain_rows(outcomes), ["model", "task", "domain", "method"]),
+        frame=outcomes.order(rows, ["model", "task", "domain", "method"]),
         group=("model", "task", "where"),
         notes={"best_set": "Best set"},
         origins=outcomes.shared_origins,
@@ -103,14 +118,14 @@ def _gains_caption(outcomes: MultitaskOutcomes) -> str:
     """Write the caption of :func:`gains`."""
     return (
         "Means over the tasks of a mixture (in domain) and over the sets that the models are not "
-        "trained on (out of domain), ± sample standard deviation over n seeds. Δ is the "
-        f"difference to {outcomes.baseline_title} on the same tasks, paired by seed, with a 95 % "
-        "confidence interval (Student's t), not corrected for multiple tests. "
-        f"{common.SEEDS_COVER} {outcomes.shared_note} Best set: the largest of several "
-        "differences, so an optimistic number. The paper gives only its largest gains (T5-Base, "
-        "N = 32 and k = 8 in domain; sources in paper.csv), neither tasks nor absolute scores, so "
-        "they cannot be compared with ours. Epoch and learning rate are chosen by the mean dev "
-        "score, which is not reported. Bold marks the best method, without controls."
+        f"trained on (out of domain), ± sample standard deviation. {pairs_note(outcomes)} They "
+        "have a 95 % confidence interval (Student's t), not corrected for multiple tests. "
+        f"{outcomes.seeds_cover} Best set: the largest of several differences, so an optimistic "
+        "number. The paper gives only its largest gains with T5-Base: on six tasks in domain "
+        "(N = 32 and k = 8), and with two NLI sets out of domain (sources in paper.csv). Its tasks "
+        "and absolute scores are unknown, so the gains cannot be compared with ours. Epoch and "
+        "learning rate are chosen by the mean dev score, which is not reported. Bold marks the "
+        "best method, without controls."
     )
 
 
@@ -120,19 +135,23 @@ def _gain_rows(outcomes: MultitaskOutcomes) -> pd.DataFrame:
     # the means over sets; their domain is replaced with the domain of the averaged sets
     numbers = ["mean", "std", "n", "delta", "low", "high"]
     is_mean = rows["domain"].isin(_MEANS)
-    means = rows.loc[is_mean, [*_KEYS_OF_GAIN, *numbers]].replace({"domain": _MEANS})
+    means = rows[is_mean].replace({"domain": _MEANS})
+    pairs = common.format_counts(means, _KEYS_OF_GAIN, count="pairs")
     # the number of sets in each row, and the set with the largest gain
     sets = rows[rows["domain"].isin(DOMAINS)]
     set_counts = sets.groupby(_KEYS_OF_GAIN, sort=False).size().rename("sets").reset_index()
     best_sets = _best_sets(sets)
-    published = common.read_published(outcomes.benchmark)[["domain", "method", "value"]]
+    published = common.read_published(outcomes.benchmark)[[*_KEYS_OF_GAIN, "value"]]
 
-    with_counts = common.with_numbers(means, on=_KEYS_OF_GAIN, numbers=set_counts)
+    with_pairs = common.with_numbers(
+        means[[*_KEYS_OF_GAIN, *numbers]], on=_KEYS_OF_GAIN, numbers=pairs
+    )
+    with_counts = common.with_numbers(with_pairs, on=_KEYS_OF_GAIN, numbers=set_counts)
     with_best_sets = common.with_numbers(
         with_counts, on=_KEYS_OF_GAIN, numbers=best_sets, prefix="best_"
     )
     with_paper = common.with_numbers(
-        with_best_sets, on=["domain", "method"], numbers=published, prefix="paper_"
+        with_best_sets, on=_KEYS_OF_GAIN, numbers=published, prefix="paper_"
     )
     return with_paper.assign(
         where=with_paper["domain"].map(DOMAINS),
@@ -153,23 +172,28 @@ def transfer(outcomes: MultitaskOutcomes) -> Table:
 
     It has a row for each mixture, task and method.
     """
-    differences = outcomes.of(TRANSFER, CLEAN).drop(columns="scope")
-    run_folders = _compared_runs(outcomes, differences)
+    differences = outcomes.of(TRANSFER, CLEAN)
+    keys = [*CELL, "eval_task"]
+    pairs = common.format_counts(differences, keys, count="pairs")
+    rows = differences.drop(columns=["scope", "pairs"])
+    with_pairs = common.with_numbers(rows, on=keys, numbers=pairs)
+    run_folders = _compared_runs(outcomes, with_pairs)
     return Table(
-        "Learned together against learned alone",
-        _transfer_caption(outcomes),
-        {**KEYS, "eval_task_title": "Task", "n": "n"},
-        [
-            Column("score", "mean", "Δ to alone", std="std", signed=True),
+        title="Learned together against learned alone",
+        caption=_transfer_caption(outcomes),
+        keys={**KEYS, "eval_task_title": "Task", "n": "n", "pairs": "n of Δ"},
+        columns=[
+            Column(metric="score", value="mean", label="Δ to alone", std="std", signed=True),
             Column(
-                "score",
-                "delta",
-                f"Δ minus that of {outcomes.baseline_title}",
+                metric="score",
+                value="delta",
+                label=f"Δ minus that of {outcomes.baseline_title}",
                 interval=("low", "high"),
                 signed=True,
             ),
         ],
-        differences.assign(**{RUNS: run_folders}),  # each row links to the runs that it compares
+        # each row links to the runs that it compares
+        frame=with_pairs.assign(**{RUNS: run_folders}),
     )
 
 
@@ -177,11 +201,14 @@ def _transfer_caption(outcomes: MultitaskOutcomes) -> str:
     """Write the caption of :func:`transfer`."""
     return (
         "Score of a task that is learned with the others minus its score if it is learned alone, "
-        "with as many passes over as many rows: mean ± sample standard deviation over n seeds. "
-        "Below 0, the other tasks do harm. The second "
-        f"Δ compares a method with {outcomes.baseline_title}, with a 95 % confidence interval "
-        "(Student's t), not corrected for multiple tests: the paper explains its gains with this "
-        f"difference. {common.SEEDS_COVER}"
+        "with as many passes over as many rows: mean ± sample standard deviation over the n seeds "
+        "that all compared rows have. Epoch and learning rate are chosen by the mean dev score of "
+        "the tasks if they are learned together, but by the dev score of the task itself if it is "
+        "learned alone. This biases the difference downwards, so a value below 0 does not prove "
+        "that the other tasks do harm. The second Δ compares a method with "
+        f"{outcomes.baseline_title}, over all seeds that both rows have (n of Δ), with a 95 % "
+        "confidence interval (Student's t), not corrected for multiple tests: the paper explains "
+        f"its gains with this difference. {outcomes.seeds_cover}"
     )
 
 

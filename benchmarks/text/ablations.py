@@ -36,6 +36,8 @@ from benchmarks.text.definition import ABLATION_COLUMNS, ID, OOD, PUBLISHED, Abl
 from benchmarks.text.outcomes import ARROW, DOMAINS, TextOutcomes, shown_deviation, split_name
 
 _AVERAGE_OF = "average of "
+_MAIN_MARK = " (main)"  # ends the title of a main row, which may have the setting of another row
+_MAIN_ROWS = "Rows with (main), if any, are also in the main tables."
 # Rows with the same values in these columns form a group, and are compared with each other. A scope
 # is a task, a pair of tasks, or an average.
 _KEYS_OF_GROUP = ["protocol", "domain", "model", "scope"]
@@ -272,7 +274,8 @@ def _add_titles(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
     """Add ``is_average``, and ``method_title`` with the setting of the row.
 
     Some ablations vary k, the number of experts in use. There, our rows without a setting also show
-    N, the number of experts, and k/N, if all runs of the row have the same.
+    N, the number of experts, and k/N, if all runs of the row have the same. Their titles end with
+    :data:`_MAIN_MARK`, because another row may vary N and k, and reach the same values.
     """
     settings = [split_name(name).setting for name in rows["method"]]
     k_varies = any("k" in setting_values(setting) for setting in settings)
@@ -280,13 +283,15 @@ def _add_titles(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
     titles = []
     for row in rows.itertuples():
         method, setting = split_name(row.method)
+        mark = ""
         # the paper's rows have no run, and so no main setting
         if k_varies and not setting and row.is_ours:
             setting = main_settings[row.model, row.method]
+            mark = _MAIN_MARK
         title = outcomes.title("method", method)
         words = setting_text(setting)
         if words:
-            title = f"{title}, {words}"
+            title = f"{title}, {words}{mark}"
         titles.append(title)
     return rows.assign(method_title=titles, is_average=rows["scope"].str.startswith(_AVERAGE_OF))
 
@@ -299,8 +304,10 @@ def _main_settings(outcomes: TextOutcomes) -> dict[tuple[str, str], str]:
     setting_by_run = {run.id: _main_setting(run.config) for run in outcomes.runs}
     settings = {}
     for row, records in outcomes.records.groupby(["model", "method"], sort=False):
-        of_row = {setting_by_run[run_id] for run_id in records["run_id"].unique()}
-        settings[row] = of_row.pop() if len(of_row) == 1 else ""
+        settings_of_row = {setting_by_run[run_id] for run_id in records["run_id"].unique()}
+        settings[row] = ""
+        if len(settings_of_row) == 1:
+            settings[row] = settings_of_row.pop()
     return settings
 
 
@@ -326,9 +333,9 @@ def ablation_table(outcomes: TextOutcomes, name: str) -> Table:
         on=rows["scope"] + " (" + rows["domain"].map(DOMAINS) + ")",
     )
     return Table(
-        definition.title,
-        _table_caption(definition),
-        {
+        title=definition.title,
+        caption=_table_caption(definition),
+        keys={
             "model_title": "Model",
             "selection": "Selection",
             "on": "On",
@@ -336,15 +343,22 @@ def ablation_table(outcomes: TextOutcomes, name: str) -> Table:
             "n": "n",
             "pairs": "n of Δ",
         },
-        [
-            Column("score", "mean", "Score", std="std"),
-            Column("score", "delta", "Δ", interval=("low", "high"), signed=True, decimals=2),
-            Column("p_value", "p_holm", "p (Holm)"),
-            Column("active_neurons", "active_neurons"),
-            Column("score", "paper", "Paper", decimals=2),
-            Column("score", "paper_delta", "Δ paper", signed=True, decimals=2),
+        columns=[
+            Column(metric="score", value="mean", label="Score", std="std"),
+            Column(
+                metric="score",
+                value="delta",
+                label="Δ",
+                interval=("low", "high"),
+                signed=True,
+                decimals=2,
+            ),
+            Column(metric="p_value", value="p_holm", label="p (Holm)"),
+            Column(metric="active_neurons", value="active_neurons"),
+            Column(metric="score", value="paper", label="Paper", decimals=2),
+            Column(metric="score", value="paper_delta", label="Δ paper", signed=True, decimals=2),
         ],
-        frame,
+        frame=frame,
         notes={"verdict": "Verdict", "status": "Status", "source": "Source of the paper's number"},
         origins=outcomes.ablated.origins,
     )
@@ -358,7 +372,7 @@ def _table_caption(ablation: Ablation) -> str:
         f"rows of a set and selection share. Δ is the difference to the {reference}, paired by "
         "seed over all seeds that both have, with a 95 % confidence interval (Student's t). "
         f"{SEEDS_COVER} p is from the paired t-test, corrected with Holm's procedure over the "
-        f"rows of a set and selection; the verdict uses it at 5 %. {OTHER_MODELS}"
+        f"rows of a set and selection; the verdict uses it at 5 %. {_MAIN_ROWS} {OTHER_MODELS}"
     )
 
 
@@ -380,6 +394,7 @@ def ablation_figure(outcomes: TextOutcomes, name: str) -> Figure:
         partial(draw_differences, name=name),
         f"{definition.title}. Differences to {reference}, paired by seed, with 95 % intervals: "
         "averages over the sets, hollow out of domain. The table has every set and selection. "
+        f"{_MAIN_ROWS} "
         "Crosses, if any, are the paper's, averaged over its sets. They have no intervals, because "
         "the paper has no differences by seed.",
     )

@@ -141,16 +141,20 @@ class TextSplit:
             return np.full(len(self), -1, dtype=np.int64)
         return np.asarray(self.labels, dtype=np.int64)
 
+    @property
+    def digest(self) -> str:
+        """Return 16 hex digits of a hash, which is equal for the same rows in the same order."""
+        digest = hashlib.sha256()
+        for row in zip(self.texts, self.labels, strict=True):
+            digest.update(repr(row).encode())
+        return digest.hexdigest()[:16]
+
     def summary(self) -> dict[str, Any]:
         """Describe the split for ``data`` in ``metrics.json``: source, digest, and numbers of rows.
 
         ``labels`` counts the rows of each class. A regression has the ``range`` of its scores
         instead.
         """
-        # the digest shows whether two runs read the same rows in the same order
-        digest = hashlib.sha256()
-        for row in zip(self.texts, self.labels, strict=True):
-            digest.update(repr(row).encode())
         if self.has_classes:
             counts = sorted(Counter(self.labels).items())
             labels: dict[str, Any] = {"labels": {str(label): count for label, count in counts}}
@@ -158,7 +162,7 @@ class TextSplit:
             labels = {"range": [min(self.labels), max(self.labels)]}
         return {
             "source": self.source,
-            "digest": digest.hexdigest()[:16],
+            "digest": self.digest,
             "rows": len(self),
             "dropped": self.dropped,
             **labels,
@@ -311,12 +315,14 @@ def _load_vader_split(domain: str, label: str | None, split: str) -> TextSplit:
     The label of a text is the sign of its rating. If ``label`` is "strength", the label is weak or
     strong.
     """
-    texts, labels, dropped = load_vader(domain, split, strength=label == "strength")
+    is_strength = label == "strength"
+    texts, labels, dropped = load_vader(domain, split, strength=is_strength)
     name = f"{domain}, {split}"
     if label:
         name = f"{domain}, {label}, {split}"
     source = f"{PACKAGE} {find_package(PACKAGE).version}, {name}"
-    return TextSplit([(text,) for text in texts], labels, dropped, source)
+    rows: list[tuple[str, ...]] = [(text,) for text in texts]  # each with one field
+    return TextSplit(rows, labels, dropped=dropped, source=source)
 
 
 @dataclass(frozen=True)
@@ -496,7 +502,8 @@ def _documented_class_names(
         # no metadata in this folder, or none on columns
         if not info or not info.features:
             continue
-        feature = info.features.get(table.column(task.label, task))
+        label_column = table.column(task.label, task)
+        feature = info.features.get(label_column)
         if isinstance(feature, datasets.ClassLabel):
             return feature.names
     return None

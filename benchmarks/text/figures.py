@@ -22,9 +22,13 @@ _LOSS = "loss"
 # a group is a model and a training task; it has a panel with the score, and below it one with the
 # loss
 _MOST_GROUPS = 8
-_MOST_COLUMNS = 4
+_MOST_NARROW_GROUPS = 6  # more groups in two columns would be higher than a page
 _MOST_TICKS = 5  # most numbers below a panel
-_PANEL_HEIGHT = 1.5  # inches
+# inches
+_COLUMN_WIDTH = 1.7
+_LEAST_WIDTH = 3.4  # a telephone shows this width with letters of 11 pixels
+_PANEL_HEIGHT = 1.4
+_MOST_HEIGHT = 8.0  # of all panels, without the legend
 
 
 def epoch_numbers(outcomes: TextOutcomes) -> pd.DataFrame:
@@ -48,7 +52,9 @@ def epoch_numbers(outcomes: TextOutcomes) -> pd.DataFrame:
             scale = load_metrics()[metric].scale
             for epoch in metrics.epochs:
                 number = epoch.numbers()[metric]
-                value = math.nan if number is None else number * scale
+                value = math.nan
+                if number is not None:
+                    value = number * scale
                 rows.append({**names, "metric": metric, "step": epoch.epoch, "value": value})
     columns = [*CELL, "seed", "metric", "step", "value"]
     numbers = pd.DataFrame(rows, columns=columns).astype({"step": float, "value": float})
@@ -56,7 +62,9 @@ def epoch_numbers(outcomes: TextOutcomes) -> pd.DataFrame:
     # beside each number: how many seeds its method has, and how many of them have its epoch
     seeds = shared.groupby(CELL)["seed"].transform("nunique")
     seeds_of_epoch = shared.groupby([*CELL, "step"])["seed"].transform("nunique")
-    return outcomes.with_titles(shared[seeds_of_epoch == seeds])
+    # keep the epochs that all seeds of the method have
+    is_complete = seeds_of_epoch == seeds
+    return outcomes.with_titles(shared[is_complete])
 
 
 def draw_curves(outcomes: TextOutcomes, path: Path) -> None:
@@ -73,20 +81,26 @@ def draw_curves(outcomes: TextOutcomes, path: Path) -> None:
         plots.placeholder_figure(path)
         return
     styles = outcomes.styles_by_title(with_curves)
-    columns = min(_MOST_COLUMNS, len(groups))
+    columns = _count_columns(len(groups))
     # a row of groups has two rows of panels: the scores, and below them the losses
     rows = math.ceil(len(groups) / columns)
-    width = plots.curves_width(columns)
-    size = (width, 2 * _PANEL_HEIGHT * rows)
-    title_width = 0.8 * width / columns
-    with plots.panel_figure(path, 2 * rows, columns, size, plots.CURVES) as (figure, axes):
+    lines = 2 * rows
+    height = min(_PANEL_HEIGHT * lines, _MOST_HEIGHT)
+    # shorter than a panel with its numbers, so that labels of neighbours do not touch
+    label_height = 0.75 * height / lines
+    width = max(_COLUMN_WIDTH * columns, _LEAST_WIDTH)
+    title_width = 0.5 * width / columns  # the labels take the rest
+    figure_of_panels = plots.panel_figure(
+        path, lines=lines, columns=columns, size=(width, height), style=plots.CURVES
+    )
+    with figure_of_panels as (figure, axes):
         for number, (titles, group) in enumerate(groups):
             row, column = divmod(number, columns)
             score_axis = axes[2 * row, column]
             loss_axis = axes[2 * row + 1, column]
             is_loss = group["metric"] == _LOSS
-            _draw_panel(score_axis, group[~is_loss], styles)
-            _draw_panel(loss_axis, group[is_loss], styles)
+            _draw_panel(score_axis, group[~is_loss], styles, label_height)
+            _draw_panel(loss_axis, group[is_loss], styles, label_height)
             wrapped = [plots.wrap_text(title, title_width) for title in titles]
             score_axis.set_title("\n".join(wrapped), fontsize=8)
             seeds = group.groupby("method")["seed"].nunique()
@@ -95,13 +109,28 @@ def draw_curves(outcomes: TextOutcomes, path: Path) -> None:
         figure.set_figheight(figure.get_figheight() + legend_height)
 
 
-def _draw_panel(axis: Any, points: pd.DataFrame, styles: Mapping[str, MethodStyle]) -> None:
-    """Draw one metric of a model and task by epoch, and label the vertical axis."""
+def _count_columns(num_groups: int) -> int:
+    """Choose the number of columns: at most two, so that a telephone shows readable letters.
+
+    With more than six groups, four columns are needed, so that the figure fits a page.
+    """
+    if num_groups > _MOST_NARROW_GROUPS:
+        return 4
+    return min(num_groups, 2)
+
+
+def _draw_panel(
+    axis: Any, points: pd.DataFrame, styles: Mapping[str, MethodStyle], label_height: float
+) -> None:
+    """Draw one metric of a model and task by epoch, and label the vertical axis.
+
+    ``label_height`` is the largest length of a line of the label, in inches.
+    """
     plots.draw_means(axis, points, styles)
     plots.label_steps(axis, "", _MOST_TICKS)
     (metric,) = points["metric"].unique()
     label = f"{load_metrics()[metric].label} on dev"
-    axis.set_ylabel(plots.wrap_text(Column(metric, "value", label).heading, _PANEL_HEIGHT))
+    axis.set_ylabel(plots.wrap_text(Column(metric, "value", label).heading, label_height))
 
 
 CURVES = Figure(

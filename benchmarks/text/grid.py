@@ -92,6 +92,7 @@ class TextSets(Benchmark[D, TaskEntry, P]):
     paper_columns: ClassVar[tuple[str, ...]] = PAPER_COLUMNS
 
     def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
+        """Return a reader for each part of a task or OOD set that a run reads."""
         # imported here, because it imports `datasets`, which would slow down planning
         from benchmarks.text.data import resolve_part
 

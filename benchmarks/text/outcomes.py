@@ -114,15 +114,16 @@ def choices(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
 def select_runs(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
     """Return the records of the runs with the hyper-parameters that ``protocol`` chooses.
 
-    A run may be chosen under another protocol than its own. The column ``protocol`` of the result
-    has the argument ``protocol``; the new column ``run_protocol`` has the run's own.
+    A run may be chosen under another protocol than its own. In the result, ``protocol`` is the
+    argument in all rows. ``run_protocol`` is the run's own.
     """
     table = choices(records, protocol)
     chosen = table.loc[table["chosen"], [*CELL, *CHOICE]]
-    # only runs with a dev score under the protocol can be chosen
-    candidates = selection_scores(records, protocol)["run_id"]
-    of_candidates = records[records["run_id"].isin(candidates)]
-    selected = of_candidates.merge(chosen, on=[*CELL, *CHOICE], how="inner")
+    # A run of the other protocol may have the chosen settings. Without a dev score under this
+    # protocol, it is left out.
+    scored_runs = selection_scores(records, protocol)["run_id"]
+    of_scored = records[records["run_id"].isin(scored_runs)]
+    selected = of_scored.merge(chosen, on=[*CELL, *CHOICE], how="inner")
     # keep the run's own protocol in a new column before its column is overwritten
     with_run_protocol = selected.assign(run_protocol=selected["protocol"])
     return with_run_protocol.assign(protocol=protocol)
@@ -337,9 +338,11 @@ class TextOutcomes(Outcomes):
 
         A run is a named tuple with ``model``, ``task``, ``method``, ``seed`` and their titles.
         """
+        # without runs, there is no first protocol
+        if not self.run_protocols:
+            return
         metrics_by_id = {record.run.id: record.metrics for record in self._finished}
-        first_protocol = self.run_protocols[:1]  # a list of one, or empty without runs
-        of_first = self.chosen[self.chosen["protocol"].isin(first_protocol)]
+        of_first = self.chosen[self.chosen["protocol"] == self.run_protocols[0]]
         # a run has many records, one for each number
         runs = of_first.drop_duplicates("run_id")
         for run in self.order(runs, [*CELL, "seed"]).itertuples():

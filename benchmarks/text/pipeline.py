@@ -46,12 +46,25 @@ def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
     tokenizer = load_tokenizer(spec.model)
     # a partition by co-activation measures the activations of these rows
     calibration = calibration_batches(
-        splits.train, tokenizer, training.max_length, training.eval_batch_size
+        splits.train,
+        tokenizer,
+        max_length=training.max_length,
+        batch_size=training.eval_batch_size,
     )
-    classifier = build_classifier(spec, len(task.labels), tokenizer, calibration)
+    classifier = build_classifier(
+        spec, labels=len(task.labels), tokenizer=tokenizer, calibration=calibration
+    )
     if spec.used_as and spec.used_as.config:
         check_layers(classifier.model, spec.used_as.config)
-    trainer = TextTrainer(classifier, tokenizer, spec, splits.train, splits.dev, folder, progress)
+    trainer = TextTrainer(
+        classifier=classifier,
+        tokenizer=tokenizer,
+        spec=spec,
+        train=splits.train,
+        dev=splits.dev,
+        folder=folder,
+        progress=progress,
+    )
     epochs, kept = trainer.train()
 
     progress.say("evaluating")
@@ -88,11 +101,16 @@ def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
         "probe": trainer.probe.summary(),
         "model": classifier.summary,
         "cost": {**trainer.cost, **classifier.prefix_cost()},
-        "data": {
-            **{part: split.summary() for part, split in splits._asdict().items()},
-            **{f"ood:{name}": split.summary() for name, split in ood.items()},
-        },
+        "data": _summarise_data(splits, ood),
     }
+
+
+def _summarise_data(splits: TaskSplits, ood: Mapping[str, TextSplit]) -> dict[str, Any]:
+    """Summarise all data for ``metrics.json``, by names such as ``train`` and ``ood:hans``."""
+    summaries = {part: split.summary() for part, split in splits._asdict().items()}
+    for name, split in ood.items():
+        summaries[f"ood:{name}"] = split.summary()
+    return summaries
 
 
 def _evaluate(

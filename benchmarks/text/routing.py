@@ -32,7 +32,7 @@ _ABOVE = "used more than by chance"
 _BELOW = "used less than by chance"
 _SHARED = "shared: used by all sets"
 _KEYS_OF_RUN = [*CELL, "seed"]
-_MOST_PANEL_ROWS = 4  # of the figure of traces; each row shows one model and task
+_MOST_PANEL_ROWS = 4  # rows of panels with our traces, in the figure of traces
 _PUBLISHED_WINDOW = 100  # steps of a window in the paper's traces
 
 UsagePanel = tuple[str, Usage]  # the title of a panel, and the expert use that it shows
@@ -194,9 +194,9 @@ _USAGE_CAPTION = (
     "row, and with the row's class (within a set, mean over the sets), on 200 rows per set. "
     f"Chance: mean and 95 % quantile of {PERMUTATIONS} shuffles of rows over the sets, or within "
     "their set. Specialised experts: a set uses them more than by chance (5 %, over all experts "
-    "and sets). Shared experts: every set uses them above 1/N, and no set differs from chance. "
-    "Means over n seeds ± standard deviation. The benchmark modularity measures the same before "
-    "training."
+    "and sets). Shared experts: each gets more than 1/N of the choices of every set, and no set "
+    "differs from chance. Means over n seeds ± standard deviation. The benchmark modularity "
+    "measures the same before training."
 )
 
 
@@ -353,8 +353,8 @@ class _TracePanel(NamedTuple):
     trace: pd.DataFrame
 
 
-class _TraceRow(NamedTuple):
-    """One row of panels: the methods of one model and task, or the methods of the paper."""
+class _TraceGroup(NamedTuple):
+    """The panels of one model and task, or of the paper. Each shows a method."""
 
     title: str
     panels: list[_TracePanel]
@@ -363,90 +363,138 @@ class _TraceRow(NamedTuple):
 def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
     """Draw the expert loads over training, for the first routed layer and the first seed.
 
-    Each row of panels shows a model and task, and each panel a method. At most four rows show our
-    runs, and those with the paper's task come first. The last row shows the paper's traces.
+    The panels of a model and task are a group with a heading, and each panel shows a method. Small
+    groups share a row of panels. At most four rows show our runs, and those with the paper's task
+    come first. The last row shows the paper's traces.
     """
-    rows = _our_trace_rows(outcomes)[:_MOST_PANEL_ROWS] + _paper_trace_rows(outcomes)
-    if not rows:
+    our_groups = _our_trace_groups(outcomes)
+    paper_groups = _paper_trace_groups(outcomes)
+    groups = our_groups + paper_groups
+    if not groups:
         plots.placeholder_figure(path)
         return
 
-    columns = max(len(row.panels) for row in rows)
+    columns = max(len(group.panels) for group in groups)
+    our_rows = _fill_rows(our_groups, columns)[:_MOST_PANEL_ROWS]
+    rows = our_rows + _fill_rows(paper_groups, columns)
     size = (plots.WIDTH, 1.85 * len(rows) + 0.3)  # inches
     # inches: the labels and the colour bar take 1.7 of the width
     panel_width = (plots.WIDTH - 1.7) / columns
-    with plots.panel_figure(path, len(rows), columns, size, plots.HEATMAP, sharey="row") as (
-        figure,
-        axes,
-    ):
+    figure_of_panels = plots.panel_figure(
+        path, lines=len(rows), columns=columns, size=size, style=plots.HEATMAP
+    )
+    with figure_of_panels as (figure, axes):
         for axis_row, row in zip(axes, rows, strict=True):
             _draw_trace_row(axis_row, row, panel_width)
         figure.colorbar(plots.USE, ax=axes, shrink=0.6, label="load ÷ mean load", extend="max")
 
 
-def _draw_trace_row(axes: Sequence[Any], row: _TraceRow, panel_width: float) -> None:
-    """Draw the panels of a row from left to right, and the title of the row above them.
+def _fill_rows(groups: Sequence[_TraceGroup], columns: int) -> list[list[_TraceGroup]]:
+    """Distribute groups over rows of ``columns`` panels, in their order.
+
+    A group that does not fit into the last row begins a new one.
+    """
+    rows: list[list[_TraceGroup]] = []
+    num_free = 0  # panels that the last row has room for
+    for group in groups:
+        num_panels = len(group.panels)
+        if num_panels > num_free:
+            rows.append([])
+            num_free = columns
+        rows[-1].append(group)
+        num_free -= num_panels
+    return rows
+
+
+def _draw_trace_row(axes: Sequence[Any], row: Sequence[_TraceGroup], panel_width: float) -> None:
+    """Draw the groups of a row from left to right, and the title of each group above it.
 
     ``panel_width`` is in inches.
     """
-    # not strict: a row may have fewer panels than axes
-    for axis, panel in zip(axes, row.panels, strict=False):
-        _draw_trace(axis, panel.trace, panel_width)
-        axis.set_title(plots.wrap_text(panel.title, panel_width, 7), fontsize=7)
+    first_axes = []  # of each group
+    column = 0
+    for group in row:
+        first_axes.append(axes[column])
+        for panel in group.panels:
+            _draw_trace(axes[column], panel, panel_width)
+            column += 1
+        _label_steps(axes[column - len(group.panels) : column], group)
+    # only the first axis of a row names the steps, because labels between panels take their room
+    axes[0].set_ylabel("step")
 
-    # the title of the row is above the panel title with the most lines
+    # the titles of groups are above the panel title with the most lines
     panel_titles = [axis.title for axis in axes]
     longest = max(panel_titles, key=lambda title: title.get_text().count("\n"))
-    first_axis = axes[0]
-    plots.draw_heading(first_axis, longest, row.title, "left")
-    # the panels of a row share the vertical axis of the first
-    last_step = max(panel.trace.index[-1] for panel in row.panels)
-    first_axis.set_ylim(last_step, 0)  # the first step is at the top
-    first_axis.set_ylabel("step")
+    for axis, group in zip(first_axes, row, strict=True):
+        group_width = panel_width * len(group.panels)
+        heading = plots.wrap_text(group.title, group_width)
+        plots.draw_heading(axis, longest, heading, "left")
 
 
-def _paper_trace_rows(outcomes: TextOutcomes) -> list[_TraceRow]:
-    """Return one row of panels with the paper's traces; an empty list if there are none."""
+def _label_steps(axes: Sequence[Any], group: _TraceGroup) -> None:
+    """Give the axes of a group the same steps from top to bottom. Only the first has numbers."""
+    last_step = max(panel.trace.index[-1] for panel in group.panels)
+    for axis in axes:
+        axis.set_ylim(last_step, 0)  # the first step is at the top
+        axis.tick_params(labelleft=axis is axes[0])
+
+
+def _paper_trace_groups(outcomes: TextOutcomes) -> list[_TraceGroup]:
+    """Return one group with the paper's traces; an empty list if there are none."""
     published = published_traces(outcomes)
     if not published:
         return []
     panels = []
     for name, trace in published.items():
         panels.append(_TracePanel(outcomes.title("method", name), trace))
-    return [_TraceRow("the paper", panels)]
+    return [_TraceGroup("the paper", panels)]
 
 
-def _our_trace_rows(outcomes: TextOutcomes) -> list[_TraceRow]:
-    """Return a row of panels for each model and task, those of the paper's task first.
+def _our_trace_groups(outcomes: TextOutcomes) -> list[_TraceGroup]:
+    """Return a group of panels for each model and task, those of the paper's task first.
 
     Controls are left out.
     """
     all_traces = traces(outcomes)
     of_methods = all_traces[all_traces["is_method"]]
     first = of_methods.drop_duplicates(CELL)  # the first seed and layer
-    titled = first.assign(
-        row_title=first["model_title"] + ", " + first["task_title"],
-        panel_title=first["method_title"] + ", layer " + first["layer"],
-    )
+    titled = first.assign(group_title=first["model_title"] + ", " + first["task_title"])
     definition = outcomes.benchmark.definition.published_traces
     if definition is not None:
         # the key is False for the paper's task, and False comes before True
         titled = titled.sort_values(
             "task", key=lambda tasks: tasks != definition.task, kind="stable"
         )
-    rows = []
-    for title, group in titled.groupby("row_title", sort=False):
-        named_traces = zip(group["panel_title"], group["trace"], strict=True)
-        panels = [_TracePanel(panel_title, trace) for panel_title, trace in named_traces]
-        rows.append(_TraceRow(str(title), panels))
-    return rows
+    groups = []
+    for title, rows in titled.groupby("group_title", sort=False):
+        groups.append(_trace_group(str(title), rows))
+    return groups
 
 
-def _draw_trace(axis: Any, trace: pd.DataFrame, width: float) -> None:
+def _trace_group(title: str, rows: pd.DataFrame) -> _TraceGroup:
+    """Make a group of one model and task. Its title names the layer, if all panels show the same.
+
+    Args:
+        title: The model and the task.
+        rows: The rows of :func:`traces`, one for each panel.
+    """
+    layers = list(rows["layer"].unique())
+    panel_titles = rows["method_title"]
+    if len(layers) == 1:
+        title = f"{title}, layer {layers[0]}"
+    else:
+        panel_titles = panel_titles + ", layer " + rows["layer"]
+    named_traces = zip(panel_titles, rows["trace"], strict=True)
+    panels = [_TracePanel(panel_title, trace) for panel_title, trace in named_traces]
+    return _TraceGroup(title, panels)
+
+
+def _draw_trace(axis: Any, panel: _TracePanel, width: float) -> None:
     """Draw a trace as a heatmap: windows from top to bottom, experts from left to right.
 
     ``width`` is the width of the panel in inches.
     """
+    trace = panel.trace
     _, experts = trace.shape
     # left, right, bottom, top; the centre of the first expert is at 0, and the y axis shows steps
     extent = (-0.5, experts - 0.5, trace.index[-1], 0)
@@ -454,6 +502,7 @@ def _draw_trace(axis: Any, trace: pd.DataFrame, width: float) -> None:
     plots.show_use(axis, trace.to_numpy() * experts, interpolation="nearest", extent=extent)
     plots.number_experts(axis, experts, width)
     axis.yaxis.set_major_locator(mpl.ticker.MaxNLocator(4, integer=True))
+    axis.set_title(plots.wrap_text(panel.title, width, 7), fontsize=7)
 
 
 TRACES = Figure(

@@ -50,7 +50,8 @@ def selection_gains(outcomes: TextOutcomes) -> pd.DataFrame:
             "num_choices": len(of_row),
             "best_gain": scores.max() - scores.mean(),
             "deviation": deviation,
-            "error": deviation * math.sqrt(variance_factor),  # the deviation of a choice's score
+            # standard error of a choice's mean score
+            "error": deviation * math.sqrt(variance_factor),
         }
         rows.append(row)
     numbers = ["num_choices", "best_gain", "deviation", "error"]
@@ -127,14 +128,14 @@ def selection_gain_table(outcomes: TextOutcomes) -> Table:
     It has a row per model, training task and method.
     """
     columns = [
-        Column("runs", "num_choices", "Choices"),
-        Column("score", "best_gain", "Best − mean", decimals=2),
-        Column("score", "deviation", "Deviation of seeds", decimals=2),
-        Column("score", "luck", "By luck", decimals=2),
+        Column(metric="runs", value="num_choices", label="Choices"),
+        Column(metric="score", value="best_gain", label="Best − mean", decimals=2),
+        Column(metric="score", value="deviation", label="Deviation of seeds", decimals=2),
+        Column(metric="score", value="luck", label="By luck", decimals=2),
         Column(
-            "score",
-            "baseline_luck",
-            f"By luck, {outcomes.baseline_title} with as many choices",
+            metric="score",
+            value="baseline_luck",
+            label=f"By luck, {outcomes.baseline_title} with as many choices",
             decimals=2,
         ),
     ]
@@ -143,21 +144,25 @@ def selection_gain_table(outcomes: TextOutcomes) -> Table:
         differences = outcomes.of(ID, protocol)[[*CELL, "delta", "low", "high", "pairs"]]
         frame = with_numbers(frame, on=CELL, numbers=differences, prefix=f"{protocol}_")
         difference = Column(
-            "score",
-            f"{protocol}_delta",
-            f"Δ, {PROTOCOLS[protocol]} selection",
+            metric="score",
+            value=f"{protocol}_delta",
+            label=f"Δ, {PROTOCOLS[protocol]} selection",
             interval=(f"{protocol}_low", f"{protocol}_high"),
             signed=True,
             decimals=2,
         )
-        pairs = Column("runs", f"{protocol}_pairs", f"n of Δ, {PROTOCOLS[protocol]} selection")
+        pairs = Column(
+            metric="runs",
+            value=f"{protocol}_pairs",
+            label=f"n of Δ, {PROTOCOLS[protocol]} selection",
+        )
         columns += [difference, pairs]
     return Table(
-        "What the selection adds",
-        _caption(outcomes),
-        {**KEYS, "selection": "Selection", "n": "n"},
-        columns,
-        frame,
+        title="What the selection adds",
+        caption=_caption(outcomes),
+        keys={**KEYS, "selection": "Selection", "n": "n"},
+        columns=columns,
+        frame=frame,
         # without protocol, because the runs of both selections are behind a row
         origins=outcomes.records.drop(columns="protocol"),
     )

@@ -133,14 +133,14 @@ def _result_rows(outcomes: TextOutcomes) -> pd.DataFrame:
 def _results_caption(outcomes: TextOutcomes) -> str:
     """Write the caption of :func:`results_table`."""
     return (
-        f"{_DEVIATION} {_pairs_note(outcomes)} They have a 95 % confidence interval (Student's t), "
-        f"not corrected for multiple tests. {common.SEEDS_COVER} ID is the training task, OOD the "
-        f"mean over the other sets, without further training. {_SELECTIONS} Bold marks the best "
-        f"method, without controls. {_metric_note(outcomes, ID, OOD)}"
+        f"{_DEVIATION} {pairs_note(outcomes)} They have a 95 % confidence interval (Student's t), "
+        f"not corrected for multiple tests. {outcomes.seeds_cover} ID is the training task, OOD "
+        f"the mean over the other sets, without further training. {_SELECTIONS} Bold marks the "
+        f"best method, without controls. {_metric_note(outcomes, ID, OOD)}"
     )
 
 
-def _pairs_note(outcomes: TextOutcomes) -> str:
+def pairs_note(outcomes: TextOutcomes) -> str:
     """Return sentences for captions: which seeds the scores use, and which the differences."""
     return (
         "Scores use the n seeds that all compared rows have. Differences (Δ) use all seeds that a "
@@ -194,7 +194,7 @@ def tests_table(outcomes: TextOutcomes) -> Table:
     }
     caption = (
         f"Differences to {outcomes.baseline_title}, paired by seed, over all n seeds of both rows. "
-        f"{common.SEEDS_COVER} {_SELECTIONS}"
+        f"{outcomes.seeds_cover} {_SELECTIONS}"
     )
     return common.tests_table(
         against=outcomes.baseline_title,
@@ -409,8 +409,8 @@ def paper_table(outcomes: TextOutcomes, domain: str = ID) -> Table:
 def _paper_caption(outcomes: TextOutcomes) -> str:
     """Write the caption of :func:`paper_table`."""
     return (
-        f"{_pairs_note(outcomes)} Ours have a 95 % confidence interval for single tasks. "
-        f"{common.SEEDS_COVER} {common.OTHER_MODELS} Status: published (from the authors' "
+        f"{pairs_note(outcomes)} Ours have a 95 % confidence interval for single tasks. "
+        f"{outcomes.seeds_cover} {common.OTHER_MODELS} Status: published (from the authors' "
         "notebooks or quoted from the paper), inferred (published, but the row is our "
         "interpretation), unknown (in the paper, but unavailable). A dash: unavailable, or not "
         "run by this suite."

@@ -57,17 +57,26 @@ class TokenisedRows(Dataset[dict[str, Any]]):
         if prefix:
             self._states = self._prefix_states(prefix, DataCollatorWithPadding(tokenizer))
 
+    @property
+    def digest(self) -> str:
+        """Return a digest of the tokens and labels of all rows, in the order of the split."""
+        columns = self._columns()
+        return columns_digest({**columns, "labels": np.asarray(self._split_labels)})
+
+    def _columns(self) -> dict[str, NDArray[Any]]:
+        """Return the tokens of all rows joined, by model input, and the lengths of the rows."""
+        columns = {}
+        for name in self._rows[0]:
+            columns[name] = np.concatenate([row[name] for row in self._rows])
+        # joined columns do not show where a row ends
+        return {**columns, "lengths": self._lengths}
+
     def _prefix_states(self, prefix: Prefix, collate: DataCollatorWithPadding) -> PrefixStates:
         """Return the outputs of the frozen layers for all rows.
 
         They are stored under a digest of the tokens, so that other runs can read them.
         """
-        # join the tokens of all rows, to compute the digest
-        columns = {}
-        for name in self._rows[0]:
-            columns[name] = np.concatenate([row[name] for row in self._rows])
-        # the lengths are added, because joined columns do not show where a row ends
-        digest = columns_digest({**columns, "lengths": self._lengths})
+        digest = columns_digest(self._columns())
 
         def batch(numbers: Sequence[int]) -> dict[str, Any]:
             return dict(collate([self._tokens(number) for number in numbers]))

@@ -189,7 +189,13 @@ class TextEvaluator(SplitEvaluator):
             data_collator=self._collate,
             callbacks=[self._stopwatch],
         )
-        super().__init__(trainer, classifier.prefix, tokenizer, task, max_length)
+        super().__init__(
+            trainer=trainer,
+            prefix=classifier.prefix,
+            tokenizer=tokenizer,
+            task=task,
+            max_length=max_length,
+        )
 
     @property
     def cost(self) -> dict[str, Any]:
@@ -311,7 +317,9 @@ class TextTrainer(SplitEvaluator):
         self.routing_trace = RoutingTrace()
         self._precision = available_precision(training.precision)
         # the metric that chooses the epoch; None keeps the last epoch
-        self._best = self._metric if training.checkpoint_selection == "best" else None
+        self._selection_metric: str | None = None
+        if training.checkpoint_selection == "best":
+            self._selection_metric = self._metric
         self._patience: Patience | None = None
         if training.patience is not None:
             self._patience = Patience(self._metric, training.patience)
@@ -325,6 +333,12 @@ class TextTrainer(SplitEvaluator):
         rows = tokenise(train, by_length=False)
         self._dev = tokenise(dev, by_length=True)  # `_scores` needs its labels, too
         collate = padding_collator(tokenizer, self._precision)
+        # the epochs of a checkpoint were trained and scored on these rows
+        self._origin = {
+            "training rows": rows.digest,
+            "dev rows": self._dev.digest,
+            "weights": classifier.weights,
+        }
         # observe the model before training, on the same rows in every run
         self.probe.observe(classifier.model, collate(fixed_rows(rows)))
 
@@ -337,7 +351,11 @@ class TextTrainer(SplitEvaluator):
             callbacks.append(self._patience)
         trainer = RoutedTrainer(
             args=epoch_arguments(
-                folder / "checkpoints", self._precision, training, spec, self._best
+                folder=folder / "checkpoints",
+                precision=self._precision,
+                training=training,
+                spec=spec,
+                best=self._selection_metric,
             ),
             order=order,
             trainable=classifier,
@@ -349,7 +367,13 @@ class TextTrainer(SplitEvaluator):
             compute_metrics=self._scores,
             callbacks=callbacks,
         )
-        super().__init__(trainer, classifier.prefix, tokenizer, spec.task, training.max_length)
+        super().__init__(
+            trainer=trainer,
+            prefix=classifier.prefix,
+            tokenizer=tokenizer,
+            task=spec.task,
+            max_length=training.max_length,
+        )
 
     @property
     def cost(self) -> dict[str, Any]:
@@ -377,7 +401,7 @@ class TextTrainer(SplitEvaluator):
             All epochs with their dev scores, and the epoch whose weights are kept.
         """
         # this also restores the trainer's state, whose log is read below
-        checkpoint = resume(self.trainer, self._say)
+        checkpoint = resume(self.trainer, self._origin, self._say)
         if self._patience and self._patience.is_over(self.trainer.state.log_history):
             # training had already stopped early when the run was killed
             self.trainer._load_best_model()  # as Trainer does at the end of training
@@ -396,4 +420,4 @@ class TextTrainer(SplitEvaluator):
                     "loss": finite_or_none(entry[f"eval_{_LOSS}"]),
                 }
             )
-        return epochs, kept_epoch(epochs, self._best)
+        return epochs, kept_epoch(epochs, best=self._selection_metric)

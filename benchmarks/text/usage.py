@@ -134,8 +134,8 @@ def shared_and_specialised(
 ) -> tuple[Integers, Integers]:
     """Return the indices of the shared experts, and of the specialised experts.
 
-    A shared expert has a share above 1/N in every task, and no mark. A specialised expert has a
-    positive mark in some task.
+    A shared expert gets more than 1/N of the choices of every task, and has no mark. A specialised
+    expert has a positive mark in some task.
 
     Args:
         shares: The shares of the experts, ``[tasks, N]``.
@@ -166,7 +166,8 @@ def describe_usage(sets: Mapping[str, SetLoads]) -> tuple[dict[str, float], dict
 
         - ``tasks``: for each data set, the ``shares`` of the experts, their ``marks`` from
           :func:`mark_experts`, and in ``classes`` their shares within each class
-        - ``shared``: the indices of the experts without a mark that all sets use above 1/N
+        - ``shared``: the indices of the experts without a mark that get more than 1/N of the
+          choices of every set
         - ``specialised``: the indices of the experts that some set uses more than by chance
     """
     # join the rows of all sets; `tasks` has the number of the set of each row

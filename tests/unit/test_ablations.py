@@ -164,6 +164,20 @@ def test_every_setting_is_a_row_and_main_tables_have_none(
     assert {LORA.methods()[name].role for name in main["method"]}.isdisjoint({ABLATION})
 
 
+def test_rows_with_equal_settings_have_different_titles(here: Path) -> None:
+    runs = plan(["glue_lora"], "full")
+    fake_runs.write_runs(runs)
+    outcomes = TextOutcomes(LORA, fake_runs.records(runs))
+    rows = ablation_rows(outcomes, LORA.definition.ablations["settings"])
+    ours = rows[rows["is_ours"]]
+    titles = ours.set_index("method")["method_title"]
+    # the main row and a row of the ablation have the same N and k/N
+    assert titles["lora_emoe"] == "LoRA + EMoE, N 16, k/N 0.25 (main)"
+    assert titles["lora_emoe_settings|N16-k0.25"] == "LoRA + EMoE, N 16, k/N 0.25"
+    assert titles["lora"] == "LoRA"
+    assert not ours.duplicated(["protocol", "scope", "method_title"]).any()
+
+
 # figures
 
 

@@ -195,7 +195,7 @@ def test_its_data_router_tuning_metric_architecture_and_table_work(project: Path
     python, module, _, *data = commands(PAGE["A benchmark from a csv"][0])[1]
     assert (python, module, data[0]) == (sys.executable, "-m", "data")
     output = run(project, [sys.executable, "-c", imports + look + check + PROGRAM, *data])
-    assert "6 of 6 parts are there" in output
+    assert "6 of 6 parts (splits, environments or whole sets) are present" in output
     assert "politics 8, sport 8" in output
     assert printed in output
     assert "tiny-bert-tweets-emoe_bottom-lr0.003-s1-" in output

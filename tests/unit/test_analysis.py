@@ -139,7 +139,7 @@ def test_tasks_with_other_experts_are_averaged_and_compared(shared_here: Path) -
     rows = ablation_table(outcomes, "transformation").frame
     clean = rows[rows["protocol"] == "clean"]
     assert set(clean["method"]) == {"vanilla", "emoe", "emoe2vanilla", "vanilla2emoe"}
-    assert "average of 4 tasks" in set(clean["scope"])
+    assert "average of 5 tasks" in set(clean["scope"])
     assert not clean["method_title"].str.contains("k/N").any()
     claimed = outcomes.claim_numbers()
     folded = claimed[(claimed["method"] == "emoe2vanilla") & (claimed["selection"] == "clean")]
@@ -316,6 +316,7 @@ def test_a_row_of_traces_has_a_heading_and_a_label_of_one_line(
     headings = [text.get_text() for axis in first_panels for text in axis.texts]
     # blank texts reserve the height of headings
     headings = [heading for heading in headings if heading.strip()]
-    assert headings == ["tiny GPT-2 (random weights), Tweets", "the paper"]
+    # a number stays in the line of its name by a no-break space
+    assert headings == ["tiny GPT-2 (random weights), Tweets, layer\u00a01", "the paper"]
     # only the colour bar has another label
     assert {axis.get_ylabel() for axis in figure.axes} == {"", "step", "load ÷ mean load"}

@@ -24,7 +24,7 @@ from tests import fake_runs
 from tests.programs import call
 
 PART = {"suite": "mini", "benchmarks": ["glue", "domainbed"]}
-BLESSED = "these are the blessed records of commit 01234567 (CPU)"
+BLESSED = "these are the records blessed at commit 01234567 (CPU)"
 
 
 @pytest.fixture

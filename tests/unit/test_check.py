@@ -15,10 +15,9 @@ from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite, load_suite, plain_suite
 from benchmarks.harness.results import check as checking
-from benchmarks.harness.results import reference
+from benchmarks.harness.results import code, reference
 from benchmarks.harness.results.check import (
     Numbers,
-    code_digest,
     compare,
     tolerance_of,
     values_agree,
@@ -251,6 +250,28 @@ def test_the_tolerant_check_sees_swapped_methods_and_scores() -> None:
     assert sum(records + scores) / len(records + scores) >= 0.95
 
 
+@pytest.mark.parametrize("suite", ["smoke", "mini", "full"])
+def test_every_blessed_number_is_compared_except_times_and_their_ratios(suite: str) -> None:
+    blessed = blessed_numbers(suite)
+    changed = replace(blessed, rows=blessed.rows.assign(value="-1"))
+    compared = compare(blessed, changed, suite, elsewhere=True).differences
+    metrics = set(blessed.rows["metric"])
+    assert metrics - set(compared["metric"]) <= {"ratio", "seconds"}
+
+
+@pytest.mark.parametrize(
+    "metric", ["active_parameters", "flops_per_token", "shared_experts", "specialised_experts"]
+)
+def test_another_count_is_seen_on_another_machine(metric: str) -> None:
+    blessed = blessed_numbers("mini")
+    is_count = blessed.rows["metric"] == metric
+    counts = blessed.rows["value"].where(is_count, "0").astype(float)
+    changed = add(blessed, np.where(is_count, counts + 1, 0))  # 2 n + 1 for n
+    found = compare(blessed, changed, "mini", elsewhere=True).differences
+    assert set(found["metric"]) == {metric}
+    assert len(found) == is_count.sum()
+
+
 @pytest.mark.parametrize(
     ("benchmark", "metric", "before", "after", "agrees"),
     [
@@ -267,6 +288,10 @@ def test_the_tolerant_check_sees_swapped_methods_and_scores() -> None:
         ("glue", "loads", "100 100", "101 99", True),
         ("glue", "loads", "10 10", "10 10 0", False),
         ("glue", "content", "rows 3", "rows 4", False),
+        ("glue", "flops_per_token", "30404.0", "30405.0", False),
+        ("modularity", "specialised_experts", "40.0", "44.0", True),
+        ("modularity", "specialised_experts", "40.0", "45.0", False),
+        ("modularity", "shared_experts", "4.0", "5.0", False),
     ],
 )
 def test_numbers_of_two_machines_agree_within_the_tolerance(
@@ -304,8 +329,8 @@ def test_the_last_digit_counts_for_one_machine_and_code_and_the_tolerance_otherw
 def test_the_digest_covers_the_code_that_numbers_depend_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checking, "ROOT", tmp_path)
-    monkeypatch.setattr(checking, "BENCHMARKS", tmp_path / "benchmarks")
+    monkeypatch.setattr(code, "ROOT", tmp_path)
+    monkeypatch.setattr(code, "BENCHMARKS", tmp_path / "benchmarks")
     single_files = (
         "benchmarks/harness/base.py",
         "benchmarks/harness/config/methods.py",
@@ -330,12 +355,12 @@ def test_the_digest_covers_the_code_that_numbers_depend_on(
         "benchmarks/harness/report/a.py",
         "README.md",
     )
-    digests = [code_digest()]
+    digests = [code.code_digest()]
     for file in (*files, *others):
         path = tmp_path / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x = 1")
-        digests.append(code_digest())
+        digests.append(code.code_digest())
     assert len(set(digests)) == 1 + len(files)
     assert len(set(digests[len(files) :])) == 1
 
@@ -395,6 +420,22 @@ def test_a_run_whose_numbers_were_deleted_is_missing_although_it_was_collected(
     checked = check(suite)
     assert not checked.passed
     assert str(checked).splitlines()[-2].endswith("numbers agree (14 of 15 runs)")
+
+
+def test_runs_that_other_code_made_fail_the_check_although_their_numbers_agree(
+    suite: Suite,
+) -> None:
+    first, second, *_ = suite.runs_of("glue")  # two seeds
+    edit(first, lambda content: content["environment"].update(code="0" * 64))
+    edit(second, lambda content: content["environment"].pop("code"))  # an older version's
+    checked = check(suite)
+    assert not checked.passed
+    assert differences(checked).empty
+    lines = str(checked).splitlines()
+    group = checking.group_name(first)
+    assert f"made by other code: 2 runs of {group} (seeds 0 to 1)" in lines
+    assert "`python -m benchmarks verify` runs it" in str(checked)
+    call("check", "--suite", "smoke", "--benchmark", "speed")
 
 
 def test_a_benchmark_that_is_not_blessed_is_listed_while_the_others_are_compared(

@@ -19,6 +19,7 @@ from benchmarks.harness.config.suite import suite_names
 from benchmarks.harness.report import listing
 from tests import fake_runs
 from tests.conftest import ROOT
+from tests.drawn import undraw
 from tests.executed import prepare
 from tests.planned import plan
 from tests.programs import call
@@ -166,6 +167,37 @@ def test_status_counts_runs_and_shows_the_last_line_of_those_that_run_or_failed(
     assert (
         call("status", "--suite", "smoke").splitlines()[2].split()[3] == "2"
     )  # whoever ran the first is gone
+
+
+def test_status_before_the_first_run_says_how_to_start(here: Path) -> None:
+    RUNS.mkdir(parents=True)
+    next_step = "No run has started. Run the suite: make run SUITE=smoke"
+    assert call("status", "--suite", "smoke").splitlines()[-1] == next_step
+    first = plan(["glue"], "smoke")[0]
+    fake_runs.write_runs([first])
+    assert next_step not in call("status", "--suite", "smoke")
+
+
+def test_tables_say_where_they_are_and_which_sets_have_their_own(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undraw(monkeypatch)
+    fake_runs.write_runs(plan(["domainbed"], "smoke"))
+    arguments = ["tables", "--suite", "smoke", "--benchmark", "domainbed"]
+    place = "wrote tables to results/smoke/tables/, figures to results/smoke/figures/"
+    of_all = CliRunner().invoke(suite_cli, arguments, obj=0.0)
+    assert of_all.output.splitlines() == [
+        place,
+        "each set has its own tables and figures: --part rotated_mnist_5k, --part colored_mnist_5k",
+    ]
+    of_set = CliRunner().invoke(suite_cli, [*arguments, "--part", "rotated_mnist_5k"], obj=0.0)
+    assert of_set.output.splitlines() == [place]
+    assert Path("results/smoke/figures/domainbed_rotated_mnist_5k_accuracy.png").exists()
+
+
+def test_the_help_says_how_an_export_with_experts_is_loaded() -> None:
+    shown = " ".join(call("export", "--help").split())
+    assert "emoe: with experts; transformers loads it after `import emoe`." in shown
 
 
 def test_commands_work_in_the_checkout_from_a_folder_without_results(

@@ -43,7 +43,8 @@ def row(text: str, name: str, part: str) -> str:
 def test_everything_missing_says_where_each_set_comes_from(root: Path) -> None:
     text = check("--suite", "paper", "--data-root", str(root), status=1)
     for line in (
-        "0 of 35 parts are there",
+        "0 of 35 parts (splits, environments or whole sets) are present",
+        "convert makers' own files of GLUE and GLUE-X with `python tools/convert_glue_x.py DATA_ROOT`",
         "cola: on the hub as nyu-mll/glue (cola)",
         "flipkart: by hand. Kaggle, niraliivaghani/flipkart-product-customer-reviews-dataset, Dataset-SA.csv",
         f"vlcs: {root}/VLCS does not exist; it must hold <environment>/<class>/<image>",
@@ -64,7 +65,7 @@ def test_rows_of_existing_sets_are_counted_by_label(root: Path) -> None:
     (root / "alpaca.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     write_mmlu(root)
     text = check("--suite", "paper", "--data-root", str(root), status=0)
-    assert "51 of 51 parts are there" in text
+    assert "51 of 51 parts (splits, environments or whole sets) are present" in text
     assert row(text, "mmlu", "test").split()[2:5] == ["171", "of", "14,042"]
     assert row(text, "mmlu", "dev").split()[2:7] == ["114", "of", "285", "0", "57"]
     assert "warning: mmlu (test): 171 rows, its makers count 14,042" in text

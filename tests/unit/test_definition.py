@@ -137,6 +137,26 @@ def test_mistakes_in_a_benchmark_are_named_with_the_nearest_valid_value(
             "last-half",
             r"method 'emoe': layers 'last-half' is invalid; write a list, 'all', 'last:2', ",
         ),
+        (
+            "methods.emoe.title",
+            "Ours",
+            r"methods\.emoe\.title' has no effect in a suite; set it in .*/glue/benchmark\.yaml$",
+        ),
+        (
+            "methods.emoe.role",
+            "ablation",
+            r"methods\.emoe\.role' has no effect in a suite; set it in .*/glue/benchmark\.yaml$",
+        ),
+        (
+            "methods.emoe.method",
+            "vanilla",
+            r"methods\.emoe\.method' has no effect in a suite; set it in .*/glue/benchmark\.yaml$",
+        ),
+        (
+            "method_defaults.emoe.role",
+            "ablation",
+            r"method_defaults\.emoe\.role' has no effect in a suite; set it in .*benchmark\.yaml$",
+        ),
         ("grid.0.protocol", ["published"], "'published' is for tasks without a test split"),
         ("methods.vanilla", {"tune": "blocks"}, "sets 'tune: blocks' but no 'layers'"),
         (

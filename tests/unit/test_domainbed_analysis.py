@@ -204,6 +204,25 @@ def test_environments_are_named_also_if_there_are_more_of_them_than_classes(
     plt.close(figure)
 
 
+def test_figures_and_tables_have_the_names_of_environments(here: Path) -> None:
+    runs = [pacs_run(method, env) for method in ("erm", "emoe") for env in range(4)]
+    write_runs(runs)
+    shown = outcomes(runs)
+    with saved_figures() as figures:
+        draw_accuracy(shown, "pacs", Path("accuracy"))
+        draw_routing(shown, "pacs", Path("routing"))
+    accuracy, routing = figures
+    names = ["art painting", "cartoon", "photo", "sketch"]
+    (axis,) = accuracy.axes
+    lines = [label.get_text() for label in axis.get_yticklabels()]
+    assert lines == [f"{name} held out" for name in names]
+    labels = [[label.get_text() for label in axis.get_yticklabels()] for axis in routing.axes]
+    assert names in labels
+    assert "art painting held out" in " ".join(routing.get_suptitle().split())
+    headings = results(shown, "pacs").markdown().splitlines()[2]
+    assert all(name in headings for name in names)
+
+
 def test_an_accuracy_has_no_promise_of_an_interval_from_one_trial(runs: list[Run]) -> None:
     first_trials = [run for run in runs if run.spec["seed"] == 0]
     labels = []
@@ -211,7 +230,7 @@ def test_an_accuracy_has_no_promise_of_an_interval_from_one_trial(runs: list[Run
         with saved_figures() as figures:
             draw_accuracy(outcomes(drawn), "rotated_mnist_5k", Path("accuracy"))
         label = figures[0].axes[-1].get_xlabel()
-        labels.append(label.replace("\n", " "))
+        labels.append(" ".join(label.split()))  # with single blanks for no-break spaces
     assert labels == [
         "Accuracy (%), n = 1 trial, no intervals: they need 3 trials",
         "Accuracy (%), n = 3 trials, 95 % intervals",

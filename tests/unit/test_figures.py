@@ -16,6 +16,9 @@ from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.report.claims_figure import draw_claims
 from benchmarks.harness.report.plots import sample_text, wrap_text
 from benchmarks.harness.report.presentation import present
+from benchmarks.text.figures import draw_curves
+from benchmarks.text.outcomes import TextOutcomes
+from benchmarks.text.routing import draw_traces
 from tests import fake_runs
 from tests.drawn import drawn_texts, faults, saved_figures, watched
 from tests.planned import plan
@@ -60,6 +63,45 @@ def test_figures_fit_a_page_and_no_text_touches_another(
         assert problems == [], name
 
 
+@pytest.fixture(scope="module")
+def full_glue(shared_here: Path) -> TextOutcomes:
+    """Make up numbers of full fine-tuning in the suite full: two tasks have more methods than the others."""
+    runs = plan(["glue"], "full")
+    fake_runs.write_runs(runs)
+    return TextOutcomes(load_benchmark("glue"), fake_runs.records(runs))
+
+
+def test_tasks_with_few_panels_share_a_row_of_traces(
+    full_glue: TextOutcomes, tmp_path: Path
+) -> None:
+    with saved_figures() as figures:
+        draw_traces(full_glue, tmp_path / "traces")
+    (figure,) = figures
+    assert faults(figure) == []
+    titles_by_row: dict[int, list[str]] = {}
+    for axis in figure.axes:
+        if axis.get_visible() and axis.get_title():
+            row = axis.get_subplotspec().rowspan.start
+            titles_by_row.setdefault(row, []).append(axis.get_title())
+    all_methods = ["GMoE", "EMoE", "EMoE-learn", "EMoE, as published"]
+    assert titles_by_row == {0: all_methods, 1: all_methods, 2: ["EMoE"] * 3}
+    shown = " ".join(text for text, _, _ in drawn_texts(figure)).split()
+    for task in ("SST-2,", "STS-B,", "CoLA,", "MRPC,", "RTE,"):
+        assert task in shown
+
+
+def test_curves_are_readable_at_the_width_of_a_telephone(
+    full_glue: TextOutcomes, tmp_path: Path
+) -> None:
+    with saved_figures() as figures:
+        draw_curves(full_glue, tmp_path / "curves")
+    (figure,) = figures
+    assert faults(figure) == []
+    inches = figure.get_size_inches()[0]
+    smallest = min(size for _, _, size in drawn_texts(figure))
+    assert smallest / 72 * 390 / inches >= 11  # pixels
+
+
 def test_faults_of_a_figure_are_listed() -> None:
     figure, axis = plt.subplots(figsize=(8, 2))
     axis.text(0.5, 0.5, "one")
@@ -76,7 +118,7 @@ def test_faults_of_a_figure_are_listed() -> None:
     [
         ([5, 8], [-0.1, 0.1], "n = 5 to 8 seeds, 95 % intervals"),
         ([1, 2], [math.nan, 0.1], "n = 1 to 2 seeds, no intervals: they need 3 seeds"),
-        ([1, 3], [math.nan, 0.1], "n = 1 to 3 seeds, 95 % intervals from 3 seeds on"),
+        ([1, 3], [math.nan, 0.1], "n = 1 to 3 seeds, 95 % intervals where n ≥ 3"),
         ([3, 3], [math.nan, 0.1], "n = 3 seeds, 95 % intervals, none for equal differences"),
     ],
 )
@@ -90,6 +132,13 @@ def test_a_number_stays_in_the_line_of_its_name() -> None:
     for inches in (1.0, 1.5, 2.0, 2.5):
         wrapped = wrap_text(title, inches, 7)
         assert all(words in wrapped for words in together)
+
+
+def test_a_count_stays_in_the_line_of_its_sign() -> None:
+    for inches in (1.0, 1.5, 2.0, 2.5):
+        wrapped = wrap_text("n = 2 to 4 trials, 95 % intervals where n ≥ 3", inches)
+        assert "n\u00a0=\u00a02" in wrapped
+        assert "n\u00a0≥\u00a03" in wrapped
 
 
 # like the main tests in the suite `full`, but with every verdict; the questions come first
@@ -142,15 +191,15 @@ def test_the_claims_say_their_interval_and_count_their_pairs(narrow: bool, tmp_p
     assert "95 % interval" in shown
     for title in (*main_tests()["claim_title"], *main_tests()["test"]):
         assert title in shown
-    differences = re.findall(r"([+−-]\d\.\d\d(?: \[.*?\])?),? (n \d+ \w+)", shown)
+    differences = re.findall(r"([+−-]\d\.\d\d(?: \[.*?\])?),? (n = \d+ \w+)", shown)
     assert sorted(differences) == sorted(
         [
-            ("−1.19 [−4.07, +1.69]", "n 281 questions"),
-            ("+0.00 [−0.56, +0.57]", "n 16 seeds"),
-            ("+0.05 [−0.30, +0.34]", "n 32 seeds"),
-            ("−4.17 [−5.82, −2.53]", "n 20 trials"),
-            ("+0.84 [+0.46, +1.19]", "n 32 seeds"),
-            ("−0.02", "n 1 seed"),
+            ("−1.19 [−4.07, +1.69]", "n = 281 questions"),
+            ("+0.00 [−0.56, +0.57]", "n = 16 seeds"),
+            ("+0.05 [−0.30, +0.34]", "n = 32 seeds"),
+            ("−4.17 [−5.82, −2.53]", "n = 20 trials"),
+            ("+0.84 [+0.46, +1.19]", "n = 32 seeds"),
+            ("−0.02", "n = 1 seed"),
         ]
     )
 
@@ -159,12 +208,12 @@ def test_the_claims_say_their_interval_and_count_their_pairs(narrow: bool, tmp_p
 def test_claims_on_questions_are_apart_at_the_bottom(narrow: bool, tmp_path: Path) -> None:
     box_of = {text: box for text, box, _ in drawn_texts(claims_drawn(tmp_path, narrow))}
     (heading,) = [
-        box for text, box in box_of.items() if text == "Pairs are questions, not trainings"
+        box for text, box in box_of.items() if text == "Intervals cover questions, not training"
     ]
     for text, box in box_of.items():
-        if re.search(r"n \d+ (seed|trial)", text):
+        if re.search(r"n = \d+ (seed|trial)", text):
             assert box.y0 > heading.y1
-        elif "n 281 questions" in text or "Llama" in text:
+        elif "n = 281 questions" in text or "Llama" in text:
             assert box.y1 < heading.y0
 
 
@@ -174,7 +223,23 @@ def test_claims_on_trainings_alone_have_no_heading(tmp_path: Path) -> None:
         draw_claims(rows[rows["pair"] != "question"], tmp_path / "claims")
     texts = [text for text, _, _ in drawn_texts(figures[0])]
     assert "EMoE is better in domain" in texts
-    assert not any(text.startswith("Pairs are") for text in texts)
+    assert not any(text.startswith("Intervals cover") for text in texts)
+
+
+def label_of_claims(rows: pd.DataFrame, folder: Path) -> str:
+    """Draw tests, and return the label of the axis, with single blanks for line breaks."""
+    with saved_figures() as figures:
+        draw_claims(rows, folder / "claims")
+    return " ".join(figures[0].axes[-1].get_xlabel().split())
+
+
+def test_an_undecided_interval_that_excludes_zero_is_explained(tmp_path: Path) -> None:
+    rows = main_tests()
+    reason = "undecided: not significant after correction for the number of tests"
+    assert reason not in label_of_claims(rows, tmp_path)
+    is_question = rows["pair"] == "question"
+    without_zero = rows.assign(high=rows["high"].mask(is_question, -0.01))
+    assert reason in label_of_claims(without_zero, tmp_path)
 
 
 def test_every_verdict_has_a_mark_of_its_own_even_without_colour(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,11 +18,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.config.suite import load_suite
-from benchmarks.harness.run.forkserver import ADDRESS, ONE_THREAD
+from benchmarks.harness.run.forkserver import ADDRESS, ONE_THREAD, Server
 from benchmarks.harness.training.checkpoints import last_complete_checkpoint
 from tests import executed
-from tests.checkout import wait_for
-from tests.conftest import ROOT
+from tests.checkout import Checkout, wait_for
 from tests.executed import numbers, prepare
 
 Process = subprocess.Popen[str]
@@ -41,10 +41,18 @@ time.sleep(600)
 
 
 @pytest.fixture(scope="module")
-def starter() -> Iterator[Process]:
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Copy the working tree, because an edit of the tree itself would end the forks."""
+    folder = tmp_path_factory.mktemp("copy")
+    return Checkout(folder).folder
+
+
+@pytest.fixture(scope="module")
+def starter(copy: Path) -> Iterator[Process]:
     """Start a process that starts a server, as Snakemake does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("PYTHONPATH", str(copy))
+        patch.chdir(copy)
         process = start(program=("-c", STARTER))
         assert process.stdout
         for name, value in json.loads(process.stdout.readline()).items():
@@ -116,17 +124,55 @@ def test_forks_have_the_numbers_of_a_process_without_a_server_in_any_order(forks
     assert seconds[0] > 3 * seconds[1]  # the server has imported all by then
 
 
+ASK = "from benchmarks.harness.run.forkserver import run_in_fork; print(run_in_fork(['check', '--sweet']))"
+
+
+def ask(**variables: str) -> str:
+    """Return the exit status of a command that is forked, or ``None`` if it is not forked."""
+    process = start(program=("-c", ASK), **variables)
+    return process.communicate()[0].splitlines()[-1]
+
+
 def test_a_command_with_another_environment_or_no_server_is_not_forked(forks: Forks) -> None:
     """Variables that a shell keeps for itself do not count."""
-    ask = "from benchmarks.harness.run.forkserver import run_in_fork; print(run_in_fork(['check', '--sweet']))"
-    cases = [
-        ({"PS1": "(.venv) "}, "2"),
-        ({"OMP_NUM_THREADS": "2"}, "None"),
-        ({ADDRESS: "/nowhere/socket"}, "None"),
-    ]
-    for variables, status in cases:
-        process = start(program=("-c", ask), **variables)
-        assert process.communicate()[0].splitlines()[-1] == status
+    assert ask(PS1="(.venv) ") == "2"
+    assert ask(OMP_NUM_THREADS="2") == "None"
+    assert ask(**{ADDRESS: "/nowhere/socket"}) == "None"
+
+
+def test_a_command_after_an_edit_of_code_or_settings_is_not_forked(
+    forks: Forks, copy: Path
+) -> None:
+    """The server has read the files before the edit, and a fork would write tables from them."""
+    for name in ("benchmarks/metrics.yaml", "emoe/config.py", "config/smoke.yaml"):
+        file = copy / name
+        text, times = file.read_text(), file.stat()
+        file.write_text(text + "# edited\n")
+        assert ask() == "None", name
+        file.write_text(text)
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert ask() == "2", name
+    added = copy / "benchmarks/harness/report/added.py"
+    added.write_text("")
+    assert ask() == "None"
+    added.unlink()
+
+
+def test_without_a_short_folder_for_its_socket_the_workflow_goes_on_without_a_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.delenv(ADDRESS, raising=False)
+    server = Server([])
+    server.start()
+    assert ADDRESS not in os.environ
+    server.stop()
+    assert not list(folder.iterdir())
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: no server for imports in {folder}, so every run imports")
+    assert "AF_UNIX path too long (TMPDIR sets the folder)\n" in warning
 
 
 def test_a_killed_caller_ends_its_fork_and_the_run_resumes(forks: Forks) -> None:

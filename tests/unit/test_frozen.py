@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import io
+import os
 import pickle
 import re
 from collections.abc import Callable, Sequence
@@ -233,6 +235,40 @@ def test_damaged_states_are_computed_again(
             name
         )
         assert file.read_bytes() == content, name
+
+
+def test_disk_space_is_reserved_before_states_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without space, writing to the mapped file would end the process with a bus error."""
+    model = bert().eval()
+    prefix = Prefix(model, model, 2)
+    prefix.freeze_()
+    lengths = [6, 400]  # two batches
+    monkeypatch.setattr("benchmarks.harness.models.prefix._TOKENS_AT_ONCE", 400)
+    sizes: list[tuple[int, int]] = []  # of the written file, and its space on the disk
+
+    def batch(rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        for file in tmp_path.glob(".*.npy.*"):
+            status = file.stat()
+            sizes.append((status.st_size, 512 * status.st_blocks))
+        (row,) = rows
+        return {"input_ids": torch.ones(1, lengths[row], dtype=torch.long)}
+
+    PrefixStates(prefix, "rows", lengths, batch, tmp_path)
+    ((size, space),) = sizes
+    assert size > sum(lengths) * 32 * 4
+    assert space >= size
+
+    def refuse(*_arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/\w+\.npy'$"):
+        PrefixStates(prefix, "other rows", lengths, batch, tmp_path)
+    left = [path.suffix for path in set(tmp_path.iterdir()) - before]
+    assert left in ([], [".lock"])
 
 
 def npy(values: NDArray[Any]) -> bytes:

@@ -27,7 +27,7 @@ from benchmarks.harness.results.records import read_record
 from tests import fake_runs
 from tests.conftest import ROOT
 from tests.fake_runs import records
-from tests.planned import plan
+from tests.planned import plan, smoke_run
 from tests.programs import call
 
 KEPT_QUIET = "S3cret"
@@ -60,6 +60,15 @@ def mirrored(uri: str) -> dict[str, Any]:
     )
     assert len({run.info.run_name for run in stored}) == len(stored)
     return {run.info.run_name: run for run in stored}
+
+
+def curve(uri: str, run: Run, name: str) -> list[tuple[int, float]]:
+    """Return the steps and the values of a number of a stored run."""
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(run.benchmark)
+    (stored,) = client.search_runs([experiment.experiment_id])
+    history = client.get_metric_history(stored.info.run_id, name)
+    return [(point.step, point.value) for point in history]
 
 
 def edit(run: Run, change: Any) -> None:
@@ -110,6 +119,23 @@ def test_runs_have_their_numbers_and_a_second_mirror_changes_only_new_numbers(
     )  # the mirror was interrupted
     assert mirror(records(runs), uri)["replaced"] == 1
     assert len(mirrored(uri)) == 4
+
+
+def test_dev_scores_of_several_tasks_and_held_out_losses_have_their_steps(
+    here: Path, tmp_path: Path
+) -> None:
+    uri = f"sqlite:///{tmp_path}/m.db"
+    several_tasks = smoke_run("multitask", "emoe")
+    instructions = smoke_run("llama", "emoe")
+    fake_runs.write_runs([several_tasks, instructions])
+    dev_curve = [{"epoch": 1.0, "mean_score": 0.5}, {"epoch": 2.0, "mean_score": 0.75}]
+    edit(several_tasks, lambda metrics: metrics.update(dev_curve=dev_curve))
+    # None: the loss diverged
+    losses = [{"step": 2, "loss": 0.5}, {"step": 4, "loss": None}, {"step": 6, "loss": 0.25}]
+    edit(instructions, lambda metrics: metrics.update(held_out_curve=losses))
+    mirror(records([several_tasks, instructions]), uri)
+    assert curve(uri, several_tasks, "epoch.mean_score") == [(1, 0.5), (2, 0.75)]
+    assert curve(uri, instructions, "held_out.loss") == [(2, 0.5), (6, 0.25)]
 
 
 def test_a_link_opens_the_runs_with_their_score(runs: list[Run], tmp_path: Path) -> None:
@@ -176,6 +202,26 @@ def test_a_run_with_the_name_of_an_older_mirror_is_replaced(
     MlflowClient(uri).update_run(stored.info.run_id, name=runs[0].name)
     assert mirror(records(runs), uri) == {"added": 0, "replaced": 1, "unchanged": 3}
     assert set(mirrored(uri)) == {name_in_mlflow(run) for run in runs}
+
+
+def test_a_deleted_experiment_is_restored_without_the_runs_that_were_replaced(
+    runs: list[Run], tmp_path: Path
+) -> None:
+    uri = f"sqlite:///{tmp_path}/m.db"
+    mirror(records(runs), uri)
+    edit(
+        runs[0], lambda metrics: metrics["scores"]["test"]["tweets"].update(balanced_accuracy=0.25)
+    )
+    os.utime(runs[0].metrics_file, (ENDED, ENDED + 60))
+    mirror(records(runs), uri)
+    stored = mirrored(uri)
+    client = MlflowClient(uri)
+    client.delete_experiment(client.get_experiment_by_name("glue").experiment_id)
+    assert mirror(records(runs), uri) == {"added": 0, "replaced": 0, "unchanged": 4}
+    restored = mirrored(uri)
+    assert {run.info.run_id for run in restored.values()} == {
+        run.info.run_id for run in stored.values()
+    }
 
 
 @pytest.mark.parametrize("suite", ["smoke", "mini"])

@@ -15,12 +15,15 @@ import emoe
 from benchmarks.harness.base import RUNS, DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.report.presentation import present
+from benchmarks.harness.results.reference import read_reference
 from benchmarks.modularity.pipeline import concentration, dense_magnitudes, gini, neurons_used
 from benchmarks.modularity.presentation import (
     ModularityOutcomes,
     draw_activations,
     draw_activations_3d,
     draw_experts,
+    neurons_in_use,
+    usage_table,
 )
 from benchmarks.text.usage import (
     class_information,
@@ -222,3 +225,28 @@ def test_tables_have_means_over_seeds_the_papers_values_and_a_sentence_about_cha
             )
         sentences = present(BENCHMARK, fake_runs.records(runs)).verdicts
         assert any(f"has {words} on the task than chance" in sentence for sentence in sentences)
+
+
+def test_constructions_and_columns_have_the_names_of_the_page(outcomes: ModularityOutcomes) -> None:
+    titles = [method.title for method in BENCHMARK.methods().values()]
+    assert titles == ["Contiguous", "Clustered", "Random"]
+    headings = neurons_in_use(outcomes).markdown().splitlines()[2]
+    for name in ("Dead neurons", "Active neurons", "Magnitude"):
+        assert f"{name} in the top k experts (%)" in headings
+        assert f"{name} in the bottom k experts (%)" in headings
+    information = usage_table(outcomes).markdown().splitlines()[2]
+    assert "Mutual information with task (bit)" in information
+
+
+def test_the_page_has_the_blessed_ranges_of_dead_neurons() -> None:
+    numbers = read_reference("mini", "modularity").rows
+    of_clusters = numbers[numbers["run"].str.startswith("modularity minilm tweets emoe ")]
+    ranges = {}
+    for metric in ("dead_bottom", "dead_top"):
+        shares = of_clusters.loc[of_clusters["metric"] == metric, "value"].astype(float)
+        ranges[metric] = f"{shares.min() * 100:.1f} to {shares.max() * 100:.1f} %"
+    sentence = (
+        f"In the bottom k clusters {ranges['dead_bottom']} of the neurons are dead, in the top k "
+        f"clusters {ranges['dead_top']}."
+    )
+    assert sentence in (BENCHMARK.folder / "README.md").read_text()

@@ -12,17 +12,18 @@ import torch
 
 from benchmarks.harness.base import RUNS, DataError, DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.catalogue import model_spec
-from benchmarks.harness.config.runs import run_from_spec
+from benchmarks.harness.config.catalogue import load_models, model_spec
+from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.models.loading import load_seq2seq, load_tokenizer
 from benchmarks.harness.report.presentation import present
-from benchmarks.multitask import pipeline
+from benchmarks.harness.report.table import MISSING
+from benchmarks.multitask import pipeline, presentation
 from benchmarks.multitask.definition import LearnedTask
 from benchmarks.multitask.pipeline import MixedOrder, log_likelihoods, tokenise_answers
 from benchmarks.multitask.presentation import MultitaskOutcomes
 from tests import fake_runs
 from tests.executed import finish, killed_and_resumed, prepare
-from tests.planned import edited_benchmark, edited_part, paper_spec, smoke_run
+from tests.planned import edited_benchmark, edited_part, paper_runs, paper_spec, smoke_run
 
 BENCHMARK = load_benchmark("multitask")
 TINY = model_spec("tiny-t5")
@@ -208,6 +209,10 @@ def test_tables_have_means_over_tasks_the_papers_gains_and_the_transfer(here: Pa
         for table in present(BENCHMARK, records).tables
     }
     gains = tables["gains"].set_index(["task", "method", "where"])
+    # the paper's gains are those of its six tasks in domain, and of its two NLI sets out of domain
+    with_paper = gains.index[gains["paper"].notna()]
+    assert set(with_paper) == {("six", "emoe", "in domain"), ("nli", "emoe", "out of domain")}
+    assert gains.loc[("nli", "emoe", "out of domain"), "paper"] == pytest.approx(0.0158)
     row = gains.loc[("six", "emoe", "in domain")]
     assert (row["paper"], row["n"], row["sets"]) == (pytest.approx(0.0756), 3, 6)
     assert row["mean"] == pytest.approx(scores.loc[("id", "six", slice(None), "emoe")].mean())
@@ -225,3 +230,56 @@ def test_tables_have_means_over_tasks_the_papers_gains_and_the_transfer(here: Pa
     assert row["low"] < row["delta"] < row["high"]
     task_of = {run.folder: run.spec["task"]["name"] for run in runs}
     assert {task_of[folder] for folder in row["runs"].split()} == {"six", "cola"}
+
+
+def test_the_papers_gains_stand_only_at_its_model(here: Path) -> None:
+    other_model = load_models()["tiny-t5"].spec("tiny-t5")
+    runs = [run_from_spec({**run.spec, "model": other_model}) for run in paper_runs("multitask")]
+    fake_runs.write_runs(runs)
+    outcomes = MultitaskOutcomes(BENCHMARK, fake_runs.records(runs))
+    assert presentation.gains(outcomes).frame["paper"].isna().all()
+
+
+def runs_with_gmoe_on_two_seeds() -> list[Run]:
+    """Return three seeds of the paper's runs, but two of GMoE, which also learns each task alone."""
+    planned = paper_runs("multitask")
+    gmoe = paper_spec("multitask", method="gmoe")["method"]
+    runs = []
+    for run in planned:
+        method = run.spec["method"]["name"]
+        is_first = run.spec["seed"] < 2
+        if method != "gmoe" or is_first:
+            runs.append(run)
+        if method == "emoe" and is_first and run.spec["task"]["name"] in BENCHMARK.tasks:
+            runs.append(run_from_spec({**run.spec, "method": gmoe}))
+    return runs
+
+
+@pytest.mark.parametrize("make", [presentation.gains, presentation.transfer])
+def test_differences_count_their_own_seeds(here: Path, make: Any) -> None:
+    runs = runs_with_gmoe_on_two_seeds()
+    fake_runs.write_runs(runs, {"emoe": 0.05})
+    outcomes = MultitaskOutcomes(BENCHMARK, fake_runs.records(runs))
+    table = make(outcomes)
+    rows = table.frame.set_index("method")
+    assert set(rows["n"]) == {2}
+    assert set(rows.loc["emoe", "pairs"]) == {"3"}
+    assert set(rows.loc["gmoe", "pairs"]) == {"2"}
+    assert set(rows.loc["vanilla", "pairs"]) == {MISSING}
+    assert table.keys["pairs"] == "n of Δ"
+    # the caption must not say that Δ uses only the n seeds
+    assert outcomes.shared_note not in table.caption
+    assert "over all seeds that" in table.caption or "Δ) use all seeds that" in table.caption
+
+
+def test_captions_name_what_a_seed_of_t5_draws_and_how_transfer_is_biased(here: Path) -> None:
+    runs = fake_runs.write(RUNS, "smoke", benchmarks=("multitask",))
+    captions = {
+        table.name: table.caption for table in present(BENCHMARK, fake_runs.records(runs)).tables
+    }
+    for name in ("gains", "tests", "transfer"):
+        caption = captions[f"multitask_{name}"]
+        assert "dropout" in caption
+        assert "adapters" not in caption
+        assert "head" not in caption
+    assert "biases the difference downwards" in captions["multitask_transfer"]

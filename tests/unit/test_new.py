@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import yaml
 
 from benchmarks.harness.base import DataError, DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import load_suite
+from benchmarks.harness.sources.packages import sha256
 from benchmarks.text import new
 from benchmarks.text.new import new_benchmark
 from tests.executed import recorded
@@ -41,19 +44,45 @@ def written(folder: Path, content: str) -> Path:
     return file
 
 
-def test_a_csv_becomes_a_benchmark_that_runs(project: Path) -> None:
+def tiny_runs(project: Path) -> list[Run]:
+    """Make a benchmark of the csv, and plan its runs with a tiny model."""
     new_benchmark("mine", written(project, CSV))
     file = project / "benchmarks/mine/benchmark.yaml"
     file.write_text(file.read_text().replace("layers: [5]", "layers: [1]"))
     file = project / "config/mine.yaml"
     file.write_text(file.read_text().replace("[minilm]", "[tiny-bert]"))
-    runs = load_suite({"suite": "mine"}).runs
+    return load_suite({"suite": "mine"}).runs
+
+
+def test_a_csv_becomes_a_benchmark_that_runs(project: Path) -> None:
+    runs = tiny_runs(project)
     assert [(run.spec["method"]["name"], run.spec["seed"]) for run in runs] == [
         (name, seed) for name in ("vanilla", "emoe", "random_partition") for seed in (0, 1)
     ]
     metrics = recorded(next(run for run in runs if run.spec["method"]["name"] == "emoe"))
     assert 0 <= metrics["scores"]["test"]["mine"]["accuracy"] <= 1
     assert sum(metrics["data"][part]["rows"] for part in ("train", "dev", "test")) == 80
+
+
+def test_a_csv_that_changed_after_planning_is_refused(project: Path) -> None:
+    """Its id is that of the planned rows. A finished run keeps its numbers."""
+    finished, queued, *_ = tiny_runs(project)
+    metrics = recorded(finished)
+    ((name, digest),) = queued.spec["files"].items()
+    file = project / name
+    text = file.read_text()
+    file.write_text(text.replace("bad", "good", 1))
+    message = (
+        f"{file} is damaged or another version: sha256 {sha256(file)}, expected {digest}; "
+        "the run was planned with other rows: restore the file, or start the workflow again, "
+        "which plans runs with the present rows"
+    )
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        recorded(queued)
+    assert not queued.metrics_file.exists()
+    assert recorded(finished) == metrics
+    file.write_text(text)
+    assert recorded(queued)["data"] == metrics["data"]
 
 
 def test_the_command_prints_how_to_run_the_new_suite(project: Path) -> None:

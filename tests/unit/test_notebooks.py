@@ -64,6 +64,11 @@ def test_colours_end_at_twice_the_mean_load_and_an_arrow_shows_that_loads_do_not
     assert 'extend="max"' in sources[0]
 
 
+def test_the_notebook_of_training_numbers_experts_from_1() -> None:
+    (source,) = [cell.source for cell in committed(NAMES[0]).cells if "imshow(" in cell.source]
+    assert "set_xticks(range(16), range(1, 17))" in source
+
+
 def test_the_notebook_of_results_shows_its_committed_outputs(checkout: Path) -> None:
     assert shown(executed(committed(NAMES[1]), checkout)) == shown(committed(NAMES[1]))
 

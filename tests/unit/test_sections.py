@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from benchmarks.__main__ import cli
 from benchmarks.harness.base import OVERRIDES, RESULTS, RUNS, DataError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.suite import Suite, load_suite
@@ -17,7 +19,7 @@ from benchmarks.harness.report.artifacts import artifacts_of
 from benchmarks.harness.report.claims_table import read_claim_numbers
 from benchmarks.harness.report.presentation import present
 from benchmarks.harness.report.section import DataRow, make_section, read_section
-from benchmarks.harness.results.records import read_records
+from benchmarks.harness.results.records import Record, read_records
 from tests import fake_runs
 from tests.drawn import undraw
 from tests.programs import call
@@ -84,6 +86,62 @@ def test_a_limit_that_only_some_runs_have_is_a_whole_number(suite: Suite) -> Non
     section = make_section(presentation, [replace(first, run=run), *records[1:]], "mini")
     values = {setting.name: setting.value for setting in section.training}
     assert values["train_rows"] == "–, 640"
+
+
+def with_digest(record: Record, key: str, digest: str) -> Record:
+    """Return the record of a run that read other rows of a split."""
+    data = dict(record.metrics.data or {})
+    data[key] = data[key].model_copy(update={"digest": digest})
+    return replace(record, metrics=record.metrics.model_copy(update={"data": data}))
+
+
+def test_only_evaluated_rows_that_should_be_the_same_are_compared(suite: Suite) -> None:
+    records = read_records(suite, "glue")
+    presentation = present(load_benchmark("glue"), records)
+
+    def mixed(records: list[Record]) -> list[str]:
+        section = make_section(presentation, records, "mini")
+        return [mixed.name for mixed in section.mixed_sets]
+
+    first, *others = [with_digest(record, "test", "a") for record in records]
+    assert mixed([first, *others]) == []
+    # training rows depend on the seed
+    assert mixed([with_digest(first, "train", "b"), *others]) == []
+    changed = with_digest(first, "test", "b")
+    assert mixed([changed, *others]) == [first.run.task]
+    # a run may evaluate fewer rows by design
+    training = {**first.run.spec["training"], "eval_rows": 30}
+    run = replace(first.run, spec={**first.run.spec, "training": training})
+    assert mixed([replace(changed, run=run), *others]) == []
+    # an OOD set of one task may be the test set of another
+    ood = [with_digest(record, "ood:movie", "c") for record in records]
+    assert mixed([with_digest(ood[0], "ood:movie", "d"), *ood[1:]]) == ["movie"]
+
+
+def test_runs_that_evaluated_other_rows_are_named_with_the_way_out(
+    suite: Suite, here: Path, shared_here: Path
+) -> None:
+    shutil.copytree(shared_here / "results", here / "results")
+    runs = [run for run in suite.runs_of("glue") if run.task == "tweets"]
+    for run in runs:
+        rows = {"digest": "fedcba", "source": "/new/tweets/test.jsonl"}
+        if run == runs[0]:
+            rows = {"digest": "0123456789abcdef", "source": "/old/tweets/test.jsonl"}
+        fake_runs.edit(run, lambda content, rows=rows: content["data"]["test"].update(rows))
+    note = "glue: the runs evaluated different rows of tweets, so scores do not compare"
+    done = CliRunner().invoke(cli, ["tables", "--suite", "mini", "--benchmark", "glue"], obj=0.0)
+    assert done.exit_code == 0
+    where = "wrote tables to results/mini/tables/, figures to results/mini/figures/"
+    assert done.output == f"{note}\n{where}\n"
+    assert f"{note}. " in (MINI / "tables/glue_results.md").read_text()
+    call("report", "--suite", "mini", "--benchmark", "glue", "--output", "page.html")
+    assert (
+        "<p><b>Warning:</b> The runs evaluated different rows of tweets, so their scores do not "
+        "compare: 1 run read /old/tweets/test.jsonl (digest 0123456789abcdef), "
+        f"{len(runs) - 1} runs read /new/tweets/test.jsonl (digest fedcba). "
+        "<code>grep -rl --include=metrics.json 0123456789abcdef results/runs/glue</code> lists the "
+        "runs of one kind. Delete their folders, and start the workflow again.</p>"
+    ) in Path("page.html").read_text()
 
 
 def test_tables_write_the_numbers_of_the_claims(suite: Suite) -> None:

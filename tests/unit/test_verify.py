@@ -16,6 +16,8 @@ import pytest
 from benchmarks.harness.base import (
     DATA_ROOT,
     MODEL_ROOT,
+    PARTITIONS,
+    PREFIXES,
     RESULTS,
     RUNS,
     DataError,
@@ -25,6 +27,7 @@ from benchmarks.harness.base import (
 )
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite, load_suite, plain_suite
+from benchmarks.harness.models.partitions import load_partition, save_partition
 from benchmarks.harness.results import bless as blessing
 from benchmarks.harness.results import reference, suite_check, verify
 from benchmarks.harness.results.bless import bless, clean_commit
@@ -33,6 +36,7 @@ from benchmarks.harness.results.records import Record
 from benchmarks.harness.results.reference import reference_file, write_reference
 from benchmarks.harness.results.verify import Failure, Rerun
 from benchmarks.harness.sources.packages import PackageFile
+from emoe.partitioning import Partition
 from tests import fake_runs
 from tests.executed import finish, prepare
 from tests.fake_runs import edit
@@ -89,6 +93,47 @@ def test_verify_repeats_a_blessed_run_that_is_not_finished_here(
     assert output[-2] == f"1 repeated runs failed, the first is {run.name}: no output"
 
 
+def test_verify_clusters_neurons_again(own_reference: Path, workdir: Path) -> None:
+    """Stored partitions may have been made with other code."""
+    run = next(run for run in plan(["modularity"], "smoke") if run.config.get("partition"))
+    assert run.config["partition"] == "kmeans"
+    finish(prepare(run, str(RUNS)))
+    bless_runs([run])
+    stored = list(PARTITIONS.glob("*.safetensors"))
+    assert stored
+    for file in stored:
+        partition = load_partition(file)
+        # each expert gets a neuron of its neighbour
+        shifted = {layer: order.roll(1) for layer, order in partition.items()}
+        other = Partition(shifted, partition.explained, partition.seconds)
+        save_partition(other, file)
+    output = call(*VERIFY, "--seed", "1").splitlines()
+    assert output[1].startswith(f"making {PARTITIONS}/")
+    assert output[2] == f"running {run.name} (1 of 1)"
+    assert output[-1].endswith(" agree, 0 changed, 0 missing, 0 new")
+
+
+@pytest.mark.usefixtures("repeated")
+def test_repeated_runs_share_packages_models_and_image_counts_only(
+    own_reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (own_reference / PREFIXES).mkdir(parents=True)
+    (own_reference / PARTITIONS).mkdir(parents=True)
+    run_again = verify.run_again
+    linked: set[Path] = set()
+
+    def look(
+        reruns: Sequence[Rerun], runs_folder: Path, directory: Path, say: Callable[[str], None]
+    ) -> tuple[list[Record], list[Failure]]:
+        linked.update(path.resolve() for path in (directory / "resources").iterdir())
+        return run_again(reruns, runs_folder, directory, say)
+
+    monkeypatch.setattr(verify, "run_again", look)
+    call(*VERIFY, "--seed", "1")
+    resources = own_reference / "resources"
+    assert linked == {resources / name for name in ("packages", "models", "images")}
+
+
 def test_verify_trains_the_run_that_an_evaluation_needs(own_reference: Path, workdir: Path) -> None:
     evaluation = plan(["glue_ood"], "smoke")[0]
     (folder,) = evaluation.spec["candidates"]
@@ -124,7 +169,8 @@ def repeated(own_reference: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
         return fake_runs.records(repeated), []
 
     monkeypatch.setattr(verify, "run_again", run_again)
-    monkeypatch.setattr(verify, "_make_inputs", lambda runs, say: None)
+    monkeypatch.setattr(verify, "_make_shared_inputs", lambda runs, say: None)
+    monkeypatch.setattr(verify, "_cluster_neurons", lambda runs, folder, say: None)
     return repeated
 
 
@@ -329,6 +375,16 @@ def test_only_numbers_that_repeat_are_blessed(monkeypatch: pytest.MonkeyPatch) -
     ):
         bless_runs()
     failures.clear()
+
+    # a run of each code is repeated: of a recorded digest, or of the commit of older versions
+    first, second, third, *_ = suite.runs_of("glue")
+    edit(first, lambda content: content["environment"].update(code="0" * 64))
+    for run in (second, third):
+        edit(run, lambda content: content["environment"].pop("code"))
+    edit(third, lambda content: content["cost"].update(job_seconds=0.7))
+    repeated.clear()
+    bless_runs()
+    assert sorted(repeated) == sorted(run.id for run in (*fastest, first, third))
 
     # one benchmark can be blessed while another one is not finished
     suite.runs_of("speed")[0].metrics_file.unlink()

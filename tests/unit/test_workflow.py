@@ -49,6 +49,31 @@ def test_a_job_on_a_cluster_reads_what_the_main_process_planned(
         plan.read_run_of_job("glue/000000000000", job)
 
 
+def test_workflows_of_one_suite_with_other_runs_have_their_own_plans(
+    here: Path, tmp_path: Path
+) -> None:
+    """A user of a cluster may start them at the same time."""
+    values: list[dict[str, object]] = [
+        {"data_root": str(tmp_path)},  # has the plan of the whole suite
+        {"benchmarks": ["glue"]},
+        {"benchmarks": ["llama"]},
+        {"benchmarks": ["glue"], "exclude": ["movie"]},
+    ]
+    loaded = [suites.load_suite({"suite": "smoke", **chosen}) for chosen in values]
+    for suite in loaded:
+        plan.write_plan(suite)
+    for suite in loaded:
+        read = [plan.read_run_of_job(run.folder, suite) for run in suite.runs]
+        assert read == suite.runs
+        for name, partition in suite.partitions.items():
+            assert plan.read_partition_of_job(name, suite) == partition
+        weights = plan.weights_by_benchmark(suite, in_job=True)
+        assert weights == plan.weights_by_benchmark(suite, in_job=False)
+    assert loaded[0].runs == SMOKE.runs
+    assert plan.is_written(SMOKE)
+    assert not plan.is_written(suites.load_suite({"suite": "smoke", "seeds": 1}))
+
+
 RUN = SMOKE.runs[0].folder
 PARTITION = next(iter(SMOKE.partitions))
 

@@ -37,6 +37,8 @@ from benchmarks.harness.config.yaml import (
 from emoe.errors import did_you_mean
 
 Precision = Literal["fp32", "fp16", "bf16"]
+# the keys of a method that describe a row of tables; all suites have the same rows
+_ROW_KEYS = ("title", "role", "method")
 
 
 class Resources(Strict):
@@ -122,7 +124,8 @@ class TrainingPart(SuitePart):
     method_defaults: dict[Kind, Method] = Field({})
     """Default settings by kind of method; they override the benchmark's defaults."""
     methods: dict[str, Method] = Field({})
-    """Settings of single methods that differ in this suite, by the method's name."""
+    """Settings of single methods that differ in this suite, by the method's name. `title`, `role`
+    and `method` are the same in every suite: set them in benchmark.yaml."""
     grid_defaults: dict[str, Any] = Field({})
     """Default lists for every block of the grid."""
 
@@ -557,9 +560,28 @@ def parse_part(benchmark: AnyBenchmark, suite: str, file: Path, content: object)
     filled = _apply_grid_defaults(given)
     settings = parse(filled, benchmark.part_model, str(file), "benchmarks", benchmark.name)
     part = Part(benchmark.name, suite, str(file), settings)
+    _refuse_row_keys(benchmark, part)
     for key in _changing_keys(benchmark.part_model):
         _check_changes(benchmark, part, key)
     return part
+
+
+def _refuse_row_keys(benchmark: AnyBenchmark, part: Part[Any]) -> None:
+    """Refuse the keys that a suite's methods must not have, see ``_ROW_KEYS``.
+
+    Raises:
+        DefinitionError: A method or a default has such a key. The error names the file for it.
+    """
+    if not isinstance(part.settings, TrainingPart):
+        return
+    for section in ("methods", "method_defaults"):
+        for name, method in getattr(part.settings, section).items():
+            for key in _ROW_KEYS:
+                if key in method.model_fields_set:
+                    where = part.where(section, name, key)
+                    raise DefinitionError(
+                        f"{where} has no effect in a suite; set it in {benchmark.file}"
+                    )
 
 
 def _changing_keys(model: type[SuitePart]) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -413,6 +414,9 @@ def _write_states(
         ends: For each row, the place in the array after its last token.
         lengths: The number of tokens of each row.
         batch: A function that returns the model's inputs for rows, given their numbers.
+
+    Raises:
+        OSError: The disk has no space for the file; names the file.
     """
     values: Any = None
     with atomic_write(file) as temporary:
@@ -424,11 +428,26 @@ def _write_states(
                 values = np.lib.format.open_memmap(
                     temporary, mode="w+", dtype=np.float32, shape=shape
                 )
+                _reserve(temporary)
             for row, output in zip(rows, outputs, strict=True):
                 length = lengths[row]
                 end = ends[row]
                 values[end - length : end] = output[:length]  # without the padding
         values.flush()
+
+
+def _reserve(file: Path) -> None:
+    """Reserve disk space for the whole size of a new file.
+
+    A new memory map has a size, but no space. If the space runs out when numbers are written to the
+    map, the system kills the process.
+
+    Raises:
+        OSError: The disk or the user's quota has no space for the file.
+    """
+    size = file.stat().st_size
+    with file.open("r+b") as opened:
+        os.posix_fallocate(opened.fileno(), 0, size)
 
 
 def _similar_rows(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -114,9 +114,11 @@ def read_backbone(content: bytes) -> dict[str, Tensor]:
             module = match[1].replace("/", ".")
             state[f"{module}.weight"] = tensors[weight_name].t().contiguous()
 
-    # position embeddings: [1, 1, width] and [1, patches, width]
-    class_position = tensors[inputs["/backbone/embeddings/Concat_6"][0]]
-    patch_positions = tensors[inputs["/backbone/embeddings/Reshape_1"][0]]
+    # position embeddings, of the class token [1, 1, width] and of the patches [1, patches, width]
+    class_name = inputs["/backbone/embeddings/Concat_6"][0]
+    class_position = tensors[class_name]
+    patches_name = inputs["/backbone/embeddings/Reshape_1"][0]
+    patch_positions = tensors[patches_name]
     positions = torch.cat([class_position, patch_positions], dim=1)
     state["embeddings.position_embeddings"] = positions
     state["embeddings.mask_token"] = torch.zeros(1, _WIDTH)

@@ -39,6 +39,13 @@ class Trainable:
     adapters: LoraModel | None
     prefix: Prefix | None = None
 
+    @property
+    def weights(self) -> str:
+        """Return the digest of the pre-trained weights, or their source if they have no digest."""
+        source: dict[str, str] = self.summary["source"]
+        # weights in 4 bits have no digest
+        return source["weights"] or source["from"]
+
     def prefix_cost(self) -> dict[str, float]:
         """Return ``prefix_seconds``, the time spent computing the output of the frozen layers.
 

@@ -16,12 +16,15 @@ from benchmarks.harness.report.table import MISSING
 
 CAPTION = (
     "The claims of the paper and the differences that these runs measured, with 95 % intervals "
-    "(from three pairs on); crosses are the paper's effects. The shaded band is the margin of "
-    "equivalence. Rows at the bottom are paired by question: their intervals are over questions, "
-    "not over trainings. Tests in other units than points are in the table."
+    "where n ≥ 3; crosses are the paper's effects. The shaded band is the margin of equivalence. "
+    "Verdicts are corrected for the number of tests, but intervals are not. So an undecided "
+    "interval may exclude 0. Intervals of the rows at the bottom cover the choice of questions, "
+    "not training. Tests in other units than points are in the table."
 )
 _AXIS_LABEL = "Difference in points, with 95 % interval; shaded: the margin of equivalence"
-_HEADING = "Pairs are {}s, not trainings"
+# added to the label if an undecided interval excludes 0
+_CORRECTED = "undecided: not significant after correction for the number of tests"
+_HEADING = "Intervals cover {}s, not training"
 _TRAININGS = ("seed", "trial")  # pairs that are trainings
 _LABEL_WIDTH = 1.4  # inches of a test's title, beside its marks
 _MINUS = "\u2212"
@@ -93,7 +96,16 @@ def draw_claims(rows: pd.DataFrame, path: Path, *, narrow: bool = False) -> None
         high=marks["high"] / 100,
         margin=marks["margin"] / 100,
     )
-    draw_forest(placed_marks, path, _AXIS_LABEL, narrow=narrow)
+    draw_forest(placed_marks, path, _axis_label(shown), narrow=narrow)
+
+
+def _axis_label(rows: pd.DataFrame) -> str:
+    """Return the label of the axis. It explains undecided intervals that exclude 0, if any."""
+    is_undecided = rows["verdict"].eq(Verdict.UNDECIDED)
+    excludes_zero = (rows["low"] > 0) | (rows["high"] < 0)
+    if (is_undecided & excludes_zero).any():
+        return f"{_AXIS_LABEL}; {_CORRECTED}"
+    return _AXIS_LABEL
 
 
 def _our_marks(rows: pd.DataFrame) -> pd.DataFrame:
@@ -104,7 +116,7 @@ def _our_marks(rows: pd.DataFrame) -> pd.DataFrame:
     series = rows["verdict"].replace(MISSING, _NO_VERDICT)
     without_unit = rows["runs_shown"].str.replace(" points", "")  # the axis has the unit
     differences = without_unit.str.replace("-", _MINUS)
-    counts = "n " + rows["n_shown"]
+    counts = "n = " + rows["n_shown"]
     return rows.assign(series=series, text=differences + "\n" + counts)
 
 

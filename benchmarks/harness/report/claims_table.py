@@ -401,17 +401,15 @@ def _with_evidence(
     if compare.is_paired and not math.isnan(row.effect):
         gap = find_gap(difference, row.effect, paper)
 
-    # equal counts need no margin
-    margin_of_metric = math.nan
+    margin = math.nan  # equal counts need no margin
     if compare.direction != "equal":
-        margin_of_metric = metric.margin(evidence.reference_mean) * scale
+        margin = metric.margin(evidence.reference_mean) * scale
     # only claims of a higher or lower number have a p, and a margin below the paper's effect
     p = math.nan
-    margin = margin_of_metric
     if compare.direction in ("higher", "lower"):
+        margin = _margin_below(margin, [row.effect, shares.expected])
         if not evidence.diverged:
             p = difference.p
-        margin = _margin_below(margin_of_metric, [row.effect, shares.expected])
     return replace(
         row,
         margin=margin,

@@ -111,6 +111,7 @@ class Outcomes:
     """
 
     pair = "seed"  # the unit of paired differences
+    seeds_cover = SEEDS_COVER  # what intervals over seeds cover, for captions
     titles: dict[str, Mapping[str, str]]  # by column and name; names that ran come first
     records: pd.DataFrame  # every number of every run; a subclass sets it
 
@@ -451,7 +452,7 @@ def name_or_count(names: Sequence[str], noun: str) -> str:
 def average_over_seeds(
     frame: pd.DataFrame, cell: Sequence[str], numbers: Sequence[str]
 ) -> pd.DataFrame:
-    """Average the columns ``numbers`` over the rows of each cell, such as one row per seed.
+    """Average ``numbers`` over the rows of each cell (usually one row per seed).
 
     A cell is a combination of values of the columns ``cell``. Returns one row per cell: these
     columns, the mean of each number, its sample deviation ``<number>_std``, and the count of rows

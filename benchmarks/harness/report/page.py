@@ -194,6 +194,7 @@ class _Page:
             "verdicts": section.verdicts,
             "note": section.note,
             "data": [_data_cells(row) for row in section.data],
+            "data_warnings": [mixed.warning for mixed in section.mixed_sets],
             "training": section.training,
             "optimizer": section.optimizer,
             **self.tables_and_figures(section),

@@ -246,7 +246,7 @@ def _part_stems(item: str, count: int) -> list[str]:
 
 
 def outputs_of(artifacts: Artifacts) -> list[PaperOutput]:
-    """List the paper's tables and figures that we make from those of a benchmark or data set."""
+    """List the paper's tables and figures that this benchmark or data set provides."""
     outputs = []
     for output in paper_outputs():
         is_of_benchmark = output.part.benchmark == artifacts.benchmark

@@ -95,7 +95,7 @@ def sample_text(rows: pd.DataFrame, unit: str = "seeds") -> str:
         return f"{counts}, no intervals: they need {FEW} {unit}"
     text = f"{counts}, 95 % intervals"
     if not has_enough.all():
-        text = f"{text} from {FEW} {unit} on"
+        text = f"{text} where n ≥ {FEW}"
     # equal differences have no deviation, so they have no interval
     if rows.loc[has_enough, "low"].isna().any():
         text = f"{text}, none for equal differences"
@@ -195,7 +195,7 @@ def draw_forest(
     shape = _narrow_shape(rows) if narrow else _WIDE
     grouped = rows if "group" in rows else rows.assign(group="")
     panels = list(grouped.groupby(["group", "panel"], sort=False))
-    # in lines
+    # panel heights, in lines
     panel_heights = [panel["line"].nunique() + shape.panel_border for _, panel in panels]
     num_headings = grouped.loc[grouped["group"] != "", "group"].nunique()
     figure_height = (  # in inches
@@ -207,20 +207,21 @@ def draw_forest(
     )
     drawing = panel_figure(
         path,
-        len(panels),
-        1,
-        (shape.width, figure_height),
-        shape.style,
+        lines=len(panels),
+        columns=1,
+        size=(shape.width, figure_height),
+        style=shape.style,
         height_ratios=panel_heights,
         sharex=True,
     )
     with drawing as (figure, axes):
         column = axes[:, 0]
         last_group = ""
-        for axis, (names, panel) in zip(column, panels, strict=True):
-            group, title = names
+        for axis, ((group, title), panel) in zip(column, panels, strict=True):
             # only the first panel of a group has the heading
-            heading = group if group != last_group else ""
+            heading = ""
+            if group != last_group:
+                heading = group
             _draw_panel(axis, panel, title, heading, shape)
             if zero:
                 axis.axvline(0, color=REFERENCE, lw=0.8, zorder=1)
@@ -414,11 +415,6 @@ def legend_below(figure: Any, axes: Iterable[Any], columns: int) -> float:
         num_columns -= 1
 
 
-def curves_width(columns: int) -> float:
-    """Return the width in inches of a figure that has so many columns of curves."""
-    return min(_CURVES_WIDTH * columns + _LABELS_WIDTH, WIDTH)
-
-
 @contextmanager
 def curve_figure(
     path: Path, titles: Sequence[str], labels: Sequence[str], panel_height: float
@@ -429,15 +425,15 @@ def curve_figure(
     vertical axis. Panels of a column share the steps, and panels of a row share the values. One
     legend names the lines of all panels. ``panel_height`` is in inches.
     """
-    width = curves_width(len(titles))
+    width = min(_CURVES_WIDTH * len(titles) + _LABELS_WIDTH, WIDTH)
     height = panel_height * len(labels) + _LEGEND_HEIGHT
     title_width = (width - _LABELS_WIDTH) / len(titles)
     panels = panel_figure(
         path,
-        len(labels),
-        len(titles),
-        (width, height),
-        CURVES,
+        lines=len(labels),
+        columns=len(titles),
+        size=(width, height),
+        style=CURVES,
         sharex="col",
         sharey="row",
     )
@@ -494,10 +490,11 @@ def wrap_text(text: str, inches: float, size: float = 8) -> str:
     # as the font size, so 0.58 is on the safe side.
     letters = max(8, int(inches * 72 / (0.58 * size)))
     # A number stays with its unit, such as "22 M" in "ViT-S/14 (22 M)", and with its name, such as
-    # "N 8" and "layer 1". The blank between them becomes a no-break space.
+    # "N 8", "layer 1" and "n ≥ 3". The blanks between them become no-break spaces.
     before_unit = r"(?<=\d) (?=[MB]\))"
     after_name = r"(?<=\bN) (?=\d)|(?<=\blayer) (?=\d)"
-    unbroken = re.sub(f"{before_unit}|{after_name}", "\u00a0", text)
+    beside_sign = r"(?<=\bn) (?=[=≥])|(?<=[=≥]) (?=\d)"
+    unbroken = re.sub(f"{before_unit}|{after_name}|{beside_sign}", "\u00a0", text)
     lines = []
     for line in unbroken.split("\n"):
         lines.append(textwrap.fill(line, letters, break_on_hyphens=False))

@@ -7,12 +7,13 @@ figures.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from benchmarks.harness.base import RESULTS, read_json
+from benchmarks.harness.base import RESULTS, RUNS, read_json
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.yaml import Strict
 from benchmarks.harness.report.artifacts import Artifacts, remake_advice
@@ -24,6 +25,8 @@ from benchmarks.harness.results.content import DataSummary, Environment
 from benchmarks.harness.results.records import Record
 
 _FEW_LABELS = 10  # more labels are only counted
+# the keys of a spec's sections that limit the evaluated rows
+_ROW_LIMITS = ("eval_rows", "ood_rows", "rows")
 
 
 class ShownTable(Strict):
@@ -57,6 +60,14 @@ class DataRow(Strict):
     """Rows without a clear label or text."""
 
 
+class MixedSet(Strict):
+    """A data set of which some runs evaluated other rows than the others."""
+
+    name: str
+    warning: str
+    """A sentence that names the versions of the rows, and says how to keep only one."""
+
+
 class Setting(Strict):
     """A training setting, such as the number of epochs."""
 
@@ -88,6 +99,8 @@ class Section(Strict):
     training: list[Setting]
     """Training settings, in the order of the definition."""
     data: list[DataRow]
+    mixed_sets: list[MixedSet]
+    """Empty if all runs evaluated the same rows of each data set."""
     runs: dict[str, str]
     """Readable names of the runs, by folder."""
     models: list[str]
@@ -108,20 +121,32 @@ def make_section(presentation: Presentation, records: Sequence[Record], suite: s
     runs = [record.run for record in records]
     is_random = has_random_weights(runs)
     has_methods = any(run.method for run in runs)
-    is_training = bool(presentation.optimizer)
     costs = [record.metrics.cost for record in records]
+
+    verdicts: list[str] = []  # scores of random weights mean nothing
+    if not is_random:
+        verdicts = list(presentation.verdicts)
+
+    training: list[Setting] = []
+    is_training = bool(presentation.optimizer)
+    if is_training:
+        training = _training_settings(records)
+
+    random_weights = None
+    if has_methods:
+        random_weights = is_random
     return Section(
         tables=_shown_tables(presentation),
         figures=_shown_figures(presentation, RESULTS / suite / "figures"),
-        # scores of random weights mean nothing
-        verdicts=[] if is_random else list(presentation.verdicts),
+        verdicts=verdicts,
         note=presentation.note,
         optimizer=presentation.optimizer,
-        training=_training_settings(records) if is_training else [],
+        training=training,
         data=_data_rows(records),
+        mixed_sets=find_mixed_sets(records),
         runs={run.folder: run.name for run in runs},
         models=list(dict.fromkeys(run.model for run in runs)),  # each once, in order
-        random_weights=is_random if has_methods else None,
+        random_weights=random_weights,
         job_seconds=[cost.job_seconds for cost in costs],
         peak_memory_mb=max(cost.peak_memory_mb for cost in costs),
         machines=_machines(records),
@@ -176,6 +201,72 @@ def _data_rows(records: Sequence[Record]) -> list[DataRow]:
             if known is None or row.rows >= known.rows:
                 largest[task_and_split] = row
     return [largest[task_and_split] for task_and_split in sorted(largest)]
+
+
+def find_mixed_sets(records: Sequence[Record]) -> list[MixedSet]:
+    """List the data sets of which some runs of a benchmark evaluated other rows than the others.
+
+    For example, a user changed the data after some runs were finished. Training rows may differ,
+    because they depend on the seed. The records of images and instructions have no digest of the
+    rows, so these are not compared.
+    """
+    # by the rows that runs should evaluate, and by the digest of the rows that they did evaluate
+    summaries: dict[_ExpectedRows, dict[str, list[DataSummary]]] = {}
+    for record in records:
+        run = record.run
+        for key, summary in (record.metrics.data or {}).items():
+            split, _, task = key.partition(":")
+            if split not in ("test", "ood") or summary.digest is None:
+                continue
+            expected = _ExpectedRows(task or run.task, split, run.task, _row_limits(run.spec))
+            by_digest = summaries.setdefault(expected, {})
+            by_digest.setdefault(summary.digest, []).append(summary)
+
+    mixed = []
+    for expected, by_digest in summaries.items():
+        if len(by_digest) > 1:
+            warning = _mixed_warning(expected.data_set, records[0].run.benchmark, by_digest)
+            mixed.append(MixedSet(name=expected.data_set, warning=warning))
+    return mixed
+
+
+class _ExpectedRows(NamedTuple):
+    """What determines the evaluated rows of a data set. Runs that are equal in it read the same."""
+
+    data_set: str
+    split: str
+    """``test``, or ``ood`` if the run was trained on another data set."""
+    trained_task: str
+    limits: tuple[int | None, ...]
+
+
+def _row_limits(spec: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Return the settings of a run that limit the evaluated rows.
+
+    Runs with other limits evaluate other rows by design.
+    """
+    limits = []
+    for section in ("training", "evaluation", "reading"):
+        settings = spec.get(section, {})
+        for key in _ROW_LIMITS:
+            limits.append(settings.get(key))
+    return tuple(limits)
+
+
+def _mixed_warning(
+    name: str, benchmark: str, by_digest: Mapping[str, Sequence[DataSummary]]
+) -> str:
+    """Describe the versions of a data set's rows, and say how to keep only one of them."""
+    versions = []
+    for digest, summaries in by_digest.items():
+        noun = "run" if len(summaries) == 1 else "runs"
+        versions.append(f"{len(summaries):,} {noun} read {summaries[0].source} (digest {digest})")
+    rarest = min(by_digest, key=lambda digest: len(by_digest[digest]))
+    return (
+        f"The runs evaluated different rows of {name}, so their scores do not compare: "
+        f"{', '.join(versions)}. `grep -rl --include=metrics.json {rarest} {RUNS / benchmark}` "
+        "lists the runs of one kind. Delete their folders, and start the workflow again."
+    )
 
 
 def _data_row(key: str, summary: DataSummary, task_of_run: str) -> DataRow | None:

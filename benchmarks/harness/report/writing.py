@@ -16,7 +16,7 @@ from benchmarks.harness.report.claims import claimed_benchmarks
 from benchmarks.harness.report.claims_table import write_claim_numbers
 from benchmarks.harness.report.paper import write_paper_items
 from benchmarks.harness.report.presentation import present
-from benchmarks.harness.report.section import make_section
+from benchmarks.harness.report.section import MixedSet, find_mixed_sets, make_section
 from benchmarks.harness.results.available import find_records
 from benchmarks.harness.results.records import Record
 
@@ -34,8 +34,8 @@ def write_tables(suite: Suite, benchmark: str, part: str | None = None) -> str:
         part: The name of one of its data sets; None for all.
 
     Returns:
-        A note on missing runs, which the captions of the tables repeat. It is empty if all runs are
-        finished.
+        A note on missing runs and mixed data, which the captions of the tables repeat. It is empty
+        if all runs are finished and evaluated the same rows.
 
     Raises:
         DefinitionError: There are no records.
@@ -45,7 +45,9 @@ def write_tables(suite: Suite, benchmark: str, part: str | None = None) -> str:
         raise DefinitionError(found.note)
     of_benchmark = present(load_benchmark(benchmark), found.records)
     of_part = of_benchmark.parts[part] if part else of_benchmark
-    presentation = replace(of_part, origin=found.note)
+    mixed_sets = find_mixed_sets(found.records)
+    note = _join_notes(benchmark, found.note, mixed_sets)
+    presentation = replace(of_part, origin=note)
 
     folder = RESULTS / suite.name
     for table in presentation.tables:
@@ -65,7 +67,7 @@ def write_tables(suite: Suite, benchmark: str, part: str | None = None) -> str:
         section_file.unlink(missing_ok=True)
         if has_numbers:
             Path(numbers_file(suite.name, benchmark)).unlink(missing_ok=True)
-        return found.note
+        return note
 
     # also after the figures, to see which of them are placeholders
     section = make_section(presentation, found.records, suite.name)
@@ -73,7 +75,18 @@ def write_tables(suite: Suite, benchmark: str, part: str | None = None) -> str:
     if has_numbers:
         numbers = of_benchmark.outcomes.claim_numbers()
         write_claim_numbers(suite.name, benchmark, numbers)
-    return ""
+    return note
+
+
+def _join_notes(benchmark: str, note: str, mixed_sets: Sequence[MixedSet]) -> str:
+    """Add the names of data sets with different rows, if there are any, to a benchmark's note."""
+    if not mixed_sets:
+        return note
+    names = list(dict.fromkeys(mixed.name for mixed in mixed_sets))  # each once, in order
+    problem = f"the runs evaluated different rows of {', '.join(names)}, so scores do not compare"
+    if not note:
+        return f"{benchmark}: {problem}"
+    return f"{note}; {problem}"
 
 
 def claim_numbers(benchmark: str, records: Sequence[Record]) -> pd.DataFrame:

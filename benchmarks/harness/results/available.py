@@ -99,7 +99,7 @@ def _describe_blessed(blessed: BlessedRecords, num_planned: int, num_used: int) 
         num_used: The number of these runs that have a blessed record.
     """
     origin = blessed.origin
-    text = f"these are the blessed records of commit {origin.commit[:8]} ({origin.processors})"
+    text = f"these are the records blessed at commit {origin.commit[:8]} ({origin.processors})"
     if num_used < num_planned:
         text += f", which lack {num_planned - num_used:,} of the {num_planned:,} planned runs"
     if blessed.unplanned:

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.harness.base import BENCHMARKS, ROOT, DefinitionError
-from benchmarks.harness.config.benchmark import benchmark_names
+from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.runs import Run
+from benchmarks.harness.results.code import code_digest
 from benchmarks.harness.results.content import Metrics, ModelNumbers, Probe
 from benchmarks.harness.results.records import (
     GROUP_KEYS,
@@ -47,15 +47,6 @@ _TOLERANCES = {
 _TOLERANCES_BY_BENCHMARK = {
     "domainbed": dict.fromkeys(_FIRST_LOSSES, 0.005),  # 0.0021
 }
-# files that read, print or draw the numbers of runs, and change none
-_PRESENTATION_FILES = (
-    "ablations.py",
-    "figures.py",
-    "presentation.py",
-    "ranks.py",
-    "selection_gain.py",
-    "tables.py",
-)
 # factors on all tolerances; the tiny models of smoke train for a few steps
 _SUITE_SCALES = {"smoke": 0.1}
 
@@ -68,7 +59,8 @@ class Numbers:
         rows: One row per number, with the columns :data:`KEYS`, ``value`` (text with all digits)
             and ``machine``.
         machines: The fingerprints of the machines, by the names in ``rows``.
-        code: The digest of the code that numbers depend on, from :func:`code_digest`.
+        code: The digest of the checkout's code, from :func:`code_digest`: for blessed numbers, of
+            the checkout that blessed them.
     """
 
     rows: pd.DataFrame
@@ -283,42 +275,6 @@ def _comparison_kind(before: Numbers, after: Numbers, old_machine: str, new_mach
         if old.get(name) != new.get(name):
             changes.append(f"{name}: {old.get(name, 'none')} -> {new.get(name, 'none')}")
     return f"within tolerances: the reference was made on another machine ({'; '.join(changes)})"
-
-
-def code_digest() -> str:
-    """Hash the code that numbers depend on, without the files that only print or draw numbers."""
-    harness = BENCHMARKS / "harness"
-    folders = [
-        ROOT / "emoe",
-        harness / "models",
-        harness / "sources",
-        harness / "training",
-        BENCHMARKS / "text",
-    ]
-    folders += [BENCHMARKS / name for name in benchmark_names()]
-    files = [
-        # the seeds
-        harness / "base.py",
-        harness / "run" / "execution.py",
-        # the names of frozen parameters
-        harness / "config" / "methods.py",
-        # the mean scores out of domain, and the information that experts carry
-        harness / "results" / "records.py",
-        harness / "results" / "statistics.py",
-    ]
-    for folder in folders:
-        for file in sorted(folder.rglob("*")):
-            is_code = file.suffix in (".py", ".cpp", ".h")
-            if is_code and file.name not in _PRESENTATION_FILES:
-                files.append(file)
-
-    digest = hashlib.sha256()
-    for file in files:
-        # the name is hashed too, so a renamed file counts as changed
-        name = file.relative_to(ROOT).as_posix()
-        digest.update(f"{name}\0".encode())
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def check_numbers(records: Iterable[Record]) -> Numbers:

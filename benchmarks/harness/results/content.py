@@ -90,6 +90,8 @@ class Environment(Recorded):
     git_commit: str | None
     """Null outside a checkout, as is `git_dirty`."""
     git_dirty: bool | None
+    code: str | None = None
+    """Digest of the code that numbers depend on. Null if an older version recorded the run."""
     processor: str
     cores: Count | None
     """Null if the system does not say."""
@@ -333,8 +335,8 @@ class Usage(Recorded):
     tasks: dict[str, SetUsage] = {}
     """By data set."""
     shared: list[Count] = []
-    """Experts with a share above 1/N in every data set, where N is the number of experts. Their
-    mark is 0 in all data sets."""
+    """Experts that get more than 1/N of the choices of every data set, where N is the number of
+    experts. Their mark is 0 in all data sets."""
     specialised: list[Count] = []
     """Experts that some data set uses more than by chance."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from mlflow.entities import Metric, Param
+from mlflow.entities import LifecycleStage, Metric, Param
 from mlflow.tracking import MlflowClient
 from sqlalchemy import NullPool, create_engine, text
 
@@ -156,18 +156,38 @@ def _problem(error: Exception) -> str:
 
 
 def _experiment(client: MlflowClient, benchmark: str, *, has_files: bool) -> str:
-    """Return the identifier of a benchmark's experiment, which is created if it is missing.
+    """Return the identifier of a benchmark's experiment.
+
+    The experiment is created if it is missing, and restored if someone deleted it in MLflow.
 
     ``has_files`` is True for a store on this machine, whose files are below ``results/mlflow``. A
     server chooses its own location.
     """
     experiment = client.get_experiment_by_name(benchmark)
     if experiment:
-        return str(experiment.experiment_id)
+        identifier = str(experiment.experiment_id)
+        if experiment.lifecycle_stage == LifecycleStage.DELETED:
+            _restore(client, identifier)
+        return identifier
     location = None
     if has_files:
         location = (paths.RESULTS / "mlflow" / benchmark).resolve().as_uri()
     return str(client.create_experiment(benchmark, location, _KIND))
+
+
+def _restore(client: MlflowClient, experiment: str) -> None:
+    """Restore a deleted experiment and its runs, except those that a mirror had replaced."""
+    # This also restores replaced runs. They have the same names as the runs that replaced them.
+    client.restore_experiment(experiment)
+    newest_first = client.search_runs(
+        [experiment], max_results=_MOST_RUNS, order_by=["attributes.end_time DESC"]
+    )
+    names: set[str] = set()
+    for run in newest_first:
+        name = run.info.run_name
+        if name in names:
+            client.delete_run(run.info.run_id)
+        names.add(name)
 
 
 def name_in_mlflow(run: Run) -> str:
@@ -189,10 +209,10 @@ def _view(records: Sequence[Record]) -> str:
 
 
 def _score_names(records: Sequence[Record]) -> list[str]:
-    """Choose the numbers of some runs that MLflow's table shows, at most ``_MOST_COLUMNS``.
+    """Choose at most ``_MOST_COLUMNS`` numbers for MLflow's table.
 
-    They are the main scores on test sets; without a main metric, all numbers on test sets; without
-    a test set, all numbers except costs and parameter counts.
+    If there are main scores on test sets, choose those. Otherwise, choose all numbers on test sets.
+    If nothing is tested, choose all numbers except costs and parameter counts.
     """
     numbers = tabulate_numbers(records)
     is_tested = numbers["part"].isin(["test", OOD_MEAN])
@@ -296,7 +316,7 @@ def _tags(record: Record) -> dict[str, str]:
 
 
 def _numbers(record: Record, time: int) -> Iterator[Metric]:
-    """Yield the numbers of a run, and its training curves with their steps.
+    """Yield the numbers of a run, and its curves over epochs or steps of the training.
 
     All of them have the same ``time``, the run's end in milliseconds. Runs record no times of
     single steps.
@@ -308,8 +328,11 @@ def _numbers(record: Record, time: int) -> Iterator[Metric]:
     for point in metrics.records or ():
         numbers = {"epoch": point.epoch, "loss": point.loss, **point.numbers()}
         yield from _point("record", point.step, numbers, time)
-    for epoch in metrics.epochs:
+    # text classifiers record `epochs`, and models of several tasks a `dev_curve`
+    for epoch in (*metrics.epochs, *metrics.dev_curve):
         yield from _point("epoch", round(epoch.epoch), epoch.numbers(), time)
+    for held_out in metrics.held_out_curve:
+        yield from _point("held_out", held_out.step, {"loss": held_out.loss}, time)
     for step, loss in enumerate(metrics.curve, start=1):
         yield from _point("step", step, {"loss": loss}, time)
 

@@ -377,9 +377,7 @@ def tabulate_numbers(records: Iterable[Record]) -> pd.DataFrame:
             key = (part_before_conversion, data_set)
             # of the numbers without a main metric, such as costs, only the mean over the sets out
             # of domain (`ood_mean`) is a score, and only its metric is called so
-            is_score = metric == "score"
-            if key in main_metrics:
-                is_score = metric == main_metrics[key]
+            main_metric = main_metrics.get(key, "score")
             row = {
                 **run_keys(run),
                 "run_id": run.id,
@@ -387,7 +385,7 @@ def tabulate_numbers(records: Iterable[Record]) -> pd.DataFrame:
                 "eval_task": data_set,
                 "metric": metric,
                 "value": value,
-                "is_score": is_score,
+                "is_score": metric == main_metric,
             }
             rows.append(row)
     # the columns are named, so that they exist even without rows

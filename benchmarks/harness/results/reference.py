@@ -36,16 +36,19 @@ from benchmarks.harness.results.records import Record, format_record, parse_reco
 
 
 class Origin(BaseModel):
-    """The origin of blessed numbers: the commit, the machines and the code that made them."""
+    """The origin of blessed numbers: their machines, and the checkout that blessed them.
+
+    A record has the commit of its own run.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     commit: str
-    """The commit of the checkout that made the numbers."""
+    """The commit of the checkout that blessed the numbers."""
     machines: dict[str, dict[str, str]]
     """The fingerprints of the machines, by the names that the csv uses."""
     code: str
-    """The digest of the code that numbers depend on."""
+    """The digest of this checkout's code. It has repeated a run of each code that made numbers."""
 
     @property
     def processors(self) -> str:
@@ -154,7 +157,7 @@ def write_reference(
         suite: The name of the suite.
         benchmark: The name of the benchmark.
         records: The records of all its runs.
-        commit: The commit of the checkout that made them.
+        commit: The commit of this checkout.
 
     Returns:
         The paths of the three written files.

@@ -92,6 +92,8 @@ def _read_numbers(compared: pd.DataFrame) -> pd.DataFrame:
     # The name of a run begins with benchmark, model, task and method (check.group_name). A
     # measurement of `speed` has no method. It has one seed, so _group_means leaves it out.
     words = compared["run"].str.split(" ")
+    model = words.str[1]
+    task = words.str[2]
     trained_method = words.str[3]
     method = converted_to.where(converted_to != "", trained_method)
 
@@ -103,8 +105,8 @@ def _read_numbers(compared: pd.DataFrame) -> pd.DataFrame:
 
     numbers = compared.assign(
         run=compared["run"] + separator + converted_to,
-        model=words.str[1],
-        task=words.str[2],
+        model=model,
+        task=task,
         method=method,
         part=part,
         before=before,

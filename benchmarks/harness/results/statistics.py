@@ -73,14 +73,16 @@ def mean_difference(differences: np.ndarray[tuple[int], np.dtype[np.float64]]) -
     """Compute the mean of paired differences, its confidence interval, and the paired t-test."""
     n = len(differences)
     if n == 0:
-        return Difference(math.nan, math.nan, math.nan, math.nan, n)
+        return Difference(mean=math.nan, low=math.nan, high=math.nan, p=math.nan, n=n)
     mean = float(differences.mean())
     if n == 1:
-        return Difference(mean, math.nan, math.nan, math.nan, n)
+        return Difference(mean=mean, low=math.nan, high=math.nan, p=math.nan, n=n)
     if np.allclose(differences, differences[0], rtol=0, atol=1e-12):
         # equal differences give no estimate of the spread, unless all are zero
-        end = 0.0 if abs(mean) < 1e-12 else math.nan
-        return Difference(mean, end, end, math.nan, n)
+        end = math.nan
+        if abs(mean) < 1e-12:
+            end = 0.0
+        return Difference(mean=mean, low=end, high=end, p=math.nan, n=n)
 
     error = float(differences.std(ddof=1)) / math.sqrt(n)
     # scipy's special functions, because its distributions take a millisecond to check arguments
@@ -88,7 +90,7 @@ def mean_difference(differences: np.ndarray[tuple[int], np.dtype[np.float64]]) -
     reach = error * quantile
     # two-sided: twice the lower tail
     p = 2 * float(special.stdtr(n - 1, -abs(mean) / error))
-    return Difference(mean, mean - reach, mean + reach, p, n)
+    return Difference(mean=mean, low=mean - reach, high=mean + reach, p=p, n=n)
 
 
 def confidence_interval(

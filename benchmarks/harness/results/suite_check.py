@@ -18,10 +18,15 @@ from benchmarks.harness.results.check import (
     compare,
     group_name,
 )
+from benchmarks.harness.results.code import code_digest
 from benchmarks.harness.results.records import Record
 from benchmarks.harness.results.reference import blessed_benchmarks, read_reference
 
 _MOST_GROUPS = 20  # groups of runs that are listed; more are only counted
+_STALE_ADVICE = (
+    "numbers that other code made do not show what this code does: "
+    "`python -m benchmarks verify` runs it, and so does a new checkout"
+)
 
 # a run in files of numbers: its name without the seed, and its seed
 RunKey = tuple[str, int]
@@ -79,12 +84,14 @@ class SuiteCheck:
         results: The comparisons of :func:`compare_pairs`.
         benchmarks: The counts by the name of the benchmark.
         finished: The records of the compared runs, by the name of the benchmark.
+        stale: The compared runs that were made by other code than that of this checkout.
         unblessed: The names of the benchmarks without blessed numbers, which are not compared.
     """
 
     results: Sequence[CheckResult]
     benchmarks: Mapping[str, BenchmarkCheck]
     finished: Mapping[str, Sequence[Record]]
+    stale: Sequence[RunKey]
     unblessed: Sequence[str]
 
     @property
@@ -105,17 +112,25 @@ class SuiteCheck:
 
     @property
     def passed(self) -> bool:
-        """Return True if all numbers agree, and planned, finished and blessed runs are the same."""
+        """Return True if the check shows that this checkout's code gives the blessed numbers.
+
+        All numbers must agree. Planned, finished and blessed runs must be the same, and made by
+        this checkout's code.
+        """
         all_agree = all(result.passed for result in self.results)
-        return all_agree and not self.missing and not self.unplanned and not self.unblessed
+        same_runs = not self.missing and not self.unplanned and not self.unblessed
+        return all_agree and same_runs and not self.stale
 
     def __str__(self) -> str:
         results = [str(result) for result in self.results]
         missing = _group_lines("missing", self.missing)
         unplanned = _group_lines("blessed, but not planned", self.unplanned)
+        stale = _group_lines("made by other code", self.stale)
+        if stale:
+            stale.append(_STALE_ADVICE)
         summary = [f"{name}: {counts}" for name, counts in self.benchmarks.items()]
         unblessed = [f"{name}: not blessed" for name in self.unblessed]
-        return "\n".join([*results, *missing, *unplanned, *summary, *unblessed])
+        return "\n".join([*results, *missing, *unplanned, *stale, *summary, *unblessed])
 
 
 def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -> SuiteCheck:
@@ -152,13 +167,18 @@ def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -
     for name in benchmarks:
         if name in with_numbers:
             blessed[name] = read_reference(suite.name, name)
+    present_code = code_digest()
     finished = {}
     pairs = {}
+    stale = []
     for name, before in blessed.items():
         found = find_finished(suite, name).records
         # a run whose metrics.json was deleted may still have a collected record
         records = [record for record in found if record.run.metrics_file.exists()]
         finished[name] = records
+        for record in records:
+            if record.metrics.environment.code != present_code:
+                stale.append(run_key(record.run))
         runs_of_records = [record.run for record in records]
         pairs[name] = Pair(rows_of_runs(before, runs_of_records), check_numbers(records))
     results = compare_pairs(suite, pairs.values(), elsewhere=elsewhere)
@@ -166,7 +186,7 @@ def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -
     counts = {}
     for name, before in blessed.items():
         counts[name] = _count(suite, name, before, pairs[name].after, results)
-    return SuiteCheck(results, counts, finished, unblessed)
+    return SuiteCheck(results, counts, finished, stale, unblessed)
 
 
 def _count(

@@ -37,6 +37,10 @@ from benchmarks.harness.sources.packages import PackageFile, find_package
 
 Say = Callable[[str], None]
 
+# Repeated runs share these folders below `resources/`. The others have what runs computed with the
+# code of that time, such as partitions, so repeated runs compute it again with the present code.
+_SHARED = (paths.PACKAGES, paths.MODELS, paths.IMAGES)
+
 
 class Rerun(NamedTuple):
     """A run to repeat.
@@ -116,13 +120,14 @@ def verify(suite: Suite, count: int, seed: int, say: Say) -> VerifyResult:
     chosen = random.Random(seed).sample(repeatable, min(count, len(repeatable)))
     say(f"--seed {seed} chooses {len(chosen):,} of {len(repeatable):,} blessed runs")
     reruns = _plan_reruns(suite, chosen, threads_by_key, say)
-    _make_inputs([rerun.run for rerun in reruns], say)
+    runs = [rerun.run for rerun in reruns]
+    _make_shared_inputs(runs, say)
 
     with tempfile.TemporaryDirectory(prefix="verify-") as temporary:
         folder = Path(temporary)
-        # packages and models are shared; trained runs are looked for in the working directory
-        resources = paths.PACKAGES.parent
-        (folder / resources).symlink_to(resources.resolve())
+        _link_shared_inputs(folder)
+        _cluster_neurons(runs, folder, say)
+        # trained runs are looked for in the working directory of the processes
         records, failures = run_again(reruns, folder / paths.RUNS, folder, say)
     return _compare_with_blessed(suite, blessed, records, failures)
 
@@ -213,16 +218,15 @@ def _plan_reruns(
     return list(reruns.values())
 
 
-def _make_inputs(runs: Sequence[Run], say: Say) -> None:
-    """Make the missing files below ``resources/`` that runs need, as the workflow does.
+def _make_shared_inputs(runs: Sequence[Run], say: Say) -> None:
+    """Make the missing packages and rebuilt models of runs, as the workflow does.
 
     ``say`` prints a line about each file.
 
     Raises:
         DataError: A package could not be downloaded.
-        RunError: A model could not be rebuilt, or its neurons could not be clustered.
+        RunError: A model could not be rebuilt.
     """
-    paths.PACKAGES.mkdir(parents=True, exist_ok=True)
     for run in runs:
         for file in run_inputs(run):
             path = Path(file)
@@ -232,11 +236,35 @@ def _make_inputs(runs: Sequence[Run], say: Say) -> None:
             path = Path(file)
             if not path.exists():
                 _fetch(rebuilt_from(run.model), say)
-                _make(path, ["rebuild", run.model, "--output", str(path.parent)], say)
+                _make(path, ["rebuild", run.model, "--output", str(path.parent)], Path.cwd(), say)
+
+
+def _link_shared_inputs(folder: Path) -> None:
+    """Link the shared folders of this working directory into another working directory."""
+    for shared in _SHARED:
+        shared.mkdir(parents=True, exist_ok=True)
+        link = folder / shared
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(shared.resolve())
+
+
+def _cluster_neurons(runs: Sequence[Run], folder: Path, say: Say) -> None:
+    """Make the partitions of runs in a working directory, as the workflow does.
+
+    Args:
+        runs: The runs.
+        folder: The working directory, which has the shared folders.
+        say: Prints a line about each partition.
+
+    Raises:
+        RunError: The neurons of a model could not be clustered.
+    """
+    for run in runs:
         for job in partition_jobs(run):
-            path = Path(job.file)
-            if not path.exists():
-                _make(path, ["partition", job.to_json(), "--output", job.file], say)
+            # several runs may need the same partition
+            if not (folder / job.file).exists():
+                arguments = ["partition", job.to_json(), "--output", job.file]
+                _make(Path(job.file), arguments, folder, say)
 
 
 def _fetch(package: PackageFile, say: Say) -> None:
@@ -246,14 +274,14 @@ def _fetch(package: PackageFile, say: Say) -> None:
         package.fetch()
 
 
-def _make(path: Path, arguments: Sequence[str], say: Say) -> None:
-    """Make a file with a command of the suite.
+def _make(path: Path, arguments: Sequence[str], directory: Path, say: Say) -> None:
+    """Make a file with a command of the suite, in a working directory.
 
     Raises:
         RunError: The command failed.
     """
     say(f"making {path}")
-    problem = _run_command(arguments, Path.cwd())
+    problem = _run_command(arguments, directory)
     if problem is not None:
         raise RunError(f"could not make {path}: {problem}")
 

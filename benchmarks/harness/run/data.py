@@ -19,7 +19,8 @@ from benchmarks.harness.sources.packages import package_files, packages_of_datas
 
 _ADVICE_ON_FOLDERS = (
     "A folder below data_root may hold Parquet, Arrow, JSON lines or CSV under the hub's column "
-    "names, or what `datasets` saved; makers' own files are converted (config/README.md)"
+    "names, or what `datasets` saved; convert makers' own files of GLUE and GLUE-X with `python "
+    "tools/convert_glue_x.py DATA_ROOT` (config/README.md)"
 )
 
 
@@ -66,7 +67,9 @@ def describe(parts: list[SetPart]) -> str:
         paragraphs.append(_ADVICE_ON_FOLDERS)
     if warnings:
         paragraphs.append("\n".join(warnings))
-    paragraphs.append(f"{num_present} of {len(parts)} parts are there")
+    paragraphs.append(
+        f"{num_present} of {len(parts)} parts (splits, environments or whole sets) are present"
+    )
     return "\n\n".join(paragraphs)
 
 

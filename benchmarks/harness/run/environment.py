@@ -1,4 +1,4 @@
-"""Record the packages, the commit and the hardware of a run."""
+"""Record the packages, the commit, the code and the hardware of a run."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from benchmarks.harness.base import ROOT, git
+from benchmarks.harness.results.code import code_digest
 from emoe.compiled.build import compiled_kernels
 
 # the packages that can change a number; some are optional
@@ -67,7 +68,7 @@ VARIABLES = (
 
 
 def capture() -> dict[str, Any]:
-    """Return the ``environment`` of ``metrics.json``: versions, commit, and hardware."""
+    """Return the ``environment`` of ``metrics.json``: versions, commit, code, and hardware."""
     versions = {}
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -80,6 +81,7 @@ def capture() -> dict[str, Any]:
         "platform": platform.platform(),
         "git_commit": commit,
         "git_dirty": is_dirty,
+        "code": code_digest(),
         "processor": _processor().name,
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -20,11 +20,13 @@ import psutil
 import torch
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
+from benchmarks.harness import base as paths
 from benchmarks.harness.base import LOCK, RunError, derive_seed, format_json, write_text
 from benchmarks.harness.config.benchmark import AnyBenchmark, load_benchmark
-from benchmarks.harness.config.runs import Run, read_run
+from benchmarks.harness.config.runs import Run, all_sets, read_run
 from benchmarks.harness.results.records import check_metrics
 from benchmarks.harness.run import environment
+from benchmarks.harness.sources.packages import check_file
 from benchmarks.harness.training import processes as group
 from benchmarks.harness.training.progress import Progress
 from emoe.compiled.build import prepare_kernels
@@ -51,6 +53,9 @@ def execute(
 
     Returns:
         The path of ``metrics.json``.
+
+    Raises:
+        DataError: A csv has changed since the run was planned.
     """
     if started is None:
         started = time.time()
@@ -83,11 +88,30 @@ def execute(
             # the first process reports to the terminal, and each of the others to its own log
             stream = terminal if is_main else sys.stderr
             progress = Progress(run.name, stream)
+            _check_csv_files(run)
             metrics = _measure(benchmark, run, spec, folder, progress, started)
             if is_main:  # all processes compute, but only the first one writes
                 _write_metrics(run, metrics, output)
                 progress.finish(metrics["cost"]["job_seconds"])
     return output
+
+
+def _check_csv_files(run: Run) -> None:
+    """Check that the csv files of a run's data sets are those that its id was planned with.
+
+    Packages are checked when they are opened.
+
+    Raises:
+        DataError: A csv is missing, or has changed.
+    """
+    advice = (
+        "the run was planned with other rows: restore the file, or start the workflow again, "
+        "which plans runs with the present rows"
+    )
+    for task in all_sets(run.spec):
+        name = task.get("source", {}).get("csv")
+        if name is not None:
+            check_file(paths.ROOT / name, run.spec["files"][name], advice)
 
 
 def _write_metrics(run: Run, metrics: dict[str, Any], output: Path) -> None:

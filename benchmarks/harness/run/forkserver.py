@@ -2,8 +2,9 @@
 
 Importing torch and transformers takes longer than many runs. Before it forks, the server does
 nothing but import, so a run has the same numbers as in its own process. A fork ends with its
-caller, and the server ends with the workflow. A command without a server, or with another
-environment (threads, devices, settings), runs in its own process.
+caller, and the server ends with the workflow. A command runs in its own process if there is no
+server, if its environment (threads, devices, settings) differs, or if a file of code or settings
+was edited after the server had started.
 
 This module imports only the standard library, so that the caller starts fast.
 """
@@ -67,8 +68,8 @@ def run_in_fork(arguments: Sequence[str]) -> int | None:
         arguments: The arguments of ``python -m benchmarks``.
 
     Returns:
-        The exit status. None if there is no server with the same environment; then the command was
-        not run.
+        The exit status. None if there is no server with the same environment and files; then the
+        command was not run.
     """
     address = os.environ.get(ADDRESS)
     if not address:
@@ -110,11 +111,27 @@ class Server:
     def start(self) -> None:
         """Start the server, and set its address in the environment.
 
-        The commands of later callers wait until the server has imported everything.
+        The commands of later callers wait until the server has imported everything. If the server
+        cannot start, print a warning. Each command then runs in its own process.
         """
         # torch counts accelerators without starting their driver, which would not work in a fork
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-        address = str(Path(tempfile.mkdtemp(prefix="emoe-")) / "socket")
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="emoe-"))
+            try:
+                self._start_in(folder)
+            except OSError:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+        except OSError as error:  # for example, the path is too long for a socket
+            sys.stderr.write(
+                f"warning: no server for imports in {tempfile.gettempdir()}, so every run imports "
+                f"everything again: {error} (TMPDIR sets the folder)\n"
+            )
+
+    def _start_in(self, folder: Path) -> None:
+        """Start the server with its socket in a folder, and set its address in the environment."""
+        address = str(folder / "socket")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(address)
             listener.listen(64)
@@ -139,13 +156,18 @@ class Server:
 
 
 def serve(
-    listener: socket.socket, import_all: Callable[[], None], work: Callable[[list[str]], int]
+    listener: socket.socket,
+    import_all: Callable[[], None],
+    file_times: Callable[[], Mapping[Path, int]],
+    work: Callable[[list[str]], int],
 ) -> None:
     """Import the pipelines, and fork for each caller until the standard input ends.
 
     Args:
         listener: The socket on which callers connect.
         import_all: A function that imports all modules that commands need.
+        file_times: A function that returns the files of code and settings, with the times of their
+            last changes. After a change, the server declines all commands.
         work: A function that runs a command in a fork and returns its exit status.
     """
     folder = Path(listener.getsockname()).parent
@@ -153,7 +175,13 @@ def serve(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # nobody waits for forks, which send their status to their callers
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    # before the import, so that an edit during the import is noticed too
+    times_at_start = file_times()
     import_all()
+
+    def is_current() -> bool:
+        return file_times() == times_at_start
+
     gc.collect()
     gc.freeze()  # forks share these pages until one of them is written
     with listener:
@@ -165,15 +193,18 @@ def serve(
             with caller:
                 if os.fork() == 0:
                     listener.close()
-                    _run_for_caller(caller, work)
+                    # never returns: it ends the fork
+                    _run_for_caller(caller, is_current, work)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run_for_caller(caller: socket.socket, work: Callable[[list[str]], int]) -> None:
+def _run_for_caller(
+    caller: socket.socket, is_current: Callable[[], bool], work: Callable[[list[str]], int]
+) -> None:
     """Run a caller's command in this fork, send the exit status to the caller, and end the fork.
 
-    If the caller's environment does not fit, end without an answer; the caller then runs the
-    command itself.
+    If the caller's environment does not fit, or the imported files have changed since, end without
+    an answer; the caller then runs the command itself.
     """
     status = 1  # of a command that raises an error
     try:
@@ -181,7 +212,7 @@ def _run_for_caller(caller: socket.socket, work: Callable[[list[str]], int]) -> 
         _byte, streams, _flags, _address = socket.recv_fds(caller, 1, 3)
         with caller.makefile() as content:
             request = json.loads(content.readline())
-        if not _fits(request["environment"]):
+        if not _fits(request["environment"]) or not is_current():
             os._exit(0)  # without the answer of the block `finally`
         caller.sendall(_ACCEPTED)
         _become_like_caller(streams, request["folder"], request["environment"])

@@ -51,7 +51,8 @@ class RunStatus:
 def describe(suite: Suite) -> str:
     """Describe a suite's runs: a table of counts, and a line for each running or failed run.
 
-    If all runs are finished, the description ends with what to open next, and with the verdicts.
+    If all runs are finished, the description ends with what to open next, and with the verdicts. If
+    none has started, it ends with the command that runs the suite.
     """
     statuses = [run_status(run) for run in suite.runs]
     counts = [count(name, statuses) for name in suite.settings.benchmarks]
@@ -60,6 +61,8 @@ def describe(suite: Suite) -> str:
     closing = []
     if all(status.state == "finished" for status in statuses):
         closing = closing_lines(suite)
+    if all(status.state == "missing" for status in statuses):
+        closing = [f"No run has started. Run the suite: make run SUITE={suite.name}"]
     return "\n".join([format_rows(counts), *running, *failed, *closing])
 
 
@@ -72,11 +75,19 @@ def run_status(run: Run) -> RunStatus:
     if run.metrics_file.exists():
         return RunStatus(run, "finished")
     log = folder / LOG
-    if not log.is_file():
-        return RunStatus(run, "running" if is_running else "missing")
+    has_log = log.is_file()
+    state: State
+    if is_running:
+        state = "running"
+    elif has_log:
+        state = "failed"
+    else:
+        state = "missing"
+    if not has_log:
+        return RunStatus(run, state)
     last_line = _last_line(log)
     seconds_since = time.time() - log.stat().st_mtime
-    return RunStatus(run, "running" if is_running else "failed", last_line, seconds_since)
+    return RunStatus(run, state, last=last_line, silent=seconds_since)
 
 
 def _last_line(log: Path) -> str:

@@ -19,8 +19,10 @@ def commit_of(loaded: Any) -> str | None:
     cached: Any = getattr(loaded, "cache_files", None)
     if not cached:
         return None
-    # a data set has a list of files; a dictionary of splits has such a list for each split
-    files = next(iter(cached.values())) if isinstance(cached, dict) else cached
+    files = cached
+    if isinstance(cached, dict):
+        # a dictionary of splits has a list of files for each split; the first one is used
+        files = next(iter(cached.values()))
     if not files:
         return None
     return _commit_in(files[0]["filename"])
@@ -31,7 +33,10 @@ def cached_commit(repository: str, file: str, revision: str | None) -> str | Non
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(repository, file, revision=revision)
-    return _commit_in(path) if isinstance(path, str) else None
+    # else it is None, or an object that stands for a missing file
+    if not isinstance(path, str):
+        return None
+    return _commit_in(path)
 
 
 def hub_name(repository: str, revision: str | None, commit: str | None) -> str:

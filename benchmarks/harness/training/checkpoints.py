@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -17,6 +17,12 @@ from benchmarks.harness.base import DataError, check_is_file, read_json, write_j
 from benchmarks.harness.sources.packages import sha256
 from benchmarks.harness.training.processes import broadcast, is_main
 
+# What determines a training besides the run's settings: the digests of its rows and of the
+# pre-trained weights, by the names that a warning prints. Neither is a part of the run's id.
+Origin = Mapping[str, str]
+
+# the file with the origin of all checkpoints, in their folder
+ORIGIN = "origin.json"
 # files in a checkpoint; `complete` has the sha256 of the other files by name
 COMPLETE = "complete"
 WEIGHTS = "trained.safetensors"
@@ -86,17 +92,25 @@ class UpdateBestPath(TrainerCallback):
         _update_best_path(args, state)
 
 
-def resume(trainer: Trainer, say: Callable[[str], None]) -> str | None:
+def resume(trainer: Trainer, origin: Origin, say: Callable[[str], None]) -> str | None:
     """Restore the state and the callbacks of a trainer from its last complete checkpoint.
+
+    Checkpoints of another origin are removed, because rows or models would be mixed.
 
     Args:
         trainer: The trainer, before training.
+        origin: The digests of the training's rows and weights. It is written beside the
+            checkpoints.
         say: The function that prints a warning for each unusable checkpoint.
 
     Returns:
         The checkpoint, for ``trainer.train(resume_from_checkpoint=…)``; None if there is none.
     """
-    checkpoint = last_complete_checkpoint(Path(str(trainer.args.output_dir)), say)
+    folder = Path(str(trainer.args.output_dir))
+    # the other processes wait for the main one, in last_complete_checkpoint
+    if is_main():
+        _set_origin(folder, origin, say)
+    checkpoint = last_complete_checkpoint(folder, say)
     if checkpoint is None:
         return None
     trainer.state = _read_state(checkpoint)
@@ -107,6 +121,42 @@ def resume(trainer: Trainer, say: Callable[[str], None]) -> str | None:
         if isinstance(callback, SavedCallback):
             callback.restore(trainer.state)
     return str(checkpoint)
+
+
+def _set_origin(folder: Path, origin: Origin, say: Callable[[str], None]) -> None:
+    """Remove the checkpoints of another origin, with a warning, and write this origin.
+
+    Args:
+        folder: The folder of the checkpoints.
+        origin: The digests of the training's rows and weights.
+        say: The function that prints the warning.
+    """
+    checkpoints = list(folder.glob("checkpoint-*"))
+    change = _find_change(folder / ORIGIN, origin)
+    if checkpoints and change is not None:
+        say(f"warning: {change}; the run starts again from the beginning")
+        for checkpoint in checkpoints:
+            shutil.rmtree(checkpoint)
+    # written last: if this process is killed before, the next one removes the rest
+    write_json(folder / ORIGIN, dict(origin))
+
+
+def _find_change(file: Path, origin: Origin) -> str | None:
+    """Describe why checkpoints do not have an origin; None if they have it.
+
+    Args:
+        file: The file with the origin of the checkpoints. Older versions wrote none.
+        origin: The origin of the training.
+    """
+    try:
+        saved = read_json(file, dict[str, str])
+    except DataError as error:
+        return str(error)
+    names = sorted({*saved, *origin})
+    changed = [name for name in names if saved.get(name) != origin.get(name)]
+    if not changed:
+        return None
+    return f"{' and '.join(changed)} have changed since {file} was written"
 
 
 def last_complete_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:

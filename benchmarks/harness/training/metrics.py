@@ -85,11 +85,11 @@ def mean_loss(logits: NDArray[Any], labels: NDArray[Any]) -> float:
 
 
 def calibrated_loss(logits: NDArray[Any], labels: NDArray[Any]) -> float:
-    """Return the cross entropy in nats, at the best temperature (the inverse of a scale).
+    """Return the cross entropy in nats after fitting a temperature to the same rows.
 
-    Logits are multiplied by the scale (from 1/1000 to 1000) that gives the lowest mean cross
-    entropy on these same rows. So two classifiers that differ only in the scale of their logits
-    have the same number. It is nan if a logit is not finite.
+    Logits are multiplied by the scale (the inverse of the temperature, from 1/1000 to 1000) that
+    gives the lowest mean cross entropy. So two classifiers that differ only in the scale of their
+    logits have the same number. It is nan if a logit is not finite.
 
     Args:
         logits: The logits ``[rows, classes]``.

@@ -124,6 +124,7 @@ class RoutedTrainer(Trainer):
         return self._order
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create Trainer's optimizer, and scale the learning rate of the slow parameters."""
         optimizer = super().create_optimizer(model)
         # parameters with a lower learning rate
         slow = set()

@@ -5,10 +5,14 @@ The main process of a workflow plans the runs. A job on a cluster reads them fro
 - ``plan.tsv`` has a row for each run: its folder below ``results/runs``, its readable name, ``yes``
   if it keeps its weights, its resources and its spec.
 - ``partitions.tsv`` has a row for each clustering: its id and its settings.
+
+If the command line chooses other runs, such as with ``seeds=1``, the names of both files end with a
+digest of these values. Several workflows of a suite may run at once, each with its own runs.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +33,8 @@ from benchmarks.harness.config.suite import Suite, plain_suite, suite_names
 from benchmarks.harness.config.yaml import Strict
 
 _ADVICE = "start the workflow again"  # which writes both files
+# the values of the command line that change no run and no partition
+_CHANGE_NO_RUN = ("suite", "data_root", "model_root", "tracking_uri")
 
 
 class _RunRow(Strict):
@@ -191,12 +197,25 @@ def weights_by_benchmark(suite: Suite, *, in_job: bool) -> dict[str, dict[str, b
 
 def _plan_file(suite: Suite) -> Path:
     """Return the path of the table of runs."""
-    return paths.RESULTS / suite.name / "plan.tsv"
+    return _file(suite, "plan")
 
 
 def _partitions_file(suite: Suite) -> Path:
     """Return the path of the table of clusterings."""
-    return paths.RESULTS / suite.name / "partitions.tsv"
+    return _file(suite, "partitions")
+
+
+def _file(suite: Suite, name: str) -> Path:
+    """Return the path of a file of the plan, such as ``plan.tsv`` or ``plan-1a2b3c4d.tsv``.
+
+    The digits are a digest of the command line's values that change runs, if it has some.
+    """
+    folder = paths.RESULTS / suite.name
+    changes = {key: value for key, value in suite.overrides.items() if key not in _CHANGE_NO_RUN}
+    if not changes:
+        return folder / f"{name}.tsv"
+    digest = hashlib.sha256(canonical_json(changes).encode()).hexdigest()
+    return folder / f"{name}-{digest[:8]}.tsv"
 
 
 def _write_rows(path: Path, row_model: type[_Row], rows: Sequence[tuple[str, ...]]) -> None:

@@ -1,10 +1,17 @@
-"""List the files that shape each output, so that Snakemake makes an output again after an edit."""
+"""List the files that shape each output, so that Snakemake makes an output again after an edit.
+
+A process that runs for long checks with :func:`file_times` whether such a file has changed.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
 
-from benchmarks.harness.base import BENCHMARKS
+import emoe
+from benchmarks.harness.base import BENCHMARKS, CONFIG
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.methods import plugin_files
 
@@ -76,6 +83,23 @@ def page_sources() -> list[str]:
         "harness/report/paper_items.py",
         "paper.yaml",
     )
+
+
+def file_times(plugins: Iterable[Path]) -> dict[Path, int]:
+    """Return the time of the last change of each file that a process keeps after reading it.
+
+    These are the code and the YAML files of the benchmarks, the suites and the library, and the
+    files ``plugins``. The times are in nanoseconds.
+    """
+    files = list(plugins)
+    for folder in (BENCHMARKS, CONFIG, Path(emoe.__file__).parent):
+        for pattern in ("*.py", "*.yaml"):
+            files += folder.rglob(pattern)
+    times = {}
+    for file in files:
+        with suppress(OSError):  # it was just deleted, or is an editor's link to nothing
+            times[file] = file.stat().st_mtime_ns
+    return times
 
 
 def _folders_of_kind(name: str) -> set[str]:
