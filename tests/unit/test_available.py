@@ -238,7 +238,8 @@ def test_tables_of_blessed_records_say_so_and_write_no_numbers_or_section(
 ) -> None:
     words = "tables --suite mini --benchmark"
     note = f"glue: no run of 'mini' is finished here; {BLESSED}"
-    assert shown(f"{words} glue", monkeypatch, capsys) == ("", [note], 0)
+    written = "wrote tables to results/mini/tables/, figures to results/mini/figures/"
+    assert shown(f"{words} glue", monkeypatch, capsys) == ("", [note, written], 0)
     of_blessed = tables()
     assert {name.split("_")[0] for name in of_blessed} == {"glue"}
     assert all(note in text for text in captions().values())
@@ -247,7 +248,7 @@ def test_tables_of_blessed_records_say_so_and_write_no_numbers_or_section(
 
     # the same runs, finished here, have the same numbers
     fake_runs.write_runs(blessed.runs)
-    assert shown(f"{words} glue", monkeypatch, capsys) == ("", [], 0)
+    assert shown(f"{words} glue", monkeypatch, capsys) == ("", [written], 0)
     finished = tables()
     for name, frame in of_blessed.items():
         pd.testing.assert_frame_equal(finished[name], frame)
@@ -275,7 +276,8 @@ def test_one_finished_run_has_tables_and_figures(
     fake_runs.write_runs([runs[place]])
     note = f"{benchmark}: {len(runs) - 1} of {len(runs)} runs are missing: make run SUITE=smoke"
     command = f"tables --suite smoke --benchmark {benchmark}"
-    assert shown(command, monkeypatch, capsys) == ("", [note], 0)
+    output, lines, status = shown(command, monkeypatch, capsys)
+    assert (output, lines[0], status) == ("", note, 0)
     for name in artifacts_of(benchmark).table_files("smoke"):
         assert Path(name).exists()
     for name in artifacts_of(benchmark).figure_files("smoke"):
