@@ -609,18 +609,21 @@ def _without_numbers(name: str) -> str:
 
 
 def load_state_(
-    model: nn.Module, stored: Mapping[str, Tensor], folder: Path, restored: Collection[str] = ()
+    model: nn.Module,
+    stored: Mapping[str, Tensor],
+    folder: Path,
+    may_be_missing: Collection[str] = (),
 ) -> None:
     """Load stored tensors into a plain or timm model.
 
     Raise :class:`CheckpointError` if a tensor of the model is missing or has another shape.
-    Tensors whose names are in ``restored`` may be so. They stay as they are, because they are new,
-    or the caller loads them later.
+    Tensors whose names are in ``may_be_missing`` may be so. They stay as they are, because they are
+    new, or the caller loads them later.
     """
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     fitting = {name: tensor for name, tensor in stored.items() if tensor.shape == shapes.get(name)}
     missing = shapes.keys() - fitting.keys()
-    _check_complete(missing - set(restored), folder)
+    _check_complete(missing - set(may_be_missing), folder)
     model.load_state_dict(fitting, strict=False)
 
 

@@ -270,9 +270,9 @@ def record_routing(model: nn.Module, *, window: int | None = None) -> Iterator[R
 
     Padding is not counted if the model gets a two-dimensional mask. If the mask has another form
     (as in ``generate`` with a static cache) or does not fit the tokens, padding is counted, with a
-    warning. Choices are also counted by label if the model gets
-    one integer label per row, or if :meth:`RoutingRecord.set_labels` sets them. Forward passes that
-    activation checkpointing repeats are not counted.
+    warning. Choices are also counted by label if the model gets one integer label per row, or if
+    :meth:`RoutingRecord.set_labels` sets them. Forward passes that activation checkpointing repeats
+    are not counted.
 
     Args:
         model: a converted model. Call this object, not a part of it or a wrapper around it.

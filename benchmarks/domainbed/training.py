@@ -113,8 +113,6 @@ class DomainTrainer(RoutedTrainer):
         eval_every = cast(int, training.eval_every)
         images_per_step = len(draws) // training.steps
         arguments = _arguments(spec, folder, images_per_step, self._precision)
-        # with adapters, all parameters except adapters and head have a smaller learning rate
-        base_lr_ratio = training.lora.base_lr_ratio if training.lora else 1.0
         # the probe compares machines, so any fixed images will do
         first_split = next(iter(splits.values()))
         probe.observe(classifier.model, default_collate(fixed_rows(first_split)))
@@ -122,7 +120,7 @@ class DomainTrainer(RoutedTrainer):
             args=arguments,
             order=draws,
             trainable=classifier,
-            base_lr_ratio=base_lr_ratio,
+            lora=training.lora,
             optimizer_cls_and_kwargs=(torch.optim.Adam, {"lr": hparams.lr}),
             probe=probe,
             train_dataset=train,

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from filelock import FileLock
 
 from benchmarks.domainbed.definition import RunImageSet
-from benchmarks.domainbed.images import Environment, ImageSet, load_folders
+from benchmarks.domainbed.images import ImageSet, load_folders
 from benchmarks.domainbed.mnist import load_mnist
 from benchmarks.harness.base import IMAGES, DataError, read_bytes, write_json
 from benchmarks.harness.config.runs import canonical_json
@@ -75,23 +74,19 @@ def _digest_files(image_set: ImageSet) -> str:
 
 
 def digest_images(image_set: ImageSet) -> str:
-    """Return a digest of the labels of a set, and of the content of every image.
+    """Return a digest of the labels of a set, and of the content of every image file.
 
-    All image files are read, but not decoded.
+    No image is opened. Images of the hub or of a package have no files of their own; instead, the
+    digest has their origin with its commit or version.
     """
     digest = hashlib.sha256()
     for environment in image_set.environments:
         digest.update(f"{environment.name} {environment.labels}\n".encode())
-        for row in range(len(environment)):
-            digest.update(_image_content(environment, row))
+        for file in environment.files:
+            digest.update(read_bytes(Path(file)))
+        if not environment.files:
+            digest.update(image_set.source.encode())
     return digest.hexdigest()
-
-
-def _image_content(environment: Environment, row: int) -> bytes:
-    """Return the content of the file of a row's image; its pixels if it has no file."""
-    if environment.files:
-        return read_bytes(Path(environment.files[row]))
-    return np.asarray(environment.open(row)).tobytes()
 
 
 def _file_size(file: str) -> int | None:

@@ -23,7 +23,7 @@ from benchmarks.harness.results.content import Metrics
 from benchmarks.harness.results.records import read_record, tabulate_numbers
 from benchmarks.harness.training.callbacks import Probe
 from benchmarks.harness.training.progress import Progress
-from benchmarks.text.data import TextSplit, load_part
+from benchmarks.text.data import TextSplit, load_part, summarise_splits
 from benchmarks.text.definition import RunTask, TextSpec
 from benchmarks.text.outcomes import CHOICE, select_runs
 from benchmarks.text.training import TextEvaluator
@@ -93,10 +93,6 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
         progress.say(f"evaluating on {other.name}, {len(split):,} rows")
         ood_scores[other.name] = evaluator.evaluate(split, other, routing)
     routed, usage = routing.routing_of_set(spec.task.name)
-
-    data = {"test": test.summary()}
-    for name, split in ood_splits.items():
-        data[f"ood:{name}"] = split.summary()
     return {
         "scores": {"test": {spec.task.name: test_scores}, "ood": ood_scores},
         "routing": routed,
@@ -108,7 +104,7 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
             "variant": chosen_spec.method.variant,
         },
         "cost": evaluator.cost,
-        "data": data,
+        "data": summarise_splits({"test": test}, ood_splits),
     }
 
 

@@ -70,13 +70,11 @@ def train(
     precision = available_precision(training.precision)
     lengths = [len(row.tokens) for row in rows.rows]
     collate = collator(tokenizer, packing=training.packing)
-    # with adapters, all parameters except adapters and head have a smaller learning rate
-    base_lr_ratio = training.lora.base_lr_ratio if training.lora else 1.0
     trainer = RoutedTrainer(
         args=_trainer_arguments(spec, training, folder, precision),
         order=EpochOrder(lengths, training.per_device_train_batch_size, spec.seed, by_length=False),
         trainable=trainable,
-        base_lr_ratio=base_lr_ratio,
+        lora=training.lora,
         probe=probe,
         by_token=True,
         train_dataset=rows,

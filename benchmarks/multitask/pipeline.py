@@ -39,7 +39,7 @@ from benchmarks.harness.training.routing import evaluate_with_routing
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.harness.training.trainer import RoutedTrainer, available_precision
 from benchmarks.multitask.definition import LearnedTask, MultitaskSpec, MultitaskTraining, OtherTask
-from benchmarks.text.data import TextSplit, load_part, load_splits
+from benchmarks.text.data import TextSplit, load_part, load_splits, summarise_splits
 from benchmarks.text.tokenization import TokenisedRows, batches
 from benchmarks.text.training import Epoch, epoch_arguments, kept_epoch, score_and_loss
 
@@ -117,13 +117,11 @@ def _summarise_data(
     splits: Mapping[str, Mapping[str, TextSplit]], ood: Mapping[str, TextSplit]
 ) -> dict[str, Any]:
     """Summarise all data for ``metrics.json``, by names such as ``train:mnli`` and ``ood:hans``."""
-    summaries = {}
+    splits_by_name = {}
     for name, parts in splits.items():
         for part, split in parts.items():
-            summaries[f"{part}:{name}"] = split.summary()
-    for name, split in ood.items():
-        summaries[f"ood:{name}"] = split.summary()
-    return summaries
+            splits_by_name[f"{part}:{name}"] = split
+    return summarise_splits(splits_by_name, ood)
 
 
 def as_text(split: TextSplit, task: LearnedTask) -> TextSplit:

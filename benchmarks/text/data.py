@@ -169,6 +169,21 @@ class TextSplit:
         }
 
 
+def summarise_splits(
+    splits: Mapping[str, TextSplit], ood: Mapping[str, TextSplit]
+) -> dict[str, dict[str, Any]]:
+    """Summarise all rows of a run for ``data`` in ``metrics.json``.
+
+    Args:
+        splits: The splits of the training tasks, by their names in ``data``.
+        ood: The sets out of domain, by name. In ``data`` the names begin with ``ood:``.
+    """
+    summaries = {name: split.summary() for name, split in splits.items()}
+    for name, split in ood.items():
+        summaries[f"ood:{name}"] = split.summary()
+    return summaries
+
+
 def resolve_part(splits: Splits, part: str) -> str:
     """Return the part to read: ``dev`` if the ``test`` split is missing, else ``part`` itself."""
     if part == "test" and splits.test is None:

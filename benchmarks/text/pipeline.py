@@ -18,7 +18,7 @@ from benchmarks.harness.models.build import build_classifier, save_trained
 from benchmarks.harness.models.conversion import check_layers, convert_trained_
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.training.progress import Progress
-from benchmarks.text.data import TaskSplits, TextSplit, load_part, load_splits
+from benchmarks.text.data import TaskSplits, TextSplit, load_part, load_splits, summarise_splits
 from benchmarks.text.definition import TextSpec
 from benchmarks.text.tokenization import calibration_batches
 from benchmarks.text.training import TextTrainer
@@ -101,16 +101,8 @@ def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
         "probe": trainer.probe.summary(),
         "model": classifier.summary,
         "cost": {**trainer.cost, **classifier.prefix_cost()},
-        "data": _summarise_data(splits, ood),
+        "data": summarise_splits(splits._asdict(), ood),
     }
-
-
-def _summarise_data(splits: TaskSplits, ood: Mapping[str, TextSplit]) -> dict[str, Any]:
-    """Summarise all data for ``metrics.json``, by names such as ``train`` and ``ood:hans``."""
-    summaries = {part: split.summary() for part, split in splits._asdict().items()}
-    for name, split in ood.items():
-        summaries[f"ood:{name}"] = split.summary()
-    return summaries
 
 
 def _evaluate(

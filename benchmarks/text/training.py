@@ -344,8 +344,6 @@ class TextTrainer(SplitEvaluator):
 
         groups_lengths = training.sampling == "group_by_length"
         order = EpochOrder(rows.lengths, training.batch_size, spec.seed, by_length=groups_lengths)
-        # with adapters, all parameters except adapters and head have a smaller learning rate
-        base_lr_ratio = training.lora.base_lr_ratio if training.lora else 1.0
         callbacks: list[TrainerCallback] = [progress, self._stopwatch, self.routing_trace]
         if self._patience is not None:
             callbacks.append(self._patience)
@@ -359,7 +357,7 @@ class TextTrainer(SplitEvaluator):
             ),
             order=order,
             trainable=classifier,
-            base_lr_ratio=base_lr_ratio,
+            lora=training.lora,
             probe=self.probe,
             train_dataset=rows,
             eval_dataset=self._dev,

@@ -18,7 +18,6 @@ from benchmarks.harness.results.check import (
     compare,
     group_name,
 )
-from benchmarks.harness.results.code import code_digest
 from benchmarks.harness.results.records import Record
 from benchmarks.harness.results.reference import blessed_benchmarks, read_reference
 
@@ -167,7 +166,6 @@ def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -
     for name in benchmarks:
         if name in with_numbers:
             blessed[name] = read_reference(suite.name, name)
-    present_code = code_digest()
     finished = {}
     pairs = {}
     stale = []
@@ -176,11 +174,12 @@ def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -
         # a run whose metrics.json was deleted may still have a collected record
         records = [record for record in found if record.run.metrics_file.exists()]
         finished[name] = records
-        for record in records:
-            if record.metrics.environment.code != present_code:
-                stale.append(run_key(record.run))
         runs_of_records = [record.run for record in records]
-        pairs[name] = Pair(rows_of_runs(before, runs_of_records), check_numbers(records))
+        after = check_numbers(records)
+        pairs[name] = Pair(rows_of_runs(before, runs_of_records), after)
+        for record in records:
+            if record.metrics.environment.code != after.code:
+                stale.append(run_key(record.run))
     results = compare_pairs(suite, pairs.values(), elsewhere=elsewhere)
 
     counts = {}

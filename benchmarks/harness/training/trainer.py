@@ -18,6 +18,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import emoe
+from benchmarks.harness.config.methods import LoRA
 from benchmarks.harness.models.trainable import Trainable, load_trained_, trained_state
 from benchmarks.harness.training.callbacks import Probe, SetEpochs, UpdateGates
 from benchmarks.harness.training.checkpoints import (
@@ -83,8 +84,8 @@ class RoutedTrainer(Trainer):
         order: The order of the rows.
         trainable: The model, and the names of parameters with a lower learning rate.
         probe: The probe that records the loss of the first batches.
-        base_lr_ratio: The factor of the learning rate for trained parameters other than adapters
-            and head.
+        lora: The settings of the adapters; None without adapters. With adapters, all other trained
+            parameters except the head have a lower learning rate.
         by_token: True to average the loss of a step over all tokens with labels; False to average
             it over the batches of the step.
         **kwargs: The arguments of Trainer.
@@ -96,7 +97,7 @@ class RoutedTrainer(Trainer):
         order: Sampler[Any],
         trainable: Trainable,
         probe: Probe,
-        base_lr_ratio: float = 1.0,
+        lora: LoRA | None = None,
         by_token: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -112,7 +113,9 @@ class RoutedTrainer(Trainer):
         self._order = order
         self._trainable = trainable
         self.probe = probe
-        self._base_lr_ratio = base_lr_ratio
+        self._base_lr_ratio = 1.0
+        if lora is not None:
+            self._base_lr_ratio = lora.base_lr_ratio
         self.add_callback(probe)
         self.add_callback(UpdateGates())
         if hasattr(order, "set_epoch"):
