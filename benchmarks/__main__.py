@@ -97,9 +97,9 @@ def list_command(context: click.Context, kind: str | None, suite: str) -> None:
 @_suite
 def status(suite: str) -> None:
     """Show finished, running, failed and missing runs."""
-    from benchmarks.harness.run.status import describe
+    from benchmarks.harness.run.status import describe_runs
 
-    click.echo(describe(_load_suite(suite)))
+    click.echo(describe_runs(_load_suite(suite)))
 
 
 @cli.command()
@@ -219,7 +219,7 @@ def tables(suite: str, benchmark: str, part: str | None) -> None:
         click.echo(note, err=True)
     folder = RESULTS / suite
     click.echo(f"wrote tables to {folder}/tables/, figures to {folder}/figures/", err=True)
-    other_parts = loaded.table_sets(benchmark)
+    other_parts = loaded.sets_with_tables(benchmark)
     if part is None and other_parts:
         options = ", ".join(f"--part {name}" for name in other_parts)
         click.echo(f"each set has its own tables and figures: {options}", err=True)
@@ -447,8 +447,8 @@ def data(suite: str, check: bool, open_images: bool, data_root: str | None) -> N
         os.environ[DATA_ROOT] = data_root
     if not check:
         sets.fetch_packaged(loaded)
-    parts = list(sets.check_data(loaded.runs, open_images=open_images))
-    click.echo(sets.describe(parts))
+    parts = list(sets.read_sets(loaded.runs, open_images=open_images))
+    click.echo(sets.describe_sets(parts))
     is_incomplete = any(part.rows is None for part in parts)
     raise click.exceptions.Exit(is_incomplete)
 
@@ -571,7 +571,7 @@ def _load_suite_with(suite: str, benchmark: str, part: str | None = None) -> Sui
     source = f"suite {suite}"
     check_names(Location(source, "benchmark"), [benchmark], loaded.settings.benchmarks)
     if part:
-        check_names(Location(source, "part"), [part], loaded.table_sets(benchmark))
+        check_names(Location(source, "part"), [part], loaded.sets_with_tables(benchmark))
     return loaded
 
 

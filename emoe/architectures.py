@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -182,6 +182,48 @@ def register_ffn(key: str, *specs: FFNSpec) -> None:
     REGISTRY[key] = specs
 
 
+class FusedHalves(NamedTuple):
+    """The two halves of a tensor of a fused in-projection.
+
+    Attributes:
+        activated: the half that belongs to the activated in-projection.
+        up: the half that belongs to the up-projection.
+    """
+
+    activated: Tensor
+    up: Tensor
+
+
+class InBlocks(NamedTuple):
+    """An in-projection or up-projection, split into one block of neurons for each expert.
+
+    ``N`` is the number of experts, ``s`` the number of neurons of an expert.
+
+    Attributes:
+        weight: view of the weight ``[N, s, h]``.
+        bias: view of the bias ``[N, s]``, None if the projection has none.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Blocks(NamedTuple):
+    """The weights of an FFN, split into one block of neurons for each expert.
+
+    ``N`` is the number of experts, ``s`` the number of neurons of an expert.
+
+    Attributes:
+        activated: the in-projection whose outputs are activated.
+        up: the up-projection, None if the FFN is not gated.
+        values: view of the out-projection's weight ``[N, s, h]``, one row for each neuron.
+    """
+
+    activated: InBlocks
+    up: InBlocks | None
+    values: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class FFN:
     """One FFN of a model: its modules, and views of its weights by neuron.
@@ -257,7 +299,7 @@ class FFN:
     @property
     def d(self) -> int:
         """Number of neurons."""
-        if has_plain_weight(self.proj_out):
+        if has_float_matrix(self.proj_out):
             return self.values().shape[1]
         # a quantised or packed weight has another shape than the matrix
         return int(cast(Any, self.proj_out).in_features)
@@ -265,7 +307,7 @@ class FFN:
     @property
     def h(self) -> int:
         """Width of the FFN's input."""
-        if has_plain_weight(self.proj_in):
+        if has_float_matrix(self.proj_in):
             return self.keys().shape[1]
         return int(cast(Any, self.proj_in).in_features)
 
@@ -280,24 +322,30 @@ class FFN:
 
     def keys_of(self, weight: Tensor) -> Tensor:
         """View an in-projection weight as key vectors ``[d, h]``."""
-        return self.activated_rows(self._in_linear_layout(weight))
+        return self._activated_half(self._in_linear_layout(weight))
 
     def key_bias(self) -> Tensor | None:
         """Return the bias of the pre-activations ``[d]`` as a view, or None."""
         bias = bias_of(self.proj_in)
         if bias is None:
             return None
-        return self.activated_rows(bias)
+        return self._activated_half(bias)
 
-    def activated_rows(self, tensor: Tensor) -> Tensor:
+    def split_fused(self, tensor: Tensor, dim: int = 0) -> FusedHalves:
+        """Split a tensor of a fused in-projection, whose dimension ``dim`` runs over neurons."""
+        first, last = tensor.chunk(2, dim)
+        if self.spec.fused == "first":
+            return FusedHalves(activated=first, up=last)
+        return FusedHalves(activated=last, up=first)
+
+    def _activated_half(self, tensor: Tensor) -> Tensor:
         """Return the activated half of a tensor whose rows are neurons.
 
         If the in-projection is not fused, return the whole tensor.
         """
         if self.spec.fused is None:
             return tensor
-        first, last = tensor.chunk(2)
-        return first if self.spec.fused == "first" else last
+        return self.split_fused(tensor).activated
 
     def _up_projection_half(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """Return the up-projection's half of a tensor whose dimension ``dim`` runs over neurons.
@@ -306,9 +354,7 @@ class FFN:
         """
         if self.spec.fused is None:
             return tensor
-        first, last = tensor.chunk(2, dim)
-        # the half that is not activated
-        return last if self.spec.fused == "first" else first
+        return self.split_fused(tensor, dim).up
 
     def values(self) -> Tensor:
         """View the out-projection's weight as value vectors ``[h, d]``, one column per neuron."""
@@ -318,22 +364,14 @@ class FFN:
         """View a projection's weight as ``[out, in]``, the layout of ``nn.Linear``."""
         return weight.t() if self.spec.transposed else weight
 
-    def blocks(self, num_experts: int) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor]:
-        """Return views of the weights, split into equal blocks of neurons, one for each expert.
-
-        ``N`` is the number of experts, ``s`` the number of neurons of an expert.
-
-        Returns:
-            A list of pairs, and the out-projection's values ``[N, s, h]``. A pair is the weight
-            ``[N, s, h]`` and the bias ``[N, s]`` (or None) of an in-projection. The first pair is
-            the activated projection. A gated FFN has a second pair, the up-projection.
-        """
-        in_projections = [_by_expert(self.keys(), self.key_bias(), num_experts)]
+    def blocks(self, num_experts: int) -> Blocks:
+        """Return views of the weights, split into equal blocks of neurons, one for each expert."""
+        activated = _in_blocks(self.keys(), self.key_bias(), num_experts)
+        up = None
         if self.gated:
-            in_projections.append(_by_expert(self._up_weight(), self._up_bias(), num_experts))
+            up = _in_blocks(self._up_weight(), self._up_bias(), num_experts)
         value_rows = self.values().t()  # [d, h], one row per neuron
-        values, _no_bias = _by_expert(value_rows, None, num_experts)
-        return in_projections, values
+        return Blocks(activated=activated, up=up, values=_by_expert(value_rows, num_experts))
 
     def up_module(self) -> nn.Module:
         """Return the module that computes the up-projection of a gated FFN.
@@ -389,9 +427,8 @@ class FFN:
         indices = neurons.to(tensor.device)
         is_in_projection = path != f"{self.spec.proj_out}.weight"
         if is_in_projection and self.spec.fused is not None:
-            # each neuron is in both halves: one is activated, the other is the up-projection
-            first, last = tensor.chunk(2, dim)
-            halves = [first.index_select(dim, indices), last.index_select(dim, indices)]
+            # each neuron is in both halves, whose order stays
+            halves = [half.index_select(dim, indices) for half in tensor.chunk(2, dim)]
             return torch.cat(halves, dim)
         return tensor.index_select(dim, indices)
 
@@ -409,14 +446,17 @@ class FFN:
                 tensor.copy_(self.take(path, tensor, permutation))
 
 
-def _by_expert(
-    weight: Tensor, bias: Tensor | None, num_experts: int
-) -> tuple[Tensor, Tensor | None]:
-    """View a weight ``[d, h]`` as ``[N, s, h]``, and its bias ``[d]`` (or None) as ``[N, s]``."""
-    weight_by_expert = weight.unflatten(0, (num_experts, -1))
-    if bias is None:
-        return weight_by_expert, None
-    return weight_by_expert, bias.unflatten(0, (num_experts, -1))
+def _in_blocks(weight: Tensor, bias: Tensor | None, num_experts: int) -> InBlocks:
+    """View a weight ``[d, h]`` and its bias ``[d]`` (or None) by expert."""
+    bias_by_expert = None
+    if bias is not None:
+        bias_by_expert = _by_expert(bias, num_experts)
+    return InBlocks(weight=_by_expert(weight, num_experts), bias=bias_by_expert)
+
+
+def _by_expert(rows: Tensor, num_experts: int) -> Tensor:
+    """View a tensor with a row for each neuron ``[d, ...]`` as ``[N, s, ...]``."""
+    return rows.unflatten(0, (num_experts, -1))
 
 
 def find_specs(model: nn.Module) -> tuple[FFNSpec, ...]:
@@ -543,15 +583,18 @@ def bias_of(module: nn.Module) -> Tensor | None:
     return bias
 
 
-def is_plain_tensor(weight: Any) -> bool:
-    """Check if a weight is an ordinary tensor: not sharded, quantised or on the meta device."""
+def is_local_tensor(weight: Any) -> bool:
+    """Check if a weight is an ordinary tensor whose values this process holds.
+
+    A sharded, quantised or packed weight is not, nor is one on the meta device.
+    """
     return type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
 
 
-def has_plain_weight(module: nn.Module) -> bool:
+def has_float_matrix(module: nn.Module) -> bool:
     """Check if a module's weight is a floating-point matrix, not quantised or packed.
 
-    A sharded weight counts as plain.
+    The weight may be sharded, or on the meta device.
     """
     weight: Any = getattr(module, "weight", None)
     is_ordinary = type(weight) in (Tensor, nn.Parameter)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from emoe.architectures import FFN
 from emoe.errors import ConversionError
+from emoe.modes import restored_modes
 from emoe.tokens import PaddingMaskHook, watch_padding
 
 # largest number of tokens in a sample
@@ -49,15 +50,13 @@ def record_activations(
         sample = _Sample(seed, padding_hooks.get(ffn.index))
         samples[ffn.index] = sample
         sample_hooks.append(ffn.proj_out.register_forward_pre_hook(sample.add))
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     # each call of the model adds rows to the samples through the hooks
     try:
-        for batch in batches:
-            _call(model, batch)
+        with restored_modes(model):
+            model.eval()
+            for batch in batches:
+                _call(model, batch)
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for padding_hook in padding_hooks.values():
             padding_hook.remove()
         for sample_hook in sample_hooks:

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from emoe import files
-from emoe.architectures import FFN, find_ffns, has_plain_weight, weight_of
+from emoe.architectures import FFN, find_ffns, has_float_matrix, weight_of
 from emoe.checks import check_divisible
 from emoe.config import EMoEConfig, GMoEConfig
 from emoe.convert import converted_layers, finish_conversion_, widen
@@ -204,7 +204,7 @@ def _key_norms(ffn: FFN) -> Tensor:
 
     They are zeros if the weight is quantised, because such norms are not compared.
     """
-    if not has_plain_weight(ffn.proj_in):
+    if not has_float_matrix(ffn.proj_in):
         return torch.zeros(ffn.d)
     keys = ffn.keys().detach().float()
     norms = keys.norm(dim=1)
@@ -228,14 +228,14 @@ def read_experts(folder: Path) -> Experts | None:
     content = settings.get(SEPARATE_KEY)
     if content:
         with _damage_reported(path):
-            return Experts.from_dict(content["config"], content["layers"])
+            return Experts.from_json_values(content["config"], content["layers"])
 
     # a timm or plain model
     small_path = folder / CONFIG_FILE
     if small_path.exists():
         content = files.read_object(small_path)
         with _damage_reported(small_path):
-            return Experts.from_dict(content["config"], content["layers"])
+            return Experts.from_json_values(content["config"], content["layers"])
     return None
 
 
@@ -245,7 +245,7 @@ def _damage_reported(path: Path) -> Iterator[None]:
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {files.one_line(error)}") from error
+        raise CheckpointError(f"{path} is damaged: {files.class_and_message(error)}") from error
 
 
 def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any) -> Any:
@@ -317,23 +317,24 @@ def _read_config(folder: Path, options: Mapping[str, Any]) -> tuple[Any, dict[st
     ``from_pretrained``, an option with the name of a field changes this field of the folder's
     configuration. The loader's options are all other options.
     """
-    others = dict(options)
-    given_config = others.pop("config", None)
-    # options for the loader that AutoConfig would write into the configuration, or drop
-    trust_remote_code = others.pop("trust_remote_code", False)
-    kept: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if QUANTIZATION_CONFIG in others:
-        kept[QUANTIZATION_CONFIG] = others.pop(QUANTIZATION_CONFIG)
+    config_options = dict(options)
+    given_config = config_options.pop("config", None)
+    # These two are for the loader. AutoConfig would drop `trust_remote_code`, and write
+    # `quantization_config` into the configuration.
+    trust_remote_code = config_options.pop("trust_remote_code", False)
+    loader_only: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if QUANTIZATION_CONFIG in config_options:
+        loader_only[QUANTIZATION_CONFIG] = config_options.pop(QUANTIZATION_CONFIG)
 
-    if given_config is None:
-        config, unused = _read_auto_config(folder, others, trust_remote_code=trust_remote_code)
-    elif isinstance(given_config, str | os.PathLike):
-        # the folder or the hub id of another configuration
-        source = Path(given_config)
-        config, unused = _read_auto_config(source, others, trust_remote_code=trust_remote_code)
+    if given_config is None or isinstance(given_config, str | os.PathLike):
+        # the folder's own configuration, or the folder or hub id of another one
+        source = folder if given_config is None else Path(given_config)
+        config, not_in_config = _read_auto_config(
+            source, config_options, trust_remote_code=trust_remote_code
+        )
     else:
         config = given_config
-        unused = others
+        not_in_config = config_options
 
     config = copy.deepcopy(config)  # the caller's object stays as it is
     if is_ours(getattr(config, QUANTIZATION_CONFIG, None)):
@@ -341,7 +342,7 @@ def _read_config(folder: Path, options: Mapping[str, Any]) -> tuple[Any, dict[st
     if hasattr(config, SEPARATE_KEY):
         delattr(config, SEPARATE_KEY)
     # The configuration's value would make transformers refuse the folder. None replaces it.
-    loader_options = {**unused, **kept, IMPLEMENTATION_KEY: None}
+    loader_options = {**not_in_config, **loader_only, IMPLEMENTATION_KEY: None}
     return config, loader_options
 
 
@@ -365,7 +366,7 @@ def _read_auto_config(
         )
     except Exception as error:  # a damaged configuration raises anything
         raise CheckpointError(
-            f"{folder / files.STOCK_CONFIG_FILE} is damaged: {files.one_line(error)}"
+            f"{folder / files.STOCK_CONFIG_FILE} is damaged: {files.class_and_message(error)}"
         ) from error
     return config, unused
 
@@ -552,7 +553,7 @@ def _check_key_norms(ffn: FFN, saved: Tensor, path: Path) -> None:
 
     Quantised weights, and weights on the meta device, are not compared.
     """
-    if not has_plain_weight(ffn.proj_in):
+    if not has_float_matrix(ffn.proj_in):
         return
     # an offloaded weight leaves the meta device only inside this context
     with torch.no_grad(), weights_loaded(ffn.proj_in):
@@ -589,9 +590,13 @@ def load_extra_(layers: Sequence[RoutedActivation], folder: Path) -> None:
         if layer.output_bias is not None:
             cast(Tensor, layer.ffn.proj_out.bias).zero_()
         for module_key, module in _modules_with_state(layer):
-            prefix = f"{layer.ffn.index}.{module_key}"
-            keys = {name: f"{prefix}.{name}" for name in module.state_dict()}
-            _load_named_(module, keys, tensors, folder)
+            state = {}
+            for name in module.state_dict():
+                stored_name = f"{layer.ffn.index}.{module_key}.{name}"
+                if stored_name not in tensors:
+                    raise _missing_error(folder, stored_name)
+                state[name] = tensors[stored_name]
+            _load_experts_state_(module, state, folder)
 
 
 def _load_routing_(
@@ -604,40 +609,32 @@ def _load_routing_(
     """
     matches = stored_routing(layers, weights.files)
     for layer in layers:
-        keys = {}
+        state = {}
         for name in layer.state_dict():
-            # A tensor that is not stored keeps its name in the layer. The error below shows it.
-            keys[name] = matches.get((layer, name), name)
-        stored_keys = [key for key in keys.values() if key in weights.files]
-        tensors = {key: weights[key] for key in stored_keys}
-        _load_named_(layer, keys, tensors, folder)
+            stored_name = matches.get((layer, name))
+            if stored_name is None:
+                raise _missing_error(folder, name)
+            state[name] = weights[stored_name]
+        _load_experts_state_(layer, state, folder)
 
 
-def _load_named_(
-    module: nn.Module, keys: Mapping[str, str], tensors: Mapping[str, Tensor], folder: Path
-) -> None:
-    """Load stored tensors into a module.
+def _missing_error(folder: Path, name: str) -> CheckpointError:
+    """Return the error for a tensor of the experts that a checkpoint lacks."""
+    return CheckpointError(
+        f"{folder} lacks {name}, which belongs to a router, an expert's bias or a GMoE copy"
+    )
 
-    Args:
-        module: module to load.
-        keys: the key in ``tensors`` for each name in the module's state dict.
-        tensors: stored tensors.
-        folder: checkpoint, for error messages.
 
-    Raises:
-        CheckpointError: a tensor is missing or does not fit.
+def _load_experts_state_(module: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Load a state dict into a routed FFN or a projection.
+
+    Raises :class:`CheckpointError`, which names the folder, if a tensor does not fit.
     """
-    for key in keys.values():
-        if key not in tensors:
-            raise CheckpointError(
-                f"{folder} lacks {key}, which belongs to a router, an expert's bias or a GMoE copy"
-            )
-    state = {name: tensors[key] for name, key in keys.items()}
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{folder}: the state of the experts does not fit: {files.one_line(error)}"
+            f"{folder}: the state of the experts does not fit: {files.class_and_message(error)}"
         ) from error
 
 

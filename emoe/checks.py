@@ -13,14 +13,14 @@ from emoe.architectures import FFN
 from emoe.errors import ConversionError, nearest_divisor
 
 
-def check_weights(model: nn.Module, ffns: Sequence[FFN]) -> None:
+def check_convertible(model: nn.Module, ffns: Sequence[FFN]) -> None:
     """Raise :class:`ConversionError` if FFNs of a model cannot be converted.
 
-    Their weights must be ordinary matrices (see :func:`check_plain`) of matching shapes, and no
-    other module may share them. The activation must have no parameters. Between it and the
+    Their weights must be ordinary matrices (see :func:`check_projections`) of matching shapes, and
+    no other module may share them. The activation must have no parameters. Between it and the
     out-projection there may only be dropouts or identities.
     """
-    check_plain(ffns)
+    check_projections(ffns)
     for ffn in ffns:
         _check_shapes(ffn)
         _check_activation(ffn)
@@ -28,28 +28,28 @@ def check_weights(model: nn.Module, ffns: Sequence[FFN]) -> None:
     _check_unshared(model, ffns)
 
 
-def check_plain(
+def check_projections(
     ffns: Iterable[FFN], hint: str = "convert before adapting, quantising, sharding or pruning"
 ) -> None:
-    """Raise :class:`ConversionError` unless all weights are finite floating-point matrices.
+    """Raise :class:`ConversionError` unless the weights of all projections are ordinary and finite.
 
     Quantised and sharded weights, and projections that an adapter wraps, are refused. ``hint`` ends
     the message about them.
     """
     for ffn in ffns:
         for path, module in ffn.projections():
-            _check_weight(f"{ffn.name}.{path}", module, hint)
+            _check_projection(f"{ffn.name}.{path}", module, hint)
 
 
-def _check_weight(name: str, module: nn.Module, hint: str) -> None:
-    """Check that a projection's weight is loaded and plain, and that weight and bias are finite.
+def _check_projection(name: str, module: nn.Module, hint: str) -> None:
+    """Check that a projection has an ordinary loaded weight, and that weight and bias are finite.
 
     ``name`` is the projection's name in error messages. ``hint`` ends the message about a weight
-    that is not plain.
+    that is not an ordinary tensor.
     """
     # a computed weight (weight norm, pruning) is not a parameter
     weight = dict(module.named_parameters(recurse=False)).get("weight")
-    if weight is None or not _is_plain(weight):
+    if weight is None or not _is_ordinary_float(weight):
         raise ConversionError(f"{name} has no plain weight: {hint}")
     if weight.is_meta:
         raise ConversionError(
@@ -61,7 +61,7 @@ def _check_weight(name: str, module: nn.Module, hint: str) -> None:
             raise ConversionError(f"{name}.{tensor_name} has values that are not finite")
 
 
-def _is_plain(weight: nn.Parameter) -> bool:
+def _is_ordinary_float(weight: nn.Parameter) -> bool:
     """Check if a weight is an ordinary floating-point tensor of at least 16 bits."""
     # a sharded or quantised weight has another class
     has_tensor_class = type(weight.detach()) is Tensor

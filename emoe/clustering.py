@@ -20,19 +20,19 @@ _LLOYD_TOLERANCE = 1e-6
 # rounding error. If the distances of all rows sum to less than this, they are treated as such.
 _ROUNDING_ERRORS = 1e-3
 # number of rows of a cluster that are tried in exchanges with one other cluster
-_SWAP_CANDIDATES = 2
+_EXCHANGE_CANDIDATES = 2
 # largest number of rounds of exchanges
-_SWAP_ROUNDS = 500
+_EXCHANGE_ROUNDS = 500
 # largest number of exchanges of a cluster in a round with many exchanges
-_SWAPS_PER_CLUSTER = 16
+_EXCHANGES_PER_CLUSTER = 16
 # a round searches this many pairs of clusters, times the number of clusters
 _PAIRS_PER_CLUSTER = 16
-# smaller gains of an exchange may be rounding errors
-_SMALLEST_EXCHANGE_GAIN = 1e-5
+# smaller gains of a single exchange may be rounding errors
+_SMALLEST_ABSOLUTE_GAIN = 1e-5
 # If a round raises the score by less than this share, later rounds make one exchange per cluster.
-_SMALL_GAIN = 1e-4
+_SMALL_RELATIVE_GAIN = 1e-4
 # If a round raises the score by less than this share, the search ends.
-_NEGLIGIBLE_GAIN = 2e-5
+_NEGLIGIBLE_RELATIVE_GAIN = 2e-5
 
 
 class _Stage(NamedTuple):
@@ -49,7 +49,7 @@ class _Stage(NamedTuple):
 
 # The three stages of the search, in their order.
 # Fast: many exchanges at once, whose gains are estimates.
-_MANY_EXCHANGES = _Stage(exchanges_per_cluster=_SWAPS_PER_CLUSTER, all_pairs=False)
+_MANY_EXCHANGES = _Stage(exchanges_per_cluster=_EXCHANGES_PER_CLUSTER, all_pairs=False)
 # Exact: exchanges of one round share no cluster, so their gains add up.
 _ONE_EXCHANGE = _Stage(exchanges_per_cluster=1, all_pairs=False)
 # Thorough: exact gains, and no pair of clusters is left out.
@@ -86,7 +86,7 @@ def balanced_kmeans(points: Tensor, num_clusters: int, *, seed: int = 0) -> Tens
         labels = torch.arange(n)
     else:
         first_labels = _balanced_lloyd(rows, num_clusters, seed)
-        labels = _swap(rows, first_labels, num_clusters)
+        labels = _exchange_rows(rows, first_labels, num_clusters)
     return _number_by_first_row(labels)
 
 
@@ -262,7 +262,7 @@ def _assign(affinity: Tensor, size: int) -> Tensor:
     return torch.tensor(labels, dtype=torch.int64)
 
 
-def _swap(rows: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
+def _exchange_rows(rows: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
     """Exchange pairs of rows between clusters while this lowers the inertia.
 
     The sum of the rows of cluster c is S_c. The inertia is a constant minus sum |S_c|^2 / size, so
@@ -289,7 +289,7 @@ def _swap(rows: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
     products = rows @ sums.t()  # [n, clusters]
     score = _sum_of_squares(sums)
     stage = _MANY_EXCHANGES
-    for _ in range(_SWAP_ROUNDS):
+    for _ in range(_EXCHANGE_ROUNDS):
         exchanges = _best_exchanges(rows, squares, labels, products, stage)
         if exchanges.numel() == 0:
             if stage == _ALL_PAIRS:
@@ -315,9 +315,9 @@ def _swap(rows: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
         relative_gain = (changed_score - score) / score
         labels = changed_labels
         score = changed_score
-        if relative_gain < _NEGLIGIBLE_GAIN:
+        if relative_gain < _NEGLIGIBLE_RELATIVE_GAIN:
             break
-        if relative_gain < _SMALL_GAIN and stage == _MANY_EXCHANGES:
+        if relative_gain < _SMALL_RELATIVE_GAIN and stage == _MANY_EXCHANGES:
             stage = _ONE_EXCHANGE
     return labels
 
@@ -393,7 +393,7 @@ def _find_candidates(labels: Tensor, products: Tensor) -> _Candidates:
     gains_of_rows = products - products.gather(1, labels[:, None])
     # gain[a, b, i]: gain of moving the i-th member of a to b
     gain = gains_of_rows[members].transpose(1, 2).contiguous()
-    count = min(_SWAP_CANDIDATES, size)
+    count = min(_EXCHANGE_CANDIDATES, size)
     # both [a, b, count]; this overwrites `gain`
     largest_gains, positions = _largest_(gain, count)
     # convert positions among the members of a into row numbers; `gather` takes [a, b * count]
@@ -468,7 +468,7 @@ def _select_exchanges(exchanges: _Exchanges, num_clusters: int, per_cluster: int
         Row numbers ``[2, count]``. Each row takes part in at most one exchange.
     """
     order = torch.sort(exchanges.gain, descending=True, stable=True).indices
-    profitable = order[exchanges.gain[order] > _SMALLEST_EXCHANGE_GAIN]
+    profitable = order[exchanges.gain[order] > _SMALLEST_ABSOLUTE_GAIN]
     # a line of Python numbers for each exchange: its two clusters and its two rows
     columns = [
         exchanges.first_cluster[profitable],

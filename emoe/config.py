@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 from emoe.errors import ConfigError, did_you_mean
 
 Layers = str | tuple[int, ...]
-Partition = Literal["kmeans", "random", "contiguous", "coactivation"]
+PartitionMethod = Literal["kmeans", "random", "contiguous", "coactivation"]
 Selection = Literal["top", "bottom", "not_top", "random"]
 Score = Literal["keys", "gate", "up", "up_abs", "inter", "inter_abs"]
 # scores that are linear in the FFN's input, so the experts' mean weights suffice to compute them
@@ -221,7 +221,7 @@ class RoutingConfig:
                 self._check_choice(field.name, typing.get_args(field.type))
             elif "bounds" in field.metadata:
                 self._check_number(field)
-        self._check_layers()
+        self._normalise_layers()
 
         if self.top_k > self.num_experts:
             raise self._error("top_k", f"at most num_experts ({self.num_experts})")
@@ -263,8 +263,11 @@ class RoutingConfig:
                 wanted = f"{wanted}, or null"
             raise self._error(field.name, wanted)
 
-    def _check_layers(self) -> None:
-        """Check that ``layers`` is a string or a list of whole numbers. Make a list a tuple."""
+    def _normalise_layers(self) -> None:
+        """Make a list of ``layers`` a tuple. Check that it holds whole numbers only.
+
+        A string stays as it is.
+        """
         # resolve_layers checks strings, because they depend on the model's number of layers
         if isinstance(self.layers, str):
             return
@@ -388,7 +391,7 @@ class EMoEConfig(RoutingConfig):
     kind: ClassVar[str] = "emoe"
     _published: ClassVar[dict[str, dict[str, Any]]] = {"tutel": _TUTEL, "llama": {"score": "gate"}}
 
-    partition: Partition = "kmeans"
+    partition: PartitionMethod = "kmeans"
     partition_seed: int = _number(0, at_least=0)
     router: str = "avg_k"
     selection: Selection = "top"

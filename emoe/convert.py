@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from emoe.architectures import FFN, find_ffns, is_plain_tensor
+from emoe.architectures import FFN, find_ffns, is_local_tensor
 from emoe.calibration import Batch
-from emoe.checks import check_divisible, check_plain, check_weights
+from emoe.checks import check_convertible, check_divisible, check_projections
 from emoe.config import EMoEConfig, GMoEConfig, resolve_layers
 from emoe.errors import CheckpointError, ConversionError
 from emoe.layer import RoutedActivation, check_one_conversion, resize_parameter_, routed_layers
@@ -124,6 +124,9 @@ def convert_(
         calibration: batches for a co-activation partition, see :func:`emoe.partition`.
         progress: show a progress bar during the partition.
 
+    Returns:
+        A report of the converted FFNs; ``print`` it for a table.
+
     Raises:
         ConversionError: the model, one of its chosen FFNs or the partition does not fit the
             configuration.
@@ -136,8 +139,8 @@ def convert_(
     ffns = find_ffns(model)
     numbers = resolve_layers(config.layers, len(ffns))
     chosen = [ffns[number] for number in numbers]
-    check_weights(model, chosen)
-    check_config_fits(chosen, config)
+    check_convertible(model, chosen)
+    _check_config_fits(chosen, config)
     if config.counts_tokens:
         check_unchunked(model)
 
@@ -151,12 +154,12 @@ def convert_(
         _check_permutations(partition, chosen)
 
     # before the conversion, which changes these numbers
-    dense_parameters = count_parameters(model)
+    dense_parameters = _count_parameters(model)
     dense_neurons = sum(ffn.d for ffn in ffns)
-    reports = [convert_ffn(ffn, config, partition) for ffn in chosen]
+    reports = [_convert_ffn(ffn, config, partition) for ffn in chosen]
     finish_conversion_(model)
-    added = count_parameters(model) - dense_parameters
-    return conversion_report(
+    added = _count_parameters(model) - dense_parameters
+    return _build_report(
         reports,
         config,
         num_ffns=len(ffns),
@@ -174,12 +177,12 @@ def _check_permutations(partition: Mapping[int, Tensor], ffns: Iterable[FFN]) ->
             )
 
 
-def count_parameters(model: nn.Module) -> int:
+def _count_parameters(model: nn.Module) -> int:
     """Count the elements of a model's parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def check_config_fits(ffns: list[FFN], config: EMoEConfig | GMoEConfig) -> None:
+def _check_config_fits(ffns: list[FFN], config: EMoEConfig | GMoEConfig) -> None:
     """Raise :class:`ConversionError` if FFNs lack something that a configuration needs."""
     if isinstance(config, GMoEConfig):
         _check_trainable(ffns)
@@ -207,7 +210,7 @@ def _check_trainable(ffns: Iterable[FFN]) -> None:
                 )
 
 
-def convert_ffn(
+def _convert_ffn(
     ffn: FFN, config: EMoEConfig | GMoEConfig, partition: Mapping[int, Tensor]
 ) -> LayerReport:
     """Turn one FFN into experts, in place and without checks, and return its report.
@@ -241,7 +244,7 @@ def convert_ffn(
     )
 
 
-def conversion_report(
+def _build_report(
     reports: list[LayerReport],
     config: EMoEConfig | GMoEConfig,
     num_ffns: int,
@@ -334,7 +337,7 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
         )
     # check all layers before the first one is changed
     if restore_order:
-        check_plain(
+        check_projections(
             (layer.ffn for layer in layers),
             hint="merge its adapter first, or leave out restore_order",
         )
@@ -426,10 +429,13 @@ def _check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: ob
 
 
 def _is_comparable(ffn: FFN, weight: Any) -> bool:
-    """Check if a weight and the FFN's in-projection weight are plain tensors of the same shape."""
+    """Check if a weight and the FFN's in-projection weight can be compared.
+
+    They can if this process holds both (:func:`is_local_tensor`), and their shapes are equal.
+    """
     present = cast(Tensor, ffn.proj_in.weight)
-    are_plain = is_plain_tensor(weight) and is_plain_tensor(present)
-    return are_plain and weight.shape == present.shape
+    are_local = is_local_tensor(weight) and is_local_tensor(present)
+    return are_local and weight.shape == present.shape
 
 
 def _check_order_(layer: RoutedActivation, weight: Tensor) -> None:
@@ -465,6 +471,7 @@ def _warn_of_other_order(ffn: FFN, weight: Tensor) -> None:
     """
     keys = ffn.keys().detach().float()
     loaded_keys = ffn.keys_of(weight).to(keys)
+    # the same order as now: nothing to warn of
     if _mean_cosine(keys, loaded_keys) >= _SAME_MODEL_COSINE:
         return
     # for some loaded neurons, the most similar one of all present neurons

@@ -36,7 +36,7 @@ HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 Restored = Callable[[nn.Module], set[str]]
 
 
-def one_line(error: BaseException) -> str:
+def class_and_message(error: BaseException) -> str:
     """Return an error's class and message on one line of limited length."""
     words = str(error).split()
     message = " ".join(words)
@@ -54,7 +54,9 @@ def _readable(path: Path) -> Iterator[None]:
             raise OSError("it is not a file")  # opening a named pipe would wait for ever
         yield
     except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{path} is missing or damaged: {one_line(error)}") from error
+        raise CheckpointError(
+            f"{path} is missing or damaged: {class_and_message(error)}"
+        ) from error
 
 
 @contextmanager
@@ -68,7 +70,7 @@ def _writable(path: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise CheckpointError(f"{path} cannot be written: {one_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be written: {class_and_message(error)}") from error
 
     # safetensors lets only the owner read
     written = [path]
@@ -229,7 +231,7 @@ def _download(model: str, options: Mapping[str, Any]) -> Path:
         return Path(snapshot_download(model, allow_patterns=DOWNLOADED, **hub_options))
     except (OSError, ValueError) as error:  # the errors of the hub are subclasses
         raise CheckpointError(
-            f"'{model}' is not a folder, and the hub gave no model: {one_line(error)}"
+            f"'{model}' is not a folder, and the hub gave no model: {class_and_message(error)}"
         ) from error
 
 
@@ -340,7 +342,7 @@ def load_stock(
     # timm 1.0.20 cannot choose among several safetensors files: we load the weights then
     has_one_file = len(list(folder.glob("*.safetensors"))) == 1
     if _is_timm(loader) and has_one_file:
-        check_head(folder, options)
+        _check_head(folder, options)
         with _one_line_errors(loader, folder):
             model = loader(f"local-dir:{folder}", pretrained=True, **options)
         if "num_classes" not in options:  # with this option, the caller asks for a new head
@@ -375,7 +377,7 @@ def build_without_weights(loader: Any, folder: Path, **options: Any) -> nn.Modul
     if not _is_timm(loader):
         # errors of the user's own function are not caught
         return cast(nn.Module, loader(**options))
-    check_head(folder, options)
+    _check_head(folder, options)
     with _one_line_errors(loader, folder):
         return cast(nn.Module, loader(f"local-dir:{folder}", pretrained=False, **options))
 
@@ -395,11 +397,11 @@ def _one_line_errors(loader: Any, folder: Path) -> Iterator[None]:
         raise
     except Exception as error:  # a damaged configuration raises anything
         raise CheckpointError(
-            f"{folder} cannot be loaded by {loader.__name__}: {one_line(error)}"
+            f"{folder} cannot be loaded by {loader.__name__}: {class_and_message(error)}"
         ) from error
 
 
-def check_head(folder: Path, options: Mapping[str, Any]) -> None:
+def _check_head(folder: Path, options: Mapping[str, Any]) -> None:
     """Raise :class:`CheckpointError` if ``num_classes`` in a timm folder does not fit its weights.
 
     timm would then create a new head without a message. With a ``num_classes`` in ``options``,
@@ -510,33 +512,44 @@ def _load_with_transformers(
     # transformers lists each name with the two shapes
     mismatched_names = {name for name, *_shapes in info["mismatched_keys"]}
     mismatched = mismatched_names - restored_names
-    not_loaded = missing | mismatched
-    head_names = _head_names(model, not_loaded)
 
-    # a checkpoint that another class wrote may lack the head, which transformers then initialises
-    new_names: set[str] = set()
-    if new_head and writer_of(folder) != type(model).__name__:
-        new_names = missing & head_names
-    # transformers' own warning was silenced above
-    if restored and new_names:
-        listed = ", ".join(sorted(new_names))
-        logging.getLogger("emoe").warning("%s has no %s: train this new head", folder, listed)
-
+    accepted: set[str] = set()
+    if new_head:
+        # transformers' own warning was silenced above
+        accepted |= _new_head_names(model, missing, folder, warn=restored is not None)
     # a stored head of another shape, if the caller accepts it
-    resized_names: set[str] = set()
     if options.get("ignore_mismatched_sizes"):
-        resized_names = mismatched & head_names
+        accepted |= _head_names(model, mismatched)
+    _check_complete((missing | mismatched) - accepted, folder)
 
-    accepted = new_names | resized_names
-    _check_complete(not_loaded - accepted, folder)
-    # the folder's tensors: those of the model that are not missing, and those that it lacks
-    found = set(model.state_dict()) - missing
-    stored = found | set(info["unexpected_keys"])
-    check_layers(model, stored, folder)
+    # the folder's tensors: those of the model that are not missing, and those that the model lacks
+    loaded_names = set(model.state_dict()) - missing
+    check_layers(model, loaded_names | set(info["unexpected_keys"]), folder)
 
     if options.get("output_loading_info"):
         return model, info
     return model
+
+
+def _new_head_names(model: Any, missing: Iterable[str], folder: Path, *, warn: bool) -> set[str]:
+    """Return the missing tensors of a transformers model that are accepted as those of a new head.
+
+    They are empty if the folder was written by the model's own class, which has the same head.
+
+    Args:
+        model: the loaded model.
+        missing: names of the model's tensors that the folder lacks.
+        folder: folder of the checkpoint.
+        warn: warn that the head is new.
+    """
+    # a checkpoint that another class wrote may lack the head, which transformers then initialises
+    if writer_of(folder) == type(model).__name__:
+        return set()
+    names = _head_names(model, missing)
+    if warn and names:
+        listed = ", ".join(sorted(names))
+        logging.getLogger("emoe").warning("%s has no %s: train this new head", folder, listed)
+    return names
 
 
 def _head_names(model: Any, names: Iterable[str]) -> set[str]:
@@ -617,8 +630,8 @@ def load_state_(
     """Load stored tensors into a plain or timm model.
 
     Raise :class:`CheckpointError` if a tensor of the model is missing or has another shape.
-    Tensors whose names are in ``may_be_missing`` may be so. They stay as they are, because they are
-    new, or the caller loads them later.
+    Tensors whose names are in ``may_be_missing`` may be missing or have another shape; they keep
+    their values. They are new, or the caller loads them later.
     """
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     fitting = {name: tensor for name, tensor in stored.items() if tensor.shape == shapes.get(name)}

@@ -23,10 +23,10 @@ from emoe.routers import Router, build_router, weights_loaded
 from emoe.routing import (
     balance_loss,
     capacity_mask,
-    choose_experts,
+    choose_indices,
+    choose_mask,
     expert_mask,
     expert_weights,
-    select_experts,
 )
 from emoe.tokens import PaddingMaskHook, do_nothing
 
@@ -272,7 +272,7 @@ class RoutedActivation(nn.Module):
             )
         x = self._take_input()
         if x is not None:
-            mask = self.choose_quickly(x)
+            mask = self.choose_mask_quickly(x)
             if mask is not None:
                 return self._weighted(self.activation(z), mask)
 
@@ -313,16 +313,19 @@ class RoutedActivation(nn.Module):
             scores = self._scores(x, rows, hidden.reshape(rows.shape))
         return scores, hidden
 
-    def choose_quickly(self, x: Tensor) -> Tensor | None:
+    def choose_mask_quickly(self, x: Tensor) -> Tensor | None:
         """Choose the experts of inputs ``[T, h]`` with one call of the compiled kernels.
 
         For a few tokens, the many small steps of :meth:`route` take longer than the FFN's products.
 
         Returns:
             The mask ``[T, N]`` that :meth:`route` would choose. None if :meth:`route` must choose:
-            the model trains, no earlier pass has kept keys, there are no kernels, a gradient or the
-            routing is recorded, or the configuration needs more than a mask of the highest or
-            lowest scores.
+
+            - the model trains, or the pass records a gradient;
+            - no earlier pass has kept keys, or there are no kernels;
+            - the routing is recorded, or the experts have their own output biases;
+            - autocast is enabled;
+            - the configuration needs more than a mask of the highest or lowest scores.
         """
         # The kept keys are None in training, so there is no noise or dropout to leave out here.
         keys = self.router.kept_keys()
@@ -345,7 +348,12 @@ class RoutedActivation(nn.Module):
         return kernels.route(x, keys, config.top_k, chooses_highest)
 
     def _weighted(self, hidden: Tensor, weights: Tensor) -> Tensor:
-        """Multiply the neurons ``[..., d]`` by the weights ``[T, N]`` of their experts."""
+        """Multiply the neurons ``[..., d]`` by the weights of their experts.
+
+        Args:
+            hidden: activated neurons ``[..., d]``.
+            weights: expert weights ``[T, N]``, or a bool mask of the chosen experts.
+        """
         kernels = kernels_for(hidden)
         if kernels is not None and hidden.dtype in (torch.float32, torch.bfloat16):
             return kernels.scale_blocks(hidden, weights)
@@ -391,9 +399,12 @@ class RoutedActivation(nn.Module):
             return self.router(x)
 
     def route(self, clean: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose each token's experts by their scores ``[T, N]``, and store the balance loss.
+        """Choose each token's experts by their scores, and store the balance loss.
 
         In training, the router's noise is added to the scores first.
+
+        Args:
+            clean: scores ``[T, N]`` without noise.
 
         Returns:
             Mask of the chosen experts that had capacity left, and their weights, both ``[T, N]``.
@@ -414,7 +425,7 @@ class RoutedActivation(nn.Module):
             if self.padding_hook is not None:
                 token_mask = self.padding_hook.token_mask(len(clean), clean.device)
 
-            chosen, kept = self._choose(noisy, token_mask)
+            chosen, kept = self._choose_masks(noisy, token_mask)
             weights = expert_weights(noisy, chosen, config.weighting, config.num_active_experts)
             if config.capacity_factor is not None:
                 weights = weights * kept
@@ -448,8 +459,8 @@ class RoutedActivation(nn.Module):
             clean, noisy, chosen, noise_std, config.balance_loss, token_mask
         )
 
-    def _choose(self, scores: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Choose each token's experts by their scores ``[T, N]``.
+    def _choose_masks(self, scores: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Choose each token's experts by their scores ``[T, N]``, and apply the capacity.
 
         Returns:
             Two masks ``[T, N]``. The first has the chosen experts. The second has only the chosen
@@ -457,11 +468,11 @@ class RoutedActivation(nn.Module):
         """
         config = self.config
         if config.capacity_factor is None:
-            chosen = choose_experts(scores.detach(), config.top_k, config.selection)
+            chosen = choose_mask(scores.detach(), config.top_k, config.selection)
             return chosen, chosen
 
         # in the order of the choices, because first choices take the capacity first
-        indices = select_experts(scores, config.top_k, config.selection)  # [T, k]
+        indices = choose_indices(scores, config.top_k, config.selection)  # [T, k]
         fits = capacity_mask(
             scores.detach(),
             indices,

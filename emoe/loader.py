@@ -51,7 +51,7 @@ class ExpertsConfig(QuantizationConfigMixin):
             self.experts = Experts.from_quantization_config(content)
         except ValueError as error:
             raise CheckpointError(
-                f"config.json: quantization_config is damaged: {files.one_line(error)}"
+                f"config.json: quantization_config is damaged: {files.class_and_message(error)}"
             ) from error
 
     def to_dict(self) -> dict[str, Any]:

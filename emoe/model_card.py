@@ -110,25 +110,23 @@ class _LibraryTexts(NamedTuple):
 def _library_texts(model: Any, config: EMoEConfig | GMoEConfig) -> _LibraryTexts:
     """Return the texts for the library that a model comes from."""
     name = type(model).__name__
-    is_transformers = is_transformers_class(type(model))
-    # in a quantised model, quantization_config describes the quantizer instead of the experts
-    if is_transformers and not is_ours(getattr(model.config, QUANTIZATION_CONFIG, None)):
-        return _LibraryTexts(
-            library="transformers",
-            example=(
-                f"import emoe\nfrom transformers import {name}\n\n"
-                f'model = emoe.from_pretrained({name}, "this folder")'
-            ),
-            others="Transformers itself refuses this quantised checkpoint.",
-        )
-
-    # the model that software without emoe reads from this checkpoint
+    # what software without emoe reads this checkpoint as
     if isinstance(config, GMoEConfig):
-        dense_model = "a dense model whose shapes do not fit"
+        read_as = "a dense model whose shapes do not fit"
     else:
-        dense_model = "a dense model, which computes something else"
+        read_as = "a dense model, which computes something else"
 
-    if is_transformers:
+    if is_transformers_class(type(model)):
+        # in a quantised model, quantization_config describes the quantizer instead of the experts
+        if not is_ours(getattr(model.config, QUANTIZATION_CONFIG, None)):
+            return _LibraryTexts(
+                library="transformers",
+                example=(
+                    f"import emoe\nfrom transformers import {name}\n\n"
+                    f'model = emoe.from_pretrained({name}, "this folder")'
+                ),
+                others="Transformers itself refuses this quantised checkpoint.",
+            )
         return _LibraryTexts(
             library="transformers",
             example=(
@@ -138,7 +136,7 @@ def _library_texts(model: Any, config: EMoEConfig | GMoEConfig) -> _LibraryTexts
             others=(
                 "Transformers (from 5.24) refuses this checkpoint until `emoe` is imported. "
                 "Software that ignores both `quantization_config` and `experts_implementation` "
-                f"in `config.json` reads {dense_model}."
+                f"in `config.json` reads {read_as}."
             ),
         )
     if hasattr(model, "pretrained_cfg"):
@@ -148,7 +146,7 @@ def _library_texts(model: Any, config: EMoEConfig | GMoEConfig) -> _LibraryTexts
                 "import emoe\nimport timm\n\n"
                 'model = emoe.from_pretrained(timm.create_model, "this folder")'
             ),
-            others=f"timm does not know the experts and reads {dense_model}.",
+            others=f"timm does not know the experts and reads {read_as}.",
         )
     return _LibraryTexts(
         library="pytorch",
@@ -156,5 +154,5 @@ def _library_texts(model: Any, config: EMoEConfig | GMoEConfig) -> _LibraryTexts
             "import emoe\n\n"
             f'model = emoe.from_pretrained(build, "this folder")  # build() returns a {name}'
         ),
-        others=f"Code that reads only `model.safetensors` reads {dense_model}.",
+        others=f"Code that reads only `model.safetensors` reads {read_as}.",
     )

@@ -55,7 +55,7 @@ class Experts:
     layers: tuple[int, ...]
 
     @classmethod
-    def from_dict(cls, config: Any, layers: Any) -> Experts:
+    def from_json_values(cls, config: Any, layers: Any) -> Experts:
         """Build the description from the values in a JSON file.
 
         Args:
@@ -76,7 +76,7 @@ class Experts:
     @classmethod
     def from_quantization_config(cls, content: Mapping[str, Any]) -> Experts:
         """Build the description from a ``quantization_config`` (raises :class:`ValueError`)."""
-        return cls.from_dict(content.get("experts"), content.get("layers"))
+        return cls.from_json_values(content.get("experts"), content.get("layers"))
 
     def quantization_config(self) -> dict[str, Any]:
         """Return the ``quantization_config`` of a converted model."""
@@ -118,7 +118,7 @@ def describe_experts_(model: nn.Module) -> None:
     layers = numbered_layers(model)
     first, *_ = layers.values()  # emoe.save_pretrained checks that all have the same configuration
     experts = Experts(first.config, tuple(sorted(layers)))
-    _write(model.config, experts)
+    _write_description(model.config, experts)
     _share_config_with_base_(model)
 
 
@@ -143,10 +143,10 @@ def update_description_(model: nn.Module) -> None:
     layers = routed_layers(model)
     for config in described_configs(model):
         if not layers:
-            _remove(config)
+            _remove_description(config)
             continue
         experts = Experts(layers[0].config, _stored_layers(config))
-        _write(config, experts)
+        _write_description(config, experts)
 
 
 def described_configs(model: nn.Module) -> list[Any]:
@@ -220,7 +220,7 @@ def _stored_layers(config: Any) -> tuple[int, ...]:
     return tuple(content["layers"])
 
 
-def _write(config: Any, experts: Experts) -> None:
+def _write_description(config: Any, experts: Experts) -> None:
     """Write a description of experts into a transformers configuration.
 
     The key is ``quantization_config`` or, for a quantised model, ``emoe``.
@@ -232,12 +232,12 @@ def _write(config: Any, experts: Experts) -> None:
         setattr(config, SEPARATE_KEY, content)
         setattr(config, IMPLEMENTATION_KEY, NEEDS_FROM_PRETRAINED)
     else:
-        _remove(config)  # an older description
+        _remove_description(config)  # an older description
         setattr(config, QUANTIZATION_CONFIG, experts.quantization_config())
         setattr(config, IMPLEMENTATION_KEY, NEEDS_EMOE)
 
 
-def _remove(config: Any) -> None:
+def _remove_description(config: Any) -> None:
     """Remove the keys that describe experts from a transformers configuration."""
     if is_ours(getattr(config, QUANTIZATION_CONFIG, None)):
         delattr(config, QUANTIZATION_CONFIG)

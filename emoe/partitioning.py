@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from emoe.architectures import find_ffns
 from emoe.calibration import Batch, record_activations
-from emoe.checks import check_divisible, check_weights
+from emoe.checks import check_convertible, check_divisible
 from emoe.clustering import balanced_kmeans, explained_variance_ratio
 from emoe.config import EMoEConfig, resolve_layers
 from emoe.errors import ConfigError, ConversionError
@@ -94,7 +94,7 @@ def partition(
     ffns = find_ffns(model)
     numbers = resolve_layers(config.layers, len(ffns))
     chosen = [ffns[number] for number in numbers]
-    check_weights(model, chosen)
+    check_convertible(model, chosen)
     check_divisible(chosen, config.num_experts)
     needs_calibration = config.partition == "coactivation"
     has_calibration = calibration is not None

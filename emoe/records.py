@@ -279,6 +279,9 @@ def record_routing(model: nn.Module, *, window: int | None = None) -> Iterator[R
         window: number of forward passes per window. The counts of each window are also kept. None
             for no windows.
 
+    Yields:
+        The records. Each forward pass updates them, and they stay readable after the block.
+
     Raises:
         ConversionError: the model has no routed FFN, its parts were converted separately, it is
             already being recorded, or it passes its tokens in chunks (``chunk_size_feed_forward``).

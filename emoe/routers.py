@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from emoe.architectures import FFN, has_plain_weight, weight_of
+from emoe.architectures import FFN, InBlocks, has_float_matrix, weight_of
 from emoe.compiled.build import is_in_memory, is_traced
 from emoe.config import ROUTERS, EMoEConfig, GMoEConfig
 from emoe.errors import ConversionError
@@ -25,7 +25,8 @@ _INITIAL_SCALE = 2.0
 _EMBEDDING_DEVIATION = 0.01
 # elements of a weight that are averaged together on a CPU
 _CHUNK_ELEMENTS = 1 << 19
-# least number of elements of a weight that are compared to detect changes, if it has as many rows
+# About this many elements of a weight are compared to detect changes. They are fewer if the weight
+# has fewer rows.
 _COMPARED_ELEMENTS = 512
 
 
@@ -47,23 +48,24 @@ def means_of_rows(rows: Tensor, num_experts: int) -> Tensor:
     return means_of_blocks(rows.unflatten(0, (num_experts, -1)))
 
 
-def key_scores(x: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Score the experts ``[T, N]`` by their mean keys (paper Eq. 4).
+def _scores_from_mean_weight(x: Tensor, mean_weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute linear scores ``[T, N]`` of the experts from their mean weights.
 
-    A score is the product of an input and a mean key, plus the mean bias. It equals the mean of the
-    pre-activations of the expert's neurons. It is computed in float32 without autocast, because
-    bf16 would change the experts of several percent of tokens.
+    A score is the product of an input and an expert's mean weight, plus the mean bias. It equals
+    the mean of a projection's outputs over the expert's neurons. For the in-projection, the mean
+    weights are the mean keys (paper Eq. 4). A score is computed in float32 without autocast,
+    because bf16 would change the experts of several percent of tokens.
 
     Args:
         x: FFN inputs ``[T, h]``.
-        gate: mean keys ``[N, h]`` in float32 (:func:`means_of_rows`).
+        mean_weight: mean weights ``[N, h]`` in float32.
         bias: mean biases ``[N]``, None to leave them out (the paper's score).
     """
     context: AbstractContextManager[Any] = nullcontext()
     if torch.is_autocast_enabled(x.device.type):
         context = torch.autocast(x.device.type, enabled=False)
     with context:
-        return F.linear(x.float(), gate, bias)
+        return F.linear(x.float(), mean_weight, bias)
 
 
 def means_of_columns(values: Tensor, num_experts: int) -> Tensor:
@@ -180,7 +182,7 @@ class Stamp:
     change of a few neurons through ``weight.data`` may not show.
 
     Args:
-        projection: module with a plain weight in the CPU's memory.
+        projection: module with an ordinary floating-point weight in the CPU's memory.
         has_copy: true if the caller uses a copy made from the weight, so elements are compared. A
             view needs no comparison, because it shows changes of the elements.
     """
@@ -198,12 +200,14 @@ class Stamp:
             num_rows = min(rows, _COMPARED_ELEMENTS)
             # Each step goes down some rows and along some columns, because the neurons of an expert
             # are rows, or columns in GPT-2's Conv1D.
-            step = (rows // num_rows) * columns + max(columns // num_rows, 1)
+            rows_down = rows // num_rows
+            columns_along = max(columns // num_rows, 1)
+            step = rows_down * columns + columns_along
             compared = weight.detach().view(-1)[::step]
         self._elements = compared  # a view of the weight: it shows later changes
         self._stored = compared.clone()
 
-    def is_of(self, projection: nn.Module) -> bool:
+    def still_matches(self, projection: nn.Module) -> bool:
         """Check if a projection is the stamped one, and its weight unchanged."""
         if projection is not self._projection:
             return False
@@ -276,7 +280,7 @@ class AvgKRouter(Router):
         if mean_weight is None:
             mean_weight = self._mean_weight()
             self._keep(mean_weight)
-        return key_scores(x, mean_weight, self._score_bias())
+        return _scores_from_mean_weight(x, mean_weight, self._score_bias())
 
     def _projection(self) -> nn.Module:
         """Return the projection whose outputs the score averages."""
@@ -292,8 +296,8 @@ class AvgKRouter(Router):
         """
         # The products must be the scores: without a bias, and without a running gate, which is not
         # the mean of the weights.
-        has_plain_keys = self.config.score == "keys" and self.gate is None
-        if not has_plain_keys or self.config.score_bias:
+        uses_current_keys = self.config.score == "keys" and self.gate is None
+        if not uses_current_keys or self.config.score_bias:
             return None
         # a subclass or a hook may change the scores
         is_subclass = type(self) is not AvgKRouter
@@ -331,7 +335,7 @@ class AvgKRouter(Router):
         if not self._may_keep():
             return None
         kept = self._kept  # another thread may replace it
-        if kept is None or not kept.stamp.is_of(self._projection()):
+        if kept is None or not kept.stamp.still_matches(self._projection()):
             return None
         return kept.mean_weight
 
@@ -367,29 +371,23 @@ class AvgKRouter(Router):
             return self.mean_keys()  # detached: the score gives the weights no gradient
         # The mean of a projection's outputs is the output of its mean weights. They are not
         # detached, because the scores of the masked backend give the weights a gradient too.
-        weight, _bias = self._weight_and_bias_by_expert()
-        return means_of_blocks(weight)
+        return means_of_blocks(self._scored_blocks().weight)
 
     def _score_bias(self) -> Tensor | None:
         """Return the mean biases ``[N]`` that are part of the score, None if there are none."""
         if self.config.score == "keys":
             return self._mean_bias() if self.config.score_bias else None
-        _weight, bias = self._weight_and_bias_by_expert()
+        bias = self._scored_blocks().bias
         if bias is None:
             return None
         return means_of_blocks(bias)
 
-    def _weight_and_bias_by_expert(self) -> tuple[Tensor, Tensor | None]:
-        """Return the weight and the bias of the projection whose outputs the score averages.
-
-        Returns:
-            The weight ``[N, s, h]``, and the bias ``[N, s]``, None if the projection has none.
-        """
-        in_projections, _values = self.ffn.blocks(self.config.num_experts)
-        # the activated projection comes first, then the up-projection
+    def _scored_blocks(self) -> InBlocks:
+        """Return weight and bias, by expert, of the projection whose outputs the score averages."""
+        blocks = self.ffn.blocks(self.config.num_experts)
         if self.config.score == "up":
-            return in_projections[1]
-        return in_projections[0]
+            return cast(InBlocks, blocks.up)  # the score needs a gated FFN
+        return blocks.activated
 
     def scores(self, x: Tensor | None, z: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Compute scores ``[T, N]`` during the FFN's forward pass.
@@ -428,7 +426,8 @@ class AvgKRouter(Router):
     def _scores_from_keys(self, x: Tensor | None, z: Tensor) -> Tensor:
         """Compute ``keys`` scores from the mean keys, or from the pre-activations ``z``.
 
-        The mean keys need the FFN's input, and an in-projection with a plain weight.
+        The mean keys need the FFN's input, and an in-projection whose weight is a floating-point
+        matrix without an adapter.
         """
         proj_in = self.ffn.proj_in
         # offloaded weights have values only in this context
@@ -438,7 +437,7 @@ class AvgKRouter(Router):
             if x is None or is_adapted:
                 return self._scores_from_neurons(z)
             # a quantised weight, or one without values even in this context
-            if not has_plain_weight(proj_in) or proj_in.weight.is_meta:
+            if not has_float_matrix(proj_in) or proj_in.weight.is_meta:
                 return self._scores_from_neurons(z)
             return self(x)
 
@@ -446,7 +445,7 @@ class AvgKRouter(Router):
         """Compute ``keys`` scores ``[T, N]`` from pre-activations ``[T, d]``.
 
         Raises:
-            ConversionError: the configuration has a running gate, which needs a plain weight.
+            ConversionError: the configuration has a running gate, which needs the weight itself.
         """
         if self.gate is not None:
             name = f"{self.ffn.name}.{self.ffn.spec.proj_in}"

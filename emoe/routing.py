@@ -1,7 +1,8 @@
 """Selection and weighting of experts.
 
 Shapes: T tokens, N experts, k chosen experts per token. ``expert_indices`` ``[T, k]`` are the
-chosen experts of each token, first choice first.
+chosen experts of each token, first choice first. With ``selection="not_top"``, N - k experts are
+chosen.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from emoe.compiled.build import kernels_for
 from emoe.config import BalanceLoss, Selection, Weighting
 
 
-def select_experts(scores: Tensor, top_k: int, selection: Selection) -> Tensor:
-    """Choose the experts ``[T, k]`` of each token, first choice first.
+def choose_indices(scores: Tensor, top_k: int, selection: Selection) -> Tensor:
+    """Return the indices of each token's experts, first choice first.
 
     Ties go to the lower expert index.
 
@@ -25,6 +26,9 @@ def select_experts(scores: Tensor, top_k: int, selection: Selection) -> Tensor:
         top_k: number of experts k. ``not_top`` chooses the ``N - top_k`` other experts instead.
         selection: experts that are chosen: the ``top`` k by score, the ``bottom`` k, ``random`` k,
             or all but the top k (``not_top``).
+
+    Returns:
+        Expert indices ``[T, k]``. With ``not_top``, ``[T, N - k]``.
     """
     if selection == "random":
         scores = torch.rand_like(scores)
@@ -35,8 +39,8 @@ def select_experts(scores: Tensor, top_k: int, selection: Selection) -> Tensor:
     return order[:, :top_k]
 
 
-def choose_experts(scores: Tensor, top_k: int, selection: Selection) -> Tensor:
-    """Return the mask ``[T, N]`` of the experts that :func:`select_experts` chooses.
+def choose_mask(scores: Tensor, top_k: int, selection: Selection) -> Tensor:
+    """Return the mask ``[T, N]`` of the experts that :func:`choose_indices` chooses.
 
     The mask does not show their order. So the compiled kernels, which are used if they were built,
     need no sort.
@@ -46,7 +50,7 @@ def choose_experts(scores: Tensor, top_k: int, selection: Selection) -> Tensor:
         if kernels is not None:
             takes_highest = selection == "top"
             return kernels.choose(scores, top_k, takes_highest)
-    expert_indices = select_experts(scores, top_k, selection)
+    expert_indices = choose_indices(scores, top_k, selection)
     num_experts = scores.shape[-1]
     return expert_mask(expert_indices, num_experts)
 

@@ -69,7 +69,7 @@ class _ArgumentHook:
         # The last call of any thread, for compiled graphs and for checkpointing, which may run in
         # another thread.
         self._latest = _Call(None, is_running=False)
-        self._is_compiled = False
+        self._latest_was_compiled = False
         begin = module.register_forward_pre_hook(self._begin, with_kwargs=True)
         end = module.register_forward_hook(self._end, always_call=True)
         self._handles = [begin, end]
@@ -91,9 +91,9 @@ class _ArgumentHook:
             value = args[self._position]
         else:
             value = kwargs.get(self._argument)
-        has_other_form = False
-        if not isinstance(value, Tensor) or value.ndim != self._ndim:
-            has_other_form = value is not None
+        is_usable = isinstance(value, Tensor) and value.ndim == self._ndim
+        has_other_form = value is not None and not is_usable
+        if not is_usable:
             value = None
         self._store(_Call(value, is_running=True, has_other_form=has_other_form))
 
@@ -105,18 +105,22 @@ class _ArgumentHook:
     def _store(self, call: _Call) -> None:
         """Store a call as the latest of all threads and, outside compiled code, of this thread."""
         self._latest = call
-        self._is_compiled = torch.compiler.is_compiling()
-        if not self._is_compiled:
+        self._latest_was_compiled = torch.compiler.is_compiling()
+        if not self._latest_was_compiled:
             self._thread.call = call
 
     def _current_call(self) -> _Call:
         """Return this thread's current call, or its last one if none is running.
 
-        In compiled code, and in a forward pass that activation checkpointing repeats in another
-        thread, the argument is that of the latest call of all threads.
+        In compiled code, after a compiled call, and in a forward pass that activation checkpointing
+        repeats in another thread, the argument is that of the latest call of all threads.
         """
         # compiled code cannot read thread-local attributes
-        if torch.compiler.is_compiling() or self._is_compiled:
+        if torch.compiler.is_compiling():
+            return self._latest
+        # A compiled call is not stored for its thread. A layer may still run eagerly in it, if the
+        # compiler leaves the layer out. This thread's own call would be an older one.
+        if self._latest_was_compiled:
             return self._latest
         no_call = _Call(None, is_running=False)
         call: _Call = getattr(self._thread, "call", no_call)

@@ -387,7 +387,7 @@ def records(runs: Iterable[Run]) -> list[Record]:
 def collect(suite: Suite) -> None:
     """Collect the records of all benchmarks of a suite."""
     for benchmark in suite.settings.benchmarks:
-        for part in suite.record_sets(benchmark):
+        for part in suite.sets_with_records(benchmark):
             results.collect(suite, benchmark, part)
 
 

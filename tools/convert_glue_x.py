@@ -11,7 +11,7 @@ import csv
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,21 +63,7 @@ def main(root: Path, names: list[str]) -> None:
     outputs: dict[Path, list[Row]] = {}
     problems: dict[Path, str] = {}  # by output file
     for name in names or tasks:
-        task = tasks[name]
-        # the two folders are often the same one
-        for folder in {root / task["source"].get("folder", name), root / name}:
-            for split, layout in found_layouts(folder, task):
-                output = folder / f"{split}.jsonl"
-                try:
-                    rows = read_file(folder / layout["files"][split], split, layout, task)
-                except UnreadableError as error:
-                    problems[output] = str(error)
-                    continue
-                # SICK is the set of two tasks, each with its own label
-                if output in outputs:
-                    outputs[output] = joined(outputs[output], rows)
-                else:
-                    outputs[output] = rows
+        read_task(root, name, tasks[name], outputs, problems)
     for output, rows in outputs.items():
         # without the label of one task, SICK's file would look complete
         if output not in problems:
@@ -86,6 +72,38 @@ def main(root: Path, names: list[str]) -> None:
         raise SystemExit("\n".join(problems.values()))
     if not outputs:
         raise SystemExit(f"{root} holds no file in a layout of {TASKS}")
+
+
+def read_task(
+    root: Path,
+    name: str,
+    task: Section,
+    outputs: dict[Path, list[Row]],
+    problems: dict[Path, str],
+) -> None:
+    """Read the raw files of a task.
+
+    Args:
+        root: The data root.
+        name: The name of the task.
+        task: The entry of the task in ``tasks.yaml``.
+        outputs: The rows of each output file; gets those of the task.
+        problems: The message for each output file whose raw file cannot be read; gets new ones.
+    """
+    # the two folders are often the same one
+    for folder in {root / task["source"].get("folder", name), root / name}:
+        for split, layout in found_layouts(folder, task):
+            output = folder / f"{split}.jsonl"
+            try:
+                rows = read_file(folder / layout["files"][split], split, layout, task)
+            except UnreadableError as error:
+                problems[output] = str(error)
+                continue
+            # SICK is the set of two tasks, each with its own label
+            if output in outputs:
+                outputs[output] = joined(outputs[output], rows)
+            else:
+                outputs[output] = rows
 
 
 def joined(first_rows: list[Row], second_rows: list[Row]) -> list[Row]:
@@ -155,7 +173,7 @@ def yield_rows(file: Path, split: str, layout: Section, task: Section) -> Iterat
     # the column of the label has the label's name, unless the layout names another
     columns = {label: label, **layout["columns"]}
     where = layout.get("where")
-    names = layout.get("label_names", {})
+    label_names = layout.get("label_names", {})
     unlabelled = {None, ""}
     for value in task.get("unlabelled", []):
         unlabelled.add(str(value))
@@ -167,18 +185,18 @@ def yield_rows(file: Path, split: str, layout: Section, task: Section) -> Iterat
         if where and cells[where["column"]] != where["values"][split]:
             continue
         row = {name: cells.get(column) for name, column in columns.items()}
-        given = row[label]
-        if names and given not in unlabelled:
-            if given not in names:
-                choices = ", ".join(names)
+        given_label = row[label]
+        if label_names and given_label not in unlabelled:
+            if given_label not in label_names:
+                choices = ", ".join(label_names)
                 raise UnreadableError(
-                    f"{file}, row {number}: '{given}' is no label; choose from {choices}"
+                    f"{file}, row {number}: '{given_label}' is no label; choose from {choices}"
                 )
-            row[label] = names[given]
+            row[label] = label_names[given_label]
         yield row
 
 
-def check_columns(file: Path, layout: Row, cells: Row) -> None:
+def check_columns(file: Path, layout: Section, cells: Row) -> None:
     """Check that a file's first row has the columns of its layout."""
     required = [*layout["columns"].values()]
     if layout.get("where"):
@@ -198,38 +216,68 @@ def lacks_header(file: Path, first_line: list[str]) -> bool:
     return len(first_line) == len(header) and not has_name
 
 
-def _separated(file: Path, layout: Row, _label: str) -> Iterator[tuple[int, Row]]:
-    """Yield the number (from 1) and the cells of each row of a csv or tab-separated file."""
+# The readers below have the same arguments: the raw file, one of the task's `raw_formats`, and the
+# name of the label. Each yields the number (from 1) and the cells of each row.
+
+
+def _read_csv(file: Path, layout: Section, _label: str) -> Iterator[tuple[int, Row]]:
+    """Read a file whose cells are separated by commas."""
+    return _read_table(file, layout, _csv_lines)
+
+
+def _read_tsv(file: Path, layout: Section, _label: str) -> Iterator[tuple[int, Row]]:
+    """Read a file whose cells are separated by tabs."""
+    return _read_table(file, layout, _tsv_lines)
+
+
+def _read_table(
+    file: Path, layout: Section, split_lines: Callable[[Iterable[str]], Iterator[list[str]]]
+) -> Iterator[tuple[int, Row]]:
+    """Yield the number (from 1) and the cells of each row of a file.
+
+    Args:
+        file: The raw file.
+        layout: One of the task's ``raw_formats``.
+        split_lines: The function that yields the cells of each line.
+    """
     errors = layout.get("encoding_errors", "strict")
-    with file.open(encoding="utf-8-sig", errors=errors, newline="\n") as lines:
-        rows = _csv_rows(lines) if layout.get("format") == "csv" else _tsv_rows(lines)
-        header: list[str] = []
-        if layout.get("header", True):
-            first_line = next(rows, [])
-            header = first_line
-            if lacks_header(file, first_line):
-                header = KNOWN_HEADERS[file.name]
-                rows = itertools.chain([first_line], rows)
+    with file.open(encoding="utf-8-sig", errors=errors, newline="\n") as text:
+        header, rows = _take_header(file, layout, split_lines(text))
         for number, cells in enumerate(rows, start=1):
             if header and any(cells[len(header) :]):
                 raise UnreadableError(
                     f"{file}, row {number} has {len(cells)} cells, and the first line {len(header)}"
                 )
-            names: Sequence[Any] = header or range(len(cells))
+            columns: Sequence[Any] = header or range(len(cells))
             # None for the last cells of a row that ends early
-            row: Row = dict.fromkeys(names)
-            row.update(zip(names, cells, strict=False))
+            row: Row = dict.fromkeys(columns)
+            row.update(zip(columns, cells, strict=False))
             yield number, row
 
 
-def _csv_rows(lines: Iterable[str]) -> Iterator[list[str]]:
+def _take_header(
+    file: Path, layout: Section, lines: Iterator[list[str]]
+) -> tuple[list[str], Iterator[list[str]]]:
+    """Split the lines of a file into its header and its rows.
+
+    The header is empty if the layout has none.
+    """
+    if not layout.get("header", True):
+        return [], lines
+    first_line = next(lines, [])
+    if lacks_header(file, first_line):
+        return KNOWN_HEADERS[file.name], itertools.chain([first_line], lines)
+    return first_line, lines
+
+
+def _csv_lines(lines: Iterable[str]) -> Iterator[list[str]]:
     """Yield the cells of each line that is not empty. Quotation marks enclose cells."""
     for cells in csv.reader(lines, strict=True):
         if cells:
             yield cells
 
 
-def _tsv_rows(lines: Iterable[str]) -> Iterator[list[str]]:
+def _tsv_lines(lines: Iterable[str]) -> Iterator[list[str]]:
     """Yield the cells of each line that is not empty. Quotation marks are letters."""
     for line in lines:
         text = line.rstrip("\n").removesuffix("\r")
@@ -237,8 +285,8 @@ def _tsv_rows(lines: Iterable[str]) -> Iterator[list[str]]:
             yield text.split("\t")
 
 
-def _json_lines(file: Path, _layout: Row, _label: str) -> Iterator[tuple[int, Row]]:
-    """Yield the number (from 1) and the object of each line that is not blank."""
+def _read_json_lines(file: Path, _layout: Section, _label: str) -> Iterator[tuple[int, Row]]:
+    """Read a file with a JSON object in each line that is not blank."""
     numbers = itertools.count(1)
     with file.open(encoding="utf-8-sig", newline="\n") as lines:
         for line in lines:
@@ -251,22 +299,28 @@ def _json_lines(file: Path, _layout: Row, _label: str) -> Iterator[tuple[int, Ro
             yield number, cells
 
 
-def _folders(file: Path, layout: Row, label: str) -> Iterator[tuple[int, Row]]:
-    """Yield a number (from 1) and a row for each text file in the folders of the labels.
+def _read_folders(folder: Path, layout: Section, label: str) -> Iterator[tuple[int, Row]]:
+    """Read a folder with a subfolder for each label, which has a text file for each row.
 
-    Column 0 of the row is the text. The label is the name of the file's folder.
+    Column 0 of the row is the text. The label is the name of the subfolder.
     """
     numbers = itertools.count(1)
-    for name in layout["label_names"]:
-        paths = sorted((file / name).glob("*.txt"))
-        texts = [path for path in paths if not path.name.startswith(".")]
-        if not texts:
-            raise UnreadableError(f"{file / name} holds no .txt file")
-        for path in texts:
-            yield next(numbers), {0: path.read_text(encoding="utf-8-sig"), label: name}
+    for label_name in layout["label_names"]:
+        files = sorted((folder / label_name).glob("*.txt"))
+        text_files = [file for file in files if not file.name.startswith(".")]
+        if not text_files:
+            raise UnreadableError(f"{folder / label_name} holds no .txt file")
+        for file in text_files:
+            yield next(numbers), {0: file.read_text(encoding="utf-8-sig"), label: label_name}
 
 
-READERS = {"tsv": _separated, "csv": _separated, "jsonl": _json_lines, "folders": _folders}
+# by the key `format` of a layout
+READERS = {
+    "tsv": _read_tsv,
+    "csv": _read_csv,
+    "jsonl": _read_json_lines,
+    "folders": _read_folders,
+}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:

@@ -182,7 +182,7 @@ def with_prefix(
         prefix,
         rows_digest=_digest_images(environment, rows, size),
         lengths=[tokens] * len(rows),
-        batch=model_inputs,
+        make_inputs=model_inputs,
     )
     # expand repeats a single zero without copies, so the placeholder takes no memory
     blank = torch.zeros(1).expand(3, size, size)

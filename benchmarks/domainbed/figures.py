@@ -59,7 +59,7 @@ def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     means = our_means(cells.set_index(mark)["value"], mark)
     rows = outcomes.order(means, ["model", "method"])
     styles = distinct_styles((method, outcomes.style(method)) for method in rows["method"])
-    lines = [f"{outcomes.env_title(name, env)} held out" for env in rows["eval_task"]]
+    lines = [f"{outcomes.env_title(name, env_name)} held out" for env_name in rows["eval_task"]]
     # the columns that draw_forest reads; it draws ``delta``, which usually is a difference
     drawn = rows.assign(
         panel=rows["model_title"],
@@ -72,7 +72,7 @@ def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     plots.draw_forest(drawn, path, label, zero=False)
 
 
-# the drawn numbers of a run at a step
+# the drawn quantities of a run at a step
 _LOSS = "loss"
 _IN_DOMAIN = "in_domain"
 _HELD_OUT = "held_out"
@@ -81,12 +81,12 @@ _HELD_OUT = "held_out"
 class _StepRow(NamedTuple):
     """One row of panels in the figure over steps."""
 
-    number: str
-    """The drawn number of a run."""
+    quantity: str
+    """The name of the drawn quantity."""
     label: str
     """The label of the vertical axis."""
     scale: float
-    """The factor from the recorded number to the drawn one."""
+    """The factor from the recorded value to the drawn one."""
     is_difference: bool
     """True to draw differences to the baseline."""
 
@@ -100,22 +100,22 @@ _STEP_ROWS = (
 )
 
 
-def step_numbers(outcomes: DomainOutcomes, name: str) -> pd.DataFrame:
+def step_values(outcomes: DomainOutcomes, name: str) -> pd.DataFrame:
     """Collect the loss and the accuracies of the runs on an image set at each evaluated step.
 
     Only runs that hold out one environment alone are used. If a method has several settings, each
     environment and trial has the run that training-domain validation chooses.
 
     Returns:
-        A row for each run, step and ``number``, with titles and these columns:
+        A row for each run, step and ``quantity``, with titles and these columns:
 
         - ``model``, ``method`` and ``run_id``
         - ``environment`` (the held-out one), ``trial``, and ``pair``: both as text
         - ``step``: the updates before the evaluation, minus 1
-        - ``number`` and ``value``: ``loss`` is the mean training loss since the evaluation before.
-          ``in_domain`` is the mean accuracy on the *out* splits of the training environments.
-          ``held_out`` is the accuracy on the *in* split of the held-out environment. The loss is
-          nan if the model diverged.
+        - ``quantity`` and ``value``: ``loss`` is the mean training loss since the evaluation
+          before. ``in_domain`` is the mean accuracy on the *out* splits of the training
+          environments. ``held_out`` is the accuracy on the *in* split of the held-out environment.
+          The loss is nan if the model diverged.
     """
     rows = []
     for run, env in _chosen_alone(outcomes, name):
@@ -129,12 +129,12 @@ def step_numbers(outcomes: DomainOutcomes, name: str) -> pd.DataFrame:
             "pair": f"{environment}, trial {run.seed}",
         }
         for record in outcomes.finished[run.id].metrics.records or ():
-            for number, value in _numbers_at_step(record, env):
-                rows.append({**keys, "step": record.step, "number": number, "value": value})
+            for quantity, value in _values_at_step(record, env).items():
+                rows.append({**keys, "step": record.step, "quantity": quantity, "value": value})
     key_columns = ["model", "method", "run_id", "environment", "trial", "pair"]
-    columns = [*key_columns, "step", "number", "value"]
-    numbers = pd.DataFrame(rows, columns=columns).astype({"value": float})
-    return outcomes.order(numbers, ["model", "method"])
+    columns = [*key_columns, "step", "quantity", "value"]
+    values = pd.DataFrame(rows, columns=columns).astype({"value": float})
+    return outcomes.order(values, ["model", "method"])
 
 
 def _chosen_alone(outcomes: DomainOutcomes, name: str) -> Iterator[tuple[Run, int]]:
@@ -147,7 +147,7 @@ def _chosen_alone(outcomes: DomainOutcomes, name: str) -> Iterator[tuple[Run, in
     keys = ["model", "method", "eval_task", "seed", "hparams_seed", "variant"]
     chosen = outcomes.cells.loc[is_of_set & is_selected, keys]
     chosen_keys = set(chosen.itertuples(index=False, name=None))
-    for run, env in _runs_alone(outcomes, name):
+    for run, env in _runs_holding_out_one(outcomes, name):
         env_name = outcomes.environments(name)[env]
         hparams_seed = outcomes.specs[run.id].hparams_seed
         # a value for each of ``keys``, in the same order
@@ -156,20 +156,21 @@ def _chosen_alone(outcomes: DomainOutcomes, name: str) -> Iterator[tuple[Run, in
             yield run, env
 
 
-def _numbers_at_step(record: StepRecord, env: int) -> Iterator[tuple[str, float]]:
-    """Yield the name and the value of each drawn number. ``env`` is the held-out environment."""
-    loss = math.nan if record.loss is None else record.loss
-    yield _LOSS, loss
+def _values_at_step(record: StepRecord, env: int) -> dict[str, float]:
+    """Return the value of each drawn quantity. ``env`` is the held-out environment."""
     accuracies = record.numbers()
     of_training = []
     for key, accuracy in accuracies.items():
         if key.endswith("_out_acc") and key != f"env{env}_out_acc":
             of_training.append(accuracy)
-    yield _IN_DOMAIN, float(np.mean(of_training))
-    yield _HELD_OUT, accuracies[f"env{env}_in_acc"]
+    return {
+        _LOSS: math.nan if record.loss is None else record.loss,
+        _IN_DOMAIN: float(np.mean(of_training)),
+        _HELD_OUT: accuracies[f"env{env}_in_acc"],
+    }
 
 
-def step_differences(outcomes: DomainOutcomes, numbers: pd.DataFrame) -> pd.DataFrame:
+def step_differences(outcomes: DomainOutcomes, values: pd.DataFrame) -> pd.DataFrame:
     """Compare each method with the baseline at each step, except the first.
 
     The difference of a trial is the mean over its held-out environments that both methods have. The
@@ -178,18 +179,18 @@ def step_differences(outcomes: DomainOutcomes, numbers: pd.DataFrame) -> pd.Data
 
     Args:
         outcomes: The results.
-        numbers: The rows of :func:`step_numbers`.
+        values: The rows of :func:`step_values`.
 
     Returns:
-        A row for each ``model``, ``number``, ``method`` and ``step``, with titles: the mean
+        A row for each ``model``, ``quantity``, ``method`` and ``step``, with titles: the mean
         difference ``delta``, its 95 % interval from ``low`` to ``high``, and the count ``n`` of
         trials.
     """
-    after_first = numbers[numbers["step"] > numbers["step"].min()]
-    cell = ["model", "number", "method", "step"]
+    after_first = values[values["step"] > values["step"].min()]
+    cell = ["model", "quantity", "method", "step"]
     differences = paired_differences(
         after_first[[*cell, "environment", "trial", "value"]],
-        cell=cell,
+        cell_columns=cell,
         reference={"method": outcomes.baseline},
         pair="trial",
     )
@@ -206,10 +207,10 @@ def draw_steps(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     model is left out if its runs have fewer than two evaluations after the first. The figure is a
     placeholder if there is nothing to draw.
     """
-    numbers = step_numbers(outcomes, name)
+    values = step_values(outcomes, name)
     # a line needs two steps besides the first, which has no differences
-    num_steps = numbers.groupby("model")["step"].transform("nunique")
-    drawn = numbers[num_steps > 2]
+    num_steps = values.groupby("model")["step"].transform("nunique")
+    drawn = values[num_steps > 2]
     # empty if no pair has all methods, as in an unfinished suite
     shared = shared_pairs(drawn, within=["model"], compared=["method"], pair="pair")
     # empty without the baseline
@@ -229,17 +230,17 @@ def draw_steps(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     styles = outcomes.styles_by_title(drawn)
     with plots.curve_figure(path, models, labels, _STEPS_HEIGHT) as axes:
         for column, model in enumerate(models):
-            numbers_of_model = shared[shared["model_title"] == model]
+            values_of_model = shared[shared["model_title"] == model]
             differences_of_model = differences[differences["model_title"] == model]
-            _draw_model(axes[:, column], panel_rows, numbers_of_model, differences_of_model, styles)
-            label = _steps_label(outcomes, numbers_of_model, differences_of_model)
+            _draw_model(axes[:, column], panel_rows, values_of_model, differences_of_model, styles)
+            label = _steps_label(outcomes, values_of_model, differences_of_model)
             plots.label_steps(axes[-1, column], label, _MOST_TICKS)
 
 
 def _draw_model(
     axes: Sequence[Any],
     rows: Sequence[_StepRow],
-    numbers: pd.DataFrame,
+    values: pd.DataFrame,
     differences: pd.DataFrame,
     styles: Mapping[str, MethodStyle],
 ) -> None:
@@ -248,36 +249,36 @@ def _draw_model(
     Args:
         axes: The axes of the panels.
         rows: What each panel shows.
-        numbers: The model's rows of :func:`step_numbers`, of the pairs that all methods have.
+        values: The model's rows of :func:`step_values`, of the pairs that all methods have.
         differences: The model's rows of :func:`step_differences`.
         styles: The style of each method, by title.
     """
     for axis, row in zip(axes, rows, strict=True):
         if row.is_difference:
-            points = differences[differences["number"] == row.number]
+            points = differences[differences["quantity"] == row.quantity]
             _draw_differences(axis, points, styles, row.scale)
         else:
-            points = numbers[numbers["number"] == row.number]
+            points = values[values["quantity"] == row.quantity]
             scaled = points.assign(value=points["value"] * row.scale)
             plots.draw_means(axis, scaled, styles)
 
 
-def _steps_label(outcomes: DomainOutcomes, numbers: pd.DataFrame, differences: pd.DataFrame) -> str:
+def _steps_label(outcomes: DomainOutcomes, values: pd.DataFrame, differences: pd.DataFrame) -> str:
     """Return the label of the steps of one model, with the counts of trials and the intervals."""
     lines = ["step"]
-    if not numbers.empty:
-        num_trials = numbers.groupby("method")["trial"].nunique()
+    if not values.empty:
+        num_trials = values.groupby("method")["trial"].nunique()
         lines.append(f"lines without Δ: {plots.count_text(num_trials, 'trials')}")
     if not differences.empty:
         trials_and_intervals = plots.sample_text(differences, "trials")
         lines.append(f"Δ to {outcomes.baseline_title}: {trials_and_intervals}")
-    return plots.wrap_text("\n".join(lines), 3.2)
+    return plots.wrap_text("\n".join(lines), inches=3.2)
 
 
 def _draw_differences(
     axis: Any, differences: pd.DataFrame, styles: Mapping[str, MethodStyle], scale: float
 ) -> None:
-    """Draw the differences of one number to the baseline by step, and a line at zero.
+    """Draw the differences of one quantity to the baseline by step, and a line at zero.
 
     A mark has its 95 % interval. At most six steps are drawn, the last one among them. The marks of
     a step are beside each other, so that intervals do not overlap.
@@ -349,7 +350,7 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     if not panels:
         plots.placeholder_figure(path)
         return
-    env_titles = [outcomes.env_title(name, env) for env in outcomes.environments(name)]
+    env_titles = [outcomes.env_title(name, env_name) for env_name in outcomes.environments(name)]
     title = (
         f"{outcomes.title('task', name)}, {outcomes.title('model', first.model)}, "
         f"{env_titles[first.env]} held out, first trial"
@@ -382,7 +383,7 @@ def _draw_panels(
     width = min(_COLUMN_WIDTH * columns + _SIDE_WIDTH, plots.WIDTH)
     figure_of_panels = plots.panel_figure(
         path,
-        lines=2 * lines_of_panels,  # one heatmap above the other
+        rows=2 * lines_of_panels,  # one heatmap above the other
         columns=columns,
         size=(width, height),
         style=plots.HEATMAP,
@@ -405,8 +406,8 @@ def _draw_panels(
         figure.colorbar(
             plots.USE, ax=axes, shrink=0.6, label="use ÷ mean use of the expert", extend="max"
         )
-        title_text = plots.wrap_text(title, width)
-        chance_text = plots.wrap_text(_CHANCE, width)
+        title_text = plots.wrap_text(title, inches=width)
+        chance_text = plots.wrap_text(_CHANCE, inches=width)
         figure.suptitle(f"{title_text}\n{chance_text}", fontsize=8)
 
 
@@ -436,7 +437,7 @@ def _first_runs(outcomes: DomainOutcomes, name: str) -> _FirstRuns | None:
     runs hold out the same environment: the one with the lowest number. The result is None if there
     is no such run.
     """
-    alone = _runs_alone(outcomes, name)
+    alone = _runs_holding_out_one(outcomes, name)
     if not alone:
         return None
     # the first in the order of the grid
@@ -450,7 +451,7 @@ def _first_runs(outcomes: DomainOutcomes, name: str) -> _FirstRuns | None:
     return _FirstRuns(model, first_env, by_method)
 
 
-def _runs_alone(outcomes: DomainOutcomes, name: str) -> list[tuple[Run, int]]:
+def _runs_holding_out_one(outcomes: DomainOutcomes, name: str) -> list[tuple[Run, int]]:
     """Return the runs on an image set that hold out one environment alone, with its number."""
     alone = []
     for run in outcomes.runs:
@@ -504,7 +505,7 @@ def _label_panel(by_class: Any, by_environment: Any, panel: _Panel) -> None:
     """Write a panel's title, the mutual information of both heatmaps, and the experts' numbers."""
     loads = panel.loads
     _, _, num_experts = loads.shape
-    title = plots.wrap_text(panel.title, _PANEL_WIDTH, 7)
+    title = plots.wrap_text(panel.title, inches=_PANEL_WIDTH, size=7)
     # sums over environments, and over classes
     class_text = _information("class", loads.sum(0), panel.chance.by_class)
     env_text = _information("environment", loads.sum(1), panel.chance.environment)

@@ -7,7 +7,6 @@ hyper-parameters, and seed (DomainBed's trial).
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ from benchmarks.domainbed.protocol import (
     hyper_parameters,
     sweep_seed,
 )
-from benchmarks.harness.base import DataError, DefinitionError, first_line
+from benchmarks.harness.base import DataError, DefinitionError, first_line, short_digest
 from benchmarks.harness.config.benchmark import COUNTS, Benchmark, Domain, Part
 from benchmarks.harness.config.catalogue import load_models, model_names
 from benchmarks.harness.config.method_specs import (
@@ -188,11 +187,11 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         parse(hparams, HParams, part.file, "benchmarks", self.name, "training", "hparams")
         return hparams
 
-    def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
-        task = spec["task"]
-        truncated = spec["training"]["truncated"]
-        describe = functools.partial(self._describe, task["name"], spec["data_seed"], truncated)
-        return [SetReader(task["name"], ALL, describe)]
+    def sets(self, run: Run) -> list[SetReader]:
+        spec = ImageSpec.model_validate(run.spec)
+        truncated = spec.training.truncated
+        describe = functools.partial(self._describe, spec.task.name, spec.data_seed, truncated)
+        return [SetReader(spec.task.name, ALL, describe)]
 
     def _describe(
         self, name: str, data_seed: int, truncated: str, open_files: bool
@@ -296,4 +295,4 @@ def _sweep(version: int, method: Method, training: ImageTraining) -> str:
         training.model_dump(exclude={"by_model"}),
     ]
     text = json.dumps(settings, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:6]
+    return short_digest(text, 6)

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 import pandas as pd
+from pandas.api.typing import SeriesGroupBy
 
 from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.domainbed.protocol import SELECTIONS, RunRecords
@@ -99,7 +100,7 @@ class DomainOutcomes(Outcomes):
         ordered = scores.sort_values(["eval_task", "seed"], kind="stable")
         differences = paired_differences(
             ordered,
-            cell=CELL,
+            cell_columns=CELL,
             reference={"method": self.baseline},
             pair="seed",  # the column of the trial
         )
@@ -129,16 +130,16 @@ class DomainOutcomes(Outcomes):
         """Return the names of the environments of an image set, in DomainBed's order."""
         return list(self.benchmark.tasks[name].environments)
 
-    def env_title(self, name: str, env: str) -> str:
+    def env_title(self, name: str, env_name: str) -> str:
         """Return the title of an environment: its name on disk, with blanks for underscores.
 
         An environment of digits is not on disk. Its title is its short name and the unit.
         """
         image_set = self.benchmark.tasks[name]
-        name_on_disk = image_set.environments[env]
+        name_on_disk = image_set.environments[env_name]
         if isinstance(name_on_disk, str):
             return name_on_disk.replace("_", " ")
-        return f"{env}{image_set.unit}"
+        return f"{env_name}{image_set.unit}"
 
     def _chosen_rows(self) -> Iterator[dict[str, Any]]:
         """Yield what each selection chooses.
@@ -209,25 +210,37 @@ class DomainOutcomes(Outcomes):
         """Return the settings of a run among which a selection chooses."""
         return _Settings(self.specs[run.id].hparams_seed, run.method_variant)
 
-    def trial_means(self, *, complete: bool = False) -> pd.Series[float]:
+    def trial_means(self) -> pd.Series[float]:
         """Average the accuracies of :attr:`shared` over environments.
 
         Returns one mean for each :data:`CELL` and ``seed``, which are the index. The mean is nan if
         the trial lacks an environment that another trial of the image set has, because means over
-        different environments are not comparable. ``complete`` omits trials that lack an
-        environment of the image set.
+        different environments are not comparable.
         """
-        by_trial = self.shared.groupby([*CELL, "seed"], sort=False)["value"]
+        by_trial = self._accuracies_by_trial()
         means = by_trial.mean()
-        # a trial has one accuracy for each of its environments
-        num_accuracies = by_trial.count().to_numpy()
-        image_sets = means.index.get_level_values("task")
-        if complete:
-            num_environments = [len(self.environments(name)) for name in image_sets]
-            return means[num_accuracies == num_environments]
         num_compared = self.shared.groupby("task")["eval_task"].nunique()
-        num_needed = [num_compared[name] for name in image_sets]
-        return means.where(num_accuracies == num_needed)
+        num_needed = [num_compared[name] for name in means.index.get_level_values("task")]
+        return means.where(by_trial.count() == num_needed)
+
+    def complete_trial_means(self) -> pd.Series[float]:
+        """Average the accuracies of :attr:`shared` over environments, for complete trials.
+
+        Returns one mean for each :data:`CELL` and ``seed``, as in :meth:`trial_means`. Trials that
+        lack an environment of the image set are omitted.
+        """
+        by_trial = self._accuracies_by_trial()
+        means = by_trial.mean()
+        image_sets = means.index.get_level_values("task")
+        num_environments = [len(self.environments(name)) for name in image_sets]
+        return means[by_trial.count() == num_environments]
+
+    def _accuracies_by_trial(self) -> SeriesGroupBy[Any, Any]:
+        """Group the accuracies of :attr:`shared` by :data:`CELL` and ``seed``.
+
+        A group has one accuracy for each environment of the trial.
+        """
+        return self.shared.groupby([*CELL, "seed"], sort=False)["value"]
 
     def claim_numbers(self) -> pd.DataFrame:
         """Return the held-out accuracies of all trials and the parameter counts, for claims."""

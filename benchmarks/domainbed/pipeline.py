@@ -62,9 +62,16 @@ def run(spec: ImageSpec, folder: Path, progress: Progress) -> dict[str, Any]:
     if classifier.prefix is not None:
         environments = _add_prefixes(classifier.prefix, spec, environments, splits)
 
-    trainer = _make_trainer(classifier, spec, environments, splits, folder, progress)
+    trainer = _make_trainer(
+        classifier=classifier,
+        spec=spec,
+        environments=environments,
+        splits=splits,
+        folder=folder,
+        progress=progress,
+    )
     # the training
-    origin = {"images": digest_images(data.image_set), "weights": classifier.weights}
+    origin = {"images": digest_images(data.image_set), "weights": classifier.weights_id}
     evaluated_steps = trainer.fit(origin)
     records = _add_epochs(evaluated_steps, spec, splits)
     _write_results(folder / "results.jsonl", spec, records)
@@ -111,7 +118,7 @@ def _load_data(spec: ImageSpec, progress: Progress) -> _Data:
         progress.say(f"{counts.name}: {counts.images:,} images, {counts.labels}")
     note = _count_note(spec, image_set)
     if note:
-        progress.say(f"warning: {note}")
+        progress.warn(note)
 
     splits = _split(spec, image_set)
     environments = image_set.environments
@@ -158,15 +165,20 @@ def _make_trainer(
         transform=_transform(spec, augments=hparams.data_augmentation),
         seed=seed,
     )
-    row_counts = [len(rows) for rows in train.rows]
+    draws = EnvironmentBatches(
+        row_counts=[len(rows) for rows in train.rows],
+        batch_size=hparams.batch_size,
+        steps=training.steps,
+        seed=seed,
+    )
     return DomainTrainer(
-        classifier,
-        spec,
-        train,
-        EnvironmentBatches(row_counts, hparams.batch_size, training.steps, seed),
-        _evaluation_splits(spec, environments, splits),
-        folder,
-        progress,
+        classifier=classifier,
+        spec=spec,
+        train=train,
+        draws=draws,
+        splits=_evaluation_splits(spec, environments, splits),
+        folder=folder,
+        progress=progress,
     )
 
 

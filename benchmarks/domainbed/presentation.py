@@ -84,11 +84,11 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
         signed=True,
     )
     return Table(
-        f"{outcomes.title('task', name)}: accuracy by held-out environment",
-        _results_caption(outcomes, name),
-        {**_HEADINGS_OF_SET, "n": "n"},
-        [*columns, delta],
-        outcomes.order(with_differences, _ORDER_OF_SET),
+        title=f"{outcomes.title('task', name)}: accuracy by held-out environment",
+        caption=_results_caption(outcomes, name),
+        keys={**_HEADINGS_OF_SET, "n": "n"},
+        columns=[*columns, delta],
+        frame=outcomes.order(with_differences, _ORDER_OF_SET),
         group=("model", "selection"),
         origins=outcomes.shared_origins,
     )
@@ -107,9 +107,9 @@ def _with_accuracies(outcomes: DomainOutcomes, name: str) -> tuple[pd.DataFrame,
 
     trials = cells.groupby(CELL, sort=False).agg(n=("seed", "nunique")).reset_index()
     held_out = set(cells["eval_task"])
-    envs = [env for env in outcomes.environments(name) if env in held_out]
-    headings = {env: outcomes.env_title(name, env) for env in envs}
-    with_envs, env_columns = common.with_columns(
+    env_names = [env_name for env_name in outcomes.environments(name) if env_name in held_out]
+    headings = {env_name: outcomes.env_title(name, env_name) for env_name in env_names}
+    with_envs, env_columns = common.spread_over_columns(
         trials,
         on=CELL,
         numbers=means,
@@ -143,7 +143,7 @@ def choices(outcomes: DomainOutcomes, name: str) -> Table:
     """
     of_set = outcomes.cells[outcomes.cells["task"] == name]
     ordered = outcomes.order(of_set, _ORDER_OF_SET)
-    env_titles = [outcomes.env_title(name, env) for env in ordered["eval_task"]]
+    env_titles = [outcomes.env_title(name, env_name) for env_name in ordered["eval_task"]]
     # hparams_seed 0 stands for the default hyper-parameters
     draws = ordered["hparams_seed"].astype(str).replace("0", "defaults")
     frame = ordered.assign(eval_task_title=env_titles, draw=draws)
@@ -159,11 +159,14 @@ def choices(outcomes: DomainOutcomes, name: str) -> Table:
     if frame["variant"].any():
         keys["variant"] = "Variant"
     return Table(
-        f"{outcomes.title('task', name)}: choices",
-        _choices_caption(outcomes, name),
-        keys,
-        [Column("accuracy", "chosen_by", "Chosen by"), Column("accuracy", "value", "Accuracy")],
-        frame,
+        title=f"{outcomes.title('task', name)}: choices",
+        caption=_choices_caption(outcomes, name),
+        keys=keys,
+        columns=[
+            Column("accuracy", "chosen_by", "Chosen by"),
+            Column("accuracy", "value", "Accuracy"),
+        ],
+        frame=frame,
         # a row lists the runs of all trials and held-out environments
         origins=outcomes.records.drop(columns="seed"),
     )
@@ -193,7 +196,7 @@ def summary(outcomes: DomainOutcomes) -> Table:
     # a row for each selection, model and method, and a column for each image set
     counts = common.format_counts(means, keys)
     headings = {name: outcomes.title("task", name) for name in outcomes.sets}
-    frame, columns = common.with_columns(
+    frame, columns = common.spread_over_columns(
         counts,
         on=keys,
         numbers=numbers,
@@ -206,11 +209,11 @@ def summary(outcomes: DomainOutcomes) -> Table:
     if len(columns) > 1:
         frame, columns = common.with_average(frame, columns, metric="accuracy")
     return Table(
-        "Accuracy on held-out environments, by set",
-        _summary_caption(outcomes),
-        {**_HEADINGS_OF_SET, "n": "n"},
-        columns,
-        outcomes.order(frame, _ORDER_OF_SET),
+        title="Accuracy on held-out environments, by set",
+        caption=_summary_caption(outcomes),
+        keys={**_HEADINGS_OF_SET, "n": "n"},
+        columns=columns,
+        frame=outcomes.order(frame, _ORDER_OF_SET),
         group=("model", "selection"),
         origins=outcomes.shared_origins,
     )
@@ -263,7 +266,7 @@ def cost(outcomes: DomainOutcomes) -> Table:
     return common.cost_table(
         keys={"model_title": "Model", "task_title": "Set", "method_title": "Method"},
         frame=outcomes.order(cells, cell),
-        cell=cell,
+        cell_columns=cell,
         records=outcomes.records,
         averaged="Means over all runs; step times exclude reading and augmenting images",
         measured_on=_MEASURED_ON,
@@ -284,7 +287,7 @@ def paper_table(outcomes: DomainOutcomes) -> Table:
     published = common.read_published(outcomes.benchmark)
     # published values are in percent, ours are shares
     shares = published.assign(value=published["value"] / 100)
-    means = common.our_means(outcomes.trial_means(complete=True), CELL)
+    means = common.our_means(outcomes.complete_trial_means(), CELL)
     # keep only the image sets that the paper has
     comparable = means[means["task"].isin(published["task"])]
     ours = pd.concat([comparable, _averages_of_four(outcomes)])
@@ -322,7 +325,7 @@ def _averages_of_four(outcomes: DomainOutcomes) -> pd.DataFrame:
         ``high``, and the number of trials ``n``. The column ``task`` has the name of the average.
     """
     # one accuracy for each selection, model, image set, method and trial
-    accuracies = outcomes.trial_means(complete=True)
+    accuracies = outcomes.complete_trial_means()
     is_of_four = accuracies.index.get_level_values("task").isin(FOUR)
     keys = ["selection", "model", "method"]
     by_trial = accuracies[is_of_four].groupby([*keys, "seed"], sort=False)
@@ -338,8 +341,8 @@ def verdicts(outcomes: DomainOutcomes) -> Iterator[str]:
     Controls are omitted.
     """
     ordered = outcomes.order(outcomes.tests, _ORDER)
-    is_method = ordered["method"].map(outcomes.role) == "method"
-    compared = ordered[is_method]
+    has_method_role = ordered["method"].map(outcomes.role) == "method"
+    compared = ordered[has_method_role]
     titles = ["model_title", "selection_title", "task_title"]
     for (model, selection, image_set), rows in compared.groupby(titles, sort=False):
         differences = []
@@ -458,19 +461,25 @@ _NOTE = (
 def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
     """Make the tables, figures and verdicts of finished runs.
 
-    Each image set is a part of the presentation, with its own tables and figures.
+    Each image set has its own presentation, with its own tables and figures.
     """
     outcomes = DomainOutcomes(benchmark, records)
-    parts = {}
+    presentations_of_sets = {}
     for name in outcomes.sets:
-        parts[name] = Presentation(benchmark, SET_TABLES, SET_FIGURES, outcomes, name)
+        presentations_of_sets[name] = Presentation(
+            benchmark=benchmark,
+            table_functions=SET_TABLES,
+            figure_functions=SET_FIGURES,
+            outcomes=outcomes,
+            data_set=name,
+        )
     return Presentation(
-        benchmark,
-        TABLES,
-        {},
-        outcomes,
+        benchmark=benchmark,
+        table_functions=TABLES,
+        figure_functions={},
+        outcomes=outcomes,
         verdicts=list(verdicts(outcomes)),
         note=_NOTE,
         optimizer="Adam, constant rate, no clipping",
-        parts=parts,
+        presentations_of_sets=presentations_of_sets,
     )

@@ -157,48 +157,63 @@ def _definitions(registry: Registry, dataset: str) -> dict[str, _HyperParameter]
     The ranges of the random values are those of DomainBed or of the EMoE authors' fork. In both,
     small images have their own ranges. The arguments are those of :func:`hyper_parameters`.
     """
-    definitions = {
+    shared = {
         "data_augmentation": _fixed(True),
         "resnet18": _fixed(False),
         "resnet_dropout": _HyperParameter(0.0, _dropout),
         "class_balanced": _fixed(False),
         "nonlinear_classifier": _fixed(False),
     }
+    # the fork's registry is older than this hyper-parameter
+    vit_dropout = {}
     if registry == "domainbed":
-        definitions["vit_dropout"] = _HyperParameter(0.0, _dropout)
+        vit_dropout = {"vit_dropout": _HyperParameter(0.0, _dropout)}
+
     if dataset in SMALL_IMAGES:
-        definitions["lr"] = _HyperParameter(1e-3, _log10_uniform(-4.5, -2.5))
-        definitions["weight_decay"] = _fixed(0.0)
-        definitions["batch_size"] = _HyperParameter(64, _log2_uniform(3, 9))
-        return definitions
-    # the base-2 logarithm of the largest batch, which is smaller for DomainNet
-    log2_largest = 5 if dataset == "DomainNet" else 5.5
-    definitions["batch_size"] = _HyperParameter(32, _log2_uniform(3, log2_largest))
-    if registry == "domainbed":
-        lr, weight_decay = _lr_and_weight_decay(_DOMAINBED_DEFAULT_LR)
+        own = _small_image_definitions()
+    elif registry == "domainbed":
+        own = _image_definitions(dataset, _DOMAINBED_DEFAULT_LR)
     elif dataset in _FORK_DEFAULTS:
-        lr, weight_decay = _fork_lr_and_weight_decay(_FORK_DEFAULTS[dataset])
+        own = _fork_definitions(dataset, _FORK_DEFAULTS[dataset])
     else:
         # the fork uses DomainBed's ranges for other data sets, with another default
-        lr, weight_decay = _lr_and_weight_decay(_FORK_DEFAULT_LR)
-    definitions["lr"] = lr
-    definitions["weight_decay"] = weight_decay
-    return definitions
+        own = _image_definitions(dataset, _FORK_DEFAULT_LR)
+    return {**shared, **vit_dropout, **own}
 
 
-def _lr_and_weight_decay(default_lr: float) -> tuple[_HyperParameter, _HyperParameter]:
-    """Define the learning rate and the weight decay, with DomainBed's ranges for large images."""
-    lr = _HyperParameter(default_lr, _log10_uniform(-5, -3.5))
-    weight_decay = _HyperParameter(0.0, _log10_uniform(-6, -2))
-    return lr, weight_decay
+def _small_image_definitions() -> dict[str, _HyperParameter]:
+    """Define what depends on the data set, for small images."""
+    return {
+        "lr": _HyperParameter(1e-3, _log10_uniform(-4.5, -2.5)),
+        "weight_decay": _fixed(0.0),
+        "batch_size": _HyperParameter(64, _log2_uniform(3, 9)),
+    }
 
 
-def _fork_lr_and_weight_decay(defaults: _ForkDefaults) -> tuple[_HyperParameter, _HyperParameter]:
-    """Define the learning rate and the weight decay of a data set with defaults in the fork."""
-    lr = _HyperParameter(defaults.lr, _log10_uniform(-4.5, -2.5))
-    # the fork has a weight decay by default, but none among its random values
-    weight_decay = _HyperParameter(defaults.weight_decay, draw=lambda _: 0.0)
-    return lr, weight_decay
+def _image_definitions(dataset: str, default_lr: float) -> dict[str, _HyperParameter]:
+    """Define what depends on the data set, with DomainBed's ranges for large images."""
+    return {
+        "lr": _HyperParameter(default_lr, _log10_uniform(-5, -3.5)),
+        "weight_decay": _HyperParameter(0.0, _log10_uniform(-6, -2)),
+        "batch_size": _batch_size(dataset),
+    }
+
+
+def _fork_definitions(dataset: str, defaults: _ForkDefaults) -> dict[str, _HyperParameter]:
+    """Define what depends on the data set, for a set with defaults in the authors' fork."""
+    return {
+        "lr": _HyperParameter(defaults.lr, _log10_uniform(-4.5, -2.5)),
+        # the fork has a weight decay by default, but none among its random values
+        "weight_decay": _HyperParameter(defaults.weight_decay, draw=lambda _: 0.0),
+        "batch_size": _batch_size(dataset),
+    }
+
+
+def _batch_size(dataset: str) -> _HyperParameter:
+    """Define the batch size for large images."""
+    # the base-2 logarithm of the largest batch, which is smaller for DomainNet
+    log2_largest = 5 if dataset == "DomainNet" else 5.5
+    return _HyperParameter(32, _log2_uniform(3, log2_largest))
 
 
 def _fixed(value: Any) -> _HyperParameter:

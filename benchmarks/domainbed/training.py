@@ -33,7 +33,7 @@ from benchmarks.harness.training.callbacks import Probe, Stopwatch, fixed_rows
 from benchmarks.harness.training.checkpoints import Origin, resume
 from benchmarks.harness.training.metrics import score
 from benchmarks.harness.training.progress import Progress
-from benchmarks.harness.training.routing import loads_by_row
+from benchmarks.harness.training.routing import label_rows, loads_by_row
 from benchmarks.harness.training.trainer import (
     RoutedTrainer,
     available_precision,
@@ -107,7 +107,7 @@ class DomainTrainer(RoutedTrainer):
         self._seed = derive_seed("chance", spec.seed)
         self._stopwatch = Stopwatch()
         probe = Probe()
-        self._say = progress.say
+        self._warn = progress.warn
         self._precision = available_precision(training.precision)
         # never None here, because a run's spec has the image set's number instead of null
         eval_every = cast(int, training.eval_every)
@@ -163,7 +163,7 @@ class DomainTrainer(RoutedTrainer):
             A record in DomainBed's form for each evaluated step: the ``step``, the ``loss`` (the
             mean since the previous record), and ``<split>_acc`` for each split.
         """
-        checkpoint = resume(self, origin, self._say)
+        checkpoint = resume(self, origin, self._warn)
         self.train(resume_from_checkpoint=checkpoint)
         # Trainer logs the loss and each split in separate entries; a record joins those of a step
         records: dict[int, dict[str, Any]] = {}
@@ -192,31 +192,27 @@ class DomainTrainer(RoutedTrainer):
             routing summary of :meth:`_routing`, which is empty for a dense model.
         """
         if not emoe.is_converted(self._module):
-            return self._confusion(splits, num_classes, None), {}
-        with emoe.record_routing(self._module) as record:
-            confusion = self._confusion(splits, num_classes, record)
+            return self._confusion(splits, num_classes), {}
+        # the label of an image is its number, counted from 0 over all splits
+        labels = torch.arange(sum(len(rows) for rows in splits))
+        with (
+            emoe.record_routing(self._module) as record,
+            label_rows(self._module, record, labels),
+        ):
+            confusion = self._confusion(splits, num_classes)
         return confusion, self._routing(splits, num_classes, record)
 
-    def _confusion(
-        self, splits: Sequence[EvaluationRows], num_classes: int, record: RoutingRecord | None
-    ) -> NDArray[np.int64]:
+    def _confusion(self, splits: Sequence[EvaluationRows], num_classes: int) -> NDArray[np.int64]:
         """Count predictions, ``[environments, true classes, predicted classes]``.
 
-        ``splits`` has one split per environment. In a routing record, the tokens of an image are
-        labelled with the image's number. Images are numbered from 0 over all splits.
+        ``splits`` has one split per environment. The model sees each image once, in their order.
         """
         model = self._module.eval()
         device = next(model.parameters()).device
         confusion = np.zeros((len(splits), num_classes, num_classes), dtype=np.int64)
-        # images of earlier batches and splits
-        images_seen = 0
         for env, rows in enumerate(splits):
             for batch in DataLoader(rows, self._batch_size, num_workers=reading_workers()):
                 labels = batch.pop("labels")
-                end = images_seen + len(labels)
-                if record is not None:
-                    record.set_labels(torch.arange(images_seen, end))
-                images_seen = end
                 inputs = {name: values.to(device) for name, values in batch.items()}
                 with torch.inference_mode(), self.compute_loss_context_manager():
                     logits = model(**inputs)["logits"]
@@ -268,8 +264,8 @@ class DomainTrainer(RoutedTrainer):
             loads_by_layer[str(layer)] = sums[:, :, index].tolist()
         return {
             **record.summary(),
-            **MutualInformation.mean(class_bits).numbers("class"),
-            **MutualInformation.mean(environment_bits).numbers("environment"),
+            **MutualInformation.averaged(class_bits).numbers("class"),
+            **MutualInformation.averaged(environment_bits).numbers("environment"),
             "loads": loads_by_layer,
             "chance": chance_by_layer,
         }

@@ -13,7 +13,7 @@ from filelock import FileLock
 from benchmarks.domainbed.definition import RunImageSet
 from benchmarks.domainbed.images import ImageSet, load_folders
 from benchmarks.domainbed.mnist import load_mnist
-from benchmarks.harness.base import IMAGES, DataError, read_bytes, write_json
+from benchmarks.harness.base import IMAGES, DataError, read_bytes, short_digest, write_json
 from benchmarks.harness.config.runs import canonical_json
 
 _SHOWN = 10  # damaged images that a message names
@@ -50,8 +50,7 @@ def validate_once(image_set: ImageSet, task: RunImageSet, truncated: str) -> Non
         "truncated": truncated,
         "files": _digest_files(image_set),
     }
-    text = canonical_json(settings)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    digest = short_digest(canonical_json(settings), 8)
     output = IMAGES / f"{task.name}-{digest}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(output.with_suffix(".lock")):

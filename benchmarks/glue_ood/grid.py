@@ -53,13 +53,20 @@ class _Row(NamedTuple):
 
     Attributes:
         name: The name of the method, or of the row with converted models.
-        trained: The cell of the evaluated runs.
-        used_as: The cell of the other method; None without a conversion.
+        trained: The method of the evaluated runs.
+        used_as: The method to convert to; None without a conversion.
+        first_run: One of the runs that may be evaluated. All have its model, task and protocol.
+        candidates: The runs among which the evaluated run is chosen. With a conversion, also the
+            runs among which the configuration is chosen.
+        seeds: The seeds, for each of which there is an evaluation.
     """
 
     name: str
-    trained: _Cell
-    used_as: _Cell | None
+    trained: str
+    used_as: str | None
+    first_run: Run
+    candidates: Sequence[Run]
+    seeds: Sequence[int]
 
 
 class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
@@ -106,33 +113,24 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
         settings = self.settings("evaluation", part).model_dump()
         cells = self._candidates(part, others)
         for row in _rows(self.definition, cells):
-            task = self.tasks[row.trained.task]
+            first = row.first_run
+            task = self.tasks[first.task]
             ood = [self.tasks[name].spec() for name in task.ood if name not in exclude]
             if not ood:
                 continue
-            trained_runs = cells[row.trained]
-            candidates = trained_runs
-            seeds = _seeds(trained_runs)
-            conversion = {}  # the key of the spec that names the method to convert to
+            conversion = {}
             if row.used_as is not None:
-                # a converted row also needs the other method's runs, to choose its configuration
-                runs_of_other = cells[row.used_as]
-                candidates = [*trained_runs, *runs_of_other]
-                # the other method may have fewer seeds, and one of its runs is chosen for each seed
-                other_seeds = _seeds(runs_of_other)
-                seeds = [seed for seed in seeds if seed in other_seeds]
-                conversion = {"used_as": row.used_as.method}
-            first = trained_runs[0]  # all runs of a cell have its model, task and protocol
-            for seed in seeds:
+                conversion = {"used_as": row.used_as}
+            for seed in row.seeds:
                 yield self.spec(
                     "",  # no variant, because it is not chosen yet
                     protocol=first.protocol,
-                    model=first.spec["model"],
-                    task=first.spec["task"],
+                    model=first.model_spec,
+                    task=first.task_spec,
                     ood=ood,
                     evaluation=settings,
-                    candidates=[run.folder for run in candidates],
-                    trained=row.trained.method,
+                    candidates=[run.folder for run in row.candidates],
+                    trained=row.trained,
                     # the configuration is that of the chosen run
                     method={"name": row.name, "variant": "", "config": None},
                     learning_rate=0.0,
@@ -152,9 +150,9 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
         for run in others:
             if not run.keeps_weights:
                 raise DefinitionError(
-                    f"{self.file}: 'evaluates' is '{self.evaluates}', whose runs in the suite "
-                    f"'{part.suite}' do not keep their weights; set training.keep_weights: true "
-                    "there"
+                    f"{self.file}: 'evaluates' is '{self.evaluated_benchmark}', whose runs in the "
+                    f"suite '{part.suite}' do not keep their weights; set training.keep_weights: "
+                    "true there"
                 )
             # rows of the other benchmark's ablations are not evaluated
             if run.method not in self.definition.methods:
@@ -178,16 +176,33 @@ def _rows(definition: EvaluationDefinition, cells: Mapping[_Cell, list[Run]]) ->
     A row with converted models needs runs of the method that they are converted to, with the same
     model, task and protocol. Without such runs, the row is left out.
     """
-    for cell in cells:
-        yield _Row(cell.method, cell, used_as=None)
+    for cell, runs in cells.items():
+        yield _Row(
+            name=cell.method,
+            trained=cell.method,
+            used_as=None,
+            first_run=runs[0],
+            candidates=runs,
+            seeds=_seeds(runs),
+        )
     for name, transformed in definition.transformed.items():
-        for cell in cells:
+        for cell, runs in cells.items():
             if cell.method != transformed.trained:
                 continue
-            # the cell of the method to convert to, with the same model, task and protocol
-            used_as = cell._replace(method=transformed.used_as)
-            if used_as in cells:
-                yield _Row(name, cell, used_as)
+            # the runs of the method to convert to, with the same model, task and protocol
+            runs_of_other = cells.get(cell._replace(method=transformed.used_as))
+            if runs_of_other is None:
+                continue
+            # the other method may have fewer seeds, and one of its runs is chosen for each seed
+            other_seeds = _seeds(runs_of_other)
+            yield _Row(
+                name=name,
+                trained=cell.method,
+                used_as=transformed.used_as,
+                first_run=runs[0],
+                candidates=[*runs, *runs_of_other],
+                seeds=[seed for seed in _seeds(runs) if seed in other_seeds],
+            )
 
 
 def _seeds(runs: Sequence[Run]) -> list[int]:

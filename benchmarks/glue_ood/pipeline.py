@@ -46,9 +46,9 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
     settings = spec.evaluation
     load = partial(
         load_part,
-        rows=settings.rows,
+        num_rows=settings.rows,
         entries=load_benchmark(spec.benchmark).tasks,
-        say=progress.say,
+        warn=progress.warn,
     )
     # load all sets first: a missing one is reported before the model is loaded
     test = load(spec.task, "test")
@@ -92,11 +92,11 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
         split = ood_splits[other.name]
         progress.say(f"evaluating on {other.name}, {len(split):,} rows")
         ood_scores[other.name] = evaluator.evaluate(split, other, routing)
-    routed, usage = routing.routing_of_set(spec.task.name)
+    recorded_routing = routing.routing_of_set(spec.task.name)
     return {
         "scores": {"test": {spec.task.name: test_scores}, "ood": ood_scores},
-        "routing": routed,
-        "usage": usage,
+        "routing": recorded_routing.routing,
+        "usage": recorded_routing.usage,
         "probe": probe.summary(),
         "chosen": {
             "run": chosen.folder,

@@ -13,7 +13,7 @@ from benchmarks.harness.report.common import read_published
 from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.statistics import critical_difference, friedman_ranks
 from benchmarks.text.definition import OOD
-from benchmarks.text.outcomes import PROTOCOLS, TextOutcomes
+from benchmarks.text.outcomes import PROTOCOL_TITLES, TextOutcomes
 from benchmarks.text.tables import BY_SELECTION, RANK
 
 # for each protocol and model, a frame with a row for each ranked method
@@ -93,16 +93,16 @@ def ranks(outcomes: TextOutcomes) -> Table:
     scores = ranked_scores(outcomes)
     frame = _rank_rows(outcomes, scores)
     return Table(
-        "Friedman ranks out of domain",
-        _caption(outcomes, scores, frame["method"].unique()),
-        BY_SELECTION,
-        [
-            Column(OOD_RANK, "rank", "Rank", best=True),
+        title="Friedman ranks out of domain",
+        caption=_caption(outcomes, scores, frame["method"].unique()),
+        keys=BY_SELECTION,
+        columns=[
+            Column(OOD_RANK, "rank", "Rank", marks_best=True),
             Column("sets", "sets", "Sets"),
             Column("sets", "ranked", "Rows ranked"),
             Column(OOD_RANK, "paper", "Rank in the paper"),
         ],
-        outcomes.order(frame, ["protocol", "model", "method"]),
+        frame=outcomes.order(frame, ["protocol", "model", "method"]),
         group=("model", "protocol"),
     )
 
@@ -153,7 +153,7 @@ def _notes(outcomes: TextOutcomes, scores: Scores) -> str:
         return "No ranks: the rows have no common set and seed"
     notes = []
     for (protocol, model), table in scores.items():
-        title = f"{outcomes.title('model', model)}, {PROTOCOLS[protocol]} selection"
+        title = f"{outcomes.title('model', model)}, {PROTOCOL_TITLES[protocol]} selection"
         notes.append(f"{title}: {_test_text(table)}")
     return "; ".join(notes)
 

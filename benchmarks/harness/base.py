@@ -36,10 +36,12 @@ REFERENCE = ROOT / "results" / "reference"
 # outputs, relative to the working directory
 RESULTS = Path("results")
 RUNS = RESULTS / "runs"
+# the trained tensors, in a checkpoint and in the folder of a trained model
+TRAINED_FILE = "trained.safetensors"
 # in the folder of a run
 LOCK = ".lock"
 LOG = "log.txt"
-WEIGHTS = "model/trained.safetensors"
+WEIGHTS = f"model/{TRAINED_FILE}"
 # shared by all runs
 PARTITIONS = Path("resources/partitions")
 PACKAGES = Path("resources/packages")
@@ -87,13 +89,29 @@ def first_line(error: BaseException) -> str:
     return lines[0]
 
 
+_WHOLE_FILE = "the file"  # stands for the key of a problem that belongs to no key
+
+
 def first_problem(error: ValidationError) -> str:
     """Describe the first problem that pydantic found: the key and pydantic's message."""
     first = error.errors(include_url=False)[0]
     key = ".".join(str(step) for step in first["loc"])
     if not key:
-        key = "the file"
+        key = _WHOLE_FILE
     return f"'{key}': {first['msg']}"
+
+
+def first_problem_of_row(error: ValidationError) -> str:
+    """Describe the first problem of one row of a file, like :func:`first_problem`.
+
+    A problem of the whole row is described without a key, because it is not one of the file.
+    """
+    return first_problem(error).removeprefix(f"'{_WHOLE_FILE}': ")
+
+
+def distinct(texts: Iterable[str]) -> list[str]:
+    """Return the distinct texts in order of first occurrence."""
+    return list(dict.fromkeys(texts))
 
 
 _SECONDS_OF_A_DAY = 24 * 60 * 60
@@ -345,6 +363,16 @@ def git(root: Path, *arguments: str) -> str:
     command = ["git", *arguments]
     finished = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     return finished.stdout.strip()
+
+
+def short_digest(text: str, digits: int) -> str:
+    """Return the first hex digits of the sha256 of a text.
+
+    Args:
+        text: The text.
+        digits: The number of hex digits.
+    """
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
 def derive_seed(*parts: object) -> int:

@@ -102,7 +102,6 @@ class EncodedRows(Dataset[dict[str, Any]]):
         A model that gets this output does not compute its frozen layers.
         """
         collate = collator(tokenizer)
-        lengths = [len(row.tokens) for row in self.rows]
 
         def batch(numbers: Sequence[int]) -> dict[str, Tensor]:
             """Make the model inputs of the rows with these indices."""
@@ -112,8 +111,13 @@ class EncodedRows(Dataset[dict[str, Any]]):
         # outputs are kept on disk for other runs; the file name depends on this digest of the rows
         digest = columns_digest(self._columns())
         extended = copy.copy(self)
-        extended._states = PrefixStates(prefix, digest, lengths, batch)
+        extended._states = PrefixStates(prefix, digest, self.lengths, batch)
         return extended
+
+    @property
+    def lengths(self) -> list[int]:
+        """Return the number of tokens of each row."""
+        return [len(row.tokens) for row in self.rows]
 
     @property
     def digest(self) -> str:
@@ -123,10 +127,9 @@ class EncodedRows(Dataset[dict[str, Any]]):
 
     def _columns(self) -> dict[str, NDArray[Any]]:
         """Return the tokens of all rows joined, and the lengths of the rows."""
-        tokens = [row.tokens for row in self.rows]
         return {
-            "tokens": np.concatenate(tokens),
-            "lengths": np.asarray([len(row) for row in tokens]),
+            "tokens": np.concatenate([row.tokens for row in self.rows]),
+            "lengths": np.asarray(self.lengths),
         }
 
     def __len__(self) -> int:
@@ -151,7 +154,7 @@ class EncodedRows(Dataset[dict[str, Any]]):
 
         ``metrics.json`` has these counts.
         """
-        lengths = [len(row.tokens) for row in self.rows]
+        lengths = self.lengths
         prompt_lengths = [row.begin for row in self.rows]
         cuts = [row.cut for row in self.rows]
         tokens = sum(lengths)

@@ -64,9 +64,10 @@ def load_task(entry: EvaluationTask) -> LoadedTask:
     """Load a task or group of lm-eval, draw its questions, and check that it can be evaluated.
 
     Raises:
-        DefinitionError: The task does not exist, executes code, needs images, or has too few
-            few-shot examples. Or ``draw`` is below the number of tasks or above the number of
-            questions. Or the tasks of the group share no metric.
+        DefinitionError: The task does not exist, executes code, needs images, or forbids few-shot
+            examples that are requested. Or MMLU or MMLU-dev has fewer of them than requested. Or
+            ``draw`` is below the number of tasks or above the number of questions. Or the tasks of
+            the group share no metric.
         DataError: The data of the task cannot be loaded.
     """
     name = entry.task
@@ -157,8 +158,8 @@ def _check_subject(entry: EvaluationTask, subject: str, task: Any, where: str) -
         where: The beginning of an error message, which names the setting.
 
     Raises:
-        DefinitionError: The task executes code, needs images, or has fewer few-shot examples than
-            ``entry`` requests.
+        DefinitionError: The task executes code, needs images, or forbids the few-shot examples
+            that ``entry`` requests. Or a subject of MMLU or MMLU-dev has fewer of them.
     """
     if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
         raise DefinitionError(f"{where}, but '{subject}' executes generated code or needs images")
@@ -168,6 +169,7 @@ def _check_subject(entry: EvaluationTask, subject: str, task: Any, where: str) -
         raise DefinitionError(
             f"{where} with {shots} shots, but '{subject}' has none in lm-eval; set 0"
         )
+    # other tasks may draw examples from a whole training split, which would take long to list
     if not is_mmlu_dev(entry.task) and not is_mmlu(entry.task):
         return
     available = len(list(task.fewshot_docs()))
@@ -560,7 +562,7 @@ def held_out_loss(
     model.eval()
     collate = without_prompt_logits(collator(tokenizer), model)
     # batches of rows with similar lengths have little padding
-    lengths = [len(row.tokens) for row in rows.rows]
+    lengths = rows.lengths
     shortest_first = sorted(range(len(rows)), key=lambda number: lengths[number])  # row numbers
     total_loss = 0.0
     total_tokens = 0

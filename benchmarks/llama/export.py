@@ -112,7 +112,7 @@ def _load_trained(run: Run, spec: InstructionSpec, folder: Path) -> PreTrainedMo
         build_language_model,
         unquantised_spec,
         # the digest of the pre-trained weights: they must not have changed since the training
-        weights=record.metrics.weights,
+        weights_digest=record.metrics.weights,
         folder=folder / _WEIGHTS,
     )
     # merge, so that the exported model can be loaded without peft

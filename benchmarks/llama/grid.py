@@ -124,17 +124,17 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
                 seed=point["seed"],
             )
 
-    def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
-        task = spec["task"]
-        describe = functools.partial(self._describe, task["name"], task["source"])
-        readers = [SetReader(task["name"], ALL, describe)]
-        if any(is_mmlu(entry["task"]) for entry in spec["evaluation"]["tasks"]):
+    def sets(self, run: Run) -> list[SetReader]:
+        spec = InstructionSpec.model_validate(run.spec)
+        describe = functools.partial(self._describe, spec.task.name, spec.task.source)
+        readers = [SetReader(spec.task.name, ALL, describe)]
+        if any(is_mmlu(entry.task) for entry in spec.evaluation.tasks):
             for split in MMLU_ROWS:
                 readers.append(SetReader(MMLU, split, functools.partial(describe_mmlu, split)))
         return readers
 
     def _describe(
-        self, name: str, source: Mapping[str, Any], _open_files: bool
+        self, name: str, source: InstructionSource, _open_files: bool
     ) -> Iterator[SetPart]:
         """Read a set, and yield its description.
 
@@ -142,7 +142,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
         """
         entry = self.tasks[name]
         try:
-            instructions = load_instructions(name, InstructionSource.model_validate(source))
+            instructions = load_instructions(name, source)
             yield instructions.describe(name, entry.rows)
         except DataError as error:
             yield missing_set(name, first_line(error), entry.download_instructions, entry.rows)
@@ -224,16 +224,16 @@ def _check_layers(
     else:
         fits = all(converted[depth] <= named[depth] for depth in depths)
         verb = "leaves unquantised only"
-    if depths and fits:
-        return
-    finetuning = point["finetuning"]
-    raise DefinitionError(
-        f"{where}: method '{point['method']}' converts the layers {config['layers']!r}, but the "
-        f"finetuning '{finetuning}' {verb} {tuning.layers!r}; set 'layers' of the method to "
-        f"{tuning.layers!r}, or 'finetuning.{finetuning}.layers' to {config['layers']!r}; "
-        "the layers have to fit for every number of layers, because that of the model is not known "
-        "yet"
-    )
+    # without a common number of layers, the two can never be used together
+    if not depths or not fits:
+        finetuning = point["finetuning"]
+        raise DefinitionError(
+            f"{where}: method '{point['method']}' converts the layers {config['layers']!r}, but "
+            f"the finetuning '{finetuning}' {verb} {tuning.layers!r}; set 'layers' of the method "
+            f"to {tuning.layers!r}, or 'finetuning.{finetuning}.layers' to {config['layers']!r}; "
+            "the layers have to fit for every number of layers, because that of the model is not "
+            "known yet"
+        )
 
 
 def _layers_by_depth(layers: str | Sequence[int]) -> dict[int, set[int]]:

@@ -1,4 +1,8 @@
-"""Collect the losses and accuracies of finished runs, and compare methods."""
+"""Collect the losses and accuracies of finished runs, and compare methods.
+
+The column ``tuning`` has the name of the fine-tuning method, which definitions and specs call
+``finetuning``.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from benchmarks.harness.results.statistics import (
     shared_pairs,
     with_verdicts,
 )
-from benchmarks.llama.definition import HELD_OUT, NATS, QUESTIONS, RANDOM
+from benchmarks.llama.definition import HELD_OUT, NATS, QUESTIONS, RANDOM, InstructionSpec
 
 # the columns that identify a group of comparable cells
 GROUP = ["model", "task", "tuning"]
@@ -74,7 +78,7 @@ class InstructionOutcomes(Outcomes):
         super().__init__(benchmark, runs, [*GROUP, "method"], task=sets, tuning=tunings)
         self.records = _tabulate_by_cell(self.chosen)
         self.several_sets = self.records["task"].nunique() > 1
-        self.draws_templates = any(run.spec["data"]["template"] == RANDOM for run in runs)
+        self.draws_templates = any(_spec_of(run).data.template == RANDOM for run in runs)
         self.shared = shared_pairs(
             self.records, within=GROUP, compared=["method", "variant"], pair="seed"
         )
@@ -150,7 +154,7 @@ class InstructionOutcomes(Outcomes):
             averaged = ["seed"] if against == UNTUNED else []
             compared = paired_differences(
                 values,
-                cell=[*CELL, "eval_task"],
+                cell_columns=[*CELL, "eval_task"],
                 reference=self._references[against],
                 pair="question",
                 averaged=averaged,
@@ -198,11 +202,10 @@ class InstructionOutcomes(Outcomes):
         """
         rows = []
         for run in self.runs:
-            config = run.spec["method"]["config"]
-            if config is None:
+            if not run.config:
                 continue  # a dense model has no experts
-            num_experts = str(config["num_experts"])
-            top_k = str(config["top_k"])
+            num_experts = str(run.config["num_experts"])
+            top_k = str(run.config["top_k"])
             rows.append({**cell_of(run), "num_experts": num_experts, "top_k": top_k})
         # the runs of a cell differ only in their seeds
         return pd.DataFrame(rows, columns=[*CELL, "num_experts", "top_k"]).drop_duplicates()
@@ -242,10 +245,15 @@ def cell_of(run: Run) -> dict[str, str]:
     return {
         "model": run.model,
         "task": run.task,
-        "tuning": run.spec["finetuning"],
+        "tuning": _spec_of(run).finetuning,
         "method": run.method,
         "variant": run.method_variant,
     }
+
+
+def _spec_of(run: Run) -> InstructionSpec:
+    """Return the spec of a run with types."""
+    return InstructionSpec.model_validate(run.spec)
 
 
 def format_task(task: str) -> str:
@@ -260,22 +268,23 @@ def _best_rate_runs(finished: Sequence[Record]) -> list[Record]:
 
     The best rate of a cell has the lowest held-out loss, averaged over seeds.
     """
+    # a row per run
     rows = []
     for record in finished:
-        cell = cell_of(record.run)
-        loss = _held_out_loss(record)
-        rows.append({**cell, "rate": record.run.learning_rate, "loss": loss, "record": record})
-    # a row per run
-    runs = pd.DataFrame(rows, columns=[*CELL, "rate", "loss", "record"])
+        rows.append((*_cell_and_rate(record.run), _held_out_loss(record)))
+    losses = pd.DataFrame(rows, columns=[*CELL, "rate", "loss"]).astype({"loss": float})
     # a row per cell and learning rate, with the mean over seeds
-    mean_losses = runs.groupby([*CELL, "rate"], sort=False)["loss"].mean().reset_index()
-    # after the sort by loss, the first row of a cell has its best rate; the sort is stable, so the
-    # earlier of two equal losses wins
-    by_loss = mean_losses.sort_values("loss", kind="stable")
-    best_rates = by_loss.drop_duplicates(CELL)[[*CELL, "rate"]]
-    # the runs that have the best rate of their cell; an inner join keeps the order of the runs
-    chosen = runs.merge(best_rates, on=[*CELL, "rate"], how="inner")
-    return list(chosen["record"])
+    mean_losses = losses.groupby([*CELL, "rate"], sort=False)["loss"].mean().reset_index()
+    # the index of the lowest loss of each cell; idxmin returns the first of equal losses
+    best = mean_losses.groupby(CELL, sort=False)["loss"].idxmin()
+    best_rates = mean_losses.loc[best, [*CELL, "rate"]]
+    chosen = set(best_rates.itertuples(index=False, name=None))
+    return [record for record in finished if _cell_and_rate(record.run) in chosen]
+
+
+def _cell_and_rate(run: Run) -> Row:
+    """Return the cell of a run, as in :data:`CELL`, and its learning rate."""
+    return (*cell_of(run).values(), run.learning_rate)
 
 
 def _held_out_loss(record: Record) -> float:

@@ -42,7 +42,7 @@ from benchmarks.llama.evaluation import (
 )
 from benchmarks.llama.instructions import Instructions, load_instructions, refuse_broken
 from benchmarks.llama.templates import Template, find_template
-from benchmarks.llama.training import train
+from benchmarks.llama.training import Trained, train
 from emoe.layer import routed_layers
 
 _CALIBRATION_ROWS = 256  # the maximum number of rows to calibrate a conversion with
@@ -66,20 +66,20 @@ def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, An
     """
     training = spec.training
     tokenizer = load_tokenizer(spec.model)
-    data = read_data(spec, tokenizer)
+    rows = read_data(spec, tokenizer)
     tasks: dict[EvaluationTask, LoadedTask] = {}
     if is_main():
         # loaded before the training, so that an unknown task ends the run early
         tasks = {entry: load_task(entry) for entry in spec.evaluation.tasks}
-        _print_warnings(data, tasks, progress)
-    _report_rows(data, spec.data.max_length, progress)
+        _print_warnings(rows, tasks, progress)
+    _report_rows(rows, spec.data.max_length, progress)
 
-    trainable = _build(spec, data)
+    trainable = _build(spec, rows)
     if trainable.prefix:
-        data = data.with_prefix(trainable.prefix)
+        rows = rows.with_prefix(trainable.prefix)
     _report_experts(trainable, progress)
     probe = Probe()
-    probe.observe(trainable.model, collator(tokenizer)([data.train[0]]))
+    probe.observe(trainable.model, collator(tokenizer)([rows.train[0]]))
 
     if isinstance(training, RunInstructionTraining):
         trained = train(
@@ -87,8 +87,8 @@ def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, An
             tokenizer=tokenizer,
             spec=spec,
             training=training,
-            rows=data.train,
-            held_out=data.held_out,
+            rows=rows.train,
+            held_out=rows.held_out,
             folder=folder,
             progress=progress,
             probe=probe,
@@ -96,36 +96,37 @@ def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, An
         trainable = _gather_model(spec, trainable)
     else:
         # the run only evaluates
-        trained = {"curve": [], "cost": Stopwatch().cost(0)}
+        trained = Trained(curve=[], cost=Stopwatch().cost(0))
     # the main process evaluates alone
     destroy_process_group()
     if not is_main():
         return {}
     if training.keep_weights:
         save_trained(trainable.model, folder / "model")
-    evaluated = _evaluate(spec, trainable, data, tasks, progress)
-    if trained.get("held_out_curve"):
+    evaluated = _evaluate(spec, trainable, rows, tasks, progress)
+    held_out_curve = {}  # without such a curve, the section is left out
+    if trained.held_out_curve:
         # the training does not compute the loss of the last step, because the evaluation does
         final_loss = evaluated["scores"]["dev"][spec.task.name]["loss"]
-        last_step = trained["cost"]["steps"]
-        trained["held_out_curve"].append({"step": last_step, "loss": final_loss})
-    cost = {
-        **trained["cost"],
-        "precision": available_precision(training.precision),
-        **trainable.prefix_cost(),
-    }
+        last_point = {"step": trained.cost["steps"], "loss": final_loss}
+        held_out_curve = {"held_out_curve": [*trained.held_out_curve, last_point]}
     return {
         **evaluated,
-        **trained,
-        "cost": cost,  # instead of the cost in `trained`
+        **held_out_curve,
+        "curve": trained.curve,
+        "cost": {
+            **trained.cost,
+            "precision": available_precision(training.precision),
+            **trainable.prefix_cost(),
+        },
         "probe": probe.summary(),
         "model": trainable.summary,
-        "data": data.summary,
+        "data": rows.summary,
     }
 
 
 @dataclass(frozen=True)
-class Data:
+class RunRows:
     """The rows of a run.
 
     Attributes:
@@ -142,7 +143,7 @@ class Data:
     summary: dict[str, dict[str, Any]]
     note: str | None
 
-    def with_prefix(self, prefix: Prefix) -> Data:
+    def with_prefix(self, prefix: Prefix) -> RunRows:
         """Return a copy whose rows include the output of the frozen layers ``prefix``."""
         tokenizer = self.template.tokenizer
         return replace(
@@ -153,24 +154,24 @@ class Data:
 
 
 def _print_warnings(
-    data: Data, tasks: Mapping[EvaluationTask, LoadedTask], progress: Progress
+    rows: RunRows, tasks: Mapping[EvaluationTask, LoadedTask], progress: Progress
 ) -> None:
     """Print a warning for each unexpected number of rows or questions."""
-    notes = [data.note]
+    notes = [rows.note]
     notes.extend(loaded.note for loaded in tasks.values())
     printed: set[str] = set()
     for note in notes:
         # two forms of the same questions have the same note
         if note and note not in printed:
-            progress.say(f"warning: {note}")
+            progress.warn(note)
             printed.add(note)
 
 
-def _report_rows(data: Data, max_length: int, progress: Progress) -> None:
+def _report_rows(rows: RunRows, max_length: int, progress: Progress) -> None:
     """Print how many rows are learned, held out, broken and cut."""
-    counts = data.summary["train"]
+    counts = rows.summary["train"]
     progress.say(
-        f"{len(data.train)} rows to learn, {len(data.held_out)} held out, "
+        f"{len(rows.train)} rows to learn, {len(rows.held_out)} held out, "
         f"{counts['broken_rows']} broken left out, "
         f"{counts['truncated_responses']} responses cut at {max_length} tokens"
     )
@@ -184,7 +185,7 @@ def _report_experts(trainable: Trainable, progress: Progress) -> None:
         progress.say(f"experts in layers {layers}")
 
 
-def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data:
+def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> RunRows:
     """Read, check, split and encode the rows of a run.
 
     Raises:
@@ -217,7 +218,7 @@ def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data
         "held_out": {**shared, **held_out_rows.summary()},
     }
     note = _count_note(spec, instructions)
-    return Data(
+    return RunRows(
         template=template, train=train_rows, held_out=held_out_rows, summary=summary, note=note
     )
 
@@ -256,17 +257,17 @@ def _split_rows(
     return learned, held_out
 
 
-def _build(spec: InstructionSpec, data: Data) -> Trainable:
+def _build(spec: InstructionSpec, rows: RunRows) -> Trainable:
     """Build the model of a run.
 
     If the model is sharded, the main process loads the weights and distributes them.
     """
     if not is_sharded():
-        return build_language_model(spec, _calibration_batches(data))
+        return build_language_model(spec, _calibration_batches(rows))
     # only the main process has the weights, which determine the partition of the neurons into
     # experts; the other processes get the partition from it
     if is_main():
-        built = build_language_model(spec, _calibration_batches(data))
+        built = build_language_model(spec, _calibration_batches(rows))
         broadcast(permutations(built.model))
     else:
         partition = broadcast(None)  # receives
@@ -276,12 +277,12 @@ def _build(spec: InstructionSpec, data: Data) -> Trainable:
     return built
 
 
-def _calibration_batches(data: Data) -> Iterator[dict[str, Tensor]]:
+def _calibration_batches(rows: RunRows) -> Iterator[dict[str, Tensor]]:
     """Yield the model inputs of the first training rows, one row a batch, to calibrate with."""
-    collate = collator(data.template.tokenizer)
-    count = min(len(data.train), _CALIBRATION_ROWS)
+    collate = collator(rows.template.tokenizer)
+    count = min(len(rows.train), _CALIBRATION_ROWS)
     for number in range(count):
-        yield model_inputs(collate([data.train[number]]))
+        yield model_inputs(collate([rows.train[number]]))
 
 
 def _gather_model(spec: InstructionSpec, trainable: Trainable) -> Trainable:
@@ -305,7 +306,7 @@ def _gather_model(spec: InstructionSpec, trainable: Trainable) -> Trainable:
 def _evaluate(
     spec: InstructionSpec,
     trainable: Trainable,
-    data: Data,
+    rows: RunRows,
     tasks: Mapping[EvaluationTask, LoadedTask],
     progress: Progress,
 ) -> dict[str, Any]:
@@ -314,8 +315,8 @@ def _evaluate(
     Args:
         spec: The settings of the run.
         trainable: The model.
-        data: The rows of the run.
-        tasks: The tasks of lm-eval, as in the spec and as loaded.
+        rows: The rows of the run.
+        tasks: The loaded task of lm-eval for each task of the spec.
         progress: The progress line.
 
     Returns:
@@ -324,7 +325,7 @@ def _evaluate(
     evaluation = spec.evaluation
     precision = available_precision(spec.training.precision)
     model = cast(PreTrainedModel, trainable.model)
-    tokenizer = data.template.tokenizer
+    tokenizer = rows.template.tokenizer
     _move_to_accelerator(model)
     model.eval()
     model.config.use_cache = True
@@ -332,7 +333,7 @@ def _evaluate(
     compute_loss = partial(
         held_out_loss,
         model=model,
-        rows=data.held_out,
+        rows=rows.held_out,
         tokenizer=tokenizer,
         batch_size=evaluation.batch_size,
         precision=precision,
@@ -351,11 +352,11 @@ def _evaluate(
             prefix=trainable.prefix,
         )
 
-    instructions = [row.source for row in data.held_out.rows[: evaluation.generations]]
+    instructions = [row.source for row in rows.held_out.rows[: evaluation.generations]]
     progress.say(f"answering {len(instructions)} instructions")
     answers = generate_answers(
         model=model,
-        template=data.template,
+        template=rows.template,
         instructions=instructions,
         new_tokens=evaluation.new_tokens,
         precision=precision,

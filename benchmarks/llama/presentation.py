@@ -64,11 +64,11 @@ def results(outcomes: InstructionOutcomes) -> Table:
     losses, loss_columns = _with_losses(outcomes.cells(), outcomes)
     losses_and_scores, score_columns = _with_scores(losses, outcomes)
     return Table(
-        "Held-out loss and accuracy",
-        _results_caption(outcomes),
-        {**_key_headings(outcomes), "n": "n"},
-        [*loss_columns, *score_columns],
-        outcomes.order(losses_and_scores, CELL),
+        title="Held-out loss and accuracy",
+        caption=_results_caption(outcomes),
+        keys={**_key_headings(outcomes), "n": "n"},
+        columns=[*loss_columns, *score_columns],
+        frame=outcomes.order(losses_and_scores, CELL),
         group=("model", "task", "tuning"),
         origins=outcomes.shared,
     )
@@ -109,7 +109,7 @@ def _with_losses(
     """
     losses = outcomes.numbers("dev", "loss")
     frame = cells.join(_mean_and_std(losses, "loss"), on=CELL)
-    columns = [Column("loss", "loss", "Held-out loss", std="loss std", best=True)]
+    columns = [Column("loss", "loss", "Held-out loss", std="loss std", marks_best=True)]
     for against, title in _reference_titles(outcomes).items():
         differences = outcomes.loss_differences(against).drop(columns="p")
         frame = common.with_numbers(frame, on=CELL, numbers=differences, prefix=f"{against} ")
@@ -150,7 +150,7 @@ def _with_scores(
             scores = outcomes.numbers("test", metric, task)
             frame = frame.join(_mean_and_std(scores, name), on=CELL)
             heading = f"{titles[task]}{ending}"
-            columns.append(Column(metric, name, heading, std=f"{name} std", best=True))
+            columns.append(Column(metric, name, heading, std=f"{name} std", marks_best=True))
     return frame, columns
 
 
@@ -230,12 +230,12 @@ def answers(outcomes: InstructionOutcomes) -> Table:
     # rows are in the order of the runs, so the first row of a cell has its first seed
     first_seed = all_seeds.drop_duplicates([*CELL, "number"]).drop(columns=["run_id", "seed"])
     return Table(
-        "Answers to held-out instructions",
-        f"Greedy answers of the first seed of each row, cut at {_LONGEST} letters. `metrics.json` "
-        "has the whole answers.",
-        {"number": "No", "asked": "Instruction", **_key_headings(outcomes)},
-        [],
-        outcomes.order(first_seed, ["number", *CELL]),
+        title="Answers to held-out instructions",
+        caption=f"Greedy answers of the first seed of each row, cut at {_LONGEST} letters. "
+        "`metrics.json` has the whole answers.",
+        keys={"number": "No", "asked": "Instruction", **_key_headings(outcomes)},
+        columns=[],
+        frame=outcomes.order(first_seed, ["number", *CELL]),
         notes={"answer": "Answer"},
     )
 
@@ -276,13 +276,13 @@ def data_table(outcomes: InstructionOutcomes) -> Table:
     distinct = pd.DataFrame(_data_rows(outcomes)).drop_duplicates().reset_index(drop=True)
     task_titles = [outcomes.title("task", name) for name in distinct["task"]]
     return Table(
-        "Instructions",
-        "Only the tokens of responses are learned. Responses are cut at the maximum length. A row "
-        "is broken if its prompt alone is longer, or if it lacks a field, is empty, or is not "
-        "UTF-8.",
-        {"task_title": "Set", "model": "Tokens of", "part": "Part", "template": "Template"},
-        [Column("count", name, heading) for name, heading in _COUNT_HEADINGS.items()],
-        distinct.assign(task_title=task_titles),
+        title="Instructions",
+        caption="Only the tokens of responses are learned. Responses are cut at the maximum "
+        "length. A row is broken if its prompt alone is longer, or if it lacks a field, is empty, "
+        "or is not UTF-8.",
+        keys={"task_title": "Set", "model": "Tokens of", "part": "Part", "template": "Template"},
+        columns=[Column("count", name, heading) for name, heading in _COUNT_HEADINGS.items()],
+        frame=distinct.assign(task_title=task_titles),
         notes={"source": "Source"},
     )
 
@@ -306,7 +306,7 @@ def cost(outcomes: InstructionOutcomes) -> Table:
     return common.cost_table(
         keys=_key_headings(outcomes),
         frame=outcomes.order(outcomes.cells(), CELL),
-        cell=CELL,
+        cell_columns=CELL,
         records=outcomes.records,
         averaged="Means over seeds",
         measured_on="the held-out instructions",
@@ -403,14 +403,14 @@ def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
     """
     gains = outcomes.loss_differences(UNTUNED).set_index(CELL)["delta"]
     losses = outcomes.order(outcomes.loss_differences(BASELINE), CELL)
-    is_method = losses["method"].map(outcomes.role) == "method"
-    for row in losses[is_method].to_dict("records"):
+    has_method_role = losses["method"].map(outcomes.role) == "method"
+    for row in losses[has_method_role].to_dict("records"):
         interval = common.interval_text(row["low"], row["high"], 3)
-        findings = [
-            f"held-out loss {row['delta']:+z.3f}{interval}",
-            *_gain_texts(outcomes, row, gains),
-            *_test_texts(outcomes, row),
-        ]
+        findings = [f"held-out loss {row['delta']:+z.3f}{interval}"]
+        gain_text = _gain_text(outcomes, row, gains)
+        if gain_text:
+            findings.append(gain_text)
+        findings += _test_texts(outcomes, row)
         # the titles of model, set (if there are several) and tuning
         group_columns = [name for name in _key_headings(outcomes) if name != "method_title"]
         group_text = ", ".join(row[column] for column in group_columns)
@@ -420,18 +420,17 @@ def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
         )
 
 
-def _gain_texts(
+def _gain_text(
     outcomes: InstructionOutcomes, row: Mapping[Hashable, Any], gains: pd.Series[float]
-) -> list[str]:
+) -> str:
     """Describe how much tuning changed the loss of a method, and that of the baseline.
+
+    The text is empty if neither of them has both losses.
 
     Args:
         outcomes: The results.
         row: The cell of the method, with the title of the method.
         gains: The tuned loss minus the untuned loss, for each cell that has both.
-
-    Returns:
-        A list with one text; empty if neither the method nor the baseline has such a difference.
     """
     method_cell = tuple(row[key] for key in CELL)
     group = [row[key] for key in GROUP]
@@ -442,8 +441,8 @@ def _gain_texts(
     if baseline_cell in gains.index:
         texts.append(f"{outcomes.baseline_title} {gains[baseline_cell]:+z.3f}")
     if not texts:
-        return []
-    return [f"by tuning: {', '.join(texts)}"]
+        return ""
+    return f"by tuning: {', '.join(texts)}"
 
 
 def _test_texts(outcomes: InstructionOutcomes, row: Mapping[Hashable, Any]) -> list[str]:
@@ -539,5 +538,11 @@ def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
     outcomes = InstructionOutcomes(benchmark, records)
     sentences = list(verdicts(outcomes))
     return Presentation(
-        benchmark, TABLES, FIGURES, outcomes, verdicts=sentences, note=_NOTE, optimizer="AdamW"
+        benchmark=benchmark,
+        table_functions=TABLES,
+        figure_functions=FIGURES,
+        outcomes=outcomes,
+        verdicts=sentences,
+        note=_NOTE,
+        optimizer="AdamW",
     )

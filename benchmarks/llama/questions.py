@@ -35,7 +35,7 @@ from benchmarks.harness.base import (
     DataError,
     derive_seed,
     first_line,
-    first_problem,
+    first_problem_of_row,
     print_warning,
     read_bytes,
     read_json,
@@ -183,18 +183,12 @@ def draw_by_subject(sizes: Mapping[str, int], count: int) -> dict[str, list[int]
     # sorted without the form, so that ties end in the same way for both forms
     names = sorted(sizes, key=_without_form)
     counts = dict.fromkeys(names, 1)
-
-    def quotient(name: str) -> float:
-        """Return (2n + 1) / size, where n is the subject's count so far, which the loop raises.
-
-        By Webster's method, the subject with the lowest value gets the next question.
-        """
-        # 2n + 1 is the sum of n and the next count, n + 1
-        return (2 * counts[name] + 1) / sizes[name]
-
     num_left = count - len(names)
     for _ in range(num_left):
-        next_name = min(names, key=quotient)
+        # Webster's method: the subject with the lowest (2n + 1) / size gets the next question,
+        # where n is its count so far
+        quotients = {name: (2 * counts[name] + 1) / sizes[name] for name in names}
+        next_name = min(names, key=quotients.__getitem__)
         counts[next_name] += 1
 
     drawn = {}
@@ -283,8 +277,7 @@ def _read_questions(data_folder: Path, split: str) -> dict[str, list[Question]]:
         try:
             question = Question.model_validate_json(line)
         except ValidationError as error:
-            # a message on the whole line begins with "the file", which would be wrong here
-            problem = first_problem(error).removeprefix("'the file': ")
+            problem = first_problem_of_row(error)
             raise DataError(f"{where}: {problem}") from None
         if question.subject not in by_subject:
             near = did_you_mean(question.subject, by_subject)

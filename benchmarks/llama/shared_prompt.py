@@ -221,10 +221,10 @@ def _inputs(questions: Sequence[_Question]) -> dict[str, Tensor]:
     Rows are padded on the right. Padding attends only to itself.
     """
     token_lists = [question.tokens for question in questions]
-    rows = len(questions)
+    num_rows = len(questions)
     longest = max(len(tokens) for tokens in token_lists)
-    input_ids = torch.zeros(rows, longest, dtype=torch.long)
-    mask = torch.eye(longest, dtype=torch.bool).repeat(rows, 1, 1)  # [rows, tokens, tokens]
+    input_ids = torch.zeros(num_rows, longest, dtype=torch.long)
+    mask = torch.eye(longest, dtype=torch.bool).repeat(num_rows, 1, 1)  # [rows, tokens, tokens]
     for row, question in enumerate(questions):
         size = len(token_lists[row])
         input_ids[row, :size] = torch.tensor(token_lists[row])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
@@ -31,6 +31,21 @@ from benchmarks.llama.evaluation import held_out_loss
 _HELD_OUT_LOSS = "held_out_loss"  # the key in Trainer's log
 
 
+class Trained(NamedTuple):
+    """What a training records.
+
+    Attributes:
+        curve: The loss of every step, which is a mean over the step's response tokens.
+        cost: The number of steps, and their times.
+        held_out_curve: The ``step`` and ``loss`` of evaluations on held-out rows; empty without
+            ``eval_every``.
+    """
+
+    curve: list[float | None]
+    cost: dict[str, Any]
+    held_out_curve: Sequence[dict[str, Any]] = ()
+
+
 def train(
     trainable: Trainable,
     tokenizer: PreTrainedTokenizerBase,
@@ -41,7 +56,7 @@ def train(
     folder: Path,
     progress: Progress,
     probe: Probe,
-) -> dict[str, Any]:
+) -> Trained:
     """Train a language model, from the last complete checkpoint if there is one.
 
     The rows and the loss of a step depend neither on the number of processes nor on the size of
@@ -57,22 +72,15 @@ def train(
         folder: The run's folder, for checkpoints.
         progress: The progress line.
         probe: The recorder of the first losses.
-
-    Returns:
-        Sections of ``metrics.json``:
-
-        - ``curve``: the loss of every step, which is a mean over the step's response tokens.
-        - ``cost``: the number of steps, and their times.
-        - ``held_out_curve``: the ``step`` and ``loss`` of evaluations on ``held_out``. Without
-          ``eval_every``, it is missing.
     """
     stopwatch = Stopwatch()
     precision = available_precision(training.precision)
-    lengths = [len(row.tokens) for row in rows.rows]
     collate = collator(tokenizer, packing=training.packing)
     trainer = RoutedTrainer(
         args=_trainer_arguments(spec, training, folder, precision),
-        order=EpochOrder(lengths, training.per_device_train_batch_size, spec.seed, by_length=False),
+        order=EpochOrder(
+            rows.lengths, training.per_device_train_batch_size, spec.seed, by_length=False
+        ),
         trainable=trainable,
         lora=training.lora,
         probe=probe,
@@ -96,35 +104,25 @@ def train(
     origin = {
         "training rows": rows.digest,
         "held-out rows": held_out.digest,
-        "weights": trainable.weights,
+        "weights": trainable.weights_id,
     }
     # also restores the state and the callbacks of the trainer
-    checkpoint = resume(trainer, origin, progress.say)
+    checkpoint = resume(trainer, origin, progress.warn)
     trainer.train(resume_from_checkpoint=checkpoint)
 
-    curve, held_out_curve = _read_curves(trainer.state)
-    trained: dict[str, Any] = {
-        "curve": curve,
-        "cost": stopwatch.cost(trainer.state.global_step),
-    }
-    if training.eval_every:
-        trained["held_out_curve"] = held_out_curve
-    return trained
-
-
-def _read_curves(state: TrainerState) -> tuple[list[float | None], list[dict[str, Any]]]:
-    """Return the training losses, one per step, and the held-out losses with their steps.
-
-    They are read from Trainer's log, which also has the losses from before a resume.
-    """
+    # Trainer's log also has the losses from before a resume
     curve = []
     held_out_curve = []
-    for entry in state.log_history:
+    for entry in trainer.state.log_history:
         if "loss" in entry:
             curve.append(finite_or_none(entry["loss"]))
         if _HELD_OUT_LOSS in entry:
             held_out_curve.append({"step": entry["step"], "loss": entry[_HELD_OUT_LOSS]})
-    return curve, held_out_curve
+    return Trained(
+        curve=curve,
+        cost=stopwatch.cost(trainer.state.global_step),
+        held_out_curve=held_out_curve,
+    )
 
 
 def _trainer_arguments(

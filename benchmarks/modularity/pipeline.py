@@ -20,7 +20,7 @@ from benchmarks.harness.models.build import permutations
 from benchmarks.harness.models.conversion import apply_method_
 from benchmarks.harness.models.loading import load_backbone, load_tokenizer, source_of
 from benchmarks.harness.training.progress import Progress
-from benchmarks.harness.training.routing import loads_by_row
+from benchmarks.harness.training.routing import label_rows, loads_by_row
 from benchmarks.modularity.definition import EXPERTS, ModularitySpec
 from benchmarks.text.data import TextSplit, load_part
 from benchmarks.text.tokenization import TokenisedRows, batches
@@ -29,7 +29,6 @@ from emoe.architectures import find_ffns
 from emoe.calibration import record_activations
 from emoe.config import EMoEConfig, Selection
 from emoe.layer import routed_layers
-from emoe.records import RoutingRecord
 
 Batches = Iterable[Mapping[str, Any]]
 # a function that yields batches of the same rows at every call
@@ -61,8 +60,10 @@ def run(spec: ModularitySpec, _folder: Path, progress: Progress) -> dict[str, An
     # before the conversion, because the magnitudes are of the dense model
     num_rows = sum(len(split) for split in splits.values())
     progress.say(f"reading {num_rows:,} rows of {len(splits)} tasks with the dense model")
-    dense = {name: dense_magnitudes(model, layer, read()) for name, read in read_batches.items()}
-    token_counts = {name: len(of_task) for name, of_task in dense.items()}
+    magnitudes_by_task = {}
+    for name, read in read_batches.items():
+        magnitudes_by_task[name] = dense_magnitudes(model, layer, read())
+    token_counts = {name: len(of_task) for name, of_task in magnitudes_by_task.items()}
 
     report = apply_method_(model, spec.method, spec.seed)
     assert report is not None  # noqa: S101 -- all methods are EMoEs
@@ -73,7 +74,7 @@ def run(spec: ModularitySpec, _folder: Path, progress: Progress) -> dict[str, An
 
     # the neurons of an expert become neighbours, [tokens of all tasks, d]
     order = permutations(model)[layer]
-    magnitudes = torch.cat([of_task[:, order] for of_task in dense.values()])
+    magnitudes = torch.cat([of_task[:, order] for of_task in magnitudes_by_task.values()])
     active = active_mask(magnitudes, spec.reading.active_share)
     information, usage = describe_usage(routing.loads)
     measured = {
@@ -100,7 +101,9 @@ def _load_splits(spec: ModularitySpec, progress: Progress) -> dict[str, TextSpli
     entries = load_benchmark(spec.benchmark).tasks
     splits = {}
     for task in (spec.task, *spec.ood):
-        splits[task.name] = load_part(task, "test", spec.reading.rows, entries, progress.say)
+        splits[task.name] = load_part(
+            task, "test", spec.reading.rows, entries=entries, warn=progress.warn
+        )
     return splits
 
 
@@ -145,9 +148,11 @@ def _read_with_experts(
     for name, split in splits.items():
         read = read_batches[name]
         # the model usually chooses the top k experts, so their pass also records the routing
-        with emoe.record_routing(model) as record:
-            labelled = _label_by_row(read(), record)
-            used_top.append(neurons_used(model, layer, labelled, "top"))
+        with (
+            emoe.record_routing(model) as record,
+            label_rows(model, record, labels=torch.arange(len(split))),
+        ):
+            used_top.append(neurons_used(model, layer, read(), "top"))
         row_loads = loads_by_row(record.layers[layer], len(split))
         loads[name] = SetLoads(row_loads, split.class_numbers)
         used_bottom.append(neurons_used(model, layer, read(), "bottom"))
@@ -165,21 +170,6 @@ def _measure_selections(routing: _Routing, magnitudes: Tensor, active: Tensor) -
         for name, value in measure_use(used, magnitudes, active).items():
             measured[f"{name}_{selection}"] = value
     return measured
-
-
-def _label_by_row(
-    batches: Iterable[dict[str, Any]], record: RoutingRecord
-) -> Iterator[dict[str, Any]]:
-    """Yield the batches. Before each one, label the record's next tokens with their row number.
-
-    Rows are numbered from 0 through all batches.
-    """
-    start = 0
-    for batch in batches:
-        end = start + len(batch["input_ids"])
-        record.set_labels(torch.arange(start, end))
-        yield batch
-        start = end
 
 
 def dense_magnitudes(model: nn.Module, layer: int, batches: Batches) -> Tensor:

@@ -211,7 +211,7 @@ def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
     size = (plots.WIDTH, 3.0 * len(titles) + 0.4)  # inches
     figure_of_panels = plots.panel_figure(
         path,
-        lines=len(titles),
+        rows=len(titles),
         columns=columns,
         size=size,
         style=plots.HEATMAP,
@@ -409,5 +409,10 @@ def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
     """Make the tables, figures and verdicts of finished runs."""
     outcomes = ModularityOutcomes(benchmark, records)
     return Presentation(
-        benchmark, TABLES, FIGURES, outcomes, verdicts=list(verdicts(outcomes)), note=_NOTE
+        benchmark=benchmark,
+        table_functions=TABLES,
+        figure_functions=FIGURES,
+        outcomes=outcomes,
+        verdicts=list(verdicts(outcomes)),
+        note=_NOTE,
     )

@@ -62,7 +62,7 @@ def run(spec: MultitaskSpec, folder: Path, progress: Progress) -> dict[str, Any]
     Raises:
         DataError: Data or the model are missing, or two classes of a task have the same tokens.
     """
-    load = partial(load_part, entries=load_benchmark(spec.benchmark).tasks, say=progress.say)
+    load = partial(load_part, entries=load_benchmark(spec.benchmark).tasks, warn=progress.warn)
     splits = {task.name: _splits(task, spec.training, load) for task in spec.task.tasks}
     ood = {other.name: load(other, "test", spec.training.eval_rows) for other in spec.ood}
 
@@ -204,8 +204,8 @@ class MixedOrder(EpochOrder):
         self._lengths_by_task = lengths_by_task
         self._rows_per_epoch = {}
         for name, lengths in lengths_by_task.items():
-            rows = len(lengths)
-            self._rows_per_epoch[name] = rows if most is None else min(rows, most)
+            num_rows = len(lengths)
+            self._rows_per_epoch[name] = num_rows if most is None else min(num_rows, most)
 
     def __len__(self) -> int:
         return sum(self._rows_per_epoch.values())
@@ -229,16 +229,16 @@ class MixedOrder(EpochOrder):
         The task's rows form an endless sequence of passes. Each pass has all rows once, in a new
         random order. An epoch takes the next rows of this sequence.
         """
-        rows = len(self._lengths_by_task[name])
+        num_rows = len(self._lengths_by_task[name])
         rows_per_epoch = self._rows_per_epoch[name]
         # the earlier epochs used `first_pass` complete passes, and `start` rows of the next pass
-        first_pass, start = divmod(self._epoch * rows_per_epoch, rows)
+        first_pass, start = divmod(self._epoch * rows_per_epoch, num_rows)
         # an epoch spans at most two passes
         sequence: list[int] = []
         for number in (first_pass, first_pass + 1):
             seed = derive_seed("rows of", name, self._seed, number)
             generator = torch.Generator().manual_seed(seed)
-            sequence.extend(torch.randperm(rows, generator=generator).tolist())
+            sequence.extend(torch.randperm(num_rows, generator=generator).tolist())
         return sequence[start : start + rows_per_epoch]
 
 
@@ -259,7 +259,7 @@ def log_likelihoods(
         The log-likelihoods ``[rows, answers]``.
     """
     encoder_decoder = cast(Any, model)
-    rows = len(batch["input_ids"])
+    num_rows = len(batch["input_ids"])
     num_answers = len(answers)
     longest = max(len(answer) for answer in answers)
     # pad shorter answers with labels that add nothing to the loss
@@ -269,7 +269,7 @@ def log_likelihoods(
         padded.append([*answer, *padding])
     # The decoder gets every pair of a row and an answer: all answers of the first row, then all of
     # the second. So the list of answers is repeated as a whole: [rows * answers, longest].
-    labels = torch.tensor(padded, device=batch["input_ids"].device).repeat(rows, 1)
+    labels = torch.tensor(padded, device=batch["input_ids"].device).repeat(num_rows, 1)
     encoded = encoder_decoder.get_encoder()(**batch).last_hidden_state
     # each encoded row is repeated in its place
     logits = encoder_decoder(
@@ -281,7 +281,7 @@ def log_likelihoods(
     losses = F.cross_entropy(
         logits.flatten(0, 1).float(), labels.flatten(), ignore_index=_IGNORED, reduction="none"
     )
-    return -losses.view(rows, num_answers, longest).sum(-1)
+    return -losses.view(num_rows, num_answers, longest).sum(-1)
 
 
 class MultitaskTrainer(RoutedTrainer):
@@ -325,7 +325,7 @@ class MultitaskTrainer(RoutedTrainer):
         network = cast(PreTrainedModel, trainable.model)
         self._stopwatch = Stopwatch()
         probe = Probe()
-        self._say = progress.say
+        self._warn = progress.warn
         self._precision = available_precision(training.precision)
         # the metric that chooses the epoch; None keeps the last epoch
         self._selection_metric: str | None = None
@@ -337,7 +337,7 @@ class MultitaskTrainer(RoutedTrainer):
         # the tasks are concatenated in the order in which MixedOrder counts their rows
         rows: ConcatDataset[dict[str, Any]] = ConcatDataset(learned.values())
         # the epochs of a checkpoint were trained and scored on these rows
-        self._origin = {"weights": trainable.weights}
+        self._origin = {"weights": trainable.weights_id}
         for name, task_rows in learned.items():
             self._origin[f"training rows of {name}"] = task_rows.digest
             self._origin[f"dev rows of {name}"] = splits[name]["dev"].digest
@@ -393,7 +393,7 @@ class MultitaskTrainer(RoutedTrainer):
             All epochs (the number, the dev score of each task, and ``mean_score``), and the epoch
             whose weights are kept.
         """
-        checkpoint = resume(self, self._origin, self._say)
+        checkpoint = resume(self, self._origin, self._warn)
         self.train(resume_from_checkpoint=checkpoint)
         # Trainer's log has an entry for each evaluation, and entries of other kinds
         evaluations = [entry for entry in self.state.log_history if f"eval_{_MEAN}" in entry]

@@ -9,10 +9,10 @@ import pandas as pd
 from benchmarks.harness.config.benchmark import OOD_MEAN, AnyBenchmark
 from benchmarks.harness.report import common
 from benchmarks.harness.report.presentation import NOTE, Presentation
-from benchmarks.harness.report.table import MISSING, RUNS, Column, Table
+from benchmarks.harness.report.table import MISSING, RUNS_COLUMN, Column, Table
 from benchmarks.harness.results.records import Record
 from benchmarks.text.definition import CLEAN, ID, OOD
-from benchmarks.text.outcomes import CELL, DOMAINS, KEYS, SELECTION, TextOutcomes
+from benchmarks.text.outcomes import CELL, DOMAIN_TITLES, HEADINGS, SELECTION, TextOutcomes
 from benchmarks.text.tables import cost_table, ood_table, pairs_note, tests_table, verdicts
 
 # groups of scores (domains) besides those of TextOutcomes
@@ -41,9 +41,9 @@ class MultitaskOutcomes(TextOutcomes):
         """Select the rows of mixtures, without tasks that are learned alone."""
         return frame[frame["task"].isin(self.benchmark.definition.mixtures)]
 
-    def _seeds(self) -> pd.DataFrame:
+    def _collect_seeds(self) -> pd.DataFrame:
         """Return the scores by seed, including the domains ``id_mean`` and ``transfer``."""
-        seeds = super()._seeds()
+        seeds = super()._collect_seeds()
         learned = seeds[seeds["domain"] == ID]
         together = self.select_mixtures(learned)
         # a task that is learned alone is its own training task
@@ -86,9 +86,9 @@ def gains(outcomes: MultitaskOutcomes) -> Table:
     return Table(
         title="Means over tasks and over other sets, and the paper's best gains",
         caption=_gains_caption(outcomes),
-        keys={**KEYS, "where": "Where", "sets": "Sets", "n": "n", "pairs": "n of Δ"},
+        keys={**HEADINGS, "where": "Where", "sets": "Sets", "n": "n", "pairs": "n of Δ"},
         columns=[
-            Column(metric="score", value="mean", label="Mean", std="std", best=True),
+            Column(metric="score", value="mean", label="Mean", std="std", marks_best=True),
             Column(
                 metric="score",
                 value="delta",
@@ -138,7 +138,7 @@ def _gain_rows(outcomes: MultitaskOutcomes) -> pd.DataFrame:
     means = rows[is_mean].replace({"domain": _MEANS})
     pairs = common.format_counts(means, _KEYS_OF_GAIN, count="pairs")
     # the number of sets in each row, and the set with the largest gain
-    sets = rows[rows["domain"].isin(DOMAINS)]
+    sets = rows[rows["domain"].isin(DOMAIN_TITLES)]
     set_counts = sets.groupby(_KEYS_OF_GAIN, sort=False).size().rename("sets").reset_index()
     best_sets = _best_sets(sets)
     published = common.read_published(outcomes.benchmark)[[*_KEYS_OF_GAIN, "value"]]
@@ -154,7 +154,7 @@ def _gain_rows(outcomes: MultitaskOutcomes) -> pd.DataFrame:
         with_best_sets, on=_KEYS_OF_GAIN, numbers=published, prefix="paper_"
     )
     return with_paper.assign(
-        where=with_paper["domain"].map(DOMAINS),
+        where=with_paper["domain"].map(DOMAIN_TITLES),
         paper=with_paper["paper_value"].astype(float) / 100,
         best_set=with_paper["best_eval_task_title"].fillna(MISSING),
     )
@@ -181,7 +181,7 @@ def transfer(outcomes: MultitaskOutcomes) -> Table:
     return Table(
         title="Learned together against learned alone",
         caption=_transfer_caption(outcomes),
-        keys={**KEYS, "eval_task_title": "Task", "n": "n", "pairs": "n of Δ"},
+        keys={**HEADINGS, "eval_task_title": "Task", "n": "n", "pairs": "n of Δ"},
         columns=[
             Column(metric="score", value="mean", label="Δ to alone", std="std", signed=True),
             Column(
@@ -193,7 +193,7 @@ def transfer(outcomes: MultitaskOutcomes) -> Table:
             ),
         ],
         # each row links to the runs that it compares
-        frame=with_pairs.assign(**{RUNS: run_folders}),
+        frame=with_pairs.assign(**{RUNS_COLUMN: run_folders}),
     )
 
 
@@ -244,10 +244,10 @@ def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
     """Make the tables and verdicts of a benchmark's finished runs. It has no figures."""
     outcomes = MultitaskOutcomes(benchmark, records)
     return Presentation(
-        benchmark,
-        TABLES,
-        {},  # no figures
-        outcomes,
+        benchmark=benchmark,
+        table_functions=TABLES,
+        figure_functions={},  # no figures
+        outcomes=outcomes,
         verdicts=list(verdicts(outcomes)),
         note=NOTE,
         optimizer="AdamW, linear decay, no clipping",

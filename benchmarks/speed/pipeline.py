@@ -25,7 +25,7 @@ from emoe.clustering import balanced_kmeans, explained_variance_ratio
 
 _ROUNDS = 5
 _MIN_SECONDS = 0.1  # minimum time of the measurement of a candidate in each round
-# the timed statement of each measure; `variables` returns the values of the names in it
+# the timed statement of each measure; `timer_globals` returns the values of the names in it
 _STATEMENTS = {
     # `x` is also the gradient of the output: any tensor of the output's shape serves
     "layer": "net.zero_grad(); net.layers[0].mlp(x.detach().requires_grad_()).backward(x)",
@@ -80,10 +80,11 @@ def make_timers(dense: Any, measure: str, settings: Settings, seed: int) -> dict
         net = dense
         if name != "dense":
             net = make_candidate(name, dense, settings)
-        # seeded just before `variables` draws the inputs, so that all models get the same ones
+        # seeded just before `timer_globals` draws the inputs, so that all models get the same ones
         torch.manual_seed(derive_seed("speed", seed))
-        names = variables(net, settings)
-        timers[name] = Timer(statement, globals=names, num_threads=settings.threads)
+        timers[name] = Timer(
+            statement, globals=timer_globals(net, settings), num_threads=settings.threads
+        )
     return timers
 
 
@@ -130,7 +131,7 @@ def _make_mixtral(implementation: str, dense: Any, num_experts: int, top_k: int)
     return net.to(dense.dtype)
 
 
-def variables(net: Any, settings: Settings) -> dict[str, Any]:
+def timer_globals(net: Any, settings: Settings) -> dict[str, Any]:
     """Return the variables of the timed statements, by name.
 
     They are the model ``net``, the ``inputs`` of the model, the input ``x`` of an FFN

@@ -14,7 +14,7 @@ from benchmarks.harness.report.common import join_claim_numbers
 from benchmarks.harness.report.presentation import Presentation
 from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.records import Record, tabulate_numbers
-from benchmarks.speed.definition import MEASURES, MeasurementDefinition
+from benchmarks.speed.definition import MEASURES, MeasurementDefinition, MeasurementSpec
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ def measure_table(name: str, measured: Measurements) -> Table:
             if column.value in frame and column.value != "dense_ratio":
                 shown.append(column)
     headings = {key: key.replace("_", " ").capitalize() for key in keys}
-    return Table(measure.title, measure.caption, headings, shown, frame)
+    return Table(
+        title=measure.title, caption=measure.caption, keys=headings, columns=shown, frame=frame
+    )
 
 
 def _settings_of_runs(runs: Sequence[Run], measure: str, keys: Sequence[str]) -> pd.DataFrame:
@@ -73,7 +75,8 @@ def _settings_of_runs(runs: Sequence[Run], measure: str, keys: Sequence[str]) ->
     rows = []
     for run in runs:
         if run.task == measure:
-            rows.append({"run_id": run.id, "model": run.model, **run.spec["settings"]})
+            settings = MeasurementSpec.model_validate(run.spec).settings
+            rows.append({"run_id": run.id, "model": run.model, **settings.model_dump()})
     return pd.DataFrame(rows, columns=["run_id", *keys])
 
 
@@ -112,4 +115,6 @@ def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
     """Make the tables of a benchmark's finished runs: one for each measure. It has no figures."""
     runs = [record.run for record in records]
     measured = Measurements(benchmark.definition, runs, tabulate_numbers(records))
-    return Presentation(benchmark, TABLES, {}, measured)
+    return Presentation(
+        benchmark=benchmark, table_functions=TABLES, figure_functions={}, outcomes=measured
+    )

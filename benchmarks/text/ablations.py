@@ -33,7 +33,7 @@ from benchmarks.harness.report.style import MethodStyle
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.statistics import paired_differences, shared_pairs, with_verdicts
 from benchmarks.text.definition import ABLATION_COLUMNS, ID, OOD, PUBLISHED, Ablation
-from benchmarks.text.outcomes import ARROW, DOMAINS, TextOutcomes, shown_deviation, split_name
+from benchmarks.text.outcomes import ARROW, DOMAIN_TITLES, TextOutcomes, shown_deviation, split_name
 
 _AVERAGE_OF = "average of "
 _MAIN_MARK = " (main)"  # ends the title of a main row, which may have the setting of another row
@@ -68,16 +68,17 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     # the means of a group are over the seeds that all its rows have
     shared = shared_pairs(seeds, within=_KEYS_OF_GROUP, compared=["method"], pair="seed")
 
-    # compare all rows with the baseline, or each row with the row above
-    references: Iterable[tuple[str, str | None]] = [(ablated.baseline, None)]
+    # compare each row with the row above, or all rows with the baseline
     if ablation.steps:
-        references = itertools.pairwise(names)
-    # a difference uses all seeds that a row shares with its reference
-    differences = _differences_to(references, seeds)
+        differences = _differences_to_row_above(names, seeds)
+    else:
+        differences = _differences_to(ablated.baseline, seeds)
     summaries = _summarise(shared).merge(differences, on=_KEYS_OF_ROW, how="left")
     tested = with_verdicts(summaries, family=_KEYS_OF_GROUP)
 
-    neurons = cell_means(ablated.records, cell=["model", "method"], metrics=["active_neurons"])
+    neurons = cell_means(
+        ablated.records, cell_columns=["model", "method"], metrics=["active_neurons"]
+    )
     ours = with_numbers(tested, on=["model", "method"], numbers=neurons)
     with_paper = _join_paper(ablated, ablation, ours)
     marked = with_paper.assign(is_ours=with_paper["mean"].notna())
@@ -132,7 +133,7 @@ def _is_ablated(outcomes: TextOutcomes, name: str) -> bool:
 
 def _summarise(seeds: pd.DataFrame) -> pd.DataFrame:
     """Compute the mean and the shown deviation of each row over seeds."""
-    summaries = summarize_scores(seeds, cell=_KEYS_OF_ROW)
+    summaries = summarize_scores(seeds, cell_columns=_KEYS_OF_ROW)
     # Replace the mean and the sample deviation with those of pandas' groupby, which differ in the
     # last digit. `assign` matches them by the keys in the index.
     by_keys = summaries.set_index(_KEYS_OF_ROW)
@@ -143,25 +144,24 @@ def _summarise(seeds: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(std=shown_deviation(rows))
 
 
-def _differences_to(
-    references: Iterable[tuple[str, str | None]], seeds: pd.DataFrame
-) -> pd.DataFrame:
-    """Compare the scores of each row with those of its reference, over the seeds of both.
+def _differences_to(reference: str, seeds: pd.DataFrame) -> pd.DataFrame:
+    """Compare the scores of each other row with those of ``reference``, over the seeds of both.
 
-    Each pair in ``references`` has a reference row, and the row that is compared with it. None in
-    the second place means that all other rows are compared with the reference. The column ``pairs``
-    counts the seeds.
+    The column ``pairs`` counts the seeds.
     """
+    differences = paired_differences(
+        seeds, cell_columns=_KEYS_OF_ROW, reference={"method": reference}, pair="seed"
+    )
+    # with one score per seed, the count of scores in `values` repeats the count of seeds
+    return differences.drop(columns="values").rename(columns={"n": "pairs"})
+
+
+def _differences_to_row_above(names: Sequence[str], seeds: pd.DataFrame) -> pd.DataFrame:
+    """Compare the scores of each row with those of the row above it in ``names``."""
     differences = []
-    for reference, method in references:
-        compared = seeds
-        if method is not None:
-            compared = seeds[seeds["method"].isin([reference, method])]
-        paired = paired_differences(
-            compared, cell=_KEYS_OF_ROW, reference={"method": reference}, pair="seed"
-        )
-        # with one score per seed, the count of scores in `values` repeats the count of seeds
-        differences.append(paired.drop(columns="values").rename(columns={"n": "pairs"}))
+    for above, name in itertools.pairwise(names):
+        scores_of_both = seeds[seeds["method"].isin([above, name])]
+        differences.append(_differences_to(above, scores_of_both))
     return pd.concat(differences)
 
 
@@ -330,7 +330,7 @@ def ablation_table(outcomes: TextOutcomes, name: str) -> Table:
         n=[_count_text(count) for count in rows["n"]],
         pairs=[_count_text(count) for count in rows["pairs"]],
         model_title=_or_dash(rows["model_title"]),
-        on=rows["scope"] + " (" + rows["domain"].map(DOMAINS) + ")",
+        on=rows["scope"] + " (" + rows["domain"].map(DOMAIN_TITLES) + ")",
     )
     return Table(
         title=definition.title,
@@ -429,8 +429,8 @@ def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
     owners = marks["is_ours"].map({True: "", False: "the paper, "})
     drawn = marks.assign(
         panel=marks["model_title"].map(panel_titles),
-        line=[plots.wrap_text(title, 2, 7) for title in marks["method_title"]],
-        series=owners + marks["domain"].map(DOMAINS),
+        line=[plots.wrap_text(title, inches=2, size=7) for title in marks["method_title"]],
+        series=owners + marks["domain"].map(DOMAIN_TITLES),
         style=[_mark_style(outcomes, mark) for mark in marks.itertuples()],
     )
     reference = _reference_title(outcomes, definition)

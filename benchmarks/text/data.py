@@ -69,16 +69,16 @@ class TextSplit:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def sample(self, rows: int | None, seed_name: str) -> TextSplit:
-        """Sample ``rows`` random rows; None keeps all rows.
+    def sample(self, num_rows: int | None, seed_name: str) -> TextSplit:
+        """Sample ``num_rows`` random rows; None keeps all rows.
 
         ``seed_name`` seeds the random numbers, so equal names give equal rows. The rows keep their
         order.
         """
-        if rows is None or rows >= len(self):
+        if num_rows is None or num_rows >= len(self):
             return self
         draw = random.Random(derive_seed("rows", seed_name))
-        chosen = draw.sample(range(len(self)), rows)
+        chosen = draw.sample(range(len(self)), num_rows)
         return self._rows(sorted(chosen))
 
     def hold_out(self, share: float, seed_name: str) -> tuple[TextSplit, TextSplit]:
@@ -155,17 +155,18 @@ class TextSplit:
         ``labels`` counts the rows of each class. A regression has the ``range`` of its scores
         instead.
         """
+        label_summary: dict[str, Any]
         if self.has_classes:
             counts = sorted(Counter(self.labels).items())
-            labels: dict[str, Any] = {"labels": {str(label): count for label, count in counts}}
+            label_summary = {"labels": {str(label): count for label, count in counts}}
         else:
-            labels = {"range": [min(self.labels), max(self.labels)]}
+            label_summary = {"range": [min(self.labels), max(self.labels)]}
         return {
             "source": self.source,
             "digest": self.digest,
             "rows": len(self),
             "dropped": self.dropped,
-            **labels,
+            **label_summary,
         }
 
 
@@ -223,30 +224,30 @@ def describe_rows(name: str, part: str, split: TextSplit, entry: TaskEntry) -> S
 def load_part(
     task: RunTask,
     part: str,
-    rows: int | None,
+    num_rows: int | None,
     entries: Mapping[str, TaskEntry] | None = None,
-    say: Callable[[str], None] | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> TextSplit:
-    """Load the ``train``, ``dev`` or ``test`` part of a task, and sample rows of it.
+    """Load the ``train``, ``dev`` or ``test`` part of a task, sample it, and check its row count.
 
     If the task has no test split, its dev split is the test part.
 
     Args:
         task: The task whose rows are loaded.
         part: The name of the part.
-        rows: The number of sampled rows; None keeps all.
+        num_rows: The number of sampled rows; None keeps all.
         entries: The tasks of ``tasks.yaml``, with the row counts that are expected.
-        say: A function that prints a message. It gets a warning if the row count is unexpected.
-            Without ``say`` or ``entries``, row counts are not checked.
+        warn: A function that prints a warning. It is called if the row count is unexpected.
+            Without ``warn`` or ``entries``, row counts are not checked.
     """
     read_part = resolve_part(task.splits, part)
-    split = load_split(task, read_part)
+    split = load_whole_part(task, read_part)
     # warn if the row count is unexpected, because a copy of the set may be incomplete
-    if say and entries and task.name in entries:
+    if warn and entries and task.name in entries:
         note = describe_rows(task.name, read_part, split, entries[task.name]).note
         if note:
-            say(f"warning: {note}")
-    return split.sample(rows, f"{task.name}/{read_part}")
+            warn(note)
+    return split.sample(num_rows, f"{task.name}/{read_part}")
 
 
 class TaskSplits(NamedTuple):
@@ -291,10 +292,11 @@ def load_splits(
     return TaskSplits(train, dev, test)
 
 
-def load_split(task: RunTask, part: str) -> TextSplit:
-    """Load the ``train``, ``dev`` or ``test`` part of a task.
+def load_whole_part(task: RunTask, part: str) -> TextSplit:
+    """Load all rows of a part of a task, without fallback and without sampling.
 
-    Rows without a text or a gold label are left out. :attr:`TextSplit.dropped` counts them.
+    The part is ``train``, ``dev`` or ``test``. Rows without a text or a gold label are left out.
+    :attr:`TextSplit.dropped` counts them.
 
     If the task names a package or a csv, the rows come from there. Otherwise they come from the
     set's folder below the data root (``EMOE_DATA_ROOT``). Without that folder, they come from the
@@ -331,13 +333,13 @@ def _load_vader_split(domain: str, label: str | None, split: str) -> TextSplit:
     strong.
     """
     is_strength = label == "strength"
-    texts, labels, dropped = load_vader(domain, split, strength=is_strength)
+    rated = load_vader(domain, split, strength=is_strength)
     name = f"{domain}, {split}"
     if label:
         name = f"{domain}, {label}, {split}"
     source = f"{PACKAGE} {find_package(PACKAGE).version}, {name}"
-    rows: list[tuple[str, ...]] = [(text,) for text in texts]  # each with one field
-    return TextSplit(rows, labels, dropped=dropped, source=source)
+    rows: list[tuple[str, ...]] = [(text,) for text in rated.texts]  # each with one field
+    return TextSplit(rows, rated.labels, dropped=rated.dropped, source=source)
 
 
 @dataclass(frozen=True)

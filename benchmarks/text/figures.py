@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,31 +82,58 @@ def draw_curves(outcomes: TextOutcomes, path: Path) -> None:
         return
     styles = outcomes.styles_by_title(with_curves)
     columns = _count_columns(len(groups))
-    # a row of groups has two rows of panels: the scores, and below them the losses
-    rows = math.ceil(len(groups) / columns)
-    lines = 2 * rows
-    height = min(_PANEL_HEIGHT * lines, _MOST_HEIGHT)
-    # shorter than a panel with its numbers, so that labels of neighbours do not touch
-    label_height = 0.75 * height / lines
+    group_rows = math.ceil(len(groups) / columns)
+    panel_rows = 2 * group_rows  # the scores of a row of groups, and below them the losses
+    height = min(_PANEL_HEIGHT * panel_rows, _MOST_HEIGHT)
     width = max(_COLUMN_WIDTH * columns, _LEAST_WIDTH)
-    title_width = 0.5 * width / columns  # the labels take the rest
     figure_of_panels = plots.panel_figure(
-        path, lines=lines, columns=columns, size=(width, height), style=plots.CURVES
+        path, rows=panel_rows, columns=columns, size=(width, height), style=plots.CURVES
     )
     with figure_of_panels as (figure, axes):
         for number, (titles, group) in enumerate(groups):
-            row, column = divmod(number, columns)
-            score_axis = axes[2 * row, column]
-            loss_axis = axes[2 * row + 1, column]
-            is_loss = group["metric"] == _LOSS
-            _draw_panel(score_axis, group[~is_loss], styles, label_height)
-            _draw_panel(loss_axis, group[is_loss], styles, label_height)
-            wrapped = [plots.wrap_text(title, title_width) for title in titles]
-            score_axis.set_title("\n".join(wrapped), fontsize=8)
-            seeds = group.groupby("method")["seed"].nunique()
-            loss_axis.set_xlabel(f"epoch\n{plots.count_text(seeds)}")
+            group_row, column = divmod(number, columns)
+            panel_row = 2 * group_row
+            _draw_group(
+                score_axis=axes[panel_row, column],
+                loss_axis=axes[panel_row + 1, column],
+                titles=titles,
+                numbers=group,
+                styles=styles,
+                panel_size=(width / columns, height / panel_rows),
+            )
         legend_height = plots.legend_below(figure, axes.flat, columns + 1)
         figure.set_figheight(figure.get_figheight() + legend_height)
+
+
+def _draw_group(
+    score_axis: Any,
+    loss_axis: Any,
+    titles: Sequence[str],
+    numbers: pd.DataFrame,
+    styles: Mapping[str, MethodStyle],
+    panel_size: tuple[float, float],
+) -> None:
+    """Draw the two panels of a model and training task: the score, and below it the loss.
+
+    Args:
+        score_axis: The axis of the score.
+        loss_axis: The axis of the loss.
+        titles: The titles of the model and of the training task.
+        numbers: Their rows of :func:`epoch_numbers`.
+        styles: The style of each method, by title.
+        panel_size: The width and the height of a panel with its labels, in inches.
+    """
+    panel_width, panel_height = panel_size
+    # shorter than a panel with its numbers, so that labels of neighbours do not touch
+    label_height = 0.75 * panel_height
+    title_width = 0.5 * panel_width  # the labels take the rest
+    is_loss = numbers["metric"] == _LOSS
+    _draw_panel(score_axis, numbers[~is_loss], styles, label_height)
+    _draw_panel(loss_axis, numbers[is_loss], styles, label_height)
+    wrapped_titles = [plots.wrap_text(title, inches=title_width) for title in titles]
+    score_axis.set_title("\n".join(wrapped_titles), fontsize=8)
+    seed_counts = numbers.groupby("method")["seed"].nunique()
+    loss_axis.set_xlabel(f"epoch\n{plots.count_text(seed_counts)}")
 
 
 def _count_columns(num_groups: int) -> int:
@@ -130,7 +157,8 @@ def _draw_panel(
     plots.label_steps(axis, "", _MOST_TICKS)
     (metric,) = points["metric"].unique()
     label = f"{load_metrics()[metric].label} on dev"
-    axis.set_ylabel(plots.wrap_text(Column(metric, "value", label).heading, label_height))
+    heading = Column(metric, "value", label).heading
+    axis.set_ylabel(plots.wrap_text(heading, inches=label_height))
 
 
 CURVES = Figure(

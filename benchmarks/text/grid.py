@@ -33,9 +33,9 @@ from benchmarks.harness.config.method_specs import (
     method_spec,
 )
 from benchmarks.harness.config.methods import ABLATION, Method
-from benchmarks.harness.config.runs import Run, trained_sets
+from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.sets import SetPart, SetReader
-from benchmarks.harness.config.yaml import Location, check_file, check_names, parse, read
+from benchmarks.harness.config.yaml import Location, check_csv, check_names, parse, read
 from benchmarks.harness.sources.local import expected_path, local_path
 from benchmarks.text.definition import (
     ABLATION_COLUMNS,
@@ -91,19 +91,19 @@ class TextSets(Benchmark[D, TaskEntry, P]):
     task_files: ClassVar = {"tasks": TaskFile}
     paper_columns: ClassVar[tuple[str, ...]] = PAPER_COLUMNS
 
-    def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
+    def sets(self, run: Run) -> list[SetReader]:
         """Return a reader for each part of a task or OOD set that a run reads."""
         # imported here, because it imports `datasets`, which would slow down planning
         from benchmarks.text.data import resolve_part
 
-        # a run without training only evaluates
+        # a run that trains nothing only evaluates
         parts = ["test"]
-        if "training" in spec:
+        if run.is_trained:
             parts = ["train", "dev", "test"]
         names_and_parts = []
-        for task in trained_sets(spec):
+        for task in run.trained_sets:
             names_and_parts += [(task["name"], part) for part in parts]
-        names_and_parts += [(other["name"], "test") for other in spec["ood"]]
+        names_and_parts += [(other["name"], "test") for other in run.ood_sets]
 
         readers = []
         for name, wanted_part in names_and_parts:
@@ -118,11 +118,11 @@ class TextSets(Benchmark[D, TaskEntry, P]):
 
         The part is always read as a whole, so ``open_files`` is not used.
         """
-        from benchmarks.text.data import describe_rows, load_split
+        from benchmarks.text.data import describe_rows, load_whole_part
 
         task = self.tasks[name]
         try:
-            split = load_split(task, part)
+            split = load_whole_part(task, part)
         except DataError as error:
             advice = _advice(name, task, first_line(error))
             yield SetPart(name, part, None, expected=task.rows.get(part), advice=advice)
@@ -391,7 +391,7 @@ def check_ablations(benchmark: AnyBenchmark) -> None:
                 f"{where.at('rows')} must begin with the baseline, '{definition.baseline}'"
             )
         if ablation.paper:
-            check_file(where.at("paper"), ablation.paper, benchmark.folder, ABLATION_COLUMNS)
+            check_csv(where.at("paper"), ablation.paper, benchmark.folder, ABLATION_COLUMNS)
 
 
 def _check_task(where: Location, name: str, tasks: Mapping[str, TaskEntry]) -> None:

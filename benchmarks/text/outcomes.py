@@ -1,4 +1,9 @@
-"""Choose hyper-parameters of finished runs, and collect a text benchmark's scores in one frame."""
+"""Choose hyper-parameters of finished runs, and collect a text benchmark's scores in one frame.
+
+Tables and claims call a protocol the "selection", because it is the rule that selects the
+hyper-parameters. They call the protocol ``published`` the "authors' selection". In frames, the
+column ``scope`` has the text of :meth:`TextOutcomes.pair_title`: a task, or a pair of tasks.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ import pandas as pd
 
 from benchmarks.harness.config.benchmark import OOD_MEAN, AnyBenchmark, resolve_methods
 from benchmarks.harness.config.method_specs import remove_settings, setting_values
-from benchmarks.harness.config.methods import ABLATION
+from benchmarks.harness.config.methods import ABLATION, Method
 from benchmarks.harness.report.common import (
     SETTING_SEPARATOR,
     Outcomes,
@@ -39,15 +44,15 @@ from benchmarks.text.traces import mean_load_change
 
 # A cell is what tables compare. It has runs of several hyper-parameters and seeds.
 CELL = ["model", "task", "method"]
-KEYS = {  # headings of the columns that identify a row
+HEADINGS = {  # of the columns that identify a row
     "model_title": "Model",
     "task_title": "Trained on",
     "method_title": "Method",
 }
 CHOICE = ["variant", "learning_rate"]  # the hyper-parameters that are chosen in each cell
-PROTOCOLS = {CLEAN: "clean", PUBLISHED: "authors'"}  # the protocols with their titles
+PROTOCOL_TITLES = {CLEAN: "clean", PUBLISHED: "authors'"}
 SELECTION = {"protocol": "selection"}  # the name of the column of protocols in claim numbers
-DOMAINS = {ID: "in domain", OOD: "out of domain"}  # the domains with their titles
+DOMAIN_TITLES = {ID: "in domain", OOD: "out of domain"}
 ARROW = " → "  # between the titles of training set and evaluation set
 _MODEL_AND_TASKS = ["model", "task", "eval_task"]
 # rows with the same values of these keys are compared
@@ -155,6 +160,18 @@ def reported_scores(chosen: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([test, dev_best])
 
 
+class _NamedRows(NamedTuple):
+    """The results of ablations, with a name for each table row.
+
+    Attributes:
+        records: The numbers of runs. ``method`` has the name of the row, see :func:`split_name`.
+        methods: The methods by name of the row, besides those by their own name.
+    """
+
+    records: pd.DataFrame
+    methods: dict[str, Method]
+
+
 class TextOutcomes(Outcomes):
     """The results of one text benchmark's finished runs.
 
@@ -207,29 +224,33 @@ class TextOutcomes(Outcomes):
             benchmark,
             runs=shown,
             keys=["method", *_MODEL_AND_TASKS, "protocol"],
-            protocol=PROTOCOLS,
+            protocol=PROTOCOL_TITLES,
         )
         self._include_ablations = include_ablations
         self._finished = finished
         if records is None:
             records = tabulate_numbers(finished)
         self._all_records = records
+        shown_records = self._shown_records(kept)
         # each of the following attributes is computed from those before it
-        self.records = self._shown_records(kept)
         if include_ablations:
-            self._split_settings()
-        self.chosen = pd.concat([self._chosen(protocol) for protocol in PROTOCOLS])
-        self.seeds = self._with_scopes(self._seeds())
+            named_rows = self._name_rows(shown_records)
+            self.records = named_rows.records
+            self.methods = named_rows.methods
+        else:
+            self.records = shown_records
+        self.chosen = pd.concat([self._chosen(protocol) for protocol in PROTOCOL_TITLES])
+        self.seeds = self._with_scopes(self._collect_seeds())
         self.protocols = _protocols_of(self.seeds)
         self.run_protocols = _protocols_of(self.records)
         self.shared = shared_pairs(
             self.seeds, within=_KEYS_OF_SET, compared=["method"], pair="seed"
         )
         differences = paired_differences(
-            self.seeds, cell=_KEYS_OF_ROW, reference={"method": self.baseline}, pair="seed"
+            self.seeds, cell_columns=_KEYS_OF_ROW, reference={"method": self.baseline}, pair="seed"
         ).drop(columns="values")
-        self.rows = self._rows(differences)
-        self.tests = self._tests(differences)
+        self.rows = self._summarise_rows(differences)
+        self.tests = self._test_differences(differences)
 
     @cached_property
     def ablated(self) -> TextOutcomes:
@@ -256,35 +277,35 @@ class TextOutcomes(Outcomes):
         # the type is given, because pandas cannot infer it if there are no scores
         return scores.reset_index(drop=True).assign(scope=pd.Series(scopes, dtype=str))
 
-    def _split_settings(self) -> None:
+    def _name_rows(self, records: pd.DataFrame) -> _NamedRows:
         """Give each setting of an ablation, and of a row with several variants, its own row name.
 
-        ``records`` get the new names, and ``methods`` get a method for each new name.
+        ``records`` are the numbers of the shown runs.
         """
-        records = self.records
         methods = records["method"]
         is_ablation = methods.map(self.role).eq(ABLATION)
-        settings = self._settings(is_ablation)
+        settings = self._settings(records, is_ablation)
         has_setting = settings.ne("")
         names_with_setting = methods + SETTING_SEPARATOR + settings
         # `mask` replaces the names where the condition is true
         names = methods.mask(has_setting, names_with_setting)
         # the method behind each row name, which may have a setting
         methods_by_name = {name: self.methods[split_name(name).method] for name in names.unique()}
-        self.methods = {**self.methods, **methods_by_name}
         # clear the variants of these rows, so that none is chosen: each has a row of its own
         has_own_row = is_ablation | has_setting
         variants = records["variant"].mask(has_own_row, "")
-        self.records = records.assign(method=names, variant=variants)
+        return _NamedRows(
+            records=records.assign(method=names, variant=variants),
+            methods={**self.methods, **methods_by_name},
+        )
 
-    def _settings(self, is_ablation: pd.Series[bool]) -> pd.Series[str]:
+    def _settings(self, records: pd.DataFrame, is_ablation: pd.Series[bool]) -> pd.Series[str]:
         """Return the setting to add to the row name of each record, or an empty text.
 
         A row with several variants gets the variant. An ablation gets the variant without the
         settings that all main rows of the model share. Models that are converted after training
         have the variants of their training, so a row of them counts as a main row.
         """
-        records = self.records
         is_transformed = records["method"].isin(list(self.benchmark.definition.transformed))
         cells = records.groupby(["protocol", "model", "task", "method"])
         # beside each record: the number of variants of its row
@@ -354,17 +375,17 @@ class TextOutcomes(Outcomes):
 
         A benchmark that evaluates the runs of another shows them only in ablations.
         """
-        return self._include_ablations or self.benchmark.evaluates is None
+        return self._include_ablations or self.benchmark.evaluated_benchmark is None
 
     def _chosen(self, protocol: str) -> pd.DataFrame:
         """Return the records of the runs that ``protocol`` chooses."""
-        if self.benchmark.evaluates is None:
+        if self.benchmark.evaluated_benchmark is None:
             return select_runs(self.records, protocol)
         # every run of this benchmark evaluates a chosen run, so there is nothing to choose
         of_protocol = self.records[self.records["protocol"] == protocol]
         return of_protocol.assign(run_protocol=protocol)
 
-    def _seeds(self) -> pd.DataFrame:
+    def _collect_seeds(self) -> pd.DataFrame:
         """Return the scores of the chosen runs under each protocol, a row for each set and seed.
 
         The scores are in domain, out of domain, and means over the OOD sets. The columns are the
@@ -381,12 +402,12 @@ class TextOutcomes(Outcomes):
         ]
         return seeds.sort_values("protocol", kind="stable")
 
-    def _rows(self, differences: pd.DataFrame) -> pd.DataFrame:
+    def _summarise_rows(self, differences: pd.DataFrame) -> pd.DataFrame:
         """Summarise the scores of each row in ``shared``, and add its difference to the baseline.
 
         ``pairs`` counts the seeds of the difference.
         """
-        summaries = summarize_scores(self.shared, cell=_KEYS_OF_ROW)
+        summaries = summarize_scores(self.shared, cell_columns=_KEYS_OF_ROW)
         counted = differences.rename(columns={"n": "pairs"}).drop(columns="p")
         # a row without shared seeds has no mean, and the baseline has no difference
         all_rows = self.seeds[_KEYS_OF_ROW].drop_duplicates()
@@ -395,7 +416,7 @@ class TextOutcomes(Outcomes):
         with_counts = rows.fillna({"n": 0}).astype({"n": int})
         return self._by_set(with_counts)
 
-    def _tests(self, differences: pd.DataFrame) -> pd.DataFrame:
+    def _test_differences(self, differences: pd.DataFrame) -> pd.DataFrame:
         """Test the differences to the baseline on single sets, in domain and out of domain.
 
         The p values are Holm-corrected over all rows.
@@ -566,9 +587,9 @@ class TextOutcomes(Outcomes):
 
 
 def _protocols_of(frame: pd.DataFrame) -> list[str]:
-    """List the protocols that a frame contains, in the order of :data:`PROTOCOLS`."""
+    """List the protocols that a frame contains, in the order of :data:`PROTOCOL_TITLES`."""
     contained = set(frame["protocol"])
-    return [protocol for protocol in PROTOCOLS if protocol in contained]
+    return [protocol for protocol in PROTOCOL_TITLES if protocol in contained]
 
 
 def _add_diverged(losses: pd.DataFrame, records: pd.DataFrame) -> pd.DataFrame:

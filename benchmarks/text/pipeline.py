@@ -38,7 +38,7 @@ def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
     """
     task = spec.task
     training = spec.training
-    load = partial(load_part, entries=load_benchmark(spec.benchmark).tasks, say=progress.say)
+    load = partial(load_part, entries=load_benchmark(spec.benchmark).tasks, warn=progress.warn)
     splits = _load_splits(spec, load)
     ood_rows = training.ood_rows or training.eval_rows
     ood = {other.name: load(other, "test", ood_rows) for other in spec.ood}
@@ -70,7 +70,7 @@ def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
     progress.say("evaluating")
     routing = RoutingRecorder(classifier.model)
     evaluated = _evaluate(trainer, spec, splits.test, ood, routing)
-    routed, usage = routing.routing_of_set(task.name)
+    recorded = routing.routing_of_set(task.name)
     # save the weights now, because the conversion below would change the model
     if training.keep_weights:
         save_trained(classifier.model, folder / "model")
@@ -96,8 +96,8 @@ def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
         "transformed": transformed,
         "epochs": epochs,
         "kept_epoch": kept["epoch"],
-        "routing": {**routed, **trainer.routing_trace.summary()},
-        "usage": usage,
+        "routing": {**recorded.routing, **trainer.routing_trace.summary()},
+        "usage": recorded.usage,
         "probe": trainer.probe.summary(),
         "model": classifier.summary,
         "cost": {**trainer.cost, **classifier.prefix_cost()},

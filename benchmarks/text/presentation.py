@@ -48,10 +48,10 @@ def present_text(
     ablation_tables = {name: partial(ablation_table, name=name) for name in ablations}
     ablation_figures = {name: ablation_figure(outcomes, name) for name in ablations}
     return Presentation(
-        outcomes.benchmark,
-        {**tables, **ablation_tables},
-        {**figures, **ablation_figures},
-        outcomes,
+        benchmark=outcomes.benchmark,
+        table_functions={**tables, **ablation_tables},
+        figure_functions={**figures, **ablation_figures},
+        outcomes=outcomes,
         verdicts=list(verdicts(outcomes)),
         note=NOTE,
         optimizer=optimizer,

@@ -21,7 +21,7 @@ from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.content import Usage
 from benchmarks.harness.results.statistics import PERMUTATIONS, information_numbers
 from benchmarks.text.definition import TaskEntry
-from benchmarks.text.outcomes import CELL, KEYS, TextOutcomes
+from benchmarks.text.outcomes import CELL, HEADINGS, TextOutcomes
 from benchmarks.text.traces import NUMBERS, layer_traces, trace_numbers
 
 _MOST_LINES = 40  # of the figure of expert use; with more lines, classes are left out
@@ -168,8 +168,8 @@ def _draw_use(axis: Any, usage: Usage, lines: Sequence[_Line]) -> None:
     if usage.shared:
         axis.tick_params(axis="x", pad=7)  # room for the dots
 
-    for place, line in enumerate(lines):
-        _draw_marks(axis, place, line.marks or ())  # classes have no marks
+    for row, line in enumerate(lines):
+        _draw_marks(axis, row, line.marks or ())  # classes have no marks
     # without shared experts, an empty plot would be drawn in the figure's corner
     if usage.shared:
         below_last_line = [len(lines) - 0.15] * len(usage.shared)
@@ -177,15 +177,15 @@ def _draw_use(axis: Any, usage: Usage, lines: Sequence[_Line]) -> None:
         axis.plot(usage.shared, below_last_line, "o", label=_SHARED, **dots)
 
 
-def _draw_marks(axis: Any, line: int, marks: Sequence[int]) -> None:
-    """Draw a triangle on each marked expert of a line: up for 1, down for -1, none for 0."""
+def _draw_marks(axis: Any, row: int, marks: Sequence[int]) -> None:
+    """Draw a triangle on each marked expert of a row: up for 1, down for -1, none for 0."""
     for expert, mark in enumerate(marks):
         if mark == 0:
             continue
         triangle = "^" if mark > 0 else "v"
         meaning = _ABOVE if mark > 0 else _BELOW
         axis.plot(
-            expert, line, triangle, label=meaning, ms=5, ls="", color="black", mec="white", mew=0.4
+            expert, row, triangle, label=meaning, ms=5, ls="", color="black", mec="white", mew=0.4
         )
 
 
@@ -210,17 +210,17 @@ def usage_table(outcomes: TextOutcomes) -> Table:
     information_names = information_numbers("task", "class")
     numbers = [*information_names, "specialised_experts", "shared_experts"]
     by_run = pd.DataFrame(_usage_rows(outcomes, information_names), columns=[*CELL, *numbers])
-    means = average_over_seeds(by_run, cell=CELL, numbers=numbers)
+    means = average_over_seeds(by_run, cell_columns=CELL, numbers=numbers)
     # the count of seeds is one of the table's text columns
     rows = means.astype({"n": str})
     # the deviations of the counts of experts are left out
     deviations = [f"{name}_std" for name in information_names]
     return Table(
-        "Information in the choice of an expert after training",
-        _USAGE_CAPTION,
-        {**KEYS, "n": "n"},
-        [_usage_column(name) for name in numbers],
-        outcomes.order(rows[[*CELL, *numbers, *deviations, "n"]], CELL),
+        title="Information in the choice of an expert after training",
+        caption=_USAGE_CAPTION,
+        keys={**HEADINGS, "n": "n"},
+        columns=[_usage_column(name) for name in numbers],
+        frame=outcomes.order(rows[[*CELL, *numbers, *deviations, "n"]], CELL),
     )
 
 
@@ -318,11 +318,11 @@ def trace_table(outcomes: TextOutcomes) -> Table:
     )
     deviations = [f"{name}_std" for name in NUMBERS]
     return Table(
-        "Shares of experts over training",
-        _TRACES_CAPTION,
-        {**KEYS, "n": "n", "windows": "Windows"},
-        [Column(name, name, std=f"{name}_std") for name in NUMBERS],
-        shown[[*KEYS, "method", "n", *numbers, *deviations]],
+        title="Shares of experts over training",
+        caption=_TRACES_CAPTION,
+        keys={**HEADINGS, "n": "n", "windows": "Windows"},
+        columns=[Column(name, name, std=f"{name}_std") for name in NUMBERS],
+        frame=shown[[*HEADINGS, "method", "n", *numbers, *deviations]],
     )
 
 
@@ -333,7 +333,7 @@ def _our_trace_numbers(outcomes: TextOutcomes, numbers: Sequence[str]) -> pd.Dat
     # both frames number their rows from 0, so `join` puts the numbers beside their trace
     with_measured = by_layer[_KEYS_OF_RUN].join(measured)
     by_run = with_measured.groupby(_KEYS_OF_RUN, sort=False).mean().reset_index()
-    return outcomes.order(average_over_seeds(by_run, cell=CELL, numbers=numbers), CELL)
+    return outcomes.order(average_over_seeds(by_run, cell_columns=CELL, numbers=numbers), CELL)
 
 
 def _paper_trace_numbers(
@@ -381,7 +381,7 @@ def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
     # inches: the labels and the colour bar take 1.7 of the width
     panel_width = (plots.WIDTH - 1.7) / columns
     figure_of_panels = plots.panel_figure(
-        path, lines=len(rows), columns=columns, size=size, style=plots.HEATMAP
+        path, rows=len(rows), columns=columns, size=size, style=plots.HEATMAP
     )
     with figure_of_panels as (figure, axes):
         for axis_row, row in zip(axes, rows, strict=True):
@@ -427,7 +427,7 @@ def _draw_trace_row(axes: Sequence[Any], row: Sequence[_TraceGroup], panel_width
     longest = max(panel_titles, key=lambda title: title.get_text().count("\n"))
     for axis, group in zip(first_axes, row, strict=True):
         group_width = panel_width * len(group.panels)
-        heading = plots.wrap_text(group.title, group_width)
+        heading = plots.wrap_text(group.title, inches=group_width)
         plots.draw_heading(axis, longest, heading, "left")
 
 
@@ -502,7 +502,7 @@ def _draw_trace(axis: Any, panel: _TracePanel, width: float) -> None:
     plots.show_use(axis, trace.to_numpy() * experts, interpolation="nearest", extent=extent)
     plots.number_experts(axis, experts, width)
     axis.yaxis.set_major_locator(mpl.ticker.MaxNLocator(4, integer=True))
-    axis.set_title(plots.wrap_text(panel.title, width, 7), fontsize=7)
+    axis.set_title(plots.wrap_text(panel.title, inches=width, size=7), fontsize=7)
 
 
 TRACES = Figure(

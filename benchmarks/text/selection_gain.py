@@ -10,7 +10,7 @@ from benchmarks.harness.report.common import SEEDS_COVER, format_counts, with_nu
 from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.statistics import expected_maximum
 from benchmarks.text.definition import CLEAN, ID, PUBLISHED
-from benchmarks.text.outcomes import CELL, KEYS, PROTOCOLS, TextOutcomes, choices
+from benchmarks.text.outcomes import CELL, HEADINGS, PROTOCOL_TITLES, TextOutcomes, choices
 
 # one selection is shown for each model and task, so that all methods are chosen by the same rows
 _KEYS_OF_GROUP = ["protocol", "model", "task"]
@@ -146,7 +146,7 @@ def selection_gain_table(outcomes: TextOutcomes) -> Table:
         difference = Column(
             metric="score",
             value=f"{protocol}_delta",
-            label=f"Δ, {PROTOCOLS[protocol]} selection",
+            label=f"Δ, {PROTOCOL_TITLES[protocol]} selection",
             interval=(f"{protocol}_low", f"{protocol}_high"),
             signed=True,
             decimals=2,
@@ -154,13 +154,13 @@ def selection_gain_table(outcomes: TextOutcomes) -> Table:
         pairs = Column(
             metric="runs",
             value=f"{protocol}_pairs",
-            label=f"n of Δ, {PROTOCOLS[protocol]} selection",
+            label=f"n of Δ, {PROTOCOL_TITLES[protocol]} selection",
         )
         columns += [difference, pairs]
     return Table(
         title="What the selection adds",
         caption=_caption(outcomes),
-        keys={**KEYS, "selection": "Selection", "n": "n"},
+        keys={**HEADINGS, "selection": "Selection", "n": "n"},
         columns=columns,
         frame=frame,
         # without protocol, because the runs of both selections are behind a row

@@ -14,9 +14,9 @@ from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.text.definition import CLEAN, ID, OOD, PAPER_COLUMNS, PUBLISHED
 from benchmarks.text.outcomes import (
     CELL,
-    DOMAINS,
-    KEYS,
-    PROTOCOLS,
+    DOMAIN_TITLES,
+    HEADINGS,
+    PROTOCOL_TITLES,
     TextOutcomes,
     choices,
     selection_scores,
@@ -59,7 +59,7 @@ class _ResultBlock(NamedTuple):
                 f"{self.prefix}_mean",
                 self.score_heading,
                 std=f"{self.prefix}_{self.std}",
-                best=True,
+                marks_best=True,
             ),
             Column(
                 "score",
@@ -108,11 +108,11 @@ def results_table(outcomes: TextOutcomes) -> Table:
     for block in _RESULT_BLOCKS:
         columns += block.columns
     return Table(
-        f"Scores under both selections, and differences to {outcomes.baseline_title}",
-        _results_caption(outcomes),
-        {**KEYS, "n": "n", "pairs": "n of Δ"},
-        columns,
-        _result_rows(outcomes),
+        title=f"Scores under both selections, and differences to {outcomes.baseline_title}",
+        caption=_results_caption(outcomes),
+        keys={**HEADINGS, "n": "n", "pairs": "n of Δ"},
+        columns=columns,
+        frame=_result_rows(outcomes),
         group=("model", "task"),
         origins=outcomes.shared_origins,
     )
@@ -159,7 +159,7 @@ def tasks_table(outcomes: TextOutcomes, domain: str = ID) -> Table:
     rows = of_domain.assign(std=shown_deviation(of_domain))
     # the title of a task (or pair of tasks) is the heading of its column
     headings = {scope: scope for scope in rows["scope"].unique()}
-    frame, columns = common.with_columns(
+    frame, columns = common.spread_over_columns(
         common.format_counts(rows, _KEYS_OF_ROW),
         on=_KEYS_OF_ROW,
         numbers=rows[["scope", *_KEYS_OF_ROW, "mean", "std"]],
@@ -172,11 +172,12 @@ def tasks_table(outcomes: TextOutcomes, domain: str = ID) -> Table:
         frame, columns = common.with_average(frame, columns, "score")
     title = "Scores by task" if domain == ID else "Scores by OOD set"
     return Table(
-        title,
-        f"{_DEVIATION} {outcomes.shared_note} {_SELECTIONS} {_metric_note(outcomes, domain)}",
-        {**BY_SELECTION, "n": "n"},
-        columns,
-        outcomes.order(frame, ["protocol", "model", "method"]),
+        title=title,
+        caption=f"{_DEVIATION} {outcomes.shared_note} {_SELECTIONS} "
+        f"{_metric_note(outcomes, domain)}",
+        keys={**BY_SELECTION, "n": "n"},
+        columns=columns,
+        frame=outcomes.order(frame, ["protocol", "model", "method"]),
         group=("model", "protocol"),
         origins=outcomes.shared_origins,
     )
@@ -215,7 +216,7 @@ def ood_table(outcomes: TextOutcomes) -> Table:
     is_single_set = outcomes.rows["domain"].isin([ID, OOD])
     rows = outcomes.rows[is_clean & is_single_set]
     headings = {name: outcomes.title("task", name) for name in rows["eval_task"].unique()}
-    frame, columns = common.with_columns(
+    frame, columns = common.spread_over_columns(
         outcomes.order(common.format_counts(rows, CELL), CELL),
         on=CELL,
         numbers=rows[["eval_task", *CELL, "mean", "std"]],
@@ -225,13 +226,13 @@ def ood_table(outcomes: TextOutcomes) -> Table:
         joint="_",  # the frame has columns such as `imdb_mean`
     )
     return Table(
-        "Scores by evaluation set",
-        "Clean selection. Mean ± sample standard deviation over n seeds. The column of the "
-        f"training task is the ID score. {outcomes.shared_note} "
+        title="Scores by evaluation set",
+        caption="Clean selection. Mean ± sample standard deviation over n seeds. The column of "
+        f"the training task is the ID score. {outcomes.shared_note} "
         f"{_metric_note(outcomes, ID, OOD)}",
-        {**KEYS, "n": "n"},
-        columns,
-        frame,
+        keys={**HEADINGS, "n": "n"},
+        columns=columns,
+        frame=frame,
         group=("model", "task"),
         origins=outcomes.shared_origins,
     )
@@ -251,9 +252,9 @@ def cost_table(outcomes: TextOutcomes) -> Table:
     is_information = of_first["metric"].str.contains("_information")
     cells = outcomes.rows[CELL].drop_duplicates()
     return common.cost_table(
-        keys=KEYS,
+        keys=HEADINGS,
         frame=outcomes.order(cells, CELL),
-        cell=CELL,
+        cell_columns=CELL,
         records=of_first[~is_information],
         averaged="Means over seeds of the chosen runs",
         measured_on="the ID test split without padding",
@@ -266,27 +267,27 @@ def choices_table(outcomes: TextOutcomes) -> Table:
     A mark shows which hyper-parameters are chosen.
     """
     # without scores there is no protocol, but the table must have its columns
-    protocols = outcomes.protocols or list(PROTOCOLS)
+    protocols = outcomes.protocols or list(PROTOCOL_TITLES)
     dev_scores = []  # of all runs that could be chosen
     for protocol in protocols:
         of_protocol = selection_scores(outcomes.records, protocol)
         dev_scores.append(of_protocol.assign(protocol=protocol))
     return Table(
-        "Hyper-parameters, and the choice",
-        "The choice (✓) has the best mean dev score over n seeds. A method with more choices has "
-        "more chances. In a variant, N is the number of experts, k the share of experts in use, L "
-        f"the converted layers. {_SELECTIONS}",
-        {
+        title="Hyper-parameters, and the choice",
+        caption="The choice (✓) has the best mean dev score over n seeds. A method with more "
+        "choices has more chances. In a variant, N is the number of experts, k the share of "
+        f"experts in use, L the converted layers. {_SELECTIONS}",
+        keys={
             "model_title": "Model",
             "selection": "Selection",  # after the model, before the other keys
-            **KEYS,
+            **HEADINGS,
             "variant_shown": "Variant",
             "rate": "Learning rate",
             "n": "n",
             "mark": "Chosen",
         },
-        [Column("score", "mean", "Dev score", std="std")],
-        _choice_rows(outcomes, protocols),
+        columns=[Column("score", "mean", "Dev score", std="std")],
+        frame=_choice_rows(outcomes, protocols),
         origins=pd.concat(dev_scores),
     )
 
@@ -309,19 +310,20 @@ def verdicts(outcomes: TextOutcomes) -> Iterator[str]:
 
     Controls have no sentence.
     """
-    is_method = outcomes.tests["method"].map(outcomes.role) == "method"
+    has_method_role = outcomes.tests["method"].map(outcomes.role) == "method"
     keys = ["protocol", "model", "method"]
-    tested = outcomes.order(outcomes.tests[is_method], keys)
+    tested = outcomes.order(outcomes.tests[has_method_role], keys)
     for (protocol, model, method), group in tested.groupby(keys, sort=False):
         method_title = outcomes.title("method", method)
         model_title = outcomes.title("model", model)
         texts = []
-        for domain, words in DOMAINS.items():
+        for domain, words in DOMAIN_TITLES.items():
             of_domain = group[group["domain"] == domain]
             if len(of_domain):
                 texts.append(f"{words} {_differences_text(of_domain)}")
         differences = "; ".join(texts)
-        yield f"{method_title}, {model_title}, {PROTOCOLS[protocol]} selection: {differences}."
+        selection = f"{PROTOCOL_TITLES[protocol]} selection"
+        yield f"{method_title}, {model_title}, {selection}: {differences}."
 
 
 def _differences_text(differences: pd.DataFrame) -> str:
@@ -391,16 +393,16 @@ def paper_table(outcomes: TextOutcomes, domain: str = ID) -> Table:
     It has a row per model, method and task (or pair of tasks).
     """
     return Table(
-        "The paper's numbers beside ours",
-        _paper_caption(outcomes),
-        {"model_title": "Model", "scope": "Task", "method_title": "Method"},
-        [
+        title="The paper's numbers beside ours",
+        caption=_paper_caption(outcomes),
+        keys={"model_title": "Model", "scope": "Task", "method_title": "Method"},
+        columns=[
             Column("score", "value", "Paper", decimals=2),
             Column("score", "paper_delta", "Δ paper", signed=True, decimals=2),
             *_our_columns(PUBLISHED),
             *_our_columns(CLEAN),
         ],
-        _paper_rows(outcomes, domain),
+        frame=_paper_rows(outcomes, domain),
         notes={"status": "Status", "source": "Source of the paper's number"},
         origins=outcomes.shared_origins,
     )
@@ -441,7 +443,7 @@ def _published_scores(outcomes: TextOutcomes) -> pd.DataFrame:
 
 def _our_columns(protocol: str) -> list[Column]:
     """Return the columns of our scores, differences and seed counts under a protocol."""
-    title = PROTOCOLS[protocol]
+    title = PROTOCOL_TITLES[protocol]
     return [
         Column("score", protocol, f"Ours, {title} selection", decimals=2),
         Column(

@@ -88,22 +88,26 @@ def score_and_loss(
     head_classes = len(trained.labels)
     set_classes = len(evaluated.labels)
     # merge the side with more classes: the labels of the data set, or the predictions
-    merged_labels = labels  # if the data set has more classes, those of the head replace them
-    merged_head = None  # for each class of the head, the class of the data set
-    if head_classes < set_classes:
+    if set_classes > head_classes:
         new_numbers = np.asarray(merged_classes(evaluated, trained))  # by class of the data set
         merged_labels = new_numbers[labels]
-    elif head_classes > set_classes:
-        merged_head = merged_classes(trained, evaluated)
+        merged_head = None  # the predictions stay as they are
+    elif set_classes < head_classes:
+        merged_labels = labels
+        merged_head = merged_classes(trained, evaluated)  # by class of the head
+    else:
+        merged_labels = labels
+        merged_head = None
 
     scores: dict[str, float | None] = {}
     for name in metrics:
         scores[name] = score(name, logits, merged_labels, merged_head)
-    if head_classes == set_classes:
+    has_same_classes = head_classes == set_classes
+    if has_same_classes:
         scores["loss"] = finite_or_none(mean_loss(logits, labels))
-    # the labels of a regression are numbers, and its predictions have no temperature
-    if head_classes == set_classes and head_classes > 0:
-        scores["loss_calibrated"] = finite_or_none(calibrated_loss(logits, labels))
+        # a regression has no classes, and its predictions have no temperature
+        if head_classes > 0:
+            scores["loss_calibrated"] = finite_or_none(calibrated_loss(logits, labels))
     return scores
 
 
@@ -309,9 +313,11 @@ class TextTrainer(SplitEvaluator):
         folder: Path,
         progress: Progress,
     ) -> None:
+        # the parent's initialiser is called last, because the trainer that it gets needs the rows,
+        # their order, and `_scores`, which reads attributes of this class
         training = spec.training
         self._metric = spec.task.metric
-        self._say = progress.say
+        self._warn = progress.warn
         self._stopwatch = Stopwatch()
         self.probe = Probe()
         self.routing_trace = RoutingTrace()
@@ -337,7 +343,7 @@ class TextTrainer(SplitEvaluator):
         self._origin = {
             "training rows": rows.digest,
             "dev rows": self._dev.digest,
-            "weights": classifier.weights,
+            "weights": classifier.weights_id,
         }
         # observe the model before training, on the same rows in every run
         self.probe.observe(classifier.model, collate(fixed_rows(rows)))
@@ -399,7 +405,7 @@ class TextTrainer(SplitEvaluator):
             All epochs with their dev scores, and the epoch whose weights are kept.
         """
         # this also restores the trainer's state, whose log is read below
-        checkpoint = resume(self.trainer, self._origin, self._say)
+        checkpoint = resume(self.trainer, self._origin, self._warn)
         if self._patience and self._patience.is_over(self.trainer.state.log_history):
             # training had already stopped early when the run was killed
             self.trainer._load_best_model()  # as Trainer does at the end of training

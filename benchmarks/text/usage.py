@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from benchmarks.harness.results.statistics import (
     MutualInformation,
     shuffled_information,
 )
-from benchmarks.harness.training.routing import loads_by_row, routing_summary
+from benchmarks.harness.training.routing import label_rows, loads_by_row, routing_summary
 
 Integers = NDArray[np.int64]  # loads, marks, or the task and class numbers of rows
 
@@ -43,7 +43,7 @@ def task_information(loads: Integers, tasks: Integers, seed: int) -> MutualInfor
     strata = np.zeros_like(tasks)  # one stratum: rows are shuffled over all tasks
     one_layer = loads[:, None]  # [rows, 1, N]
     bits = shuffled_information(one_layer, tasks, strata, seed)
-    return MutualInformation.mean(bits)
+    return MutualInformation.averaged(bits)
 
 
 def class_information(
@@ -73,7 +73,7 @@ def class_information(
         bits.append(shuffled_information(one_layer, labels, strata, seed))
     if not bits:
         return None
-    return MutualInformation.mean(np.concatenate(bits, axis=1))
+    return MutualInformation.averaged(np.concatenate(bits, axis=1))
 
 
 def mark_experts(loads: Integers, tasks: Integers, seed: int) -> Integers:
@@ -130,7 +130,7 @@ def shares_by_group(loads: Integers, groups: Integers) -> NDArray[np.float64]:
 
 
 def shared_and_specialised(
-    shares: NDArray[np.float64], marked: Integers
+    shares: NDArray[np.float64], marks: Integers
 ) -> tuple[Integers, Integers]:
     """Return the indices of the shared experts, and of the specialised experts.
 
@@ -139,13 +139,13 @@ def shared_and_specialised(
 
     Args:
         shares: The shares of the experts, ``[tasks, N]``.
-        marked: The marks of the experts from :func:`mark_experts`, ``[tasks, N]``.
+        marks: The marks of the experts from :func:`mark_experts`, ``[tasks, N]``.
     """
     _, experts = shares.shape
     is_popular = (shares > 1 / experts).all(0)
-    has_no_mark = (marked == 0).all(0)
+    has_no_mark = (marks == 0).all(0)
     shared = np.flatnonzero(is_popular & has_no_mark)
-    specialised = np.flatnonzero((marked > 0).any(0))
+    specialised = np.flatnonzero((marks > 0).any(0))
     return shared, specialised
 
 
@@ -171,9 +171,9 @@ def describe_usage(sets: Mapping[str, SetLoads]) -> tuple[dict[str, float], dict
         - ``specialised``: the indices of the experts that some set uses more than by chance
     """
     # join the rows of all sets; `tasks` has the number of the set of each row
-    loads = np.concatenate([routing.loads for routing in sets.values()])  # [rows, N]
-    classes = np.concatenate([routing.classes for routing in sets.values()])  # [rows]
-    row_counts = [len(routing.loads) for routing in sets.values()]
+    loads = np.concatenate([set_loads.loads for set_loads in sets.values()])  # [rows, N]
+    classes = np.concatenate([set_loads.classes for set_loads in sets.values()])  # [rows]
+    row_counts = [len(set_loads.loads) for set_loads in sets.values()]
     tasks = np.repeat(np.arange(len(sets)), row_counts)  # [rows]
     seed = derive_seed("shuffles")
 
@@ -182,41 +182,55 @@ def describe_usage(sets: Mapping[str, SetLoads]) -> tuple[dict[str, float], dict
     if of_classes is not None:
         information.update(of_classes.numbers("class"))
 
-    marked = mark_experts(loads, tasks, seed)  # [sets, N]
+    marks = mark_experts(loads, tasks, seed)  # [sets, N]
     shares = shares_by_group(loads, tasks)  # [sets, N]
-    shared, specialised = shared_and_specialised(shares, marked)
+    shared, specialised = shared_and_specialised(shares, marks)
     by_set = {}
     # the sets have the order of their numbers in `tasks`
-    for (name, routing), set_shares, set_marks in zip(sets.items(), shares, marked, strict=True):
+    for (name, set_loads), set_shares, set_marks in zip(sets.items(), shares, marks, strict=True):
         by_set[name] = {
             "shares": set_shares.tolist(),
             "marks": set_marks.tolist(),
-            "classes": _shares_by_class(routing),
+            "classes": _shares_by_class(set_loads),
         }
     usage = {"tasks": by_set, "shared": shared.tolist(), "specialised": specialised.tolist()}
     return information, usage
 
 
-def _shares_by_class(routing: SetLoads) -> dict[str, list[float]]:
+def _shares_by_class(set_loads: SetLoads) -> dict[str, list[float]]:
     """Return the shares of experts for each class that has rows; empty for a regression."""
-    if (routing.classes < 0).any():
+    classes = set_loads.classes
+    if (classes < 0).any():
         return {}
-    shares = shares_by_group(routing.loads, routing.classes)  # [classes, N]
-    return {str(label): shares[label].tolist() for label in np.unique(routing.classes)}
+    shares = shares_by_group(set_loads.loads, classes)  # [classes, N]
+    return {str(label): shares[label].tolist() for label in np.unique(classes)}
 
 
 _SAMPLED_ROWS = 200  # of each set
 
 
-def _routing_labels(rows: int, chosen: NDArray[np.int64]) -> torch.Tensor:
+def _routing_labels(num_rows: int, chosen: NDArray[np.int64]) -> torch.Tensor:
     """Return the label of each row, under which a routing record counts its choices of experts.
 
     The label of a chosen row is its index among the chosen rows. Other rows have the label -1, and
     their choices are not counted.
     """
-    labels = torch.full((rows,), -1)
+    labels = torch.full((num_rows,), -1)
     labels[torch.from_numpy(chosen)] = torch.arange(len(chosen))
     return labels
+
+
+class SetRouting(NamedTuple):
+    """What ``metrics.json`` has on the routing of evaluated data sets.
+
+    Attributes:
+        routing: The section ``routing``: a summary of the routing of one data set, and the mutual
+            information of experts with sets and classes.
+        usage: The section ``usage``: which experts each set uses, as in :func:`describe_usage`.
+    """
+
+    routing: dict[str, Any]
+    usage: dict[str, Any]
 
 
 class RoutingRecorder:
@@ -245,37 +259,23 @@ class RoutingRecorder:
         shuffled = random.permutation(len(classes))
         chosen = np.sort(shuffled[:_SAMPLED_ROWS])
         labels = _routing_labels(len(classes), chosen)
-        with emoe.record_routing(self._model) as record:
-            start = 0  # the index of the next batch's first row
-
-            # called before each forward pass of the model, with the model inputs of a batch
-            def label_rows(
-                _module: nn.Module, _args: tuple[Any, ...], given: dict[str, Any]
-            ) -> None:
-                nonlocal start
-                end = start + len(given["input_ids"])
-                record.set_labels(labels[start:end])
-                start = end
-
-            hook = self._model.register_forward_pre_hook(label_rows, with_kwargs=True)
-            try:
-                yield
-            finally:
-                hook.remove()
+        with (
+            emoe.record_routing(self._model) as record,
+            label_rows(self._model, record, labels),
+        ):
+            yield
         last_layer = record.layers[max(record.layers)]
         loads = loads_by_row(last_layer, len(chosen))
         self._sets[name] = SetLoads(loads, classes[chosen])
         self._summaries[name] = routing_summary(record)
 
-    def routing_of_set(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return ``routing`` and ``usage`` of ``metrics.json``.
+    def routing_of_set(self, name: str) -> SetRouting:
+        """Return the routing of the data set ``name``, compared with that of the other sets.
 
-        ``routing`` is the summary of the data set ``name``. If several sets were recorded, it also
-        has the mutual information of experts with sets and classes. Then ``usage`` describes which
-        experts each set uses, as in :func:`describe_usage`. Otherwise ``usage`` is empty.
+        With fewer than two recorded sets, there is no mutual information, and ``usage`` is empty.
         """
         # a dense model has no recorded set and no summary
         if len(self._sets) < 2:
-            return self._summaries.get(name, {}), {}
+            return SetRouting(routing=self._summaries.get(name, {}), usage={})
         information, usage = describe_usage(self._sets)
-        return {**self._summaries[name], **information}, usage
+        return SetRouting(routing={**self._summaries[name], **information}, usage=usage)

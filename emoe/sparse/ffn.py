@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from emoe.architectures import Blocks, InBlocks
 from emoe.sparse.operators import gather_mm, list_pairs, scatter_mm
 
 Activation = Callable[[Tensor], Tensor]
-# weight [N, s, h] and bias [N, s] of each in-projection
-Inputs = Sequence[tuple[Tensor, Tensor | None]]
 
 
 def sparse_ffn(
     x: Tensor,
-    inputs: Inputs,
-    values: Tensor,
+    blocks: Blocks,
     activation: Activation,
     mask: Tensor,
     weights: Tensor | None,
@@ -26,13 +24,9 @@ def sparse_ffn(
 ) -> Tensor:
     """Sum the outputs of each token's chosen experts, without the output bias.
 
-    N is the number of experts, s the number of neurons of an expert.
-
     Args:
         x: FFN inputs ``[T, h]``.
-        inputs: weight ``[N, s, h]`` and bias ``[N, s]`` of the in-projection and, if the FFN is
-            gated, of the up-projection.
-        values: weight of the out-projection, one row for each neuron ``[N, s, h]``.
+        blocks: weights of the FFN by expert.
         activation: elementwise function that does not write over its input.
         mask: chosen experts ``[T, N]`` bool.
         weights: expert weights ``[T, N]``, None if all chosen experts have weight 1.
@@ -45,9 +39,9 @@ def sparse_ffn(
     Raises:
         RuntimeError: a tensor has a forward-mode derivative, which the operators would lose.
     """
-    differentiated = [x, values, weights]
-    for weight, bias in inputs:
-        differentiated += [weight, bias]
+    differentiated = [x, weights, *blocks.activated, blocks.values]
+    if blocks.up is not None:
+        differentiated += [*blocks.up]
     if _have_tangents(differentiated):
         raise RuntimeError(
             "no forward-mode derivatives of sparse FFNs: call emoe.set_backend_(model, 'masked')"
@@ -57,25 +51,35 @@ def sparse_ffn(
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         x = x.to(dtype)
-        values = values.to(dtype)
-        cast_inputs = []
-        for weight, bias in inputs:
-            cast_bias = None if bias is None else bias.to(dtype)
-            cast_inputs.append((weight.to(dtype), cast_bias))
-        inputs = cast_inputs
+        blocks = Blocks(
+            activated=_cast(blocks.activated, dtype),
+            up=None if blocks.up is None else _cast(blocks.up, dtype),
+            values=blocks.values.to(dtype),
+        )
 
     with torch.autocast(device_type, enabled=False):
         pairs = list_pairs(mask, x, experts_per_token)
-        # pre-activations [P, s] of the P chosen pairs, for each in-projection
-        pre_activations = [gather_mm(x, weight, bias, pairs) for weight, bias in inputs]
-        hidden = activation(pre_activations[0])
+        # pre-activations [P, s] of the P chosen pairs
+        z = gather_mm(x, blocks.activated.weight, blocks.activated.bias, pairs)
         # a gated FFN multiplies by its up-projection
-        if len(pre_activations) > 1:
-            hidden = hidden * pre_activations[1]
+        up = None
+        if blocks.up is not None:
+            up = gather_mm(x, blocks.up.weight, blocks.up.bias, pairs)
+        hidden = activation(z)
+        if up is not None:
+            hidden = hidden * up
         if weights is not None:
             per_pair = weights[pairs.token, pairs.expert]
             hidden = hidden * per_pair.unsqueeze(1).to(hidden.dtype)
-        return scatter_mm(hidden, values, pairs)
+        return scatter_mm(hidden, blocks.values, pairs)
+
+
+def _cast(blocks: InBlocks, dtype: torch.dtype) -> InBlocks:
+    """Cast the weight and the bias, if there is one, of an in-projection."""
+    bias = blocks.bias
+    if bias is not None:
+        bias = bias.to(dtype)
+    return InBlocks(weight=blocks.weight.to(dtype), bias=bias)
 
 
 def _have_tangents(tensors: Iterable[Tensor | None]) -> bool:

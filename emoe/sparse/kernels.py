@@ -176,19 +176,20 @@ def scatter_mm(a: Tensor, weight: Tensor, pairs: Pairs) -> Tensor:
     return sums.to(a.dtype)
 
 
-def outer_mm(a: Tensor, x: Tensor, pairs: Pairs, weight: Tensor) -> Tensor:
+def outer_mm(a: Tensor, x: Tensor, pairs: Pairs, like: Tensor) -> Tensor:
     """Sum the outer products of ``a[pair]`` and ``x[token of the pair]`` over each expert's pairs.
 
     Args:
         a: a row for each pair ``[P, s]``.
         x: a row for each token ``[T, h]``.
         pairs: chosen pairs.
-        weight: tensor ``[N, s, h]`` with the memory layout, dtype and device of the result.
+        like: tensor ``[N, s, h]`` with the memory layout, dtype and device of the result. Only
+            these are used.
 
     Returns:
         Sums ``[N, s, h]``.
     """
-    out = torch.empty_like(weight)
+    out = torch.empty_like(like)
     compiled = _compiled_for(a)
     if compiled is not None:
         compiled.outer_mm(a.contiguous(), x.contiguous(), pairs.token, pairs.starts, out)

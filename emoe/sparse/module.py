@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from emoe.architectures import FFN, bias_of, has_plain_weight, is_plain_tensor
+from emoe.architectures import FFN, bias_of, has_float_matrix, is_local_tensor
 from emoe.compiled.build import kernels_for
 from emoe.config import LINEAR_SCORES
 from emoe.errors import ConversionError
 from emoe.layer import RoutedActivation
+from emoe.modes import restored_modes
 from emoe.routers import is_offloaded
 from emoe.sparse.cost_model import dtype_of_products, pays_off
 from emoe.sparse.serving import Layout, are_few, can_serve
@@ -213,9 +214,9 @@ class SparseFFN(_Replacement):
             chosen experts have weight 1.
         """
         layer = self._layer[0]
-        # None if the layer cannot choose quickly; the quick choice gives no weights
-        weights: Tensor | None = None
-        mask = layer.choose_quickly(rows)
+        mask = layer.choose_mask_quickly(rows)
+        weights: Tensor | None = None  # the quick choice gives no weights
+        # the layer cannot choose quickly
         if mask is None:
             mask, weights = layer.route(layer.linear_scores(rows))
         per_expert = None if layer.config.weighting == "binary" else weights
@@ -232,14 +233,13 @@ class SparseFFN(_Replacement):
         from emoe.sparse.ffn import sparse_ffn
 
         layer = self._layer[0]
-        _check_weights(layer.ffn)
+        _check_local_weights(layer.ffn)
         mask, weights = layer.route(layer.linear_scores(rows))
-        inputs, values = layer.ffn.blocks(layer.config.num_experts)
+        blocks = layer.ffn.blocks(layer.config.num_experts)
         per_expert = None if layer.config.weighting == "binary" else weights
         outputs = sparse_ffn(
             rows,
-            inputs,
-            values,
+            blocks,
             layer.activation,
             mask,
             per_expert,
@@ -309,21 +309,17 @@ class SparseFFN(_Replacement):
     def _compute_masked(self, x: Tensor) -> Tensor:
         """Compute all neurons with the replaced modules, as the masked backend does."""
         layer = self._layer[0]
-        spec = layer.ffn.spec
-        projected = layer.replaced[spec.proj_in](x)
+        ffn = layer.ffn
+        projected = layer.replaced[ffn.spec.proj_in](x)
         # `z` is activated; `up`, which only gated FFNs have, multiplies the result
         z = projected
         up = None
-        if spec.proj_up:
-            up = layer.replaced[spec.proj_up](x)
-        if spec.fused:
-            first, last = projected.chunk(2, -1)
-            if spec.fused == "first":
-                z = first
-                up = last
-            else:
-                z = last
-                up = first
+        if ffn.spec.proj_up:
+            up = layer.replaced[ffn.spec.proj_up](x)
+        if ffn.spec.fused:
+            halves = ffn.split_fused(projected, dim=-1)
+            z = halves.activated
+            up = halves.up
         hidden = layer.activate(z)
         if up is not None:
             hidden = hidden * up
@@ -362,7 +358,8 @@ def install_(layer: RoutedActivation) -> None:
     replacements: dict[str, nn.Module] = {path: nn.Identity() for path in spec.between}
     replacements[spec.proj_out] = SparseFFN(layer)
     # The FFN's input must reach the out-projection unchanged. The code of a gated FFN multiplies it
-    # by the output of the up-projection, so the replacement returns 1.
+    # by the output of the up-projection, so the replacement returns 1. A fused in-projection
+    # returns both: PassThrough names the half with the input as the spec names the activated half.
     for path, module in ffn.in_projections():
         if path == spec.proj_up:
             replacements[path] = PassThrough(module, "one")
@@ -390,13 +387,13 @@ def check_supported(layer: RoutedActivation) -> None:
             f"{ffn.name}.{ffn.spec.activation} writes over its input: build it with inplace=False"
         )
     for path, module in ffn.projections():
-        _check_plain_weight(ffn, path, module)
+        _check_supported_weight(ffn, path, module)
         _check_dtype(ffn, path, module)
     reject_hooks(layer, error=ConversionError)
 
 
-def _check_plain_weight(ffn: FFN, path: str, projection: nn.Module) -> None:
-    """Check that a projection multiplies by a plain weight that it holds as a parameter.
+def _check_supported_weight(ffn: FFN, path: str, projection: nn.Module) -> None:
+    """Check that a projection multiplies by a floating-point matrix that it holds as a parameter.
 
     The sparse products read this weight, and do not call the projection.
 
@@ -405,7 +402,7 @@ def _check_plain_weight(ffn: FFN, path: str, projection: nn.Module) -> None:
     """
     # a parametrisation computes the weight from other parameters
     is_computed = "weight" not in dict(projection.named_parameters())
-    if is_offloaded(projection) or not has_plain_weight(projection) or is_computed:
+    if is_offloaded(projection) or not has_float_matrix(projection) or is_computed:
         raise ConversionError(
             f"{ffn.name}.{path} is adapted, quantised, offloaded or computed: keep it masked"
         )
@@ -437,11 +434,11 @@ def reject_hooks(layer: RoutedActivation, error: type[Exception] = RuntimeError)
         num_own_hooks[spec.proj_in] = 1
         num_own_hooks[spec.proj_out] = int(layer.output_bias is not None)
     for path, module in _modules_of(layer):
-        forward, forward_pre, backward, backward_pre = hook_tables(module)
-        num_forward_hooks = len(forward) + len(forward_pre)
+        tables = _hook_tables(module)
+        num_forward_hooks = len(tables.forward) + len(tables.forward_pre)
         has_foreign_forward_hook = num_forward_hooks > num_own_hooks.get(path, 0)
         # this library registers no backward hooks
-        has_backward_hook = bool(backward or backward_pre)
+        has_backward_hook = bool(tables.backward or tables.backward_pre)
         if has_foreign_forward_hook or has_backward_hook:
             raise error(
                 f"{ffn.name}.{path} has a hook, which cannot see the neurons of a sparse FFN: "
@@ -455,24 +452,30 @@ def _modules_of(layer: RoutedActivation) -> list[tuple[str, nn.Module]]:
     return [*ffn.projections(), *ffn.between(), (ffn.spec.activation, layer)]
 
 
-def hook_tables(module: nn.Module) -> list[dict[int, Any]]:
-    """Return a module's dictionaries of hooks.
+class _HookTables(NamedTuple):
+    """A module's dictionaries of hooks, which PyTorch changes when a hook is added or removed."""
 
-    In this order: forward, forward pre-, backward and backward pre-hooks.
-    """
-    return [
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    ]
+    forward: dict[int, Any]
+    forward_pre: dict[int, Any]
+    backward: dict[int, Any]
+    backward_pre: dict[int, Any]
+
+
+def _hook_tables(module: nn.Module) -> _HookTables:
+    """Return a module's dictionaries of hooks."""
+    return _HookTables(
+        forward=module._forward_hooks,
+        forward_pre=module._forward_pre_hooks,
+        backward=module._backward_hooks,
+        backward_pre=module._backward_pre_hooks,
+    )
 
 
 def _count_hooks(layer: RoutedActivation) -> list[tuple[dict[int, Any], int]]:
     """Return each dictionary of hooks of a routed FFN's modules, and its number of hooks."""
     counts = []
     for _, module in _modules_of(layer):
-        for table in hook_tables(module):
+        for table in _hook_tables(module):
             counts.append((table, len(table)))
     return counts
 
@@ -484,8 +487,8 @@ def probe_output(layer: RoutedActivation) -> Tensor | None:
 
     Returns:
         Output ``[1, 4, h]``. None if the module needs more than one input, contains only part of
-        the FFN, chooses experts at random, reads a padding mask, has a weight that is not a plain
-        tensor, or fails.
+        the FFN, chooses experts at random, reads a padding mask, has a weight that this process
+        does not hold as an ordinary tensor, or fails.
     """
     if not _can_probe(layer):
         return None
@@ -494,12 +497,11 @@ def probe_output(layer: RoutedActivation) -> Tensor | None:
     weight = cast(Tensor, ffn.proj_in.weight)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 4, ffn.h, generator=generator).to(weight)
-    # restored below: the modes, and the record, which must not count these rows
-    modes = {child: child.training for child in module.modules()}
+    # restored below: the record must not count these rows
     record = layer.record
     layer.record = None
     try:
-        with torch.no_grad():
+        with torch.no_grad(), restored_modes(module):
             output = module.eval()(x)
     except (  # raised by the module's own code
         AssertionError,
@@ -512,8 +514,6 @@ def probe_output(layer: RoutedActivation) -> Tensor | None:
         return None
     finally:
         layer.record = record
-        for child, mode in modes.items():
-            child.training = mode
     return output if isinstance(output, Tensor) else None
 
 
@@ -538,14 +538,14 @@ def _can_probe(layer: RoutedActivation) -> bool:
     # the padding mask belongs to other rows than those of a probe
     if layer.padding_hook is not None:
         return False
-    # the probe is a plain tensor, which cannot be multiplied by a sharded weight, for instance
-    return is_plain_tensor(ffn.proj_in.weight)
+    # the probe is an ordinary tensor, which cannot be multiplied by a sharded weight, for instance
+    return is_local_tensor(ffn.proj_in.weight)
 
 
-def _check_weights(ffn: FFN) -> None:
-    """Raise :class:`RuntimeError` if a weight is not a plain tensor in this forward pass."""
+def _check_local_weights(ffn: FFN) -> None:
+    """Raise :class:`RuntimeError` if this process does not hold a weight in this forward pass."""
     for path, module in ffn.projections():
-        if not is_plain_tensor(module.weight):
+        if not is_local_tensor(module.weight):
             raise RuntimeError(
                 f"{ffn.name}.{path}: the weight is sharded, quantised or offloaded: {_WAY_OUT}"
             )

@@ -72,9 +72,9 @@ def scatter_mm(a: Tensor, weight: Tensor, pairs: Pairs) -> Tensor:
     return _scatter_mm(a, weight, pairs.token, pairs.expert, pairs.starts, pairs.num_tokens)
 
 
-def outer_mm(a: Tensor, x: Tensor, pairs: Pairs, weight: Tensor) -> Tensor:
+def outer_mm(a: Tensor, x: Tensor, pairs: Pairs, like: Tensor) -> Tensor:
     """Compute :func:`kernels.outer_mm` ``[N, s, h]``, with a derivative."""
-    return _outer_mm(a, x, weight, pairs.token, pairs.expert, pairs.starts)
+    return _outer_mm(a, x, like, pairs.token, pairs.expert, pairs.starts)
 
 
 @torch.library.custom_op("emoe::gather_mm", mutates_args=())
@@ -109,7 +109,7 @@ def _gather_mm_backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         d_x = scatter_mm(d_out, weight, pairs)
     d_weight = None
     if needs_weight:
-        d_weight = outer_mm(d_out, x, pairs, weight)
+        d_weight = outer_mm(d_out, x, pairs, like=weight)
     d_bias = None
     if needs_bias:
         d_bias = kernels.expert_sums(d_out, pairs, num_experts=weight.shape[0])
@@ -152,7 +152,7 @@ def _scatter_mm_backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         d_a = gather_mm(d_out, weight, None, pairs)
     d_weight = None
     if needs_weight:
-        d_weight = outer_mm(a, d_out, pairs, weight)
+        d_weight = outer_mm(a, d_out, pairs, like=weight)
     # no gradients of token, expert, starts and num_tokens
     return d_a, d_weight, None, None, None, None
 
@@ -162,20 +162,20 @@ _scatter_mm.register_autograd(_scatter_mm_backward, setup_context=_save_for_scat
 
 @torch.library.custom_op("emoe::outer_mm", mutates_args=())
 def _outer_mm(
-    a: Tensor, x: Tensor, weight: Tensor, token: Tensor, expert: Tensor, starts: Tensor
+    a: Tensor, x: Tensor, like: Tensor, token: Tensor, expert: Tensor, starts: Tensor
 ) -> Tensor:
-    return kernels.outer_mm(a, x, Pairs(token, expert, starts, x.shape[0]), weight)
+    return kernels.outer_mm(a, x, Pairs(token, expert, starts, x.shape[0]), like)
 
 
 @_outer_mm.register_fake
 def _empty_outer_mm(
-    a: Tensor, x: Tensor, weight: Tensor, token: Tensor, expert: Tensor, starts: Tensor
+    a: Tensor, x: Tensor, like: Tensor, token: Tensor, expert: Tensor, starts: Tensor
 ) -> Tensor:
-    return torch.empty_like(weight)
+    return torch.empty_like(like)
 
 
 def _save_for_outer_mm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    a, x, _weight, token, expert, starts = inputs
+    a, x, _like, token, expert, starts = inputs
     ctx.save_for_backward(a, x, token, expert, starts)
 
 
@@ -185,7 +185,7 @@ def _outer_mm_backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     pairs = Pairs(token, expert, starts, x.shape[0])
     d_a = gather_mm(x, d_out, None, pairs)
     d_x = scatter_mm(a, d_out, pairs)
-    # no gradients of weight (only its layout is used), token, expert and starts
+    # no gradients of like (only its layout is used), token, expert and starts
     return d_a, d_x, None, None, None, None
 
 

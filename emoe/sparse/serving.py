@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from emoe.architectures import bias_of, weight_of
+from emoe.architectures import InBlocks, bias_of, weight_of
 from emoe.compiled.build import is_in_memory
 from emoe.layer import RoutedActivation
 from emoe.routers import Stamp
@@ -31,20 +31,17 @@ class Layout:
     layout must not be used after the weights have changed (:meth:`is_current`).
 
     Args:
-        layer: routed FFN with plain weights on the CPU, in float32 or bfloat16.
+        layer: routed FFN whose weights are on the CPU, in float32 or bfloat16 (:func:`can_serve`).
         kernels: compiled kernels.
     """
 
     def __init__(self, layer: RoutedActivation, kernels: ModuleType) -> None:
         self._activation = layer.activation
         self._kernels = kernels
-        inputs, values = layer.ffn.blocks(layer.config.num_experts)
-        self._inputs: list[tuple[Tensor, Tensor | None]] = []
-        for weight, bias in inputs:
-            if bias is not None:
-                bias = bias.detach()
-            self._inputs.append((weight.detach().contiguous(), bias))
-        self._values = values.detach().contiguous()
+        blocks = layer.ffn.blocks(layer.config.num_experts)
+        self._activated = _contiguous(blocks.activated)
+        self._up = None if blocks.up is None else _contiguous(blocks.up)
+        self._values = blocks.values.detach().contiguous()
 
         # to detect later changes of the weights
         self._in_projections = [module for _, module in layer.ffn.in_projections()]
@@ -62,9 +59,9 @@ class Layout:
         if self._addresses_of_biases() != self._bias_addresses:
             return False
         for stamp, module in zip(self._input_stamps, self._in_projections, strict=True):
-            if not stamp.is_of(module):
+            if not stamp.still_matches(module):
                 return False
-        return self._value_stamp.is_of(self._proj_out)
+        return self._value_stamp.still_matches(self._proj_out)
 
     def _addresses_of_biases(self) -> list[int]:
         """Return the addresses of the in-projections' biases in memory.
@@ -82,19 +79,26 @@ class Layout:
             mask: chosen experts ``[T, N]`` bool.
             weights: expert weights ``[T, N]``, None if all chosen experts have weight 1.
         """
-        # pre-activations of the chosen experts, for each in-projection
-        neurons = [
-            self._kernels.few_gather_mm(x, mask, weight, bias) for weight, bias in self._inputs
-        ]
-        hidden = self._activation(neurons[0])
+        # pre-activations of the chosen experts
+        z = self._kernels.few_gather_mm(x, mask, self._activated.weight, self._activated.bias)
+        hidden = self._activation(z)
         # the FFN is gated
-        if len(neurons) > 1:
-            hidden = hidden * neurons[1]
+        if self._up is not None:
+            up = self._kernels.few_gather_mm(x, mask, self._up.weight, self._up.bias)
+            hidden = hidden * up
         if weights is not None:
             # the weights of the chosen pairs, sorted by expert and then token as in the kernels
             per_pair = weights.t()[mask.t()]
             hidden = hidden * per_pair.unsqueeze(1).to(hidden.dtype)
         return self._kernels.few_scatter_mm(hidden, mask, self._values)
+
+
+def _contiguous(blocks: InBlocks) -> InBlocks:
+    """Return an in-projection's blocks without gradient, and with a contiguous weight."""
+    bias = blocks.bias
+    if bias is not None:
+        bias = bias.detach()
+    return InBlocks(weight=blocks.weight.detach().contiguous(), bias=bias)
 
 
 def can_serve(layer: RoutedActivation) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
 import torch
 
-from benchmarks.harness.training.callbacks import Probe, Stopwatch
+from benchmarks.harness.training.callbacks import Probe, Stopwatch, UpdateGates
 from benchmarks.harness.training.routing import window_steps
 from tests import tiny_models
 from tests.classifiers import METHODS, bert
@@ -38,6 +41,20 @@ def test_a_probe_restores_the_model_and_the_random_state() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
     assert summaries[0] == summaries[1]  # in evaluation, without dropout and noise
     assert sum(summaries[0]["loads"]["2"]) == 2 * 33
+
+
+@pytest.mark.parametrize("was_skipped", [False, True])
+def test_a_step_that_mixed_precision_skips_updates_no_running_gate(was_skipped: bool) -> None:
+    model = bert(METHODS["emoe, momentum"])
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    optimizer = SimpleNamespace(step_was_skipped=was_skipped)
+    UpdateGates().on_optimizer_step(model=model, optimizer=optimizer)
+    after = dict(model.named_buffers())
+    has_changed = any(not torch.equal(after[name], buffer) for name, buffer in before.items())
+    assert has_changed != was_skipped
 
 
 def test_a_run_has_twenty_to_a_hundred_windows() -> None:

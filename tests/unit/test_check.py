@@ -193,7 +193,7 @@ def test_rounding_errors_are_rarely_a_shift() -> None:
 def balanced_accuracies(values: list[float], seeds: list[int]) -> Numbers:
     """Make one group of scores; if there are more scores than seeds, a run has several sets."""
     names = [("glue m t emoe 1", seed, "ood", "", "balanced_accuracy") for seed in seeds]
-    rows = pd.DataFrame(names, columns=checking.KEYS).assign(
+    rows = pd.DataFrame(names, columns=checking.KEY_COLUMNS).assign(
         value=[repr(value) for value in values]
     )
     rows["eval_task"] = rows.groupby("seed").cumcount().astype(str)
@@ -432,7 +432,7 @@ def test_runs_that_other_code_made_fail_the_check_although_their_numbers_agree(
     assert not checked.passed
     assert differences(checked).empty
     lines = str(checked).splitlines()
-    group = checking.group_name(first)
+    group = checking.name_without_seed(first)
     assert f"made by other code: 2 runs of {group} (seeds 0 to 1)" in lines
     assert "`python -m benchmarks verify` runs it" in str(checked)
     call("check", "--suite", "smoke", "--benchmark", "speed")
@@ -466,7 +466,7 @@ def compared_numbers(benchmark: str) -> int:
 def names_of(benchmark: str) -> list[str]:
     """Return the names of the blessed runs of a benchmark, in the order of the grid."""
     names = set(read_reference("smoke", benchmark).rows["run"])
-    order = [checking.group_name(run) for run in plain_suite("smoke").runs_of(benchmark)]
+    order = [checking.name_without_seed(run) for run in plain_suite("smoke").runs_of(benchmark)]
     return sorted(names, key=order.index)
 
 
@@ -485,7 +485,7 @@ def test_missing_runs_are_grouped_by_their_settings(suite: Suite) -> None:
     fake_runs.bless(several)
     groups: dict[str, list[Run]] = {}
     for run in several.runs:
-        groups.setdefault(checking.group_name(run), []).append(run)
+        groups.setdefault(checking.name_without_seed(run), []).append(run)
     (first, runs), (second, others) = list(groups.items())[:2]
     for run in [*runs[:3], others[0], others[2]]:
         run.metrics_file.unlink()
@@ -503,7 +503,7 @@ def test_a_long_list_of_missing_runs_ends_with_a_count(here: Path, suite: Suite)
     lora = load_suite({"suite": "smoke", "benchmarks": ["glue_lora"]})
     fake_runs.write_runs(lora.runs)
     fake_runs.bless(lora)
-    names = [checking.group_name(run) for run in lora.runs]
+    names = [checking.name_without_seed(run) for run in lora.runs]
     for run in lora.runs[1:]:
         run.metrics_file.unlink()
     num_missing = len(set(names) - {names[0]})
@@ -526,7 +526,7 @@ def test_new_runs_and_runs_that_are_no_longer_planned_fail(suite: Suite) -> None
     checked = check(fewer)
     assert not checked.passed
     assert differences(checked).empty
-    line = f"blessed, but not planned: 1 run of {checking.group_name(run)} (seed 0)"
+    line = f"blessed, but not planned: 1 run of {checking.name_without_seed(run)} (seed 0)"
     assert line in str(checked).splitlines()
 
 

@@ -48,7 +48,7 @@ def digest_of(run: Run) -> str:
 
 
 def test_a_set_with_its_own_tables_has_its_own_file(suite: Suite) -> None:
-    for part in suite.table_sets("domainbed"):
+    for part in suite.sets_with_tables("domainbed"):
         assert records_file("smoke", "domainbed", part).is_file()
         read = read_records(suite, "domainbed", part)
         assert read is not None
@@ -163,7 +163,7 @@ def test_one_of_several_files_without_all_its_runs_is_not_taken(here: Path) -> N
     fake_runs.write_runs(suite.runs)
     fake_runs.collect(suite)
     first, *others = (
-        records_file("smoke", "domainbed", part) for part in suite.table_sets("domainbed")
+        records_file("smoke", "domainbed", part) for part in suite.sets_with_tables("domainbed")
     )
     assert others
     drop_last_line(first)

@@ -18,6 +18,7 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import suite_names
 from benchmarks.harness.report import listing
 from tests import fake_runs
+from tests.checkout import seconds_of_children
 from tests.conftest import ROOT
 from tests.drawn import undraw
 from tests.executed import prepare
@@ -60,6 +61,15 @@ def test_planning_and_listing_import_no_heavy_package(program: str) -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["list", "suites"], ["list", "paper"]])
+def test_listing_takes_three_seconds(arguments: list[str]) -> None:
+    before = seconds_of_children()
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, capture_output=True, check=True
+    )
+    assert seconds_of_children() - before <= 3
 
 
 @pytest.mark.parametrize(

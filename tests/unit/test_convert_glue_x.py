@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness.base import ROOT
-from benchmarks.text.data import load_split
+from benchmarks.text.data import load_whole_part
 from tests.text_sets import GLUE, LABELS, MEANING, OWN_FILES, TASKS, task, write_glue, write_own
 from tools.convert_glue_x import main as convert
 
@@ -19,12 +19,12 @@ def test_makers_files_keep_their_labels(root: Path, name: str) -> None:
     if name in GLUE:
         write_glue(root, name)
         split, expected = (
-            load_split(task(name), "dev"),
+            load_whole_part(task(name), "dev"),
             (LABELS[name], int(name in ("mnli", "qqp"))),
         )
     else:
         write_own(root, name)
-        split, expected = load_split(task(name), "test"), MEANING[name]
+        split, expected = load_whole_part(task(name), "test"), MEANING[name]
     assert (split.labels, split.dropped) == expected
     assert {len(texts) for texts in split.texts} == {len(TASKS[name]["fields"])}
     assert all(any(texts) for texts in split.texts)
@@ -44,13 +44,13 @@ def test_texts_are_read_unchanged(root: Path) -> None:
     }
     for name in expected:
         write_own(root, name)
-    assert {name: load_split(task(name), "test").texts[0] for name in expected} == expected
+    assert {name: load_whole_part(task(name), "test").texts[0] for name in expected} == expected
     file = write_glue(root, "cola", raw=True)
     file.write_bytes(
         b'\xef\xbb\xbfgj04\t1\t\ta "b\rc\r\n\ngj04\t0\t*\td\n'
     )  # quotation marks, a carriage return
     convert(root, ["cola"])
-    assert load_split(task("cola"), "dev").texts == [('a "b\rc',), ("d",)]
+    assert load_whole_part(task("cola"), "dev").texts == [('a "b\rc',), ("d",)]
 
 
 @pytest.mark.parametrize(
@@ -92,9 +92,9 @@ def test_other_layouts_of_the_makers(
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     convert(root, ["sick_entailment", "sick_relatedness"] if name == "sick_entailment" else [name])
-    assert load_split(task(name), "test").labels == labels
+    assert load_whole_part(task(name), "test").labels == labels
     if name == "sick_entailment":
-        assert load_split(task("sick_relatedness"), "test").labels == [3.3]
+        assert load_whole_part(task("sick_relatedness"), "test").labels == [3.3]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_one_wrong_file_does_not_stop_the_others(root: Path) -> None:
     assert f"{broken}, row 1 is not a JSON object" in lines
     assert any(line.startswith(f"{split}, row 1: '(1, 5)' is no label") for line in lines)
     for name in ("hans", "yelp_polarity"):
-        assert load_split(task(name), "test").labels == MEANING[name][0]
+        assert load_whole_part(task(name), "test").labels == MEANING[name][0]
     assert not (broken.parent / "test.jsonl").exists()
     assert sorted(path.name for path in split.parent.glob("*.jsonl")) == [
         "test.jsonl",

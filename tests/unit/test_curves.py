@@ -11,7 +11,7 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from benchmarks.domainbed.figures import draw_steps, step_differences, step_numbers
+from benchmarks.domainbed.figures import draw_steps, step_differences, step_values
 from benchmarks.domainbed.outcomes import DomainOutcomes
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, run_from_spec
@@ -107,11 +107,11 @@ def test_differences_by_step_are_means_over_environments_paired_by_trial(
     image_runs: list[Run],
 ) -> None:
     outcomes = image_outcomes(image_runs)
-    differences = step_differences(outcomes, step_numbers(outcomes, "pacs"))
+    differences = step_differences(outcomes, step_values(outcomes, "pacs"))
     assert set(differences["method"]) == {"emoe"}
     assert set(differences["step"]) == {3, 6}  # without the first
     assert set(differences["n"]) == {3}
-    by_number = differences.set_index(["number", "step"])
+    by_number = differences.set_index(["quantity", "step"])
     for step in (3, 6):
         accuracy = by_number.loc[("held_out", step)]
         expected = (MEAN, MEAN - REACH, MEAN + REACH)
@@ -123,10 +123,10 @@ def test_differences_by_step_are_means_over_environments_paired_by_trial(
 def test_accuracies_by_step_are_of_the_held_out_environment_and_of_the_others(
     image_runs: list[Run],
 ) -> None:
-    numbers = step_numbers(image_outcomes(image_runs), "pacs")
+    numbers = step_values(image_outcomes(image_runs), "pacs")
     several = {run.id for run in image_runs if len(run.spec["test_envs"]) > 1}
     assert set(numbers["run_id"]) == {run.id for run in image_runs} - several
-    values = numbers.set_index(["method", "pair", "number", "step"])["value"]
+    values = numbers.set_index(["method", "pair", "quantity", "step"])["value"]
     assert values["emoe", "C, trial 0", "held_out", 0] == 0.9
     assert values["emoe", "C, trial 0", "held_out", 3] == 0.73
     assert values["emoe", "C, trial 0", "loss", 3] == 2 - 0.73
@@ -207,7 +207,7 @@ def test_of_several_draws_the_figure_has_the_one_that_validation_chooses(here: P
             record["env1_out_acc"] = 0.9
 
     fake_runs.edit(drawn, improve)
-    numbers = step_numbers(image_outcomes([default, drawn]), "pacs")
+    numbers = step_values(image_outcomes([default, drawn]), "pacs")
     assert set(numbers["run_id"]) == {drawn.id}
 
 

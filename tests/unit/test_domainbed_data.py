@@ -22,7 +22,7 @@ from benchmarks.domainbed.mnist import load_digits
 from benchmarks.domainbed.validation import validate_images, validate_once
 from benchmarks.harness.base import DATA_ROOT, IMAGES, DataError
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.run.data import check_data
+from benchmarks.harness.run.data import read_sets
 from tests.image_sets import CLASSES, FOLDERS, PACS, load, pacs_run, write_images
 
 
@@ -110,7 +110,7 @@ def test_the_check_of_data_treats_truncated_images_as_the_suite_does(pacs: Path)
     rows = {}
     for truncated in ("load", "refuse"):
         run = pacs_run(truncated=truncated)
-        parts = check_data([run], open_images=True)
+        parts = read_sets([run], open_images=True)
         rows[truncated] = {part.part: part.rows for part in parts}
     assert rows["load"] == {"A": 9, "C": 9, "P": 9, "S": 9, "all": 36}
     assert rows["refuse"] == {"all": None}

@@ -20,10 +20,10 @@ from benchmarks.__main__ import main
 from benchmarks.harness.config.runs import read_run, run_from_spec
 from benchmarks.harness.run import execution
 from benchmarks.harness.training import progress as progress_module
-from benchmarks.harness.training.checkpoints import MarkComplete, last_complete_checkpoint
+from benchmarks.harness.training.checkpoints import MarkComplete, keep_complete_checkpoints
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.samplers import EpochOrder
-from benchmarks.text.data import TextSplit, load_split
+from benchmarks.text.data import TextSplit, load_whole_part
 from benchmarks.text.definition import RunTask
 from benchmarks.text.training import TextTrainer
 from emoe.errors import EMoEError
@@ -134,7 +134,7 @@ def test_incomplete_checkpoints_are_removed_and_the_newest_complete_one_is_used(
         MarkComplete().on_save(arguments, state, TrainerControl())
     for step, newest in ((100, "checkpoint-12"), (12, "checkpoint-6"), (6, None)):
         (tmp_path / f"checkpoint-{step}" / "complete").unlink()
-        assert last_complete_checkpoint(tmp_path, print) == (newest and tmp_path / newest)
+        assert keep_complete_checkpoints(tmp_path, print) == (newest and tmp_path / newest)
         assert not (tmp_path / f"checkpoint-{step}").exists()
 
 
@@ -151,7 +151,9 @@ def test_the_best_epochs_weights_are_kept_and_patience_ends_the_run(
         again.append(
             evaluate(
                 self,
-                load_split(RunTask.model_validate(SPEC["task"]), "dev").sample(30, "tweets/dev"),
+                load_whole_part(RunTask.model_validate(SPEC["task"]), "dev").sample(
+                    30, "tweets/dev"
+                ),
             )
         )
         return evaluate(self, split, task, routing)
@@ -200,7 +202,7 @@ def test_a_clean_run_of_a_task_without_a_test_split_holds_rows_out_to_choose_by(
     assert kept in [
         {k: epoch[k] for k in ("balanced_accuracy", "loss")} for epoch in metrics["epochs"]
     ]
-    dev = load_split(RunTask.model_validate(spec["task"]), "dev").sample(30, "tweets/dev")
+    dev = load_whole_part(RunTask.model_validate(spec["task"]), "dev").sample(30, "tweets/dev")
     assert metrics["data"]["test"] == dev.summary()
 
 

@@ -53,7 +53,7 @@ def test_figures_fit_a_page_and_no_text_touches_another(
     shown = present(load_benchmark(benchmark), fake_runs.records(runs))
     figures = {
         name: figure.draw
-        for page in (shown, *shown.parts.values())
+        for page in (shown, *shown.presentations_of_sets.values())
         for name, figure in page.figures.items()
     }
     assert len(figures) >= len(load_benchmark(benchmark).definition.figures)
@@ -130,13 +130,13 @@ def test_a_number_stays_in_the_line_of_its_name() -> None:
     title = "EMoE, N, k and layers searched, N 8, k/N 0.25, layer 1"
     together = ("N\u00a08", "k/N\u00a00.25", "layer\u00a01")
     for inches in (1.0, 1.5, 2.0, 2.5):
-        wrapped = wrap_text(title, inches, 7)
+        wrapped = wrap_text(title, inches=inches, size=7)
         assert all(words in wrapped for words in together)
 
 
 def test_a_count_stays_in_the_line_of_its_sign() -> None:
     for inches in (1.0, 1.5, 2.0, 2.5):
-        wrapped = wrap_text("n = 2 to 4 trials, 95 % intervals where n ≥ 3", inches)
+        wrapped = wrap_text("n = 2 to 4 trials, 95 % intervals where n ≥ 3", inches=inches)
         assert "n\u00a0=\u00a02" in wrapped
         assert "n\u00a0≥\u00a03" in wrapped
 
@@ -160,9 +160,9 @@ def main_tests() -> pd.DataFrame:
     counts = []
     for row in rows.itertuples():
         interval = f" [{row.low:+.2f}, {row.high:+.2f}]" if row.n > 1 else ""
-        differences.append(f"{row.delta:+.2f} points{interval}")
+        differences.append(f"{row.delta:+.2f}{interval}")
         counts.append(f"{row.n} {row.pair}{'s' if row.n > 1 else ''}")
-    return rows.assign(unit="points", margin=0.35, runs_shown=differences, n_shown=counts)
+    return rows.assign(unit="points", margin=0.35, runs_without_unit=differences, n_shown=counts)
 
 
 def claims_drawn(folder: Path, narrow: bool) -> Figure:

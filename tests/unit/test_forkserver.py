@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.run.forkserver import ADDRESS, ONE_THREAD, Server
-from benchmarks.harness.training.checkpoints import last_complete_checkpoint
+from benchmarks.harness.training.checkpoints import keep_complete_checkpoints
 from tests import executed
 from tests.checkout import Checkout, wait_for
 from tests.executed import numbers, prepare
@@ -87,7 +87,7 @@ def start(
 
 
 def has_saved_since(path: Path, since: Path | None) -> bool:
-    # last_complete_checkpoint would remove the checkpoint that is being written
+    # keep_complete_checkpoints would remove the checkpoint that is being written
     written = path.parent.glob(f"checkpoints/checkpoint-*/{TRAINER_STATE_NAME}")
     return any(state.parent != since for state in written)
 
@@ -179,7 +179,7 @@ def test_a_killed_caller_ends_its_fork_and_the_run_resumes(forks: Forks) -> None
     whole = finish(small(RUNS["vanilla"], "whole", epochs=12))
     path = small(RUNS["vanilla"], "killed", epochs=12)
     for number in (signal.SIGKILL, signal.SIGTERM):
-        steps = last_complete_checkpoint(path.parent / "checkpoints", print)
+        steps = keep_complete_checkpoints(path.parent / "checkpoints", print)
         process = start("run", path)
         wait_for(partial(has_saved_since, path, steps))
         process.send_signal(number)

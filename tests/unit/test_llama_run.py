@@ -344,6 +344,21 @@ def test_choices_that_share_their_prompt_are_as_likely_as_alone(frozen_layers: i
     assert len(list(PREFIXES.glob("*.npy"))) == (frozen_layers > 0)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])
+def test_active_parameters_count_a_fused_up_projection(model_type: str) -> None:
+    run = tiny_run("emoe", "full")
+    config = run.model_spec["config"] | {"model_type": model_type}  # phi3 fuses gate and up
+    run = run_from_spec({**run.spec, "model": {**run.model_spec, "config": config}})
+    summary = build_language_model(typed(run)).summary
+    num_layers, neurons, width = (
+        config[key] for key in ("num_hidden_layers", "intermediate_size", "hidden_size")
+    )
+    ffn_weights = num_layers * 3 * neurons * width  # gate, up and down
+    inactive_weights = (1 - summary["active_neurons"]) * ffn_weights
+    assert inactive_weights > 0
+    assert summary["active_parameters"] == summary["parameters"] - inactive_weights
+
+
 def test_many_choices_with_one_prompt_share_rows_of_limited_length() -> None:
     """An empty prompt becomes one token, so all requests of a task such as BLiMP share it."""
     run = typed(tiny_run("emoe", "full"))

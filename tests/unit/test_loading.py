@@ -31,7 +31,7 @@ from benchmarks.harness.models.partitions import partition_keys
 from benchmarks.harness.run import environment
 from benchmarks.harness.sources import hub
 from benchmarks.llama.instructions import load_instructions
-from benchmarks.text.data import load_split
+from benchmarks.text.data import load_whole_part
 from tests import tiny_models
 from tests.tiny_hub import write_models, write_seq2seq
 
@@ -263,7 +263,7 @@ def test_sets_of_the_hub_are_recorded_with_their_commit(
     serve(monkeypatch, tmp_path, {"premise": ["a"], "hypothesis": ["b"], "label": [1]})
     text = load_benchmark("glue").tasks["hans"]
     assert (
-        load_split(text, "test").source
+        load_whole_part(text, "test").source
         == f"jhu-cogsci/hans@{COMMIT} (not pinned) (default), split validation"
     )
     serve(monkeypatch, tmp_path, {"instruction": ["a"], "input": [""], "output": ["b"]})

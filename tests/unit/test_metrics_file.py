@@ -16,7 +16,7 @@ from benchmarks.harness.config.runs import Run, read_run
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.results.content import Metrics
 from benchmarks.harness.results.records import check_metrics, read_record
-from benchmarks.harness.run.status import count, run_status
+from benchmarks.harness.run.status import run_status, state_counts
 from emoe.errors import EMoEError
 from tests import fake_runs
 
@@ -249,7 +249,7 @@ def test_status_names_the_damaged_file_of_a_run(here: Path) -> None:
     with pytest.raises(
         DataError, match=rf"^{path} is damaged: 'cost.job_seconds': Field required; delete it"
     ):
-        count(run.benchmark, [run_status(run)])
+        state_counts(run.benchmark, [run_status(run)])
 
 
 def test_a_run_file_of_another_form_is_one_line(here: Path) -> None:

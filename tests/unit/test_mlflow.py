@@ -8,6 +8,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,15 @@ def test_a_postgresql_that_does_not_answer_is_one_line_without_the_password(
     assert re.match(
         r"MLflow at postgresql://lab:\*\*\*@127.*[Cc]onnection refused", str(refused.value)
     )
+    assert "\n" not in str(refused.value)
+
+
+def test_a_server_that_does_not_answer_is_one_line_within_a_minute(runs: list[Run]) -> None:
+    start = time.monotonic()
+    with pytest.raises(RunError) as refused:
+        mirror(records(runs), "http://127.0.0.1:9")
+    assert time.monotonic() - start < 60
+    assert str(refused.value).startswith("MLflow at http://127.0.0.1:9: ")
     assert "\n" not in str(refused.value)
 
 

@@ -25,7 +25,7 @@ def used_names() -> Iterator[str]:
     for file in (ROOT / "Snakefile", *(ROOT / "workflow/rules").glob("*.smk")):
         yield from re.findall(r"(?m)^rule (\w+):$", file.read_text())
     yield from ("runs", "logs", "reference", "mlflow", "harness", "text", "schemas")
-    yield from ("run_glue", "run_glue_untrained", "tables_of_glue")
+    yield from ("run_glue", "run_glue_without_weights", "tables_of_glue")
     yield from LISTS
     yield from load_paper().items
 

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 from benchmarks.harness.config.suite import load_suite
-from benchmarks.harness.results.check import check_numbers
+from benchmarks.harness.results.check import collect_numbers
 from tests import fake_runs
 from tests.conftest import ROOT
 from tests.notebooks import FOLDER, executed, shown, without_numbers
@@ -78,6 +78,6 @@ def test_the_notebook_of_results_reads_collected_records(checkout: Path, here: P
     fake_runs.write_runs(suite.runs)
     fake_runs.collect(suite)
     outputs = shown(executed(committed(NAMES[1]), checkout))
-    count = len(check_numbers(fake_runs.records(suite.runs)).rows)
+    count = len(collect_numbers(fake_runs.records(suite.runs)).rows)
     read = f"{count} numbers of 7 kinds of runs, from results/mini/records/glue.jsonl\n"
     assert any(read in texts for texts in outputs)

@@ -15,8 +15,8 @@ from benchmarks.harness.config.yaml import Location
 from benchmarks.harness.report.artifacts import all_artifacts
 from benchmarks.harness.report.paper import draw_main, main_rows, paper_index, write_paper_items
 from benchmarks.harness.report.paper_items import (
-    PaperPart,
-    check_part,
+    PaperSource,
+    check_source,
     main_figure,
     outputs_of,
     paper_files,
@@ -57,7 +57,7 @@ def test_a_mistyped_table_is_named_in_the_file_that_has_the_mistake(tmp_path: Pa
     with pytest.raises(
         DefinitionError, match=r"paper\.yaml: .*table' is 'tsks', .* did you mean 'tasks'"
     ):
-        check_part(PaperPart(benchmark="glue", table="tsks"), where)
+        check_source(PaperSource(benchmark="glue", table="tsks"), where)
     edit = edited_project(
         tmp_path, "benchmarks/glue/benchmark.yaml", "results, tasks,", "results, tsks,"
     )
@@ -65,7 +65,7 @@ def test_a_mistyped_table_is_named_in_the_file_that_has_the_mistake(tmp_path: Pa
         r"^\S+/glue/benchmark\.yaml: 'tables' is 'tsks', which does not exist; did you mean 'tasks'"
     )
     with edit, pytest.raises(DefinitionError, match=message):
-        check_part(PaperPart(benchmark="glue", table="tasks"), where)
+        check_source(PaperSource(benchmark="glue", table="tasks"), where)
 
 
 @pytest.mark.usefixtures("undrawn")

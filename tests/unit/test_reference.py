@@ -16,7 +16,7 @@ from benchmarks.harness.base import REFERENCE, DataError, DefinitionError
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite, load_suite, plain_suite
 from benchmarks.harness.results import reference
-from benchmarks.harness.results.check import KEYS, check_numbers
+from benchmarks.harness.results.check import KEY_COLUMNS, collect_numbers
 from benchmarks.harness.results.records import read_record
 from benchmarks.harness.results.reference import (
     read_blessed_records,
@@ -46,7 +46,7 @@ def assert_same_numbers(suite: Suite, benchmark: str) -> None:
     assert blessed is not None
     # the numbers of runs that are no longer planned cannot be computed
     assert blessed.unplanned == 0, "bless the benchmark again: the plan has changed"
-    numbers = check_numbers(blessed.records.values())
+    numbers = collect_numbers(blessed.records.values())
     written = read_reference(suite.name, benchmark)
     pd.testing.assert_frame_equal(numbers.rows, written.rows, check_dtype=False)
     assert numbers.machines == written.machines
@@ -144,9 +144,9 @@ def test_the_reference_has_every_number_with_all_digits_and_its_machine(suite: S
     assert repr(scores["test"][task["name"]][task["metric"]]) in set(numbers.rows["value"])
     assert list(numbers.machines.values()) == [record.metrics.environment.fingerprint]
     assert set(numbers.rows["machine"]) == set(numbers.machines)
-    assert not numbers.rows.duplicated(KEYS).any()
+    assert not numbers.rows.duplicated(KEY_COLUMNS).any()
     with pytest.raises(DefinitionError, match="two finished runs have the same number"):
-        check_numbers([record, replace(record, run=Run("other", run.spec))])
+        collect_numbers([record, replace(record, run=Run("other", run.spec))])
 
 
 def without_key(file: Path) -> None:

@@ -18,7 +18,7 @@ from benchmarks.harness import base as paths
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.report.page import duration_text
 from benchmarks.harness.report.presentation import with_runs
-from benchmarks.harness.report.table import RUNS, Column, Table
+from benchmarks.harness.report.table import RUNS_COLUMN, Column, Table
 from tests import fake_runs
 from tests.drawn import undraw
 from tests.planned import plan
@@ -54,7 +54,7 @@ def page_file(shared_here: Path) -> Iterator[Path]:
 def test_each_row_links_to_the_runs_that_it_averages(page_file: Path) -> None:
     text = page_file.read_text()
     rows = pd.read_csv(page_file.parent / "tables/glue_results.csv")
-    named = [cell.split() for cell in rows[RUNS]]
+    named = [cell.split() for cell in rows[RUNS_COLUMN]]
     task_of = {run.folder: run.spec["task"]["name"] for run in plan(["glue"], "mini")}
     assert [len(runs) for runs in named] == list(rows["n"])
     for row, runs in zip(rows.itertuples(), named, strict=True):
@@ -161,7 +161,7 @@ def test_runs_of_a_row_are_those_with_its_names() -> None:
     table = with_runs(
         Table("T", "", {"method": "M"}, [Column("accuracy", "accuracy")], frame), origins, "glue"
     )
-    assert list(table.frame[RUNS]) == ["glue/a", "glue/b glue/c", "glue/a glue/b glue/c", ""]
+    assert list(table.frame[RUNS_COLUMN]) == ["glue/a", "glue/b glue/c", "glue/a glue/b glue/c", ""]
     assert "Runs" not in table.markdown()
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.sources.packages import find_package
-from benchmarks.harness.training.checkpoints import last_complete_checkpoint
+from benchmarks.harness.training.checkpoints import keep_complete_checkpoints
 from benchmarks.text.training import TextTrainer
 from tests.executed import finish, killed_and_resumed, killed_at, prepare
 from tests.planned import plan
@@ -190,11 +190,11 @@ def test_a_checkpoint_that_lists_too_few_files_is_not_used(
     few = {name: digest for name, digest in digests.items() if name in listed}
     complete.write_text(json.dumps(few))
     warnings: list[str] = []
-    newest = last_complete_checkpoint(checkpoints, warnings.append)
+    newest = keep_complete_checkpoints(checkpoints, warnings.append)
     assert newest == checkpoints / "checkpoint-6"
     missing = [name for name in FILES[1:] if name not in few]
     (warning,) = warnings
-    assert warning.startswith(f"warning: {complete} is damaged: it does not list ")
+    assert warning.startswith(f"{complete} is damaged: it does not list ")
     assert all(Path(name).stem in warning for name in missing)
     assert warning.endswith("; the run goes on from checkpoint-6")
 

@@ -18,7 +18,12 @@ from benchmarks.harness.config.suite import Suite, load_suite
 from benchmarks.harness.report.artifacts import artifacts_of
 from benchmarks.harness.report.claims_table import read_claim_numbers
 from benchmarks.harness.report.presentation import present
-from benchmarks.harness.report.section import DataRow, make_section, read_section
+from benchmarks.harness.report.section import (
+    DataRow,
+    find_mixed_sets,
+    make_section,
+    read_section,
+)
 from benchmarks.harness.results.records import Record, read_records
 from tests import fake_runs
 from tests.drawn import undraw
@@ -39,22 +44,23 @@ def suite(shared_here: Path) -> Iterator[Suite]:
         fake_runs.collect(suite)
         for name in suite.settings.benchmarks:
             call("tables", "--suite", "mini", "--benchmark", name)
-            for part in suite.table_sets(name):
+            for part in suite.sets_with_tables(name):
                 call("tables", "--suite", "mini", "--benchmark", name, "--part", part)
         yield suite
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "part"), [("glue", None), ("domainbed", None), ("domainbed", "rotated_mnist_5k")]
+    ("benchmark", "data_set"),
+    [("glue", None), ("domainbed", None), ("domainbed", "rotated_mnist_5k")],
 )
 def test_tables_write_the_section_of_the_pages(
-    benchmark: str, part: str | None, suite: Suite
+    benchmark: str, data_set: str | None, suite: Suite
 ) -> None:
-    records = read_records(suite, benchmark, part)
+    records = read_records(suite, benchmark, data_set)
     presentation = present(load_benchmark(benchmark), records)
-    shown = presentation.parts[part] if part else presentation
-    section = read_section(artifacts_of(benchmark, part), "mini")
-    assert section == make_section(shown, records, "mini")
+    shown = presentation.presentations_of_sets[data_set] if data_set else presentation
+    section = read_section(artifacts_of(benchmark, data_set), "mini")
+    assert section == make_section(shown, records, find_mixed_sets(records), "mini")
     assert [table.name for table in section.tables] == [table.name for table in shown.tables]
     assert [figure.name for figure in section.figures] == list(shown.figures)
     assert section.verdicts == list(shown.verdicts)
@@ -83,7 +89,7 @@ def test_a_limit_that_only_some_runs_have_is_a_whole_number(suite: Suite) -> Non
     first = records[0]
     training = {**first.run.spec["training"], "train_rows": None}
     run = replace(first.run, spec={**first.run.spec, "training": training})
-    section = make_section(presentation, [replace(first, run=run), *records[1:]], "mini")
+    section = make_section(presentation, [replace(first, run=run), *records[1:]], [], "mini")
     values = {setting.name: setting.value for setting in section.training}
     assert values["train_rows"] == "–, 640"
 
@@ -97,11 +103,9 @@ def with_digest(record: Record, key: str, digest: str) -> Record:
 
 def test_only_evaluated_rows_that_should_be_the_same_are_compared(suite: Suite) -> None:
     records = read_records(suite, "glue")
-    presentation = present(load_benchmark("glue"), records)
 
     def mixed(records: list[Record]) -> list[str]:
-        section = make_section(presentation, records, "mini")
-        return [mixed.name for mixed in section.mixed_sets]
+        return [mixed.name for mixed in find_mixed_sets(records)]
 
     first, *others = [with_digest(record, "test", "a") for record in records]
     assert mixed([first, *others]) == []

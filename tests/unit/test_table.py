@@ -14,8 +14,8 @@ TABLE = Table(
     "50 % of_it",
     {"g": "Group", "name": "Name"},
     [
-        Column("accuracy", "a", std="s", best=True),
-        Column("loss", "l", best=True),
+        Column("accuracy", "a", std="s", marks_best=True),
+        Column("loss", "l", marks_best=True),
         Column("accuracy", "d", "Δ", interval=("lo", "hi"), signed=True),
     ],
     pd.DataFrame(
@@ -38,7 +38,7 @@ def test_cells_and_the_best_by_number() -> None:
     texts = TABLE.texts()
     assert texts["Accuracy (%)"].tolist() == ["100.0 ± 1.0", "10.0", "50.0 ± 0.0"]
     assert texts["Δ (%)"].tolist() == ["+0.0 [-1.0, +1.0]", "+2.0", "–"]
-    best = TABLE.best()
+    best = TABLE.best_cells()
     assert best["Accuracy (%)"].tolist() == [True, False, False]  # a group of one has no best
     assert best["Loss"].tolist() == [
         True,
@@ -49,7 +49,7 @@ def test_cells_and_the_best_by_number() -> None:
         TABLE, frame=TABLE.frame.assign(verdict="better"), notes={"verdict": "Verdict"}
     )
     bare = judged.with_random_weights_note()
-    assert (bare.best().to_numpy().any(), set(bare.texts()["Verdict"])) == (False, {"–"})
+    assert (bare.best_cells().to_numpy().any(), set(bare.texts()["Verdict"])) == (False, {"–"})
 
 
 def test_every_format_escapes() -> None:

@@ -18,7 +18,7 @@ from benchmarks.harness.config.catalogue import model_spec
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.sources.vader import load_vader
 from benchmarks.text import data
-from benchmarks.text.data import TextSplit, load_split
+from benchmarks.text.data import TextSplit, load_whole_part
 from benchmarks.text.definition import RunTask, TextSource
 from benchmarks.text.tokenization import TokenisedRows
 from tests.text_sets import TASKS, task, write_glue, write_own, write_rows, write_saved
@@ -90,9 +90,9 @@ def test_labels_are_read_dropped_and_counted_or_refused(
     read = task(name).model_copy(update=changes)
     if isinstance(labels, str):
         with pytest.raises(DataError, match=labels):
-            load_split(read, "dev")
+            load_whole_part(read, "dev")
         return
-    split = load_split(read, "dev")
+    split = load_whole_part(read, "dev")
     assert (split.labels, split.dropped) == (labels, len(written) - len(labels))
     missing = ("None", "nan", "NaN", "null", "", "-", "-1", "-1.0")
     kept = [i for i, value in enumerate(written) if str(value).strip() not in missing]
@@ -106,7 +106,7 @@ def test_numbers_are_read_by_the_class_names_beside_a_file(root: Path, monkeypat
     classes = "    dtype:\n      class_label:\n        names:\n" + listed
     content = f"---\ndataset_info:\n  features:\n  - name: label\n{classes}---\n# MNLI\n"
     (root / "MNLI/README.md").write_text(content)
-    split = load_split(task("mnli"), "dev")
+    split = load_whole_part(task("mnli"), "dev")
     assert (split.labels, split.dropped) == ([2, 0, 1], 1)
 
 
@@ -124,7 +124,7 @@ def test_saved_sets_of_glue_x_are_read_whole(
     root: Path, name: str, written, names, labels: list[float]
 ) -> None:
     write_saved(root, name, list(written), names=names)
-    assert load_split(task(name), "test").labels == labels
+    assert load_whole_part(task(name), "test").labels == labels
 
 
 # texts
@@ -149,7 +149,7 @@ def test_text_that_looks_like_something_else_stays_text(root: Path, form: str) -
             json.dumps({"sentence": text, "label": label}) + "\n" for text, label in rows
         )
     write_file(root, "cola", f"validation.{form}", content)
-    split = load_split(task("cola"), "dev")
+    split = load_whole_part(task("cola"), "dev")
     assert list(zip(split.texts, split.labels, strict=True)) == [
         ((text,), label) for text, label in rows
     ]
@@ -163,10 +163,10 @@ def test_rows_without_a_text_or_half_of_a_pair_are_dropped_and_counted(root: Pat
         for first, second, label in rows
     )
     write_file(root, "mrpc", "validation.jsonl", "\n".join(lines))
-    split = load_split(task("mrpc"), "dev")
+    split = load_whole_part(task("mrpc"), "dev")
     assert (split.labels, split.dropped, split.texts[-1][1]) == ([1, 0, 1], 2, "")
     write_file(root, "sst2", "validation.csv", 'sentence,label\n"  ",1\n,0\n"\n",1\nfine,1\n')
-    split = load_split(task("sst2"), "dev")
+    split = load_whole_part(task("sst2"), "dev")
     assert (split.texts, split.dropped) == ([("fine",)], 3)
 
 
@@ -207,7 +207,7 @@ def test_a_file_that_cannot_be_read_as_it_is_meant_is_refused_in_one_line(
 ) -> None:
     path = write_file(root, name, file, content)
     with pytest.raises(DataError, match=message) as caught:
-        load_split(task(name), "dev")
+        load_whole_part(task(name), "dev")
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
 
@@ -224,13 +224,13 @@ def test_a_split_is_read_once_and_as_a_whole(root: Path) -> None:
     piece = "validation-0000{}-of-00003.parquet"
     for number in (2, 0, 1):
         frame(str(number)).to_parquet(root / "RTE" / piece.format(number))
-    assert [texts[0] for texts in load_split(task("rte"), "dev").texts] == ["0", "1", "2"]
+    assert [texts[0] for texts in load_whole_part(task("rte"), "dev").texts] == ["0", "1", "2"]
     (root / "RTE/train").mkdir()
     frame("converted by the hub").to_parquet(root / "RTE/train/0000.parquet")
-    assert load_split(task("rte"), "train").texts[0][0] == "converted by the hub"
+    assert load_whole_part(task("rte"), "train").texts[0][0] == "converted by the hub"
     (root / "RTE" / piece.format(1)).unlink()
     with pytest.raises(DataError, match="RTE lacks a piece of the split 'validation'"):
-        load_split(task("rte"), "dev")
+        load_whole_part(task("rte"), "dev")
 
 
 def test_local_files_need_no_network_and_copy_no_rows(
@@ -246,21 +246,21 @@ def test_local_files_need_no_network_and_copy_no_rows(
         folder.mkdir()
         monkeypatch.setenv("EMOE_DATA_ROOT", str(folder))
         write_rows(folder, "rte", [1, 0], form, monkeypatch)
-        assert load_split(task("rte"), "dev").labels == [1, 0]
+        assert load_whole_part(task("rte"), "dev").labels == [1, 0]
     assert {path.suffix for path in cache.rglob("*")} == {".lock"}
 
 
 def test_a_set_that_is_missing_says_where_it_belongs(root: Path) -> None:
     with pytest.raises(DataError, match=rf"could not load 'nyu-mll/glue'(.|\n)*{root / 'CoLA'}"):
-        load_split(task("cola"), "dev")
+        load_whole_part(task("cola"), "dev")
     write_glue(root, "rte", raw=True)
     with pytest.raises(
         DataError,
         match=r"no file for the split 'validation'.*; `python tools/convert_glue_x\.py` converts",
     ):
-        load_split(task("rte"), "dev")
+        load_whole_part(task("rte"), "dev")
     write_own(root, "snli").rename(root / "snli")  # a folder of the task's name will do
-    assert load_split(task("snli"), "test").labels == [1, 0, 2]
+    assert load_whole_part(task("snli"), "test").labels == [1, 0, 2]
 
 
 # one csv
@@ -275,7 +275,7 @@ def test_one_csv_holds_all_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def texts(*lines: str) -> dict[str, set[tuple[str, ...]]]:
         (tmp_path / "rows.csv").write_text("\n".join(lines))
-        return {part: set(load_split(read, part).texts) for part in splits}
+        return {part: set(load_whole_part(read, part).texts) for part in splits}
 
     drawn = texts("sentence,label", *rows)
     assert [len(drawn[part]) / 2000 for part in splits] == pytest.approx(

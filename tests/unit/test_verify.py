@@ -93,20 +93,23 @@ def test_verify_repeats_a_blessed_run_that_is_not_finished_here(
     assert output[-2] == f"1 repeated runs failed, the first is {run.name}: no output"
 
 
+def shift_stored_partitions() -> None:
+    """Give each expert of the stored partitions a neuron of its neighbour."""
+    stored = list(PARTITIONS.glob("*.safetensors"))
+    assert stored
+    for file in stored:
+        partition = load_partition(file)
+        shifted = {layer: order.roll(1) for layer, order in partition.items()}
+        save_partition(Partition(shifted, partition.explained, partition.seconds), file)
+
+
 def test_verify_clusters_neurons_again(own_reference: Path, workdir: Path) -> None:
     """Stored partitions may have been made with other code."""
     run = next(run for run in plan(["modularity"], "smoke") if run.config.get("partition"))
     assert run.config["partition"] == "kmeans"
     finish(prepare(run, str(RUNS)))
     bless_runs([run])
-    stored = list(PARTITIONS.glob("*.safetensors"))
-    assert stored
-    for file in stored:
-        partition = load_partition(file)
-        # each expert gets a neuron of its neighbour
-        shifted = {layer: order.roll(1) for layer, order in partition.items()}
-        other = Partition(shifted, partition.explained, partition.seconds)
-        save_partition(other, file)
+    shift_stored_partitions()
     output = call(*VERIFY, "--seed", "1").splitlines()
     assert output[1].startswith(f"making {PARTITIONS}/")
     assert output[2] == f"running {run.name} (1 of 1)"
@@ -324,6 +327,22 @@ def test_bless_refuses_a_tree_with_changes_except_blessed_numbers(checkout: Path
         clean_commit()
 
 
+@pytest.mark.usefixtures("checkout", "own_reference", "workdir")
+def test_bless_clusters_neurons_again() -> None:
+    """Stored partitions may have been made with other code."""
+    suite = load_suite({"suite": "smoke", "benchmarks": ["modularity"]})
+    for run in suite.runs:
+        finish(prepare(run, str(RUNS)))
+    (clustered,) = [run for run in suite.runs if run.config.get("partition") == "kmeans"]
+    # the fastest run is repeated
+    edit(clustered, lambda content: content["cost"].update(job_seconds=0.01))
+    shift_stored_partitions()
+    lines: list[str] = []
+    assert bless(suite, ["modularity"], lines.append)
+    assert lines[0].startswith(f"making {PARTITIONS}/")
+    assert lines[1] == f"running {clustered.name} (1 of 1)"
+
+
 Change = Callable[[dict[str, Any]], object]
 
 
@@ -349,6 +368,7 @@ def test_only_numbers_that_repeat_are_blessed(monkeypatch: pytest.MonkeyPatch) -
                 results.append(replace(record, metrics=Metrics.model_validate(content)))
             return results, failures
 
+        monkeypatch.setattr(blessing, "make_inputs", lambda *_arguments: None)
         monkeypatch.setattr(blessing, "run_again", run_again)
         return bless(suite, benchmarks, print)
 

@@ -246,21 +246,21 @@ def test_folders_of_older_versions_are_refused_in_one_line(here: Path) -> None:
     ],
 )
 def test_a_target_that_cannot_be_made_says_why_and_what_can(target: str, reason: str) -> None:
-    text = targets.why_not(target, suites.load_suite({}))
+    text = targets.explain_missing_target(target, suites.load_suite({}))
     assert text.startswith(reason)
     assert "\n" not in text
 
 
 def test_each_missing_item_of_the_paper_says_why() -> None:
     for name, reason in missing_items().items():
-        assert targets.why_not(name, SMOKE) == f"{name}: {reason}"
+        assert targets.explain_missing_target(name, SMOKE) == f"{name}: {reason}"
 
 
 def test_a_set_needs_the_records_of_its_own_runs_alone() -> None:
     files = targets.record_files(SMOKE, "domainbed", "rotated_mnist_5k")
     assert files == ["results/smoke/records/domainbed_rotated_mnist_5k.jsonl"]
     assert set(files) < set(targets.record_files(SMOKE, "domainbed"))
-    assert targets.parts_by_records(SMOKE)["domainbed_rotated_mnist_5k"] == (
+    assert targets.sets_by_record_file(SMOKE)["domainbed_rotated_mnist_5k"] == (
         "domainbed",
         "rotated_mnist_5k",
     )

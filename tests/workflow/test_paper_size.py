@@ -17,7 +17,7 @@ import pytest
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.workflow.targets import output_files
 from tests import fake_runs
-from tests.checkout import SNAKEMAKE, Checkout
+from tests.checkout import SNAKEMAKE, Checkout, seconds_of_children
 
 pytestmark = [pytest.mark.paper_size, pytest.mark.timeout(3600)]
 SUITE = load_suite({"suite": "paper"})
@@ -49,9 +49,15 @@ def test_the_graph_of_all_runs_fits_in_a_gibibyte(checkout: Checkout) -> None:
     )
 
 
+def test_a_dry_run_takes_ninety_seconds(checkout: Checkout) -> None:
+    before = seconds_of_children()
+    checkout.run(SNAKEMAKE, "--dry-run", "--quiet", "all", "--config", "suite=paper")
+    assert seconds_of_children() - before <= 90
+
+
 @pytest.mark.parametrize("benchmark", SUITE.settings.benchmarks)
 def test_every_benchmark_is_shown(checkout: Checkout, benchmark: str) -> None:
-    parts = SUITE.table_sets(benchmark)
+    parts = SUITE.sets_with_tables(benchmark)
     for command, shown in (("collect", parts or [None]), ("tables", [None, *parts])):
         words = [
             sys.executable,

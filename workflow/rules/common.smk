@@ -22,7 +22,7 @@ from benchmarks.harness.run.data import missing_sets
 from benchmarks.harness.run.forkserver import Server
 from benchmarks.harness.workflow import plan, sources, targets
 from benchmarks.harness.workflow.environment import job_environment
-from benchmarks.harness.workflow.run_rules import RUN_ID, run_rules
+from benchmarks.harness.workflow.run_rules import run_rules
 from emoe.errors import EMoEError
 from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
@@ -48,7 +48,7 @@ with one_line_errors():
     # process if it sees that file.
     IN_JOB = not workflow.is_main_process and plan.is_written(SUITE)
     SHOWN = artifacts.suite_artifacts(SUITE)
-    RECORDS = targets.parts_by_records(SUITE)
+    RECORDS = targets.sets_by_record_file(SUITE)
     CLAIMED = claims.claimed_benchmarks(SUITE)
     CLAIM_ARTIFACTS = artifacts.claim_artifacts(SUITE)
     # these two report errors in their files before any work
@@ -56,8 +56,8 @@ with one_line_errors():
     paper_items.load_paper()
     if not IN_JOB:
         runs.refuse_old_folders()
-        SUITE.runs  # plans the runs, so that errors in a grid are reported here
-    # by benchmark and id of the run, True if the run keeps its weights
+    # By benchmark and id of the run, True if the run keeps its weights. This plans the
+    # runs, so that errors in a grid are reported here.
     KEPT_WEIGHTS = plan.weights_by_benchmark(SUITE, in_job=IN_JOB)
 
 RESULTS = f"results/{SUITE.name}"
@@ -73,7 +73,7 @@ container: "emoe.sif"
 
 wildcard_constraints:
     benchmark="[a-z][a-z0-9_]*",
-    run=RUN_ID,
+    run=runs.RUN_ID,
     partition=r"[A-Za-z0-9._+-]+-[0-9a-f]{8}",
     model=r"[a-z0-9][a-z0-9._-]*",
     package=r"[A-Za-z0-9._@+-]+\.(whl|tar\.gz)",
@@ -127,16 +127,16 @@ def sources_of(*benchmarks):
     return local(sources.table_sources(*benchmarks))
 
 
-def benchmark_and_part(benchmark, part):
+def benchmark_and_set(benchmark, data_set):
     # the options for a command that works on a benchmark, or on one of its data sets
-    if part:
-        return f"--benchmark {benchmark} --part {part}"
+    if data_set:
+        return f"--benchmark {benchmark} --part {data_set}"
     return f"--benchmark {benchmark}"
 
 
 def numbers_for_claims(shown):
     # a list with the file of a benchmark's numbers, if the paper's claims compare them
-    if shown.part is None and shown.benchmark in CLAIMED:
+    if shown.data_set is None and shown.benchmark in CLAIMED:
         return [artifacts.numbers_file(SUITE.name, shown.benchmark)]
     return []
 
@@ -151,7 +151,7 @@ def run_of(wildcards):
 
 
 def partition_of(wildcards):
-    # the planned clustering of a job
+    # the planned partition of a job
     with one_line_errors():
         if IN_JOB:
             return plan.read_partition_of_job(wildcards.partition, SUITE)

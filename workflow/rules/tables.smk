@@ -22,7 +22,7 @@ rule collect:
         runs=lambda wildcards: targets.digest_of_runs(
             SUITE, *RECORDS[wildcards.records]
         ),
-        what=lambda wildcards: benchmark_and_part(*RECORDS[wildcards.records]),
+        what=lambda wildcards: benchmark_and_set(*RECORDS[wildcards.records]),
         suite=SUITE.name,
     message:
         "Collect the records of {wildcards.records}"
@@ -40,7 +40,7 @@ for shown in SHOWN:
         name:
             f"tables_of_{shown.name}"
         input:
-            targets.record_files(SUITE, shown.benchmark, shown.part),
+            targets.record_files(SUITE, shown.benchmark, shown.data_set),
             sources_of(shown.benchmark),
         output:
             shown.table_files(SUITE.name),
@@ -57,9 +57,9 @@ for shown in SHOWN:
             # A suite with fewer runs or data sets makes them again. This is a function,
             # because a job on a cluster plans no runs.
             runs=lambda wildcards, shown=shown: targets.digest_of_runs(
-                SUITE, shown.benchmark, shown.part
+                SUITE, shown.benchmark, shown.data_set
             ),
-            what=benchmark_and_part(shown.benchmark, shown.part),
+            what=benchmark_and_set(shown.benchmark, shown.data_set),
             suite=SUITE.name,
         message:
             f"Tables and figures of {shown.name}"
@@ -111,7 +111,7 @@ rule benchmark_report:
     params:
         # a change of one of these makes the page again
         note=lambda wildcards: SUITE.benchmark_parts[wildcards.benchmark].settings.note,
-        sets=lambda wildcards: SUITE.table_sets(wildcards.benchmark),
+        sets=lambda wildcards: SUITE.sets_with_tables(wildcards.benchmark),
         suite=SUITE.name,
     message:
         "Page of {wildcards.benchmark}: {output}"
@@ -136,7 +136,7 @@ rule report:
     params:
         # a change of one of these makes the page again
         notes=[
-            (name, SUITE.table_sets(name), part.settings.note)
+            (name, SUITE.sets_with_tables(name), part.settings.note)
             for name, part in SUITE.benchmark_parts.items()
         ],
         suite=SUITE.name,

@@ -22,13 +22,13 @@ for name in SUITE.settings.benchmarks:
 
 # one target per image set: `snakemake domainbed_pacs`
 for shown in SHOWN:
-    if shown.part:
+    if shown.data_set:
 
         rule:
             name:
                 shown.name
             input:
-                targets.output_files(SUITE, shown.benchmark, shown.part),
+                targets.output_files(SUITE, shown.benchmark, shown.data_set),
             message:
                 "The tables and figures of the set are up to date"
 
@@ -49,7 +49,9 @@ for name in paper_items.load_paper().items:
 # any other word: the error says why there is no such target
 rule unknown_target:
     input:
-        refuse(lambda wildcards: targets.why_not(wildcards.target, SUITE)),
+        refuse(
+            lambda wildcards: targets.explain_missing_target(wildcards.target, SUITE)
+        ),
     output:
         "{target}",
     wildcard_constraints:
@@ -60,7 +62,7 @@ rule unknown_target:
 rule other_suite:
     input:
         refuse(
-            lambda wildcards: targets.why_not_file(
+            lambda wildcards: targets.explain_file_of_other_suite(
                 wildcards.other, wildcards.file, SUITE
             )
         ),

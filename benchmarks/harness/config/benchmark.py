@@ -28,7 +28,7 @@ from benchmarks.harness.config.yaml import (
     Names,
     Strict,
     Whole,
-    check_file,
+    check_csv,
     check_names,
     key_path,
     optional,
@@ -273,7 +273,7 @@ class Benchmark(ABC, Generic[D, E, P]):
         definition = self.definition
         if definition.paper:
             location = Location(self.file, "paper")
-            check_file(location, definition.paper, self.folder, self.paper_columns)
+            check_csv(location, definition.paper, self.folder, self.paper_columns)
         if "paper" in definition.tables and not definition.paper:
             raise DefinitionError(
                 f"{self.file}: 'tables' names 'paper', so it needs the key 'paper'"
@@ -314,7 +314,7 @@ class Benchmark(ABC, Generic[D, E, P]):
             others: The runs of another benchmark, if this benchmark evaluates them; else empty.
         """
 
-    def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
+    def sets(self, run: Run) -> list[SetReader]:
         """Return a reader for each split (or other part) of each data set that a run reads."""
         return []
 
@@ -406,22 +406,19 @@ class Benchmark(ABC, Generic[D, E, P]):
         """
         # Defaults are left out. So the merged settings still tell given values from defaults.
         section: Strict = getattr(self.definition, key)
-        given = section.model_dump(exclude_unset=True)
-        changes = getattr(part.settings, key)
-        settings = merge(given, changes)
-        at = ["benchmarks", self.name, key]  # the key path, for messages
-        by_model = settings.get("by_model") or {}
-        if model is not None and model in by_model:
-            settings = merge(settings, by_model[model])
-            at = [*at, "by_model", model]
-        by_task = settings.get("by_task") or {}
-        if task is not None and task in by_task:
-            settings = merge(settings, by_task[task])
-            at = [*at, "by_task", task]
-        return parse(settings, type(section), part.file, *at)
+        of_benchmark = section.model_dump(exclude_unset=True)
+        in_suite = merge(of_benchmark, getattr(part.settings, key))
+        layers = [in_suite]
+        keys = ["benchmarks", self.name, key]  # the key path of the last layer, for messages
+        for changes_key, name in (("by_model", model), ("by_task", task)):
+            changes = _changes_for(name, in_suite.get(changes_key))
+            if changes is not None:
+                layers.append(changes)
+                keys += [changes_key, str(name)]
+        return parse(merge(*layers), type(section), part.file, *keys)
 
     @property
-    def evaluates(self) -> str | None:
+    def evaluated_benchmark(self) -> str | None:
         """Return the name of the benchmark whose runs this one evaluates, if any."""
         return getattr(self.definition, "evaluates", None)
 
@@ -451,6 +448,20 @@ class Benchmark(ABC, Generic[D, E, P]):
             "variant": variant,
             **content,
         }
+
+
+def _changes_for(
+    name: str | None, changes_by_name: Mapping[str, dict[str, Any]] | None
+) -> dict[str, Any] | None:
+    """Return the changes of a section for one model or task; None if there are none.
+
+    Args:
+        name: The name of the model or task; None applies no changes.
+        changes_by_name: The section's ``by_model`` or ``by_task``; None if it has no such key.
+    """
+    if name is None or not changes_by_name:
+        return None
+    return changes_by_name.get(name)
 
 
 AnyBenchmark = Benchmark[Any, Any, Any]

@@ -54,6 +54,20 @@ class TuneSpec(Strict):
     head: bool = True
     """Train the head."""
 
+    @property
+    def selecting_tuning(self) -> str | None:
+        """Return the name of the tuning that selects parameters, such as ``blocks``; None if none.
+
+        Without a tuning, only adapters, head, routers and the modules in ``also`` are trained.
+        """
+        return "blocks" if self.blocks else self.tuning
+
+    @property
+    def selected_layers(self) -> str | list[int] | None:
+        """Return the layers that are passed to the tuning; None if it gets none."""
+        # the tuning `blocks` has its layers in the key `blocks`; others have them in `layers`
+        return self.blocks or self.layers
+
 
 class MethodSpec(Strict):
     """The ``method`` section of a run's spec."""
@@ -340,48 +354,51 @@ def _top_k(fraction: float, num_experts: int | None, where: str) -> int:
 
 
 def check_frozen(
-    frozen: int | None, method: MethodSpec, where: Location | str, count: int | None = None
+    num_frozen: int | None,
+    method: MethodSpec,
+    where: Location | str,
+    num_layers: int | None = None,
 ) -> None:
     """Check that a method neither converts nor trains a frozen layer.
 
     Args:
-        frozen: The number of frozen layers; None for none.
+        num_frozen: The number of frozen layers; None for none.
         method: The ``method`` section of the run's spec.
         where: The location of the settings, or words that name the model, for messages.
-        count: The number of layers of the model; None if it is unknown. A request such as
+        num_layers: The number of layers of the model; None if it is unknown. A request such as
             ``last:2`` depends on this number, and is not checked without it.
 
     Raises:
         DefinitionError: The method uses a frozen layer.
     """
-    if not frozen:
+    if not num_frozen:
         return
     used_layers: list[tuple[str, Any]] = []  # a verb and the layers that it applies to
     if method.config is not None:
         used_layers.append(("converts", method.config.get("layers")))
     if method.tune is not None:
-        used_layers.append(("trains", method.tune.layers))
-        used_layers.append(("trains", method.tune.blocks))
+        used_layers.append(("trains", method.tune.selected_layers))
     for verb, request in used_layers:
-        lowest = _lowest_layer(request, count)
-        if lowest is not None and lowest < frozen:
+        lowest = _lowest_layer(request, num_layers)
+        if lowest is not None and lowest < num_frozen:
             raise DefinitionError(
                 f"{where}: method '{method.name}' {verb} layer {lowest}, "
-                f"but training.frozen_layers is {frozen}. "
-                f"Freeze fewer, or take layers from {frozen} on"
+                f"but training.frozen_layers is {num_frozen}. "
+                f"Freeze fewer, or take layers from {num_frozen} on"
             )
 
 
-def _lowest_layer(request: str | list[int] | None, count: int | None) -> int | None:
+def _lowest_layer(request: str | list[int] | None, num_layers: int | None) -> int | None:
     """Return the lowest requested layer.
 
-    Return None if no layer is requested, or if the request depends on an unknown ``count``.
+    Return None if no layer is requested, or if the request depends on an unknown number of
+    layers.
     """
     if not request:
         return None
-    if count is not None:
-        return min(resolve_layers(request, count))
-    # without the count, only numbers that all count from the first layer are known
+    if num_layers is not None:
+        return min(resolve_layers(request, num_layers))
+    # without this number, only numbers that all count from the first layer are known
     if isinstance(request, str) or min(request) < 0:
         return None
     return min(request)

@@ -36,7 +36,7 @@ from benchmarks.harness.config.yaml import (
 from emoe.config import (
     ROUTERS,
     BalanceLoss,
-    Partition,
+    PartitionMethod,
     Score,
     Selection,
     Weighting,
@@ -163,7 +163,7 @@ class ExpertSettings(ExplicitNulls):
     An expert's bias starts as the FFN's bias divided by the number of active experts
     (`per_expert`), or, in GMoE only, as the whole bias (`per_expert_whole`).
     """
-    partition: Partition | None = None
+    partition: PartitionMethod | None = None
     """Grouping of neurons: `random`, `contiguous`, or balanced k-means.
 
     k-means clusters the keys (`kmeans`) or the activations of training rows (`coactivation`).
@@ -226,8 +226,9 @@ class Method(ExpertSettings):
     top_k_fraction: Share | None = None
     """top_k as a share of num_experts."""
 
-    def model_post_init(self, _context: Any, /) -> None:
+    def model_post_init(self, context: Any, /) -> None:
         """Refuse ``top_k`` beside ``top_k_fraction``."""
+        super().model_post_init(context)
         if self.top_k is not None and self.top_k_fraction is not None:
             raise refusal("it has both top_k and top_k_fraction; keep one")
 

@@ -52,16 +52,16 @@ def check_name(name: str, file: Path | None = None) -> None:
         raise DefinitionError(f"{where}'{name}' is not a valid name: {reason}; choose another name")
 
 
-def target_name(benchmark: str, part: str | None) -> str:
+def target_name(benchmark: str, data_set: str | None) -> str:
     """Return the name of the workflow's target for a benchmark, or for one of its data sets.
 
     The names of the target's result files begin with it.
 
     Args:
         benchmark: The name of the benchmark.
-        part: The name of the data set; None for the benchmark.
+        data_set: The name of the data set; None for the benchmark.
     """
-    return f"{benchmark}_{part}" if part else benchmark
+    return f"{benchmark}_{data_set}" if data_set else benchmark
 
 
 def _reason_against(name: str) -> str | None:

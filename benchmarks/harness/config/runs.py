@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import DefinitionError, read_json
+from benchmarks.harness.base import DefinitionError, read_json, short_digest
 from benchmarks.harness.config.catalogue import ModelSpec
 from benchmarks.harness.config.method_specs import MethodSpec
 from benchmarks.harness.config.yaml import Count, Number, Strict, Whole
@@ -41,21 +40,8 @@ class RunSpec(Strict):
     name. Such files are packages, and csv files of the project."""
 
 
-def trained_sets(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the data sets that a run is trained on: one, or several of a mixture."""
-    task: Mapping[str, Any] = spec["task"]
-    if "tasks" in task:  # a mixture
-        sets: list[Mapping[str, Any]] = task["tasks"]
-        return sets
-    return [task]
-
-
-def all_sets(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the data sets that a run is trained or evaluated on."""
-    return [*trained_sets(spec), *spec["ood"]]
-
-
 _ID_DIGITS = 12
+RUN_ID = f"[0-9a-f]{{{_ID_DIGITS}}}"  # a regular expression that the id of every run matches
 
 
 @dataclass(frozen=True)
@@ -81,12 +67,52 @@ class Run:
     @property
     def model(self) -> str:
         """Return the name of the model."""
-        return str(self.spec["model"]["name"])
+        return str(self.model_spec["name"])
+
+    @property
+    def model_spec(self) -> dict[str, Any]:
+        """Return the ``model`` section of the spec, as plain values."""
+        section: dict[str, Any] = self.spec["model"]
+        return section
 
     @property
     def task(self) -> str:
         """Return the name of the task: a data set, a mixture of data sets or a speed measure."""
-        return str(self.spec["task"]["name"])
+        return str(self.task_spec["name"])
+
+    @property
+    def task_spec(self) -> dict[str, Any]:
+        """Return the ``task`` section of the spec, as plain values."""
+        section: dict[str, Any] = self.spec["task"]
+        return section
+
+    @property
+    def trained_sets(self) -> list[dict[str, Any]]:
+        """Return the data sets that the run is trained on: one, or several of a mixture.
+
+        Each is a section of the spec, as plain values.
+        """
+        if "tasks" in self.task_spec:  # a mixture
+            sets: list[dict[str, Any]] = self.task_spec["tasks"]
+            return sets
+        return [self.task_spec]
+
+    @property
+    def ood_sets(self) -> list[dict[str, Any]]:
+        """Return the out-of-distribution sets that the run is evaluated on, as plain values."""
+        sets: list[dict[str, Any]] = self.spec["ood"]
+        return sets
+
+    @property
+    def all_sets(self) -> list[dict[str, Any]]:
+        """Return the data sets that the run is trained or evaluated on, as plain values."""
+        return [*self.trained_sets, *self.ood_sets]
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Return the sha256 of each file that data sets or a rebuilt model come from, by name."""
+        files: dict[str, str] = self.spec["files"]
+        return files
 
     @property
     def method(self) -> str:
@@ -133,7 +159,7 @@ class Run:
         """Return a readable name: model, task, method, settings, learning rate, seed and id."""
         parts = [self.model, self.task, self.method, self.variant]
         # a task without a test split has runs of both protocols, so the name has to tell them apart
-        splits = self.spec["task"].get("splits", {})
+        splits = self.task_spec.get("splits", {})
         has_no_test_split = "test" in splits and splits["test"] is None
         if has_no_test_split and self.protocol == "clean":
             parts.append("clean")
@@ -197,8 +223,8 @@ def canonical_json(value: object) -> str:
 
 def run_from_spec(spec: Mapping[str, Any]) -> Run:
     """Make a run from a spec; the content determines the id."""
-    digest = hashlib.sha256(canonical_json(spec).encode()).hexdigest()
-    return Run(digest[:_ID_DIGITS], dict(spec))
+    run_id = short_digest(canonical_json(spec), _ID_DIGITS)
+    return Run(run_id, dict(spec))
 
 
 def read_run(path: Path) -> Run:
@@ -223,7 +249,7 @@ def read_run(path: Path) -> Run:
 def refuse_old_folders() -> None:
     """Raise an error if a folder of runs has the readable name that older versions gave it."""
     for path in sorted(paths.RUNS.glob("*/*/run.json")):
-        if not re.fullmatch(rf"[0-9a-f]{{{_ID_DIGITS}}}", path.parent.name):
+        if not re.fullmatch(RUN_ID, path.parent.name):
             raise DefinitionError(
                 f"{path.parent} was made by an older version, whose folders had readable names; "
                 f"this version would make its runs again: move {paths.RUNS} to another place, "
@@ -233,7 +259,7 @@ def refuse_old_folders() -> None:
 
 @dataclass(frozen=True)
 class PartitionJob:
-    """One clustering of the neurons in some layers of a model, shared by all runs that need it.
+    """One partition of the neurons in some layers of a model, shared by all runs that need it.
 
     Attributes:
         model: The ``model`` section of a run's spec.
@@ -244,7 +270,7 @@ class PartitionJob:
     config: dict[str, Any]
 
     def to_json(self) -> str:
-        """Return the clustering as canonical JSON, which is hashed and written into the plan."""
+        """Return all settings as canonical JSON, which is hashed and written into the plan."""
         return canonical_json(dataclasses.asdict(self))
 
     @property
@@ -256,8 +282,8 @@ class PartitionJob:
             layers = "+".join(str(layer) for layer in self.config["layers"])
         else:  # a request such as ``last-half:2`` has signs that a file name avoids
             layers = "layers"
-        digest = hashlib.sha256(self.to_json().encode()).hexdigest()
-        return f"{model}-N{num_experts}-L{layers}-{digest[:8]}"
+        digest = short_digest(self.to_json(), 8)
+        return f"{model}-N{num_experts}-L{layers}-{digest}"
 
     @property
     def file(self) -> str:
@@ -266,9 +292,9 @@ class PartitionJob:
 
 
 def partition_jobs(run: Run) -> list[PartitionJob]:
-    """Return the clusterings that a run needs; empty unless k-means makes its experts.
+    """Return the partitions that a run needs; empty unless k-means makes its experts.
 
-    Each layer of a list has its own clustering. A request such as ``all`` has a single clustering
+    Each layer of a list has its own partition. A request such as ``all`` has a single partition
     for all its layers.
     """
     config = run.config  # empty for a dense model
@@ -289,7 +315,7 @@ def partition_jobs(run: Run) -> list[PartitionJob]:
             "partition_seed": config["partition_seed"],
             "layers": layers_of_job,
         }
-        jobs.append(PartitionJob(run.spec["model"], partition_config))
+        jobs.append(PartitionJob(run.model_spec, partition_config))
     return jobs
 
 
@@ -315,13 +341,13 @@ def run_inputs(run: Run) -> list[str]:
     for folder in run.spec.get("candidates", ()):
         candidates += _candidate_files(paths.RUNS / folder)
     partitions = [job.file for job in partition_jobs(run)]
-    return [*packages, *model_files(run.spec["model"]), *candidates, *partitions]
+    return [*packages, *model_files(run.model_spec), *candidates, *partitions]
 
 
 def _packages_of_sets(run: Run) -> list[str]:
     """List the files of the packages that contain data sets of a run, each once."""
     files: list[str] = []
-    for task in all_sets(run.spec):
+    for task in run.all_sets:
         for package in packages_of_dataset(task.get("source", {})):
             file = str(package.path)
             if file not in files:  # several sets may come from one package

@@ -30,6 +30,7 @@ from benchmarks.harness.config.yaml import (
 )
 from emoe.errors import did_you_mean
 
+DEFAULT_SUITE = "mini"
 DEFAULT_TRACKING_URI = "sqlite:///results/mlflow.db"
 _NumSeeds = Annotated[int, Field(ge=1, le=10_000)]  # more would fill the memory
 _USUAL_SUITES = ("mini", "full", "smoke", "paper")  # searched first
@@ -99,7 +100,7 @@ class CommandLine(Strict):
     be null.
     """
 
-    suite: str = "mini"
+    suite: str = DEFAULT_SUITE
     """Name of a file in config/."""
     benchmarks: Annotated[
         list[str] | None, AfterValidator(_check_chosen), BeforeValidator(_as_list)
@@ -133,7 +134,7 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
             file and the nearest valid value.
     """
     # before the other values, because it selects the file
-    name = overrides.get("suite", "mini")
+    name = overrides.get("suite", DEFAULT_SUITE)
     if name not in suite_names():
         near = did_you_mean(name, suite_names())
         raise DefinitionError(f"there is no suite '{name}'{near} (files in {paths.CONFIG})")
@@ -227,7 +228,7 @@ def _check_settings(settings: SuiteSettings, where: str, parts: Mapping[str, Par
     """
     # a benchmark that evaluates runs of another benchmark needs this other benchmark in the suite
     for benchmark in parts:
-        other = load_benchmark(benchmark).evaluates
+        other = load_benchmark(benchmark).evaluated_benchmark
         if other and other not in parts:
             raise DefinitionError(
                 f"{where}: 'benchmarks' has '{benchmark}', which evaluates '{other}'; name that too"
@@ -303,27 +304,27 @@ class Suite:
 
     @cached_property
     def partitions(self) -> dict[str, PartitionJob]:
-        """Return the clusterings of neurons that the runs need, by id."""
-        # several runs need the same clustering
+        """Return the partitions of neurons that the runs need, by id."""
+        # several runs need the same partition
         jobs = {}
         for run in self.runs:
             for job in partition_jobs(run):
                 jobs[job.id] = job
         return jobs
 
-    def runs_of(self, benchmark: str, part: str | None = None) -> list[Run]:
+    def runs_of(self, benchmark: str, data_set: str | None = None) -> list[Run]:
         """Return the runs of a benchmark.
 
         Args:
             benchmark: The name of the benchmark.
-            part: The name of one of its data sets; None for all.
+            data_set: The name of one of its data sets; None for all.
         """
         runs = [run for run in self.runs if run.benchmark == benchmark]
-        if part is None:
+        if data_set is None:
             return runs
-        return [run for run in runs if run.task == part]
+        return [run for run in runs if run.task == data_set]
 
-    def table_sets(self, benchmark: str) -> list[str]:
+    def sets_with_tables(self, benchmark: str) -> list[str]:
         """Return the names of a benchmark's data sets, if each data set has its own tables.
 
         Otherwise the list is empty. No runs are planned here, because planning takes time.
@@ -340,12 +341,12 @@ class Suite:
                     names.append(name)
         return names
 
-    def record_sets(self, benchmark: str) -> list[str | None]:
+    def sets_with_records(self, benchmark: str) -> list[str | None]:
         """Return the names of the data sets whose runs are collected in separate files.
 
         If the runs of all data sets are collected in one file, return [None].
         """
-        names = self.table_sets(benchmark)
+        names = self.sets_with_tables(benchmark)
         if names:
             return list(names)
         return [None]

@@ -326,7 +326,7 @@ def check_names(location: Location, names: Iterable[str], valid: Collection[str]
             raise DefinitionError(f"{location} is '{name[:100]}', which does not exist{near}")
 
 
-def check_file(location: Location, name: str, folder: Path, columns: Sequence[str] = ()) -> None:
+def check_csv(location: Location, name: str, folder: Path, columns: Sequence[str] = ()) -> None:
     """Check that a CSV exists and has the columns of published numbers.
 
     Args:

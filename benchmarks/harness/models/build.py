@@ -6,7 +6,6 @@ A builder loads a pre-trained model, converts its FFNs, adds adapters, and freez
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,13 @@ from peft import LoraModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.harness.base import DataError, derive_seed, write_json
+from benchmarks.harness.base import (
+    TRAINED_FILE,
+    DataError,
+    derive_seed,
+    short_digest,
+    write_json,
+)
 from benchmarks.harness.config.catalogue import ModelSpec
 from benchmarks.harness.config.method_specs import MethodSpec, check_frozen
 from benchmarks.harness.models.conversion import apply_method_, use_sparse_
@@ -47,8 +52,7 @@ from emoe.files import write_tensors
 from emoe.layer import routed_layers
 from emoe.partitioning import Partition
 
-# files in the folder of a trained model
-_TRAINED = "trained.safetensors"
+# the file with the partition, in the folder of a trained model
 _PARTITION = "partition.safetensors"
 # Loaders of the network whose neurons are clustered, by modality (None for text classifiers).
 # Language models have a loader of their own, because they may be larger than the memory.
@@ -255,7 +259,7 @@ def _adapt_(
         lora=getattr(spec.training, "lora", None),  # some kinds have no adapters
         tune=spec.method.tune,
         seed=spec.seed,
-        frozen=frozen_names,
+        frozen_names=frozen_names,
     )
 
 
@@ -340,10 +344,10 @@ def _slow_parameters(model: nn.Module, groups: Groups) -> frozenset[str]:
 def _describe_group(members: Sequence[tuple[str, nn.Parameter]]) -> dict[str, Any]:
     """Return the number of parameters in a group, and a digest of their names."""
     names = sorted(name for name, _ in members)
-    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
     return {
         "parameters": sum(parameter.numel() for _, parameter in members),
-        "names": digest[:16],  # identifies runs with the same trained parameters
+        # identifies runs with the same trained parameters
+        "names": short_digest("\n".join(names), 16),
     }
 
 
@@ -363,8 +367,10 @@ def _ffn_weights(ffns: Sequence[FFN]) -> int:
     """Count the weights of FFNs without biases: ``d * h`` for each projection."""
     count = 0
     for ffn in ffns:
-        projections = len(ffn.in_projections()) + 1  # with the out-projection
-        count += ffn.d * ffn.h * projections
+        # in-projection, out-projection, and the up-projection of a gated FFN, which may be fused
+        # with the in-projection
+        num_projections = 3 if ffn.gated else 2
+        count += ffn.d * ffn.h * num_projections
     return count
 
 
@@ -400,18 +406,19 @@ def save_trained(model: nn.Module, folder: Path) -> None:
     partition = permutations(model)
     if partition:  # a dense model and GMoE have none
         save_partition(Partition(partition), folder / _PARTITION)
-    write_tensors(trained_state(model), folder / _TRAINED)
+    write_tensors(trained_state(model), folder / TRAINED_FILE)
 
 
 def reopen(
-    build: Callable[..., Trainable], spec: TrainedSpec, weights: str, folder: Path
+    build: Callable[..., Trainable], spec: TrainedSpec, weights_digest: str, folder: Path
 ) -> Trainable:
     """Build the model of a finished run with its trained weights.
 
     Args:
         build: The function that builds the model from ``spec`` and ``partition``.
         spec: The spec of the training run.
-        weights: The recorded digest of the pre-trained weights; empty if they were quantised.
+        weights_digest: The recorded digest of the pre-trained weights; empty if they were
+            quantised.
         folder: The folder that :func:`save_trained` wrote.
 
     Raises:
@@ -425,13 +432,13 @@ def reopen(
         partition = load_partition(folder / _PARTITION)
     trainable = build(spec, partition=partition)
     # the saved tensors are only those that training changed, so all others must be the same as then
-    present_weights = trainable.summary["source"]["weights"]
-    if weights and present_weights != weights:
+    present_digest = trainable.summary["source"]["weights"]
+    if weights_digest and present_digest != weights_digest:
         raise DataError(
             f"the weights of '{spec.model.name}' changed since the run was trained: "
-            f"{present_weights} instead of {weights}"
+            f"{present_digest} instead of {weights_digest}"
         )
-    load_trained_(trainable.model, folder / _TRAINED)
+    load_trained_(trainable.model, folder / TRAINED_FILE)
     return trainable
 
 

@@ -32,13 +32,19 @@ from transformers.initialization import no_init_weights
 
 from benchmarks.harness.base import MODELS, DataError, derive_seed
 from benchmarks.harness.config.catalogue import ModelSpec, model_spec
-from benchmarks.harness.sources.hub import hub_name
+from benchmarks.harness.sources.hub import hub_name, is_commit
 from benchmarks.harness.sources.local import user_model_folder
 from benchmarks.harness.sources.packages import package_folder
 from emoe.architectures import FFN, find_ffns
 from emoe.config import resolve_layers
 from emoe.errors import CheckpointError
-from emoe.files import DOWNLOADED, check_companions, load_stock, one_line, tensor_digest
+from emoe.files import (
+    DOWNLOADED,
+    check_companions,
+    class_and_message,
+    load_stock,
+    tensor_digest,
+)
 
 
 def _model_folder(model: ModelSpec) -> Path:
@@ -91,7 +97,7 @@ def loading_errors(model: ModelSpec) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # a damaged file raises anything
-        reason = str(error) if isinstance(error, CheckpointError) else one_line(error)
+        reason = str(error) if isinstance(error, CheckpointError) else class_and_message(error)
         place = user_model_folder(model.name) or model.hub or model.name
         raise DataError(
             f"could not load the model '{place}': {reason}; "
@@ -321,10 +327,10 @@ def source_of(
         except the head (``weights``).
     """
     digest = weights_digest(loaded.base_model) if with_digest else ""
-    # in the hub's cache, a folder is named after its commit; for other sources, source_text ignores
-    # this name
-    folder = Path(str(loaded.name_or_path))
-    return {"from": source_text(model, commit=folder.name), "weights": digest}
+    # the hub's cache names the folder of a model after its commit
+    folder_name = Path(str(loaded.name_or_path)).name
+    commit = folder_name if is_commit(folder_name) else None
+    return {"from": source_text(model, commit), "weights": digest}
 
 
 def source_text(model: ModelSpec, commit: str | None) -> str:

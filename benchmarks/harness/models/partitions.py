@@ -6,7 +6,6 @@ A neuron is clustered by its key, a row of the FFN's in-projection.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 
@@ -14,11 +13,11 @@ from pydantic import TypeAdapter
 from torch import nn
 
 import emoe
-from benchmarks.harness.base import PARTITIONS, atomic_write, print_warning
+from benchmarks.harness.base import PARTITIONS, atomic_write, print_warning, short_digest
 from emoe.architectures import find_ffns
 from emoe.config import EMoEConfig, resolve_layers
 from emoe.errors import CheckpointError
-from emoe.files import one_line, read_metadata, read_tensors, tensor_digest, write_tensors
+from emoe.files import class_and_message, read_metadata, read_tensors, tensor_digest, write_tensors
 from emoe.partitioning import Partition, is_permutation, join_partitions
 
 # Part of every cache key. Increase it if the same settings give another partition.
@@ -81,7 +80,7 @@ def partition_keys(model: nn.Module, config: EMoEConfig) -> dict[int, str]:
         neuron_keys = ffns[layer].keys()  # [neurons, width]
         digest_of_keys = tensor_digest(neuron_keys)
         content = f"{settings}{layer}:{digest_of_keys}"
-        cache_keys[layer] = hashlib.sha256(content.encode()).hexdigest()[:16]
+        cache_keys[layer] = short_digest(content, 16)
     return cache_keys
 
 
@@ -119,7 +118,9 @@ def load_partition(path: Path) -> Partition:
         explained = _numbers_by_layer(metadata.get("explained", "{}"))
         seconds = _numbers_by_layer(metadata.get("seconds", "{}"))
     except ValueError as error:  # from JSON or pydantic
-        raise CheckpointError(f"{path} is damaged: its metadata: {one_line(error)}") from None
+        raise CheckpointError(
+            f"{path} is damaged: its metadata: {class_and_message(error)}"
+        ) from None
     return Partition(sorted_by_layer, explained, seconds)
 
 

@@ -30,6 +30,7 @@ from benchmarks.harness.base import (
     atomic_write,
     first_line,
     print_warning,
+    short_digest,
 )
 from benchmarks.harness.config.methods import is_below
 from emoe.architectures import find_ffns
@@ -66,7 +67,7 @@ _TOKENS_AT_ONCE = 4096  # largest number of tokens in a batch, with padding
 
 Row = dict[str, Any]
 # a function that takes the numbers of rows, and returns the model's inputs for these rows
-Batch = Callable[[Sequence[int]], Mapping[str, Any]]
+MakeInputs = Callable[[Sequence[int]], Mapping[str, Any]]
 
 
 class Prefix:
@@ -276,8 +277,8 @@ class PrefixStates:
         prefix: The prefix of the model.
         rows_digest: The digest of the model inputs of all rows.
         lengths: The number of tokens of each row.
-        batch: A function that returns the model's inputs for rows, given their numbers. It pads on
-            the right.
+        make_inputs: A function that returns the model's inputs for rows, given their numbers. It
+            pads on the right.
         folder: The folder of the files.
     """
 
@@ -286,7 +287,7 @@ class PrefixStates:
         prefix: Prefix,
         rows_digest: str,
         lengths: Sequence[int],
-        batch: Batch,
+        make_inputs: MakeInputs,
         folder: Path = PREFIXES,
     ) -> None:
         # the file has the tokens of all rows, one row after the other; a row's tokens end here
@@ -297,7 +298,7 @@ class PrefixStates:
         num_tokens = int(ends[-1])
         with FileLock(folder / f".{key}.lock"):
             if not _is_intact(file, num_tokens):
-                _write_states(file, prefix, ends, lengths, batch)
+                _write_states(file, prefix, ends, lengths, make_inputs)
         self._values = _open_states(file)  # [tokens of all rows, width]
         self._ends = ends
         self._lengths = lengths
@@ -351,7 +352,7 @@ def _states_key(prefix_digest: str, rows_digest: str) -> str:
         device = torch.backends.cpu.get_cpu_capability()
     threads = torch.get_num_threads()
     determinants = [_VERSION, prefix_digest, rows_digest, device, threads, torch.__version__]
-    return hashlib.sha256(json.dumps(determinants).encode()).hexdigest()[:24]
+    return short_digest(json.dumps(determinants), 24)
 
 
 def collate_states(
@@ -404,7 +405,11 @@ def columns_digest(columns: Mapping[str, NDArray[Any]]) -> str:
 
 
 def _write_states(
-    file: Path, prefix: Prefix, ends: NDArray[np.int64], lengths: Sequence[int], batch: Batch
+    file: Path,
+    prefix: Prefix,
+    ends: NDArray[np.int64],
+    lengths: Sequence[int],
+    make_inputs: MakeInputs,
 ) -> None:
     """Compute the prefix states of all rows; write them as one array ``[all tokens, width]``.
 
@@ -413,7 +418,7 @@ def _write_states(
         prefix: The prefix of the model.
         ends: For each row, the place in the array after its last token.
         lengths: The number of tokens of each row.
-        batch: A function that returns the model's inputs for rows, given their numbers.
+        make_inputs: A function that returns the model's inputs for rows, given their numbers.
 
     Raises:
         OSError: The disk has no space for the file; names the file.
@@ -421,7 +426,7 @@ def _write_states(
     values: Any = None
     with atomic_write(file) as temporary:
         for rows in _similar_rows(lengths):
-            outputs = prefix.output(batch(rows)).numpy()  # [rows, tokens, width]
+            outputs = prefix.output(make_inputs(rows)).numpy()  # [rows, tokens, width]
             if values is None:  # the width is only known from the first output
                 width = outputs.shape[2]
                 shape = (int(ends[-1]), width)

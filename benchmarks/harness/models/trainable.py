@@ -40,7 +40,7 @@ class Trainable:
     prefix: Prefix | None = None
 
     @property
-    def weights(self) -> str:
+    def weights_id(self) -> str:
         """Return the digest of the pre-trained weights, or their source if they have no digest."""
         source: dict[str, str] = self.summary["source"]
         # weights in 4 bits have no digest

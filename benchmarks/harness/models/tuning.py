@@ -29,7 +29,7 @@ def tune_(
     lora: LoRA | None,
     tune: TuneSpec,
     seed: int,
-    frozen: Collection[str] = (),
+    frozen_names: Collection[str] = (),
 ) -> tuple[LoraModel | None, Groups]:
     """Add adapters, and freeze all parameters that a run does not train.
 
@@ -42,7 +42,7 @@ def tune_(
         lora: The ``training.lora`` of the spec; None adds no adapters.
         tune: The ``method.tune`` of the spec; ``head: false`` freezes the head.
         seed: The seed of the run. It determines the first weights of the adapters.
-        frozen: The names of frozen parameters; their layers get no adapters.
+        frozen_names: The names of frozen parameters; their layers get no adapters.
 
     Returns:
         The new adapters (None without ``lora``), and the trained parameters by group, from
@@ -54,8 +54,8 @@ def tune_(
     """
     adapters = None
     if lora is not None:
-        adapters = _add_adapters_(model, lora, seed, frozen)
-    groups = trained_groups(model, tune, frozen)
+        adapters = _add_adapters_(model, lora, seed, frozen_names)
+    groups = trained_groups(model, tune, frozen_names)
     model.requires_grad_(False)
     for names_and_parameters in groups.values():
         for _, parameter in names_and_parameters:
@@ -63,7 +63,9 @@ def tune_(
     return adapters, groups
 
 
-def trained_groups(model: PreTrainedModel, tune: TuneSpec, frozen: Collection[str] = ()) -> Groups:
+def trained_groups(
+    model: PreTrainedModel, tune: TuneSpec, frozen_names: Collection[str] = ()
+) -> Groups:
     """Return the names and parameters that a model with adapters trains, by group.
 
     The groups are ``adapters``, ``head``, ``routers``, ``also``, and the name of the tuning for all
@@ -73,10 +75,8 @@ def trained_groups(model: PreTrainedModel, tune: TuneSpec, frozen: Collection[st
         DefinitionError: The tuning or ``also`` has a name that the model does not have.
     """
     parameters = dict(model.named_parameters())
-    # the tuning `blocks` has its layers in the key `blocks`; other tunings have them in `layers`
-    tuning = "blocks" if tune.blocks else tune.tuning
-    layers = tune.blocks or tune.layers
-    tuned_names = _names_of_tuning(model, tuning, layers, parameters)
+    tuning = tune.selecting_tuning
+    tuned_names = _names_of_tuning(model, tuning, tune.selected_layers, parameters)
     router_paths = _find_routers(model)
     also_paths = _find_modules(model, tune.also)
 
@@ -98,7 +98,7 @@ def trained_groups(model: PreTrainedModel, tune: TuneSpec, frozen: Collection[st
 
     groups: Groups = {}
     for name, parameter in parameters.items():
-        if name in frozen:
+        if name in frozen_names:
             continue
         group = group_of(name)
         if group is not None:
@@ -156,7 +156,7 @@ def _find_modules(model: PreTrainedModel, names: list[str]) -> list[str]:
 
 
 def _add_adapters_(
-    model: PreTrainedModel, lora: LoRA, seed: int, frozen: Collection[str]
+    model: PreTrainedModel, lora: LoRA, seed: int, frozen_names: Collection[str]
 ) -> LoraModel:
     """Add adapters to a model in place, except to frozen layers, and return peft's wrapper of it.
 
@@ -168,7 +168,7 @@ def _add_adapters_(
         near = did_you_mean(model_type, lora.targets)
         raise DefinitionError(f"training.lora.targets has no layers for '{model_type}'{near}")
     # peft can exclude modules but not parameters, so take the module of each frozen parameter
-    frozen_modules = {name.rpartition(".")[0] for name in frozen}
+    frozen_modules = {name.rpartition(".")[0] for name in frozen_names}
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=cast(int, lora.alpha),  # peft also accepts fractions

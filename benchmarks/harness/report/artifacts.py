@@ -27,20 +27,20 @@ class Artifacts:
 
     Attributes:
         benchmark: The name of the benchmark.
-        part: The name of the set. None for tables and figures over all sets.
+        data_set: The name of the set. None for tables and figures over all sets.
         tables: The names of the tables.
         figures: The names of the figures.
     """
 
     benchmark: str
-    part: str | None
+    data_set: str | None
     tables: list[str]
     figures: list[str]
 
     @property
     def name(self) -> str:
         """Return the prefix of the file names, which is also the target of the workflow."""
-        return target_name(self.benchmark, self.part)
+        return target_name(self.benchmark, self.data_set)
 
     def stem(self, name: str) -> str:
         """Return the file name of a table or figure, without ending."""
@@ -48,14 +48,14 @@ class Artifacts:
             return self.name
         return f"{self.name}_{name}"
 
-    def table_files(self, suite: str) -> list[str]:
+    def table_files(self, suite_name: str) -> list[str]:
         """List the files of all tables, in every format."""
-        folder = paths.RESULTS / suite / "tables"
+        folder = paths.RESULTS / suite_name / "tables"
         return self._files(folder, self.tables, FORMATS)
 
-    def figure_files(self, suite: str) -> list[str]:
+    def figure_files(self, suite_name: str) -> list[str]:
         """List the files of all figures, in every format."""
-        folder = paths.RESULTS / suite / "figures"
+        folder = paths.RESULTS / suite_name / "figures"
         return self._files(folder, self.figures, FIGURE_FORMATS)
 
     def _files(self, folder: Path, names: Sequence[str], formats: Sequence[str]) -> list[str]:
@@ -67,19 +67,19 @@ class Artifacts:
                 files.append(str(folder / f"{stem}.{ending}"))
         return files
 
-    def section_file(self, suite: str) -> str:
+    def section_file(self, suite_name: str) -> str:
         """Return the path of the section file: the JSON file that pages are written from."""
-        return str(paths.RESULTS / suite / "sections" / f"{self.name}.json")
+        return str(paths.RESULTS / suite_name / "sections" / f"{self.name}.json")
 
 
 # the table `claims`, and the figures of the headline tests: `claims` and `claims_narrow`
 CLAIMS = Artifacts("claims", None, [""], ["", NARROW])
 
 
-def remake_advice(path: Path, suite: str) -> str:
+def remake_advice(path: Path, suite_name: str) -> str:
     """Return the advice of error messages on how to remake a damaged file of a suite."""
     # without --force, Snakemake keeps a damaged file
-    return f"`snakemake --cores all --force {path} --config suite={suite}` makes it again"
+    return f"`snakemake --cores all --force {path} --config suite={suite_name}` makes it again"
 
 
 def claim_artifacts(suite: Suite) -> Artifacts:
@@ -102,17 +102,17 @@ def claimed_in_points(suite: Suite) -> list[str]:
     return [name for name in claimed_benchmarks(suite) if name in in_points]
 
 
-def numbers_file(suite: str, benchmark: str) -> str:
+def numbers_file(suite_name: str, benchmark: str) -> str:
     """Return the path of the JSON-lines file for the numbers of a benchmark that claims compare."""
-    return str(paths.RESULTS / suite / "numbers" / f"{benchmark}.jsonl")
+    return str(paths.RESULTS / suite_name / "numbers" / f"{benchmark}.jsonl")
 
 
-def artifacts_of(benchmark: str, part: str | None = None) -> Artifacts:
+def artifacts_of(benchmark: str, data_set: str | None = None) -> Artifacts:
     """Return the names of the tables and figures of a benchmark, or of one of its sets."""
     definition = load_benchmark(benchmark).definition
-    if part:
-        return Artifacts(benchmark, part, definition.set_tables, definition.set_figures)
-    return Artifacts(benchmark, part, definition.tables, definition.figures)
+    if data_set:
+        return Artifacts(benchmark, data_set, definition.set_tables, definition.set_figures)
+    return Artifacts(benchmark, None, definition.tables, definition.figures)
 
 
 def all_artifacts() -> list[Artifacts]:
@@ -127,16 +127,16 @@ def all_artifacts() -> list[Artifacts]:
         benchmark = load_benchmark(name)
         listed.append(artifacts_of(name))
         if benchmark.has_set_tables:
-            for part in benchmark.tasks:
-                listed.append(artifacts_of(name, part))
+            for data_set in benchmark.tasks:
+                listed.append(artifacts_of(name, data_set))
 
     # the workflow would write a benchmark and a set with the same target to the same files
     for artifacts in listed:
-        is_of_set = artifacts.part is not None
+        is_of_set = artifacts.data_set is not None
         if is_of_set and artifacts.name in benchmark_names():
             raise DefinitionError(
                 f"{BENCHMARKS / artifacts.name}: '{artifacts.name}' is also the target of the set "
-                f"'{artifacts.part}' of '{artifacts.benchmark}'; choose another name"
+                f"'{artifacts.data_set}' of '{artifacts.benchmark}'; choose another name"
             )
     return listed
 
@@ -146,6 +146,6 @@ def suite_artifacts(suite: Suite) -> list[Artifacts]:
     artifacts = []
     for name in suite.settings.benchmarks:
         artifacts.append(artifacts_of(name))
-        for part in suite.table_sets(name):
-            artifacts.append(artifacts_of(name, part))
+        for data_set in suite.sets_with_tables(name):
+            artifacts.append(artifacts_of(name, data_set))
     return artifacts

@@ -11,18 +11,18 @@ from benchmarks.harness.base import DataError, read_text
 from benchmarks.harness.report.artifacts import CLAIMS, remake_advice
 
 
-def read_claim_rows(suite: str, columns: Sequence[str]) -> list[dict[str, str]]:
+def read_claim_rows(suite_name: str, columns: Sequence[str]) -> list[dict[str, str]]:
     """Read the table of the claims of a suite: for each test, its cells by column.
 
     Args:
-        suite: The name of the suite.
+        suite_name: The name of the suite.
         columns: The columns of which each test must have a cell. The others are not checked.
 
     Raises:
         DataError: The file cannot be read, or a test lacks a cell.
     """
-    path = paths.RESULTS / suite / "tables" / f"{CLAIMS.name}.csv"
-    advice = remake_advice(path, suite)
+    path = paths.RESULTS / suite_name / "tables" / f"{CLAIMS.name}.csv"
+    advice = remake_advice(path, suite_name)
     text = read_text(path, advice)
     try:
         rows = list(csv.DictReader(io.StringIO(text, newline="")))

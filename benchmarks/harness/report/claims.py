@@ -180,24 +180,24 @@ def load_claims() -> dict[str, Claim]:
     return claims
 
 
-def loss_test(test: ClaimTest, compare: Comparison) -> ClaimTest:
-    """Return the test that repeats a test with the loss. ``compare`` is the test's comparison."""
+def loss_test(test: ClaimTest, comparison: Comparison) -> ClaimTest:
+    """Return the test that repeats a test with the loss. ``comparison`` is that of the test."""
     return ClaimTest(
         title=f"{test.title}: loss",
         paper=PaperEffect(where="no losses"),
-        compare=loss_comparison(compare),
+        compare=loss_comparison(comparison),
         endpoint="loss",
     )
 
 
-def loss_comparison(compare: Comparison) -> Comparison:
+def loss_comparison(comparison: Comparison) -> Comparison:
     """Return the same comparison of losses instead of scores.
 
     A claim of a higher score becomes a claim of a lower loss, and the reverse. One of the same
     score becomes one of the same loss.
     """
-    direction = _LOSS_DIRECTIONS[compare.direction]
-    return compare.model_copy(update={"metric": "loss", "direction": direction})
+    direction = _LOSS_DIRECTIONS[comparison.direction]
+    return comparison.model_copy(update={"metric": "loss", "direction": direction})
 
 
 def claimed_benchmarks(suite: Suite) -> list[str]:
@@ -213,50 +213,51 @@ def claimed_benchmarks(suite: Suite) -> list[str]:
     return claimed
 
 
-def check_comparison(compare: Comparison, where: Location) -> None:
+def check_comparison(comparison: Comparison, where: Location) -> None:
     """Check that the names in a comparison exist, and that they fit its benchmark.
 
     Args:
-        compare: The comparison.
+        comparison: The comparison.
         where: The location of the comparison in its YAML file, for messages.
 
     Raises:
         DefinitionError: A name does not exist or does not fit. The message names the file and the
             key.
     """
-    check_names(where.at("benchmark"), [compare.benchmark], benchmark_names())
-    benchmark = load_benchmark(compare.benchmark)
+    check_names(where.at("benchmark"), [comparison.benchmark], benchmark_names())
+    benchmark = load_benchmark(comparison.benchmark)
 
     # the two methods must differ
     methods = list(benchmark.row_titles)
-    other_methods = [name for name in methods if name != compare.method]
-    check_names(where.at("method"), [compare.method], methods)
-    check_names(where.at("against"), [compare.against], other_methods)
+    other_methods = [name for name in methods if name != comparison.method]
+    check_names(where.at("method"), [comparison.method], methods)
+    check_names(where.at("against"), [comparison.against], other_methods)
 
-    check_names(where.at("domain"), [compare.domain], benchmark.domains)
-    domain = benchmark.domains[compare.domain]
-    check_names(where.at("metric"), [compare.metric], _comparable_metrics(compare, domain))
+    check_names(where.at("domain"), [comparison.domain], benchmark.domains)
+    domain = benchmark.domains[comparison.domain]
+    metrics = _comparable_metrics(comparison, domain)
+    check_names(where.at("metric"), [comparison.metric], metrics)
 
-    check_names(where.at("models"), compare.models or (), load_models())
-    check_names(where.at("tasks"), compare.tasks or (), benchmark.task_titles)
+    check_names(where.at("models"), comparison.models or (), load_models())
+    check_names(where.at("tasks"), comparison.tasks or (), benchmark.task_titles)
     # only instruction tuning compares several fine-tuning methods
     tunings = getattr(benchmark.definition, "finetuning", ())
-    check_names(where.at("tunings"), compare.tunings or (), tunings)
+    check_names(where.at("tunings"), comparison.tunings or (), tunings)
 
     # a comparison names a selection exactly if its domain has several
-    if domain.selections or compare.selection:
+    if domain.selections or comparison.selection:
         # a missing selection is checked as an empty name, which does not exist
-        selection = compare.selection or ""
+        selection = comparison.selection or ""
         check_names(where.at("selection"), [selection], domain.selections)
 
 
-def _comparable_metrics(compare: Comparison, domain: Domain) -> list[str]:
+def _comparable_metrics(comparison: Comparison, domain: Domain) -> list[str]:
     """List the metrics of a domain that can test a comparison.
 
     The metrics need an equivalence margin in metrics.yaml. A claim of equal counts needs none.
     """
     # counts are equal or not, so they need no margin
-    needs_margin = compare.direction != "equal"
+    needs_margin = comparison.direction != "equal"
 
     metrics = load_metrics()
     comparable = []

@@ -121,8 +121,9 @@ def compare_tests(
 
     A mean has moved if it changed by more than its standard error over the pairs, and if rounding
     errors do not explain the change: all pairs changed alike, or the paired t-test of the changes
-    has a p below 0.1 %. Tests without a standard error (one pair, or older differences that are all
-    equal and not 0) are not compared, nor those of counts and of times.
+    has a p below 0.1 %. Counts, times, and tests without a standard error are not compared. A
+    standard error needs two pairs, and older differences that are not all the same, unless all
+    are 0.
 
     Args:
         suite: The suite.
@@ -137,10 +138,10 @@ def compare_tests(
     num_compared = 0
     moved = []
     for old, new in zip(tests_before, tests_after, strict=True):
-        if old.evidence is None or new.evidence is None or not old.compare.is_paired:
+        if old.evidence is None or new.evidence is None or not old.comparison.is_paired:
             continue
         limit = old.evidence.difference.standard_error()
-        change = find_evidence(changes[old.benchmark], old.compare)
+        change = find_evidence(changes[old.benchmark], old.comparison)
         if math.isnan(limit) or change is None:
             continue
         num_compared += 1
@@ -178,7 +179,7 @@ def _has_moved(change: Difference, limit: float) -> bool:
 
 def _moved_test(old: Any, new: Any) -> MovedTest:
     """Describe a test that has moved. ``old`` and ``new`` are its rows of :func:`judge_claims`."""
-    difference = old.evidence.difference.scaled(old.compare.scale)
+    difference = old.evidence.difference.scaled(old.comparison.scale)
     return MovedTest(
         title=f"{old.claim_title}: {old.test_shown}",
         unit=old.unit,

@@ -85,18 +85,13 @@ def draw_claims(rows: pd.DataFrame, path: Path, *, narrow: bool = False) -> None
     titles = list(marks["test"])
     # in a wide figure, the titles of lines are beside the marks, where there is little room
     if not narrow:
-        titles = [wrap_text(title, _LABEL_WIDTH, size=7) for title in titles]
+        titles = [wrap_text(title, inches=_LABEL_WIDTH, size=7) for title in titles]
     placed_marks = marks.assign(
         panel=marks["claim_title"],
         line=titles,
         style=marks["series"].map(_STYLES),
-        # draw_forest takes shares and prints points
-        delta=marks["delta"] / 100,
-        low=marks["low"] / 100,
-        high=marks["high"] / 100,
-        margin=marks["margin"] / 100,
     )
-    draw_forest(placed_marks, path, _axis_label(shown), narrow=narrow)
+    draw_forest(_points_to_shares(placed_marks), path, _axis_label(shown), narrow=narrow)
 
 
 def _axis_label(rows: pd.DataFrame) -> str:
@@ -108,14 +103,24 @@ def _axis_label(rows: pd.DataFrame) -> str:
     return _AXIS_LABEL
 
 
+def _points_to_shares(marks: pd.DataFrame) -> pd.DataFrame:
+    """Convert the numbers of marks from points to shares, as :func:`.draw_forest` takes them."""
+    return marks.assign(
+        delta=marks["delta"] / 100,
+        low=marks["low"] / 100,
+        high=marks["high"] / 100,
+        margin=marks["margin"] / 100,
+    )
+
+
 def _our_marks(rows: pd.DataFrame) -> pd.DataFrame:
     """Add the columns ``series`` and ``text``, for the marks of our differences.
 
     ``series`` is the entry of the legend, and ``text`` has the difference and the count of pairs.
     """
     series = rows["verdict"].replace(MISSING, _NO_VERDICT)
-    without_unit = rows["runs_shown"].str.replace(" points", "")  # the axis has the unit
-    differences = without_unit.str.replace("-", _MINUS)
+    # the axis has the unit
+    differences = rows["runs_without_unit"].str.replace("-", _MINUS)
     counts = "n = " + rows["n_shown"]
     return rows.assign(series=series, text=differences + "\n" + counts)
 

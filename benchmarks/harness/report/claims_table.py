@@ -83,7 +83,7 @@ class ClaimRow:
     """One test of a claim, with the paper's effect and ours. p is not corrected yet.
 
     Unknown texts are a dash, and unknown numbers are nan. The fields are the columns of the table's
-    CSV file, in this order, except ``compare`` and ``evidence``.
+    CSV file, in this order, except ``runs_without_unit``, ``comparison`` and ``evidence``.
 
     Attributes:
         claim: The name of the claim in ``claims.yaml``.
@@ -104,6 +104,7 @@ class ClaimRow:
         unit: The unit of the numbers below, such as ``points``.
         n_shown: ``n`` with a noun, such as ``5 seeds``.
         runs_shown: Our difference and its interval as text.
+        runs_without_unit: The same text without the unit, for figures.
         delta: Our difference.
         low: The lower end of its interval.
         high: The upper end of its interval.
@@ -117,7 +118,7 @@ class ClaimRow:
         gap: Our difference minus the paper's; nan if the paper's is unknown.
         gap_p: The uncorrected p of the test that there is no gap; nan if it cannot be tested.
         paper: The paper's difference and where the paper reports it, as text.
-        compare: The comparison; None if no suite can run the test.
+        comparison: The comparison; None if no suite can run the test.
         evidence: The result of the comparison; None if the suite lacks the runs.
         remark: The compared models and tasks, or why there is no result.
     """
@@ -139,6 +140,7 @@ class ClaimRow:
     unit: str = MISSING
     n_shown: str = MISSING
     runs_shown: str = MISSING
+    runs_without_unit: str = MISSING
     delta: float = math.nan
     low: float = math.nan
     high: float = math.nan
@@ -151,7 +153,7 @@ class ClaimRow:
     gap: float = math.nan
     gap_p: float = math.nan
     paper: str
-    compare: Comparison | None = None
+    comparison: Comparison | None = None
     evidence: Evidence | None = None
     remark: str
 
@@ -163,7 +165,7 @@ def write_claims(suite: Suite, rows: pd.DataFrame) -> None:
     draw_all_claims(suite, rows, folder / "figures")
 
 
-def write_claim_numbers(suite: str, benchmark: str, numbers: pd.DataFrame) -> None:
+def write_claim_numbers(suite_name: str, benchmark: str, numbers: pd.DataFrame) -> None:
     """Write the numbers of a benchmark that claims compare, one per line as JSON.
 
     ``numbers`` has the columns ``COMPARED`` of :mod:`.common`.
@@ -172,7 +174,7 @@ def write_claim_numbers(suite: str, benchmark: str, numbers: pd.DataFrame) -> No
     has_diverged = numbers["metric"].isin(MAY_DIVERGE) & numbers["value"].isna()
     values = numbers["value"].astype(object).mask(has_diverged, None)
     lines = (_to_json(row) for row in numbers.assign(value=values).to_dict("records"))
-    write_lines(Path(numbers_file(suite, benchmark)), lines)
+    write_lines(Path(numbers_file(suite_name, benchmark)), lines)
 
 
 def _to_json(row: Mapping[Any, Any]) -> str:
@@ -233,8 +235,12 @@ def judge_claims(suite: Suite, numbers: Mapping[str, pd.DataFrame]) -> pd.DataFr
     if has_random_weights(suite.runs):
         verdicts = [MISSING for _ in claim_rows]
     else:
-        verdicts = [str(_verdict(row, p)) for row, p in zip(claim_rows, p_holm, strict=True)]
-    gains = [_gain_word(row, p) for row, p in zip(claim_rows, gap_p_holm, strict=True)]
+        verdicts = []
+        for row, p_corrected in zip(claim_rows, p_holm, strict=True):
+            verdicts.append(str(_verdict(row, p_corrected)))
+    gains = []
+    for row, gap_p_corrected in zip(claim_rows, gap_p_holm, strict=True):
+        gains.append(_gain_of_row(row, gap_p_corrected))
     judged = frame.assign(p_holm=p_holm, verdict=verdicts, gap_p_holm=gap_p_holm, gain=gains)
     texts = [_against_paper(row) for row in judged.itertuples()]
     return judged.assign(against_paper=texts)
@@ -245,22 +251,22 @@ def _verdict(row: ClaimRow, p_holm: float) -> Verdict:
 
     The verdict is ``MISSING`` if the suite has no runs for the test.
     """
-    if row.compare is None or row.evidence is None:
+    if row.comparison is None or row.evidence is None:
         return Verdict.MISSING
     # the row is scaled for printing, the evidence is not
-    margin = row.margin / row.compare.scale
-    return judge(row.compare, row.evidence, p_holm, margin)
+    margin = row.margin / row.comparison.scale
+    return judge(row.comparison, row.evidence, p_holm, margin)
 
 
-def _gain_word(row: ClaimRow, gap_p_holm: float) -> str:
+def _gain_of_row(row: ClaimRow, gap_p_holm: float) -> str:
     """Say if our gain is smaller or larger than the paper's; a dash if that was not tested.
 
     ``gap_p_holm`` is the corrected p of the gap; nan if it was not tested.
     """
-    if row.compare is None or row.evidence is None or math.isnan(gap_p_holm):
+    if row.comparison is None or row.evidence is None or math.isnan(gap_p_holm):
         return MISSING
-    difference = row.evidence.difference.scaled(row.compare.scale)
-    return compare_gains(row.compare, difference, row.gap, gap_p_holm, row.expected)
+    difference = row.evidence.difference.scaled(row.comparison.scale)
+    return compare_gains(row.comparison, difference, row.gap, gap_p_holm, row.expected)
 
 
 def _against_paper(row: Any) -> str:
@@ -284,19 +290,19 @@ def _claim_row(
     ``name`` is the name of the claim. ``numbers`` are the numbers that claims compare, by
     benchmark.
     """
-    compare = test.compare
-    if compare is None:
+    comparison = test.compare
+    if comparison is None:
         return _bare_row(name, claim, test, remark=f"needs {test.needs}")
 
     bare_row = _bare_row(name, claim, test, remark="not in this suite")
-    row_without_evidence = _with_comparison(bare_row, compare, test.paper)
-    if compare.benchmark not in numbers:
+    row_without_evidence = _with_comparison(bare_row, comparison, test.paper)
+    if comparison.benchmark not in numbers:
         return row_without_evidence
-    evidence = find_evidence(numbers[compare.benchmark], compare)
+    evidence = find_evidence(numbers[comparison.benchmark], comparison)
     if evidence is None:
         remark = "no runs of both methods that can be compared"
         return replace(row_without_evidence, remark=remark)
-    return _with_evidence(row_without_evidence, compare, test.paper, evidence)
+    return _with_evidence(row_without_evidence, comparison, test.paper, evidence)
 
 
 def _bare_row(name: str, claim: Claim, test: ClaimTest, remark: str) -> ClaimRow:
@@ -321,18 +327,18 @@ def _bare_row(name: str, claim: Claim, test: ClaimTest, remark: str) -> ClaimRow
     )
 
 
-def _with_comparison(row: ClaimRow, compare: Comparison, paper: PaperEffect) -> ClaimRow:
+def _with_comparison(row: ClaimRow, comparison: Comparison, paper_effect: PaperEffect) -> ClaimRow:
     """Add to a row what is known without runs: names, unit, and the paper's effect."""
-    benchmark = load_benchmark(compare.benchmark)
-    metric = load_metrics()[compare.metric]
+    benchmark = load_benchmark(comparison.benchmark)
+    metric = load_metrics()[comparison.metric]
 
-    title = benchmark.row_titles[compare.method]
-    other_title = benchmark.row_titles[compare.against]
+    title = benchmark.row_titles[comparison.method]
+    other_title = benchmark.row_titles[comparison.against]
     contrast = f"{title} against {other_title}"
 
     # the noun for what n counts: numbers of parameters are compared run by run
-    pair = benchmark.domains[compare.domain].pair
-    if compare.direction == "equal":
+    pair = benchmark.domains[comparison.domain].pair
+    if comparison.direction == "equal":
         pair = "run"
     unit = _unit_of_difference(metric)
 
@@ -340,15 +346,15 @@ def _with_comparison(row: ClaimRow, compare: Comparison, paper: PaperEffect) -> 
         row,
         test_shown=f"{row.test}: {contrast}",
         contrast=contrast,
-        against=compare.against,
-        benchmark=compare.benchmark,
-        domain=compare.domain,
-        method=compare.method,
-        metric=compare.metric,
+        against=comparison.against,
+        benchmark=comparison.benchmark,
+        domain=comparison.domain,
+        method=comparison.method,
+        metric=comparison.metric,
         pair=pair,
         unit=unit,
-        effect=_paper_effect(paper, unit),
-        compare=compare,
+        effect=_effect_in_unit(paper_effect, unit),
+        comparison=comparison,
     )
 
 
@@ -361,11 +367,27 @@ def _unit_of_difference(metric: Metric) -> str:
     return metric.unit
 
 
-def _paper_effect(paper: PaperEffect, unit: str) -> float:
+def _effect_in_unit(paper_effect: PaperEffect, unit: str) -> float:
     """Return the paper's effect; nan if the paper gives none, or gives it in another unit."""
-    if paper.effect is None or paper.unit != unit:
+    if paper_effect.effect is None or paper_effect.unit != unit:
         return math.nan
-    return float(paper.effect)
+    return float(paper_effect.effect)
+
+
+def _margin(
+    comparison: Comparison, evidence: Evidence, metric: Metric, effects: Sequence[float]
+) -> float:
+    """Return the largest negligible difference in the unit of the row; nan for equal counts.
+
+    If a number is claimed to be higher or lower, the margin is below ``effects``: the paper's
+    effect, and the difference that is the paper's share of our errors.
+    """
+    if comparison.direction == "equal":
+        return math.nan
+    margin = metric.margin(evidence.reference_mean) * comparison.scale
+    if comparison.direction in ("higher", "lower"):
+        return _margin_below(margin, effects)
+    return margin
 
 
 def _margin_below(margin: float, effects: Sequence[float]) -> float:
@@ -385,43 +407,60 @@ def _margin_text(margin: float, unit: str) -> str:
     return f"{margin:.2g} {unit}".rstrip()
 
 
+def _p_of_test(comparison: Comparison, evidence: Evidence) -> float:
+    """Return the uncorrected p of the t-test; nan if the claim is not tested by one.
+
+    Only claims of a higher or lower number are. After a run diverged, nothing is tested.
+    """
+    is_tested = comparison.direction in ("higher", "lower")
+    if not is_tested or evidence.diverged:
+        return math.nan
+    return evidence.difference.p
+
+
+def _gap_to_paper(
+    comparison: Comparison, difference: Difference, effect: float, paper_effect: PaperEffect
+) -> PaperGap:
+    """Compare our difference with the paper's; nan if there is nothing to compare.
+
+    Args:
+        comparison: The comparison.
+        difference: Our difference.
+        effect: The paper's difference in the same unit; nan if it is unknown.
+        paper_effect: Its standard error and number of seeds, if known.
+    """
+    # counts do not vary by chance, and ratios have a range instead of an interval
+    if not comparison.is_paired or math.isnan(effect):
+        return PaperGap(mean=math.nan, p=math.nan)
+    return find_gap(difference, effect, paper_effect)
+
+
 def _with_evidence(
-    row: ClaimRow, compare: Comparison, paper: PaperEffect, evidence: Evidence
+    row: ClaimRow, comparison: Comparison, paper_effect: PaperEffect, evidence: Evidence
 ) -> ClaimRow:
     """Add our difference to a row, and compare it with the paper's effect."""
-    benchmark = load_benchmark(compare.benchmark)
-    metric = load_metrics()[compare.metric]
-    scale = compare.scale
-    difference = evidence.difference.scaled(scale)  # in the unit of the row, such as points
-    reference = evidence.reference_mean * scale
-    shares = _error_shares(difference, row.effect, reference, metric, paper)
+    benchmark = load_benchmark(comparison.benchmark)
+    metric = load_metrics()[comparison.metric]
+    # in the unit of the row, such as points
+    difference = evidence.difference.scaled(comparison.scale)
+    reference = evidence.reference_mean * comparison.scale
 
-    # counts do not vary by chance, and ratios have a range instead of an interval
-    gap = PaperGap(math.nan, math.nan)
-    if compare.is_paired and not math.isnan(row.effect):
-        gap = find_gap(difference, row.effect, paper)
-
-    margin = math.nan  # equal counts need no margin
-    if compare.direction != "equal":
-        margin = metric.margin(evidence.reference_mean) * scale
-    # only claims of a higher or lower number have a p, and a margin below the paper's effect
-    p = math.nan
-    if compare.direction in ("higher", "lower"):
-        margin = _margin_below(margin, [row.effect, shares.expected])
-        if not evidence.diverged:
-            p = difference.p
+    shares = _error_shares(difference, row.effect, reference, metric, paper_effect)
+    margin = _margin(comparison, evidence, metric, effects=[row.effect, shares.expected])
+    gap = _gap_to_paper(comparison, difference, row.effect, paper_effect)
     return replace(
         row,
         margin=margin,
         margin_shown=_margin_text(margin, row.unit),
         errors_shown=_error_text(shares),
         n_shown=_with_noun(difference.n, row.pair),
-        runs_shown=_runs_text(difference, row.unit, compare, metric),
+        runs_shown=_runs_text(difference, row.unit, comparison, metric),
+        runs_without_unit=_runs_text(difference, "", comparison, metric),
         delta=difference.mean,
         low=difference.low,
         high=difference.high,
         n=difference.n,
-        p=p,
+        p=_p_of_test(comparison, evidence),
         expected=shares.expected,
         gap=gap.mean,
         gap_p=gap.p,
@@ -439,17 +478,21 @@ class ErrorShares:
 
     Attributes:
         ours: Our difference as a share of our errors.
-        paper: The paper's difference as a share of the paper's errors.
+        of_paper: The paper's difference as a share of the paper's errors.
         expected: The difference in points that is the paper's share of our errors.
     """
 
     ours: Difference
-    paper: float
+    of_paper: float
     expected: float
 
 
 def _error_shares(
-    difference: Difference, effect: float, reference: float, metric: Metric, paper: PaperEffect
+    difference: Difference,
+    effect: float,
+    reference: float,
+    metric: Metric,
+    paper_effect: PaperEffect,
 ) -> ErrorShares:
     """Express our difference and the paper's as shares of the errors.
 
@@ -458,7 +501,7 @@ def _error_shares(
         effect: The paper's difference in points; nan if it is unknown.
         reference: Our score of the reference method in percent; nan if there is none.
         metric: The metric. Only scores in percent have errors.
-        paper: The paper's effect, with its score of the reference method.
+        paper_effect: The paper's effect, with its score of the reference method.
     """
     our_errors = math.nan
     if metric.unit == "%":
@@ -468,10 +511,10 @@ def _error_shares(
     if our_errors != 0:
         share_of_a_point = 1 / our_errors  # nan if the metric has no errors
     our_share = difference.scaled(share_of_a_point)
-    if paper.reference is None:
-        return ErrorShares(ours=our_share, paper=math.nan, expected=math.nan)
-    paper_share = effect / (100 - paper.reference)
-    return ErrorShares(ours=our_share, paper=paper_share, expected=paper_share * our_errors)
+    if paper_effect.reference is None:
+        return ErrorShares(ours=our_share, of_paper=math.nan, expected=math.nan)
+    paper_share = effect / (100 - paper_effect.reference)
+    return ErrorShares(ours=our_share, of_paper=paper_share, expected=paper_share * our_errors)
 
 
 def _error_text(shares: ErrorShares) -> str:
@@ -480,20 +523,20 @@ def _error_text(shares: ErrorShares) -> str:
         return MISSING
     percent = shares.ours.scaled(100)
     text = f"{percent.mean:+z.1f} %" + interval_text(percent.low, percent.high)
-    if math.isnan(shares.paper):
+    if math.isnan(shares.of_paper):
         return text
-    return f"{text}; the paper {shares.paper * 100:+z.1f} %"
+    return f"{text}; the paper {shares.of_paper * 100:+z.1f} %"
 
 
-def _runs_text(difference: Difference, unit: str, compare: Comparison, metric: Metric) -> str:
+def _runs_text(difference: Difference, unit: str, comparison: Comparison, metric: Metric) -> str:
     """Format a difference as text.
 
     A difference of counts gets a sign, and a ratio of times gets its range. Any other difference
     gets its unit and interval, or a dash if no pair is complete.
     """
-    if compare.direction == "equal":
+    if comparison.direction == "equal":
         return f"{difference.mean:+,.0f} parameters"
-    if compare.direction == "near":
+    if comparison.direction == "near":
         # a ratio is stored as its distance from 1
         ratio = difference.mean + 1
         lowest = difference.low + 1
@@ -558,7 +601,7 @@ def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
             Column(metric="p_value", value="p", label="p"),
             Column(metric="p_value", value="p_holm", label="p (Holm)"),
         ],
-        frame=rows.drop(columns=["compare", "evidence"]),
+        frame=rows.drop(columns=["runs_without_unit", "comparison", "evidence"]),
         notes={
             "verdict": "Verdict",
             "margin_shown": "Margin",

@@ -6,6 +6,7 @@ import textwrap
 from pathlib import Path
 
 from benchmarks.harness import base as paths
+from benchmarks.harness.base import distinct
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report.artifacts import CLAIMS
 from benchmarks.harness.report.claim_rows import read_claim_rows
@@ -13,7 +14,8 @@ from benchmarks.harness.report.claims import claimed_benchmarks
 
 _COLUMNS = ("claim_title", "endpoint", "verdict")  # of the table of the claims
 _WIDTH = 100  # letters of a line
-# cells of the column `verdict` that are no verdicts
+# Cells of the column `verdict` that are no verdicts. `evidence.Verdict` is not imported, because
+# its module imports pandas, which takes long.
 _NO_VERDICTS = ("missing", "–")
 
 
@@ -50,7 +52,6 @@ def _verdict_lines(suite: Suite, file: Path) -> list[str]:
     lines = ["Verdicts on the paper's claims, by test:"]
     for verdict in sorted(claims_by_verdict):
         claims = claims_by_verdict[verdict]
-        distinct = dict.fromkeys(claims)  # each claim once, in order
-        text = f"{len(claims)} {verdict}: {'; '.join(distinct)}"
+        text = f"{len(claims)} {verdict}: {'; '.join(distinct(claims))}"
         lines.append("  " + textwrap.shorten(text, _WIDTH - 2, placeholder=" …"))
     return lines

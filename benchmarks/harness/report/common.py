@@ -21,9 +21,8 @@ from benchmarks.harness.results.statistics import (
     information_numbers,
 )
 
-SETTING_SEPARATOR = (
-    "|"  # separates a row's name from its setting, if each setting is a separate row
-)
+# separates a row's name from its setting, if each setting is a separate row
+SETTING_SEPARATOR = "|"
 # the columns of the numbers that claims compare, one row per number
 COMPARED = [
     "selection",
@@ -68,12 +67,12 @@ _COST_CAPTION = (
 )
 
 
-def join_claim_numbers(*parts: pd.DataFrame) -> pd.DataFrame:
+def join_claim_numbers(*frames: pd.DataFrame) -> pd.DataFrame:
     """Join frames of claim numbers, with the columns :data:`COMPARED`.
 
     If a frame lacks a column, its rows get an empty text there.
     """
-    same_columns = [part.reindex(columns=COMPARED, fill_value="") for part in parts]
+    same_columns = [frame.reindex(columns=COMPARED, fill_value="") for frame in frames]
     return pd.concat(same_columns, ignore_index=True)
 
 
@@ -147,9 +146,10 @@ class Outcomes:
 
     @property
     def origins(self) -> pd.DataFrame:
-        """Return the ``run_id`` and the names of each run, such as its model and method.
+        """Return the ``run_id`` and the names of each run, one row per recorded number.
 
-        :func:`.presentation.with_runs` matches these names with the rows of a table.
+        :func:`.presentation.with_runs` matches the names, such as the model and the method, with
+        the rows of a table.
         """
         return self.records
 
@@ -189,7 +189,7 @@ class Outcomes:
     def with_titles(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Add a column ``<key>_title`` for every column with titles, and ``is_method``.
 
-        ``is_method`` is False for controls.
+        ``is_method`` is False only for controls. It is True for the baseline and ablations, too.
         """
         # with types, because pandas cannot see the type of a column without rows
         columns: dict[str, pd.Series] = {}
@@ -261,7 +261,7 @@ def with_numbers(
     return frame.merge(named, left_on=list(on), right_index=True, how="left")
 
 
-def with_columns(
+def spread_over_columns(
     frame: pd.DataFrame,
     on: Sequence[str],
     numbers: pd.DataFrame,
@@ -294,7 +294,8 @@ def with_columns(
         of_name = numbers[has_name].drop(columns=name_column)
         prefix = f"{name}{joint}"
         extended = with_numbers(extended, on, of_name, prefix)
-        columns.append(Column(metric, f"{prefix}mean", heading, std=f"{prefix}{std}", best=True))
+        column = Column(metric, f"{prefix}mean", heading, std=f"{prefix}{std}", marks_best=True)
+        columns.append(column)
     return extended, columns
 
 
@@ -308,7 +309,7 @@ def with_average(
     """
     names = [column.value for column in columns]
     averages = frame[names].mean(axis=1, skipna=False)
-    average = Column(metric, "average", "Average", best=True)
+    average = Column(metric, "average", "Average", marks_best=True)
     return frame.assign(average=averages), [*columns, average]
 
 
@@ -363,13 +364,14 @@ def tests_table(
     )
 
 
-def our_means(values: pd.Series[float], cell: Sequence[str]) -> pd.DataFrame:
-    """Average the values of each cell, a combination of names in the index levels ``cell``.
+def our_means(values: pd.Series[float], cell_columns: Sequence[str]) -> pd.DataFrame:
+    """Average the values of each cell.
 
-    Returns one row per cell: the columns ``cell``, the mean ``ours``, the 95 % interval ``low`` and
-    ``high`` (nan for a single value), and the count ``n``.
+    A cell is a combination of names in the index levels ``cell_columns``. Returns one row per cell:
+    these columns, the mean ``ours``, the 95 % interval ``low`` and ``high`` (nan for a single
+    value), and the count ``n``.
     """
-    by_cell = values.groupby(list(cell), sort=False)
+    by_cell = values.groupby(list(cell_columns), sort=False)
     means = by_cell.agg(ours="mean", n="size")
 
     # in the order of the rows of `means`
@@ -409,28 +411,32 @@ def published_table(
     )
 
 
-def cell_means(records: pd.DataFrame, cell: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
+def cell_means(
+    records: pd.DataFrame, cell_columns: Sequence[str], metrics: Sequence[str]
+) -> pd.DataFrame:
     """Average costs, model sizes and expert loads over the runs of each cell.
 
-    A cell is a combination of values of the columns ``cell``. Returns one row per cell: these
-    columns, and one column per metric.
+    A cell is a combination of values of ``cell_columns``. Returns one row per cell: these columns,
+    and one column per metric.
     """
     costs = records[records["part"].isin(("cost", "model", "routing"))]
     means = {}
     for metric in metrics:
         of_metric = costs[costs["metric"] == metric]
-        means[metric] = of_metric.groupby(list(cell), sort=False)["value"].mean()
+        means[metric] = of_metric.groupby(list(cell_columns), sort=False)["value"].mean()
     # a cell without a number of some metric has nan there
     return pd.DataFrame(means).reset_index()
 
 
-def format_counts(rows: pd.DataFrame, cell: Sequence[str], count: str = "n") -> pd.DataFrame:
+def format_counts(
+    rows: pd.DataFrame, cell_columns: Sequence[str], count: str = "n"
+) -> pd.DataFrame:
     """Format the column ``count`` of each cell as text: ``5``, or ``5–8`` if its rows differ.
 
-    A cell is a combination of values of the columns ``cell``. If all its counts are nan, its text
-    is a dash. Returns these columns and ``count``.
+    A cell is a combination of values of ``cell_columns``. If all its counts are nan, its text is a
+    dash. Returns these columns and ``count``.
     """
-    ends = rows.groupby(list(cell), sort=False)[count].agg(["min", "max"])
+    ends = rows.groupby(list(cell_columns), sort=False)[count].agg(["min", "max"])
     texts = []
     for low, high in zip(ends["min"], ends["max"], strict=True):
         if math.isnan(low):
@@ -450,36 +456,35 @@ def name_or_count(names: Sequence[str], noun: str) -> str:
 
 
 def average_over_seeds(
-    frame: pd.DataFrame, cell: Sequence[str], numbers: Sequence[str]
+    frame: pd.DataFrame, cell_columns: Sequence[str], numbers: Sequence[str]
 ) -> pd.DataFrame:
     """Average ``numbers`` over the rows of each cell (usually one row per seed).
 
-    A cell is a combination of values of the columns ``cell``. Returns one row per cell: these
-    columns, the mean of each number, its sample deviation ``<number>_std``, and the count of rows
-    ``n``.
+    A cell is a combination of values of ``cell_columns``. Returns one row per cell: these columns,
+    the mean of each number, its sample deviation ``<number>_std``, and the count of rows ``n``.
     """
     types = dict.fromkeys(numbers, float)
-    by_cell = frame.astype(types).groupby(list(cell), sort=False)
+    by_cell = frame.astype(types).groupby(list(cell_columns), sort=False)
     values = by_cell[list(numbers)]
     deviations = values.std().add_suffix("_std")  # nan for a single row
     counts = by_cell.size().rename("n")
     return values.mean().join(deviations).join(counts).reset_index()
 
 
-def summarize_scores(scores: pd.DataFrame, cell: Sequence[str]) -> pd.DataFrame:
+def summarize_scores(scores: pd.DataFrame, cell_columns: Sequence[str]) -> pd.DataFrame:
     """Summarize the ``value`` of each cell over seeds.
 
     Args:
         scores: The scores, one row per seed.
-        cell: The columns that identify a cell.
+        cell_columns: The columns that identify a cell.
 
     Returns:
         One row per cell with ``mean``, ``std`` (sample), ``population_std`` and ``n``.
     """
     rows = []
-    for names, cell_scores in scores.groupby(list(cell), sort=False)["value"]:
+    for names, cell_scores in scores.groupby(list(cell_columns), sort=False)["value"]:
         row = {
-            **dict(zip(cell, names, strict=True)),
+            **dict(zip(cell_columns, names, strict=True)),
             "mean": cell_scores.mean(),
             "std": cell_scores.std(),
             "population_std": cell_scores.std(ddof=0),
@@ -487,13 +492,13 @@ def summarize_scores(scores: pd.DataFrame, cell: Sequence[str]) -> pd.DataFrame:
         }
         rows.append(row)
     # the columns are named, so that they exist even without rows
-    return pd.DataFrame(rows, columns=[*cell, "mean", "std", "population_std", "n"])
+    return pd.DataFrame(rows, columns=[*cell_columns, "mean", "std", "population_std", "n"])
 
 
 def cost_table(
     keys: Mapping[str, str],
     frame: pd.DataFrame,
-    cell: Sequence[str],
+    cell_columns: Sequence[str],
     records: pd.DataFrame,
     *,
     averaged: str,
@@ -503,17 +508,17 @@ def cost_table(
 
     Args:
         keys: The headings of the text columns, by column of ``frame``.
-        frame: One row per cell, with the columns ``cell``.
-        cell: The columns that identify a cell.
+        frame: One row per cell, with the columns ``cell_columns``.
+        cell_columns: The columns that identify a cell.
         records: The numbers of all runs, from :func:`.records.tabulate_numbers`.
         averaged: The beginning of the caption, which names the averaged runs.
         measured_on: The data on which loads are measured, for the caption.
     """
-    means = cell_means(records, cell, metrics=_COST_TABLE_METRICS)
+    means = cell_means(records, cell_columns, metrics=_COST_TABLE_METRICS)
     return Table(
         title="Cost, and use of the experts",
         caption=f"{averaged}, {_COST_CAPTION.format(measured_on=measured_on)}",
         keys=dict(keys),
         columns=[Column(metric, value=metric) for metric in _COST_TABLE_METRICS],
-        frame=with_numbers(frame, on=cell, numbers=means),
+        frame=with_numbers(frame, on=cell_columns, numbers=means),
     )

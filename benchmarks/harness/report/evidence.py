@@ -60,7 +60,7 @@ class Evidence:
     tasks: list[str]
 
 
-def find_evidence(numbers: pd.DataFrame, compare: Comparison) -> Evidence | None:
+def find_evidence(numbers: pd.DataFrame, comparison: Comparison) -> Evidence | None:
     """Compare two methods by pairs, counts or ratios, as the claim's direction requires.
 
     Returns None if there are no numbers of both methods to compare.
@@ -68,35 +68,35 @@ def find_evidence(numbers: pd.DataFrame, compare: Comparison) -> Evidence | None
     Args:
         numbers: The numbers of all runs of a benchmark, with the columns ``COMPARED`` of
             :mod:`.common`.
-        compare: The comparison.
+        comparison: The comparison.
     """
-    of_methods = _select_methods(numbers, compare)
-    rows = _select_compared(of_methods, compare)
-    if compare.direction == "near":
-        return _compare_ratios(rows, compare)
+    of_methods = _select_methods(numbers, comparison)
+    rows = _select_compared(of_methods, comparison)
+    if comparison.direction == "near":
+        return _compare_ratios(rows, comparison)
 
-    of_metric = rows[rows["metric"] == compare.metric].astype({"value": float})
-    ours = of_metric[of_metric["method"] == compare.method]
-    others = of_metric[of_metric["method"] == compare.against]
-    if compare.direction == "equal":
+    of_metric = rows[rows["metric"] == comparison.metric].astype({"value": float})
+    ours = of_metric[of_metric["method"] == comparison.method]
+    others = of_metric[of_metric["method"] == comparison.against]
+    if comparison.direction == "equal":
         return _compare_counts(ours, others)
-    return _compare_pairs(ours, others, compare.chance)
+    return _compare_pairs(ours, others, comparison.chance)
 
 
-def _select_methods(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame:
+def _select_methods(numbers: pd.DataFrame, comparison: Comparison) -> pd.DataFrame:
     """Select the numbers of both methods with the settings that are compared.
 
     The method is compared in the settings that the comparison names, by default in its main one.
     The reference is compared in its main setting, or in the same settings if it has no main one.
     """
     is_main = numbers["setting"].eq("")  # the main setting has no name
-    if compare.settings == "all":
+    if comparison.settings == "all":
         is_compared = ~is_main
     else:
-        is_compared = numbers["setting"].isin(compare.settings or [""])
+        is_compared = numbers["setting"].isin(comparison.settings or [""])
 
-    is_method = numbers["method"].eq(compare.method)
-    is_reference = numbers["method"].eq(compare.against)
+    is_method = numbers["method"].eq(comparison.method)
+    is_reference = numbers["method"].eq(comparison.against)
     has_main = (is_reference & is_main).any()
     is_reference_setting = is_main if has_main else is_compared
 
@@ -105,17 +105,17 @@ def _select_methods(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame:
     return numbers[is_method_row | is_reference_row]
 
 
-def _select_compared(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame:
+def _select_compared(numbers: pd.DataFrame, comparison: Comparison) -> pd.DataFrame:
     """Select the numbers with the domain, selection, models, tasks and sets of a comparison."""
-    is_kept = numbers["domain"] == compare.domain
-    if compare.selection is not None:
-        is_kept &= numbers["selection"] == compare.selection
+    is_kept = numbers["domain"] == comparison.domain
+    if comparison.selection is not None:
+        is_kept &= numbers["selection"] == comparison.selection
 
     names_by_column = {
-        "model": compare.models,
-        "task": compare.tasks,
-        "tuning": compare.tunings,
-        "eval_task": compare.questions,
+        "model": comparison.models,
+        "task": comparison.tasks,
+        "tuning": comparison.tunings,
+        "eval_task": comparison.questions,
     }
     for column, names in names_by_column.items():
         # without names, all are compared
@@ -221,21 +221,21 @@ def _compare_counts(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None
     )
 
 
-def _compare_ratios(rows: pd.DataFrame, compare: Comparison) -> Evidence | None:
+def _compare_ratios(rows: pd.DataFrame, comparison: Comparison) -> Evidence | None:
     """Compare two methods by recorded ratios of their numbers, one ratio per setting.
 
     The difference is the median ratio − 1, its interval is the range over the rounds of all
     settings, and ``n`` counts settings. The rows of the method have the ratios, so the rows of the
     reference are not read. Returns None without ratios.
     """
-    of_method = rows[rows["method"] == compare.method]
-    ratios = _values_of(of_method, compare.metric)
+    of_method = rows[rows["method"] == comparison.method]
+    ratios = _values_of(of_method, comparison.metric)
     if ratios.empty:
         return None
     difference = Difference(
         mean=ratios.median() - 1,
-        low=_values_of(of_method, f"{compare.metric}_low").min() - 1,
-        high=_values_of(of_method, f"{compare.metric}_high").max() - 1,
+        low=_values_of(of_method, f"{comparison.metric}_low").min() - 1,
+        high=_values_of(of_method, f"{comparison.metric}_high").max() - 1,
         p=math.nan,
         n=len(ratios),
     )
@@ -277,29 +277,30 @@ class PaperGap:
     p: float
 
 
-def find_gap(difference: Difference, effect: float, paper: PaperEffect) -> PaperGap:
+def find_gap(difference: Difference, effect: float, paper_effect: PaperEffect) -> PaperGap:
     """Test our difference against the paper's, by Welch's t-test.
 
-    The paper's methods are taken as independent groups of ``paper.seeds`` seeds, because only the
-    deviation of each method is published. p is nan without the paper's error or our interval.
+    The paper's methods are taken as independent groups of ``paper_effect.seeds`` seeds, because
+    only the deviation of each method is published. p is nan without the paper's error or our
+    interval.
 
     Args:
         difference: Our difference, in the unit of the paper's.
         effect: The paper's difference.
-        paper: Its standard error and number of seeds, if known.
+        paper_effect: Its standard error and number of seeds, if known.
     """
     gap = difference.mean - effect
     has_interval = not math.isnan(difference.low)
-    if paper.error is None or paper.seeds is None or not has_interval:
+    if paper_effect.error is None or paper_effect.seeds is None or not has_interval:
         return PaperGap(gap, math.nan)
 
     our_freedom = difference.n - 1
     our_error = difference.standard_error()
-    paper_freedom = 2 * (paper.seeds - 1)
-    variance = our_error**2 + paper.error**2
+    paper_freedom = 2 * (paper_effect.seeds - 1)
+    variance = our_error**2 + paper_effect.error**2
     # the degrees of freedom of a sum of two estimated variances, by Welch and Satterthwaite
     our_part = our_error**4 / our_freedom
-    paper_part = paper.error**4 / paper_freedom
+    paper_part = paper_effect.error**4 / paper_freedom
     freedom = variance**2 / (our_part + paper_part)
     # two-sided: twice the lower tail
     p = 2 * float(special.stdtr(freedom, -abs(gap) / math.sqrt(variance)))
@@ -307,7 +308,7 @@ def find_gap(difference: Difference, effect: float, paper: PaperEffect) -> Paper
 
 
 def compare_gains(
-    compare: Comparison, difference: Difference, gap: float, p_holm: float, expected: float
+    comparison: Comparison, difference: Difference, gap: float, p_holm: float, expected: float
 ) -> str:
     """Say if our gain is smaller or larger than the paper's.
 
@@ -316,7 +317,7 @@ def compare_gains(
     the paper's gain as a share of the errors.
 
     Args:
-        compare: The comparison.
+        comparison: The comparison.
         difference: Our difference.
         gap: Our difference minus the paper's.
         p_holm: The corrected p of the gap; nan if the gap cannot be tested.
@@ -329,38 +330,40 @@ def compare_gains(
     is_significant = p_holm < SIGNIFICANCE  # nan is not
     # our interval must exclude the expected difference on the side of the gap; nan is not excluded
     is_below_paper = gap < 0
-    excludes_expected = difference.low > expected
-    if is_below_paper:
-        excludes_expected = difference.high < expected
+    is_below_expected = difference.high < expected
+    is_above_expected = difference.low > expected
+    excludes_expected = is_below_expected if is_below_paper else is_above_expected
     if not is_significant or not excludes_expected:
         return "not shown"
+
     # if the claim is a lower number, the lower difference is the larger gain
-    is_smaller_gain = is_below_paper
-    if compare.direction == "lower":
-        is_smaller_gain = not is_below_paper
-    return "smaller" if is_smaller_gain else "larger"
+    if comparison.direction == "lower":
+        return "larger" if is_below_paper else "smaller"
+    return "smaller" if is_below_paper else "larger"
 
 
-def judge(compare: Comparison, evidence: Evidence, p: float, margin: float) -> Verdict:
+def judge(comparison: Comparison, evidence: Evidence, p: float, margin: float) -> Verdict:
     """Judge a claim by the margin, and by the corrected p if it names a direction.
 
     Two methods that are no better than a guess are untestable. So are two methods of which one
     diverged, because the seeds that did not diverge are not a fair sample.
 
     Args:
-        compare: The comparison.
+        comparison: The comparison.
         evidence: The result of the comparison.
         p: The corrected p of the t-test; nan without a test.
         margin: The largest negligible difference.
     """
     if evidence.is_at_chance or evidence.diverged:
         return Verdict.UNTESTABLE
-    if compare.direction in ("higher", "lower"):
-        return _judge_by_test(compare, evidence.difference, p, margin)
-    return _judge_by_interval(compare, evidence.difference, margin)
+    if comparison.direction in ("higher", "lower"):
+        return _judge_by_test(comparison, evidence.difference, p, margin)
+    return _judge_by_interval(comparison, evidence.difference, margin)
 
 
-def _judge_by_test(compare: Comparison, difference: Difference, p: float, margin: float) -> Verdict:
+def _judge_by_test(
+    comparison: Comparison, difference: Difference, p: float, margin: float
+) -> Verdict:
     """Judge a claim that a number is higher or lower.
 
     A negligible difference is equivalence, even if it is significant. Any other significant
@@ -373,13 +376,13 @@ def _judge_by_test(compare: Comparison, difference: Difference, p: float, margin
     if p >= SIGNIFICANCE:
         return Verdict.UNDECIDED
     is_higher = difference.mean > 0
-    claims_higher = compare.direction == "higher"
+    claims_higher = comparison.direction == "higher"
     if is_higher == claims_higher:
         return Verdict.SUPPORTED
     return Verdict.CONTRADICTED
 
 
-def _judge_by_interval(compare: Comparison, difference: Difference, margin: float) -> Verdict:
+def _judge_by_interval(comparison: Comparison, difference: Difference, margin: float) -> Verdict:
     """Judge a claim that a difference lies within certain bounds, by its interval.
 
     The claim is supported if the whole interval is within the bounds. It is contradicted if the
@@ -393,7 +396,7 @@ def _judge_by_interval(compare: Comparison, difference: Difference, margin: floa
         "near": (-math.inf, margin),
         "equal": (0.0, 0.0),
     }
-    least, most = bounds[compare.direction]
+    least, most = bounds[comparison.direction]
     if is_within(difference, least, most):
         return Verdict.SUPPORTED
     if difference.high < least or difference.low > most:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks.harness.base import DefinitionError
+from benchmarks.harness.base import DefinitionError, distinct
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models
 from benchmarks.harness.config.methods import load_methods
@@ -30,29 +30,21 @@ def suite_rows(runs: Iterable[Run]) -> list[Row]:
 
     rows = []
     for (benchmark, model), members in groups.items():
-        # an evaluation trains nothing, so its learning rate of 0 is not listed
+        # A measurement has no method, and many runs have no variant. An evaluation trains nothing,
+        # so its learning rate of 0 is not listed.
         trained = [run for run in members if run.is_trained]
         row = {
             "benchmark": benchmark,
             "model": model,
-            "methods": _distinct(run.method for run in members),
-            "tasks": _distinct(run.task for run in members),
-            "settings": _distinct(run.variant for run in members),
-            "learning_rates": _distinct(f"{run.learning_rate:g}" for run in trained),
-            "seeds": _distinct(str(run.seed) for run in members),
+            "methods": distinct(run.method for run in members if run.method),
+            "tasks": distinct(run.task for run in members),
+            "settings": distinct(run.variant for run in members if run.variant),
+            "learning_rates": distinct(f"{run.learning_rate:g}" for run in trained),
+            "seeds": distinct(str(run.seed) for run in members),
             "runs": len(members),
         }
         rows.append(row)
     return rows
-
-
-def _distinct(values: Iterable[str]) -> list[str]:
-    """Return the distinct values in order of first occurrence, without empty ones."""
-    distinct: list[str] = []
-    for value in values:
-        if value and value not in distinct:
-            distinct.append(value)
-    return distinct
 
 
 def format_rows(rows: Sequence[Row]) -> str:

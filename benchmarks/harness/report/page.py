@@ -9,7 +9,6 @@ import base64
 import os
 import re
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from PIL import Image
 
 import emoe
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import read_text, write_text
+from benchmarks.harness.base import distinct, read_text, write_text
 from benchmarks.harness.config.catalogue import model_title
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report.artifacts import CLAIMS, NARROW, artifacts_of, remake_advice
@@ -33,7 +32,14 @@ from benchmarks.harness.report.common import name_or_count
 from benchmarks.harness.report.paper import paper_index
 from benchmarks.harness.report.paper_items import load_paper, main_figure, main_item
 from benchmarks.harness.report.plots import STYLE, is_drawn
-from benchmarks.harness.report.section import DataRow, Machine, Section, read_section, section_title
+from benchmarks.harness.report.section import (
+    DataRow,
+    Machine,
+    Section,
+    merge_machines,
+    read_section,
+    section_title,
+)
 from benchmarks.harness.report.table import TEMPLATES
 
 _HERE = Path(__file__).parent
@@ -87,7 +93,7 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
         paper=paper_items,
         cost=_cost_text(all_sections),
         costs=cost_rows,
-        machines=_sum_machines(all_sections),
+        machines=_machines_of(all_sections),
         runs_folder=page.link(paths.RUNS),
         run_names=_run_names(all_sections),
         style=_trust(read_text(_HERE / "page.css")),
@@ -176,15 +182,15 @@ class _Page:
                 path = self.results / "figures" / figure.name
                 figures.append(self.figure(path, figure.caption))
         # a table and a figure may have the same title
-        return {"tables": tables, "figures": figures, "empty": _distinct(empty)}
+        return {"tables": tables, "figures": figures, "empty": distinct(empty)}
 
     def section(self, name: str, section: Section) -> dict[str, Any]:
         """Return what the page shows of a benchmark, and of each of its sets that has tables."""
-        parts = []
-        for part in self.suite.table_sets(name):
-            of_set = artifacts_of(name, part)
+        data_sets = []
+        for data_set in self.suite.sets_with_tables(name):
+            of_set = artifacts_of(name, data_set)
             shown = self.tables_and_figures(read_section(of_set, self.suite.name))
-            parts.append({"title": section_title(of_set), **shown})
+            data_sets.append({"title": section_title(of_set), **shown})
 
         return {
             "name": name,
@@ -198,7 +204,7 @@ class _Page:
             "training": section.training,
             "optimizer": section.optimizer,
             **self.tables_and_figures(section),
-            "parts": parts,
+            "data_sets": data_sets,
             "cost": _cost_text([section]),
         }
 
@@ -268,17 +274,12 @@ def _data_cells(row: DataRow) -> dict[str, Any]:
     }
 
 
-def _distinct(texts: Iterable[str]) -> list[str]:
-    """Return the distinct texts in order of first occurrence."""
-    return list(dict.fromkeys(texts))
-
-
 def _models_text(sections: Iterable[Section]) -> str:
     """List the titles of the models in some sections. More than three are only counted."""
     names: list[str] = []
     for section in sections:
         names += section.models
-    titles = [model_title(name) for name in _distinct(names)]
+    titles = [model_title(name) for name in distinct(names)]
     return name_or_count(titles, "models")
 
 
@@ -345,15 +346,12 @@ def duration_text(seconds: float) -> str:
     return f"{minutes // 60:,} h {minutes % 60} min"
 
 
-def _sum_machines(sections: Iterable[Section]) -> list[Machine]:
-    """List the machines of all sections with their total runs, the busiest machine first."""
-    # the keys of a Counter must be hashable, so the facts become a tuple of (name, text)
-    runs: Counter[tuple[tuple[str, str], ...]] = Counter()
+def _machines_of(sections: Iterable[Section]) -> list[Machine]:
+    """List the machines of all sections with their total runs, those with most runs first."""
+    machines: list[Machine] = []
     for section in sections:
-        for machine in section.machines:
-            facts = tuple(machine.facts.items())
-            runs[facts] += machine.runs
-    return [Machine(runs=count, facts=dict(facts)) for facts, count in runs.most_common()]
+        machines += section.machines
+    return merge_machines(machines)
 
 
 def _readable_width(path: Path) -> int:

@@ -45,8 +45,8 @@ def write_paper_items(suite: Suite, presentation: Presentation) -> None:
     figures = paths.RESULTS / suite.name / "figures"
     tables = {table.name: table for table in presentation.tables}
     for output in paper_items.outputs_of(presentation.artifacts):
-        name = presentation.artifacts.stem(output.part.name)
-        if output.part.figure:
+        name = presentation.artifacts.stem(output.source.name)
+        if output.source.figure:
             _copy_figure(figures / name, folder / output.name)
         else:
             paper_table = _select_paper_rows(tables[name], output, suite)
@@ -63,8 +63,8 @@ def _copy_figure(source: Path, target: Path) -> None:
 
 def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite) -> Table:
     """Return a copy of our table with the paper's title and only the rows that the paper has."""
-    of_methods = _select_methods(table.frame, output.part.rows)
-    frame = _select_protocol(of_methods, output.part.benchmark, suite)
+    of_methods = _select_methods(table.frame, output.source.rows)
+    frame = _select_protocol(of_methods, output.source.benchmark, suite)
     is_shorter = len(frame) < len(table.frame)
 
     caption = (
@@ -108,8 +108,12 @@ def _select_protocol(frame: pd.DataFrame, benchmark: str, suite: Suite) -> pd.Da
     planned: dict[str, set[tuple[str, ...]]] = {"published": set(), "clean": set()}
     for run in suite.runs_of(benchmark):
         planned[run.protocol].add((run.model, run.task, run.method))
-    is_published = planned["published"] and planned["published"] >= planned["clean"]
-    protocol = "published" if is_published else "clean"
+    published = planned["published"]
+    has_published_runs = bool(published)
+    published_has_all_rows = published.issuperset(planned["clean"])
+    protocol = "clean"
+    if has_published_runs and published_has_all_rows:
+        protocol = "published"
     is_chosen = frame["protocol"].eq(protocol)
     # a table without this column has no numbers of the paper
     if "is_ours" not in frame:
@@ -220,7 +224,6 @@ def _our_rows(average: MainAverage, model: str, numbers: pd.DataFrame) -> list[d
             "method": method,
             "is_ours": True,
             **evidence.difference.columns(),
-            "n": evidence.difference.n,
             "style": _MAIN_STYLES[method],
         }
         rows.append(row)
@@ -246,15 +249,17 @@ def _published_rows(average: MainAverage) -> list[dict[str, Any]]:
 
 
 def _line_title(
-    average: MainAverage, model: str, evidence: Mapping[Literal["gmoe", "emoe"], Evidence]
+    average: MainAverage,
+    model: str,
+    evidence_by_method: Mapping[Literal["gmoe", "emoe"], Evidence],
 ) -> str:
     """Return the title of a line in the figure: the model, the compared tasks, and the pairs.
 
     If the methods have other tasks or other numbers of pairs, each method is described apart.
     """
     texts = {}
-    for method, found in evidence.items():
-        texts[_MAIN_TITLES[method]] = _compared_text(average, found)
+    for method, evidence in evidence_by_method.items():
+        texts[_MAIN_TITLES[method]] = _compared_text(average, evidence)
     if len(set(texts.values())) == 1:
         compared = next(iter(texts.values()))
     else:

@@ -29,7 +29,7 @@ from benchmarks.harness.report.artifacts import FIGURE_FORMATS, FORMATS, Artifac
 from benchmarks.harness.report.claims import Comparison, check_comparison
 
 
-class PaperPart(Strict):
+class PaperSource(Strict):
     """One of our tables or figures that has the content of a table or figure of the paper."""
 
     exactly_one_of = ("table", "set_table", "figure")
@@ -58,7 +58,7 @@ class PaperItem(Strict):
     """Content of the item in a few words."""
     naacl: str
     """Number in the NAACL version, if known."""
-    parts: Annotated[list[PaperPart], Field(min_length=1)] | None = optional()
+    parts: Annotated[list[PaperSource], Field(min_length=1)] | None = optional()
     """Our tables and figures with the same content."""
     missing: str | None = optional()
     """Reason why no table or figure of ours has this content."""
@@ -130,13 +130,13 @@ class PaperOutput:
     Attributes:
         name: The name of the files without ending: ``table_4``, ``table_3b``, ``table_8_pacs``.
         item: The paper's table or figure, by its name in ``paper.yaml``.
-        part: Our table or figure.
+        source: Our table or figure.
         of_set: The data set of a table of one set; None for all other tables and figures.
     """
 
     name: str
     item: str
-    part: PaperPart
+    source: PaperSource
     of_set: str | None = None
 
     @property
@@ -149,10 +149,10 @@ class PaperOutput:
             return f"The paper: {title}"
         return f"{kind.capitalize()} {number_or_content} of the paper (first version): {title}"
 
-    def files(self, suite: str) -> list[str]:
+    def files(self, suite_name: str) -> list[str]:
         """List the paths of the files, in every format."""
-        folder = paths.RESULTS / suite / "paper"
-        formats = FIGURE_FORMATS if self.part.figure else FORMATS
+        folder = paths.RESULTS / suite_name / "paper"
+        formats = FIGURE_FORMATS if self.source.figure else FORMATS
         return [str(folder / f"{self.name}.{ending}") for ending in formats]
 
 
@@ -166,8 +166,8 @@ def load_paper() -> PaperFile:
     file = BENCHMARKS / "paper.yaml"
     content = read(file, PaperFile)
     for item_name, item in content.items.items():
-        for number, part in enumerate(item.parts or ()):
-            check_part(part, Location(file, f"items.{item_name}.parts[{number}]"))
+        for number, source in enumerate(item.parts or ()):
+            check_source(source, Location(file, f"items.{item_name}.parts[{number}]"))
     # a main average compares GMoE and EMoE with the dense model
     for average_name, average in content.main.items():
         our_numbers = average.of
@@ -177,29 +177,29 @@ def load_paper() -> PaperFile:
     return content
 
 
-def check_part(part: PaperPart, where: Location) -> None:
-    """Check that the benchmark, the table or figure, and the methods of a part exist.
+def check_source(source: PaperSource, where: Location) -> None:
+    """Check that the benchmark, the table or figure, and the methods of a source exist.
 
     Args:
-        part: The part to check.
-        where: The location of the part in ``paper.yaml``, for messages.
+        source: The source to check.
+        where: The location of the source in ``paper.yaml``, for messages.
 
     Raises:
         DefinitionError: A name does not exist.
     """
-    check_names(where.at("benchmark"), [part.benchmark], benchmark_names())
-    benchmark = load_benchmark(part.benchmark)
-    # a part has one of the three kinds; benchmark.yaml lists their names under `tables`,
+    check_names(where.at("benchmark"), [source.benchmark], benchmark_names())
+    benchmark = load_benchmark(source.benchmark)
+    # a source has one of the three kinds; benchmark.yaml lists their names under `tables`,
     # `set_tables` and `figures`
     for kind in ("table", "set_table", "figure"):
-        name = getattr(part, kind)
+        name = getattr(source, kind)
         known = getattr(benchmark.definition, f"{kind}s", ())
         if name and name not in known:
             # If benchmark.yaml lists a table that does not exist, this check reports that mistake
             # instead. Known names skip it, because it imports the presentation for a second.
             benchmark.checked_presentation()
             check_names(where.at(kind), [name], known)
-    check_names(where.at("rows"), part.rows or (), benchmark.row_titles)
+    check_names(where.at("rows"), source.rows or (), benchmark.row_titles)
 
 
 def missing_items() -> dict[str, str]:
@@ -215,7 +215,7 @@ def missing_items() -> dict[str, str]:
 
 def item_benchmarks(item: PaperItem) -> list[str]:
     """List the benchmarks whose numbers an item shows, sorted by name."""
-    benchmarks = {part.benchmark for part in item.parts or ()}
+    benchmarks = {source.benchmark for source in item.parts or ()}
     if item.main:
         for average in load_paper().main.values():
             benchmarks.add(average.of.benchmark)
@@ -225,19 +225,19 @@ def item_benchmarks(item: PaperItem) -> list[str]:
 def paper_outputs() -> Iterator[PaperOutput]:
     """Yield our versions of all the paper's tables and figures, even if no suite makes them."""
     for name, item in load_paper().items.items():
-        parts = item.parts or []
-        stems = _part_stems(name, len(parts))
-        for stem, part in zip(stems, parts, strict=True):
+        sources = item.parts or []
+        stems = _stems_of_outputs(name, len(sources))
+        for stem, source in zip(stems, sources, strict=True):
             # `set_table` names a kind of table, of which each data set has one
-            if part.set_table:
-                for task in load_benchmark(part.benchmark).tasks:
-                    yield PaperOutput(f"{stem}_{task}", name, part, task)
+            if source.set_table:
+                for data_set in load_benchmark(source.benchmark).tasks:
+                    yield PaperOutput(f"{stem}_{data_set}", name, source, data_set)
             else:
-                yield PaperOutput(stem, name, part)
+                yield PaperOutput(stem, name, source)
 
 
-def _part_stems(item: str, count: int) -> list[str]:
-    """Return one file name per part of an item: ``table_3``, or ``table_3a`` and ``table_3b``."""
+def _stems_of_outputs(item: str, count: int) -> list[str]:
+    """Return a file name per output of an item: ``table_3``, or ``table_3a`` and ``table_3b``."""
     if count == 1:
         return [item]
     # a letter follows a number directly, but a word with an underscore
@@ -249,17 +249,17 @@ def outputs_of(artifacts: Artifacts) -> list[PaperOutput]:
     """List the paper's tables and figures that this benchmark or data set provides."""
     outputs = []
     for output in paper_outputs():
-        is_of_benchmark = output.part.benchmark == artifacts.benchmark
-        if is_of_benchmark and output.of_set == artifacts.part:
+        is_of_benchmark = output.source.benchmark == artifacts.benchmark
+        if is_of_benchmark and output.of_set == artifacts.data_set:
             outputs.append(output)
     return outputs
 
 
-def files_of(artifacts: Artifacts, suite: str) -> list[str]:
+def files_of(artifacts: Artifacts, suite_name: str) -> list[str]:
     """List the files of the paper's tables and figures made from a benchmark or data set."""
     files = []
     for output in outputs_of(artifacts):
-        files += output.files(suite)
+        files += output.files(suite_name)
     return files
 
 
@@ -275,14 +275,14 @@ def main_item() -> str:
     raise LookupError("no item of paper.yaml has 'main: true'")
 
 
-def main_figure(suite: str) -> Path:
+def main_figure(suite_name: str) -> Path:
     """Return the path of the figure of the main averages, without ending."""
-    return paths.RESULTS / suite / "paper" / main_item()
+    return paths.RESULTS / suite_name / "paper" / main_item()
 
 
-def main_files(suite: str) -> list[str]:
+def main_files(suite_name: str) -> list[str]:
     """List the paths of the main figure in every format."""
-    return [f"{main_figure(suite)}.{end}" for end in FIGURE_FORMATS]
+    return [f"{main_figure(suite_name)}.{end}" for end in FIGURE_FORMATS]
 
 
 def paper_files(suite: Suite, item: str | None = None) -> list[str]:
@@ -291,10 +291,10 @@ def paper_files(suite: Suite, item: str | None = None) -> list[str]:
     asked = list(all_items) if item is None else [item]
     files = []
     # the main figure comes first
-    for name, paper_item in all_items.items():
-        # it is made if the suite runs at least one benchmark of the main averages
-        if name in asked and paper_item.main and _runs_any(suite, item_benchmarks(paper_item)):
-            files += main_files(suite.name)
+    main = main_item()
+    # it is made if the suite runs at least one benchmark of the main averages
+    if main in asked and _runs_any(suite, item_benchmarks(all_items[main])):
+        files += main_files(suite.name)
     for output in paper_outputs():
         if output.item in asked and _makes(suite, output):
             files += output.files(suite.name)
@@ -308,7 +308,7 @@ def _runs_any(suite: Suite, benchmarks: Sequence[str]) -> bool:
 
 def _makes(suite: Suite, output: PaperOutput) -> bool:
     """Return True if a suite runs the benchmark of an output, and its data set if it has one."""
-    benchmark = output.part.benchmark
+    benchmark = output.source.benchmark
     if benchmark not in suite.settings.benchmarks:
         return False
-    return output.of_set is None or output.of_set in suite.table_sets(benchmark)
+    return output.of_set is None or output.of_set in suite.sets_with_tables(benchmark)

@@ -207,7 +207,7 @@ def draw_forest(
     )
     drawing = panel_figure(
         path,
-        lines=len(panels),
+        rows=len(panels),
         columns=1,
         size=(shape.width, figure_height),
         style=shape.style,
@@ -227,27 +227,28 @@ def draw_forest(
                 axis.axvline(0, color=REFERENCE, lw=0.8, zorder=1)
             last_group = group
         _draw_series_legend(figure, column[0], rows, shape)
-        column[-1].set_xlabel(wrap_text(label, shape.title_width))
+        column[-1].set_xlabel(wrap_text(label, inches=shape.title_width))
 
 
 def _draw_panel(
     axis: Any, rows: pd.DataFrame, title: str, heading: str, shape: _ForestShape
 ) -> None:
     """Draw one panel of a forest plot: its heading and title, and its lines with their marks."""
-    heights = _mark_heights(list(rows["line"]), shape)
-    for row, height in zip(rows.itertuples(), heights, strict=True):
-        _draw_mark(axis, row, height, shape)
+    positions = _mark_positions(list(rows["line"]), shape)
+    for row, y in zip(rows.itertuples(), positions, strict=True):
+        _draw_mark(axis, row, y, shape)
 
     side = "left" if shape.labels_above else "center"
-    wrapped = wrap_text(title, shape.title_width)
+    wrapped = wrap_text(title, inches=shape.title_width)
     title_text = axis.set_title(wrapped, loc=side, fontsize=8)
     if heading:
-        draw_heading(axis, title_text, wrap_text(heading, shape.title_width), side)
+        wrapped_heading = wrap_text(heading, inches=shape.title_width)
+        draw_heading(axis, title_text, wrapped_heading, side)
     if shape.labels_above:
         _draw_labels_above(axis, rows)
     else:
         _draw_labels_beside(axis, rows)
-    # heights grow downwards from 0, so the first line is at the top
+    # y grows downwards from 0, so the first line is at the top
     last_line = rows["line"].nunique() - 1
     top = -_LINE_TO_BORDER
     bottom = last_line + _LINE_TO_BORDER
@@ -293,9 +294,9 @@ def _draw_labels_beside(axis: Any, rows: pd.DataFrame) -> None:
     texts = _texts_by_line(rows)
     axis.set_yticks(range(len(texts)), list(texts), fontsize=7)
     beside: Any = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 7}
-    for height, text in enumerate(texts.values()):
+    for y, text in enumerate(texts.values()):
         # just outside the right end of the axis
-        axis.annotate(text, (1.01, height), **beside)
+        axis.annotate(text, (1.01, y), **beside)
 
 
 def _draw_labels_above(axis: Any, rows: pd.DataFrame) -> None:
@@ -305,8 +306,8 @@ def _draw_labels_above(axis: Any, rows: pd.DataFrame) -> None:
     above: Any = {"xycoords": ("axes fraction", "data"), "va": "top", "fontsize": 7}
     # the white box hides the grid
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-    for height, label in enumerate(_labels_above(rows)):
-        top_of_line = height - _LINE_TO_BORDER  # the first line begins at the border
+    for y, label in enumerate(_labels_above(rows)):
+        top_of_line = y - _LINE_TO_BORDER  # the first line begins at the border
         axis.annotate(label, (0, top_of_line), bbox=box, linespacing=1.1, **above)
 
 
@@ -314,43 +315,42 @@ def _labels_above(rows: pd.DataFrame) -> list[str]:
     """Return the title of each line, with its text in a line below it."""
     labels = []
     for line, text in _texts_by_line(rows).items():
-        title = wrap_text(line, _NARROW_WIDTH, 7)
+        title = wrap_text(line, inches=_NARROW_WIDTH, size=7)
         text_in_a_line = text.replace("\n", ", ")
         labels.append(f"{title}\n{text_in_a_line}".rstrip())
     return labels
 
 
-def _mark_heights(lines: Sequence[str], shape: _ForestShape) -> list[float]:
-    """Return the height of each mark of a panel, given the title of each mark's line.
+def _mark_positions(lines: Sequence[str], shape: _ForestShape) -> list[float]:
+    """Return the vertical position ``y`` of each mark of a panel, given the title of its line.
 
-    The first line is at height 0, the second at height 1, and so on. The marks of a line are spread
-    evenly.
+    The first line is at 0, the second at 1, and so on. The marks of a line are spread evenly.
     """
     num_marks = Counter(lines)
-    height_of_line = {line: height for height, line in enumerate(num_marks)}
+    y_of_line = {line: y for y, line in enumerate(num_marks)}
 
-    heights = []
+    positions = []
     num_placed: Counter[str] = Counter()
     for line in lines:
-        middle = height_of_line[line] + shape.marks_middle
+        middle = y_of_line[line] + shape.marks_middle
         place_in_line = (num_placed[line] + 0.5) / num_marks[line]  # from 0 to 1
-        heights.append(middle + shape.marks_share * (place_in_line - 0.5))
+        positions.append(middle + shape.marks_share * (place_in_line - 0.5))
         num_placed[line] += 1
-    return heights
+    return positions
 
 
-def _draw_mark(axis: Any, row: Any, height: float, shape: _ForestShape) -> None:
-    """Draw the mark of a row of a forest plot, with its interval and its margin."""
+def _draw_mark(axis: Any, row: Any, y: float, shape: _ForestShape) -> None:
+    """Draw the mark of a row of a forest plot at ``y``, with its interval and its margin."""
     has_interval = row.n >= FEW and not math.isnan(row.low)
     if has_interval:
         ends = [row.low * 100, row.high * 100]
-        axis.plot(ends, [height, height], color=row.style.colour, lw=1.4)
-    axis.plot(row.delta * 100, height, ls="", **_mark_options(row.style))
+        axis.plot(ends, [y, y], color=row.style.colour, lw=1.4)
+    axis.plot(row.delta * 100, y, ls="", **_mark_options(row.style))
 
     margin = 100 * getattr(row, "margin", math.nan)  # in points
     if not math.isnan(margin):
         axis.barh(
-            height,
+            y,
             width=2 * margin,
             height=_BAND_HEIGHT / shape.line_height,
             left=-margin,
@@ -430,7 +430,7 @@ def curve_figure(
     title_width = (width - _LABELS_WIDTH) / len(titles)
     panels = panel_figure(
         path,
-        lines=len(labels),
+        rows=len(labels),
         columns=len(titles),
         size=(width, height),
         style=CURVES,
@@ -440,10 +440,10 @@ def curve_figure(
     with panels as (figure, axes):
         yield axes
         for axis, title in zip(axes[0], titles, strict=True):
-            axis.set_title(wrap_text(title, title_width), fontsize=8)
+            axis.set_title(wrap_text(title, inches=title_width), fontsize=8)
         for axis, label in zip(axes[:, 0], labels, strict=True):
             # shorter than the panel, so that labels of neighbours do not touch
-            axis.set_ylabel(wrap_text(label, 0.9 * panel_height))
+            axis.set_ylabel(wrap_text(label, inches=0.9 * panel_height))
         legend_columns = len(titles) + 1  # the labels at the left have room for one more
         legend_below(figure, axes.flat, legend_columns)
 
@@ -481,7 +481,7 @@ def label_steps(axis: Any, label: str, most_ticks: int = 10) -> None:
     axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(most_ticks, integer=True))
 
 
-def wrap_text(text: str, inches: float, size: float = 8) -> str:
+def wrap_text(text: str, *, inches: float, size: float = 8) -> str:
     """Break a text into lines of at most ``inches``, estimated for letters of ``size`` points.
 
     A line has room for at least 8 letters.
@@ -538,13 +538,13 @@ def divide_by_mean(shares: NDArray[np.float64], mean: NDArray[np.float64]) -> ND
 @contextmanager
 def panel_figure(
     path: Path,
-    lines: int,
+    rows: int,
     columns: int,
     size: tuple[float, float],
     style: Any = STYLE,
     **options: Any,
 ) -> Iterator[tuple[Any, Any]]:
-    """Yield a figure and its axes ``[lines, columns]``; save the figure on exit.
+    """Yield a figure and its axes ``[rows, columns]``; save the figure on exit.
 
     On exit, axes without data are hidden. With ``sharex``, the lowest visible axes of each column
     get tick labels. ``path`` has no ending, ``size`` is in inches, ``style`` has matplotlib's
@@ -552,7 +552,7 @@ def panel_figure(
     """
     with mpl.rc_context(style):
         figure, axes = plt.subplots(
-            lines, columns, figsize=size, squeeze=False, layout="constrained", **options
+            rows, columns, figsize=size, squeeze=False, layout="constrained", **options
         )
         yield figure, axes
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import pandas as pd
 
+from benchmarks.harness.base import distinct
 from benchmarks.harness.config.benchmark import AnyBenchmark, load_benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.artifacts import Artifacts, artifacts_of
-from benchmarks.harness.report.table import RUNS, Table
+from benchmarks.harness.report.table import RUNS_COLUMN, Table
 from benchmarks.harness.results.records import Record
 
 NOTE = (
@@ -26,7 +27,7 @@ NOTE = (
 
 
 # columns that link a table row to its runs
-_ORIGIN = (
+_LINKING_COLUMNS = (
     "run_id",
     "protocol",
     "model",
@@ -64,36 +65,37 @@ class Presentation:
     Attributes:
         benchmark: The benchmark.
         table_functions: The functions that make tables, by name. They are called with ``outcomes``,
-            and with ``part`` if there is one.
+            and with ``data_set`` if there is one.
         figure_functions: The figures by name. Their functions are called with the same arguments,
             and with a path at the end.
         outcomes: The results of the finished runs, mostly :class:`.common.Outcomes`. It has
             ``runs`` and ``origins`` (which link runs to table rows). If claims compare the methods,
             it also has ``claim_numbers()``, a frame of :func:`.common.join_claim_numbers`.
-        part: The data set, for tables and figures of one set; else None.
+        data_set: The data set, for tables and figures of one set; else None.
         verdicts: Sentences on differences to the dense model.
         note: An explanation of the verdicts.
         optimizer: The optimizer, shown in the report; empty if nothing is trained.
-        parts: The presentations of data sets, by name; empty if these have no tables of their own.
-        origin: A sentence for the captions of all tables, such as that only some of the runs are
-            finished; empty if all are.
+        presentations_of_sets: The presentations of data sets, by name; empty if these have no
+            tables of their own.
+        caption_note: A sentence for the captions of all tables, such as that only some of the runs
+            are finished; empty if all are.
     """
 
     benchmark: AnyBenchmark
     table_functions: Mapping[str, Callable[..., Table]]
     figure_functions: Mapping[str, Figure]
     outcomes: Any
-    part: str | None = None
+    data_set: str | None = None
     verdicts: Sequence[str] = ()
     note: str = ""
     optimizer: str = ""
-    parts: Mapping[str, Presentation] = field(default_factory=dict)
-    origin: str = ""
+    presentations_of_sets: Mapping[str, Presentation] = field(default_factory=dict)
+    caption_note: str = ""
 
     @property
     def artifacts(self) -> Artifacts:
         """Return the names of the tables and figures."""
-        return artifacts_of(self.benchmark.name, self.part)
+        return artifacts_of(self.benchmark.name, self.data_set)
 
     @cached_property
     def tables(self) -> list[Table]:
@@ -124,8 +126,8 @@ class Presentation:
 
         These are the results, and the data set if there is one.
         """
-        if self.part:
-            return [self.outcomes, self.part]
+        if self.data_set:
+            return [self.outcomes, self.data_set]
         return [self.outcomes]
 
     def _table(self, name: str) -> Table:
@@ -138,8 +140,8 @@ class Presentation:
         origins = self.outcomes.origins if table.origins is None else table.origins
         table_with_runs = with_runs(table, origins, self.benchmark.name)
         caption = table.caption
-        if self.origin:
-            caption = f"{self.origin}. {caption}"
+        if self.caption_note:
+            caption = f"{self.caption_note}. {caption}"
         complete_table = replace(table_with_runs, name=self.artifacts.stem(name), caption=caption)
         if has_random_weights(self.outcomes.runs):
             return complete_table.with_random_weights_note()
@@ -147,7 +149,7 @@ class Presentation:
 
 
 def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
-    """Add the column :data:`~.table.RUNS`, the folders of the runs behind each row of a table.
+    """Add the column :data:`~.table.RUNS_COLUMN`, the folders of the runs behind each table row.
 
     A run belongs to a row if both have the same names in every shared column, such as model and
     method. An empty name in the table matches every run. A row without runs, such as one with only
@@ -158,34 +160,53 @@ def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
         origins: The ``run_id`` and the names of each run, one or more rows per run.
         benchmark: The name of the benchmark, the first part of the folders.
     """
-    keys = [key for key in _ORIGIN if key in table.frame and key in origins]
+    shared_columns = []
+    for column in _LINKING_COLUMNS:
+        if column in table.frame and column in origins:
+            shared_columns.append(column)
     # some tables already list their runs, and some share no column with the runs
-    if RUNS in table.frame or not keys:
+    if RUNS_COLUMN in table.frame or not shared_columns:
         return table
 
-    # the runs that may belong to a row, one line per run and combination of names
-    name_columns = [key for key in keys if key != "run_id"]  # a table may have one run in each row
-    candidates = origins[["run_id", *name_columns]].astype(str).drop_duplicates(ignore_index=True)
-    # for each column, map each name to the places of its lines in `candidates`; this is done once
-    # for all rows, because tables have many
-    lines_by_name = {key: candidates.groupby(key).indices for key in keys}
+    # one row per run and combination of names; a table of single runs has `run_id`, too
+    candidate_columns = distinct(["run_id", *shared_columns])
+    candidates = origins[candidate_columns].astype(str).drop_duplicates(ignore_index=True)
+    # For each column, map each name to the candidates that have it. This is done once for all rows
+    # of the table, because there are many.
+    rows_with_name = {column: candidates.groupby(column).indices for column in shared_columns}
 
     folders_of_rows = []
-    names_of_rows = table.frame[keys].fillna("").astype(str)
+    names_of_rows = table.frame[shared_columns].fillna("").astype(str)
     for names_of_row in names_of_rows.to_dict("records"):
-        matching = set(candidates.index)
-        for key, name in names_of_row.items():
-            if name:  # an empty name matches all
-                matching.intersection_update(lines_by_name[key].get(name, ()))
-        runs = candidates["run_id"].iloc[sorted(matching)].unique()
+        runs = _matching_runs(names_of_row, candidates, rows_with_name)
         folders_of_rows.append(" ".join(f"{benchmark}/{run}" for run in runs))
-    return replace(table, frame=table.frame.assign(**{RUNS: folders_of_rows}))
+    return replace(table, frame=table.frame.assign(**{RUNS_COLUMN: folders_of_rows}))
+
+
+def _matching_runs(
+    names_of_row: Mapping[Any, str],
+    candidates: pd.DataFrame,
+    rows_with_name: Mapping[str, Mapping[Any, Any]],
+) -> Iterable[str]:
+    """Return the ``run_id`` of the runs that have the same names as a row of a table, each once.
+
+    Args:
+        names_of_row: The names in the row, by column. An empty name matches every run.
+        candidates: The ``run_id`` and the names of the runs.
+        rows_with_name: For each column and name, the numbers of the rows of ``candidates``.
+    """
+    matching = set(candidates.index)
+    for column, name in names_of_row.items():
+        if name:
+            matching.intersection_update(rows_with_name[column].get(name, ()))
+    in_order = sorted(matching)
+    return candidates["run_id"].iloc[in_order].unique()
 
 
 def has_random_weights(runs: Sequence[Run]) -> bool:
     """Return True if all models have random weights. Their scores mean nothing."""
     # a measurement has no method, and its weights do not matter
-    models = [run.spec["model"] for run in runs if run.method]
+    models = [run.model_spec for run in runs if run.method]
     if not models:
         return False
     # with one of these keys in models.yaml, a model has no pre-trained weights

@@ -7,13 +7,13 @@ figures.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from benchmarks.harness.base import RESULTS, RUNS, read_json
+from benchmarks.harness.base import RESULTS, RUNS, distinct, read_json
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.yaml import Strict
 from benchmarks.harness.report.artifacts import Artifacts, remake_advice
@@ -113,10 +113,21 @@ class Section(Strict):
     machines: list[Machine]
 
 
-def make_section(presentation: Presentation, records: Sequence[Record], suite: str) -> Section:
+def make_section(
+    presentation: Presentation,
+    records: Sequence[Record],
+    mixed_sets: Sequence[MixedSet],
+    suite_name: str,
+) -> Section:
     """Collect what a page says about a benchmark or set, from its presentation and its runs.
 
     The figures must be written already, because placeholders are marked as empty.
+
+    Args:
+        presentation: The tables, figures and sentences.
+        records: The records of all runs.
+        mixed_sets: The data sets with different rows, from :func:`find_mixed_sets`.
+        suite_name: The name of the suite.
     """
     runs = [record.run for record in records]
     is_random = has_random_weights(runs)
@@ -137,19 +148,19 @@ def make_section(presentation: Presentation, records: Sequence[Record], suite: s
         random_weights = is_random
     return Section(
         tables=_shown_tables(presentation),
-        figures=_shown_figures(presentation, RESULTS / suite / "figures"),
+        figures=_shown_figures(presentation, RESULTS / suite_name / "figures"),
         verdicts=verdicts,
         note=presentation.note,
         optimizer=presentation.optimizer,
         training=training,
         data=_data_rows(records),
-        mixed_sets=find_mixed_sets(records),
+        mixed_sets=list(mixed_sets),
         runs={run.folder: run.name for run in runs},
-        models=list(dict.fromkeys(run.model for run in runs)),  # each once, in order
+        models=distinct(run.model for run in runs),
         random_weights=random_weights,
         job_seconds=[cost.job_seconds for cost in costs],
         peak_memory_mb=max(cost.peak_memory_mb for cost in costs),
-        machines=_machines(records),
+        machines=_machines_of_runs(records),
     )
 
 
@@ -172,14 +183,14 @@ def _shown_figures(presentation: Presentation, folder: Path) -> list[ShownFigure
     return figures
 
 
-def read_section(artifacts: Artifacts, suite: str) -> Section:
+def read_section(artifacts: Artifacts, suite_name: str) -> Section:
     """Read the section of a benchmark or set from its file.
 
     Raises:
         DataError: The file is missing or damaged.
     """
-    path = Path(artifacts.section_file(suite))
-    return read_json(path, Section, remake_advice(path, suite))
+    path = Path(artifacts.section_file(suite_name))
+    return read_json(path, Section, remake_advice(path, suite_name))
 
 
 def _data_rows(records: Sequence[Record]) -> list[DataRow]:
@@ -272,9 +283,9 @@ def _mixed_warning(
 def _data_row(key: str, summary: DataSummary, task_of_run: str) -> DataRow | None:
     """Describe one split that a run read.
 
-    Returns None for instructions, because they have no labels or scores.
-
     ``key`` is the name of the split, or ``split:task`` if the run reads several data sets.
+
+    Returns None for instructions, because they have no labels or scores.
     """
     labels = _label_text(summary)
     if not labels:
@@ -331,13 +342,22 @@ def _training_settings(records: Sequence[Record]) -> list[Setting]:
     return described
 
 
-def _machines(records: Sequence[Record]) -> list[Machine]:
+def _machines_of_runs(records: Sequence[Record]) -> list[Machine]:
     """List the machines of the runs, those with most runs first."""
-    # the keys of a Counter must be hashable, so the facts become a tuple of (name, text)
-    runs: Counter[tuple[tuple[str, str], ...]] = Counter()
+    machines = []
     for record in records:
         facts = _environment_texts(record.metrics.environment)
-        runs[tuple(facts.items())] += 1
+        machines.append(Machine(runs=1, facts=facts))
+    return merge_machines(machines)
+
+
+def merge_machines(machines: Iterable[Machine]) -> list[Machine]:
+    """List each machine once with the sum of its runs, those with most runs first."""
+    # the keys of a Counter must be hashable, so the facts become a tuple of (name, text)
+    runs: Counter[tuple[tuple[str, str], ...]] = Counter()
+    for machine in machines:
+        facts = tuple(machine.facts.items())
+        runs[facts] += machine.runs
     return [Machine(runs=count, facts=dict(facts)) for facts, count in runs.most_common()]
 
 
@@ -364,6 +384,6 @@ def _fact_text(value: object) -> str:
 def section_title(artifacts: Artifacts) -> str:
     """Return the title of a benchmark, or of one of its sets."""
     benchmark = load_benchmark(artifacts.benchmark)
-    if artifacts.part:
-        return benchmark.tasks[artifacts.part].title
+    if artifacts.data_set:
+        return benchmark.tasks[artifacts.data_set].title
     return benchmark.definition.title

@@ -18,7 +18,7 @@ from benchmarks.harness.config.catalogue import load_metrics
 from emoe.errors import did_you_mean
 
 MISSING = "–"
-RUNS = "runs"  # column with the folders of a row's runs, separated by blanks
+RUNS_COLUMN = "runs"  # column with the folders of a row's runs, separated by blanks
 _RANDOM_WEIGHTS = (
     "The models of this suite have random weights. It only tests that everything works: its scores "
     "and verdicts mean nothing. "
@@ -67,7 +67,7 @@ class Column:
         std: The column with the standard deviation, printed as "mean ± std".
         interval: The columns with the ends of the interval, printed as "value [low, high]".
         signed: True to print a plus sign, for differences.
-        best: True to mark the best cell of each group of rows.
+        marks_best: True to mark the best cell of each group of rows.
         decimals: The number of decimals, by default the metric's.
 
     Raises:
@@ -80,7 +80,7 @@ class Column:
     std: str | None = None
     interval: tuple[str, str] | None = None
     signed: bool = False
-    best: bool = False
+    marks_best: bool = False
     decimals: int | None = None
 
     def __post_init__(self) -> None:
@@ -173,17 +173,17 @@ class Table:
             cells[heading] = self.frame[key].astype(str)
         return pd.DataFrame(cells).reset_index(drop=True)
 
-    def best(self) -> pd.DataFrame:
+    def best_cells(self) -> pd.DataFrame:
         """Return a boolean mask of the printed cells that have the best number of their group."""
         texts = self.texts()
         mask = pd.DataFrame(False, index=texts.index, columns=texts.columns)
         for column in self.printed:
             direction = load_metrics()[column.metric].direction
-            if column.best and direction != "none":
-                mask[column.heading] = self._is_best(column.value, direction)
+            if column.marks_best and direction != "none":
+                mask[column.heading] = self._has_best_number(column.value, direction)
         return mask
 
-    def _is_best(self, name: str, direction: str) -> pd.Series[bool]:
+    def _has_best_number(self, name: str, direction: str) -> pd.Series[bool]:
         """Return True for the rows that have the best number of their group in a column."""
         frame = self.frame.reset_index(drop=True)
         candidates = frame[name]
@@ -205,7 +205,7 @@ class Table:
         """Render title, table and caption, with the best numbers in bold."""
         escaped = self.texts().map(escape_markdown).rename(columns=escape_markdown)
         in_bold = "**" + escaped + "**"
-        is_best = self.best().to_numpy()  # without headings, which differ after escaping
+        is_best = self.best_cells().to_numpy()  # without headings, which differ after escaping
         cells = escaped.mask(is_best, in_bold)
         table = cells.to_markdown(index=False, disable_numparse=True)
         title = escape_markdown(self.title)
@@ -220,7 +220,7 @@ class Table:
 
         escaped = varying.map(escape_latex)
         in_bold = r"\textbf{" + escaped + "}"
-        is_best = self.best()[varying.columns]
+        is_best = self.best_cells()[varying.columns]
         cells = escaped.mask(is_best, in_bold)
         table = cells.rename(columns=_latex_heading).to_latex(
             index=False,
@@ -263,14 +263,14 @@ class Table:
             sort_values[column.heading] = [_sort_value(value) for value in self.frame[column.value]]
 
         runs = []
-        if RUNS in self.frame:
-            runs = list(self.frame[RUNS])
+        if RUNS_COLUMN in self.frame:
+            runs = list(self.frame[RUNS_COLUMN])
 
         text = TEMPLATES.get_template("table.html.j2").render(
             table=self,
             headings=list(varying),
             rows=varying.to_dict("records"),
-            best=self.best().to_dict("records"),
+            best=self.best_cells().to_dict("records"),
             sort_values=sort_values,
             runs=runs,
             sentence=_sentence_on(constants),
@@ -300,10 +300,10 @@ class Table:
 
         A table that has neither is returned as it is.
         """
-        has_marks = any(column.best for column in self.columns)
+        has_marks = any(column.marks_best for column in self.columns)
         if "verdict" not in self.notes and not has_marks:
             return self
-        columns = [replace(column, best=False) for column in self.columns]
+        columns = [replace(column, marks_best=False) for column in self.columns]
         frame = self.frame
         if "verdict" in frame:
             frame = frame.assign(verdict=MISSING)

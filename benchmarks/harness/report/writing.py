@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.harness.base import RESULTS, DefinitionError, write_json
+from benchmarks.harness.base import RESULTS, DefinitionError, distinct, write_json
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report.artifacts import numbers_file
@@ -21,7 +21,7 @@ from benchmarks.harness.results.available import find_records
 from benchmarks.harness.results.records import Record
 
 
-def write_tables(suite: Suite, benchmark: str, part: str | None = None) -> str:
+def write_tables(suite: Suite, benchmark: str, data_set: str | None = None) -> str:
     """Write the tables and figures of a benchmark, or of one data set, from available records.
 
     Also writes our versions of the paper's tables and figures. If all runs are finished, it writes
@@ -31,7 +31,7 @@ def write_tables(suite: Suite, benchmark: str, part: str | None = None) -> str:
     Args:
         suite: The suite.
         benchmark: The name of the benchmark.
-        part: The name of one of its data sets; None for all.
+        data_set: The name of one of its data sets; None for all.
 
     Returns:
         A note on missing runs and mixed data, which the captions of the tables repeat. It is empty
@@ -40,14 +40,16 @@ def write_tables(suite: Suite, benchmark: str, part: str | None = None) -> str:
     Raises:
         DefinitionError: There are no records.
     """
-    found = find_records(suite, benchmark, part)
+    found = find_records(suite, benchmark, data_set)
     if not found.records:
         raise DefinitionError(found.note)
     of_benchmark = present(load_benchmark(benchmark), found.records)
-    of_part = of_benchmark.parts[part] if part else of_benchmark
+    written = of_benchmark
+    if data_set:
+        written = of_benchmark.presentations_of_sets[data_set]
     mixed_sets = find_mixed_sets(found.records)
     note = _join_notes(benchmark, found.note, mixed_sets)
-    presentation = replace(of_part, origin=note)
+    presentation = replace(written, caption_note=note)
 
     folder = RESULTS / suite.name
     for table in presentation.tables:
@@ -59,7 +61,7 @@ def write_tables(suite: Suite, benchmark: str, part: str | None = None) -> str:
 
     section_file = Path(presentation.artifacts.section_file(suite.name))
     # claims compare numbers of all sets, so they are not written for a single set
-    has_numbers = part is None and benchmark in claimed_benchmarks(suite)
+    has_numbers = data_set is None and benchmark in claimed_benchmarks(suite)
 
     is_complete = not found.note
     if not is_complete:
@@ -70,7 +72,7 @@ def write_tables(suite: Suite, benchmark: str, part: str | None = None) -> str:
         return note
 
     # also after the figures, to see which of them are placeholders
-    section = make_section(presentation, found.records, suite.name)
+    section = make_section(presentation, found.records, mixed_sets, suite.name)
     write_json(section_file, section.model_dump())
     if has_numbers:
         numbers = of_benchmark.outcomes.claim_numbers()
@@ -82,7 +84,8 @@ def _join_notes(benchmark: str, note: str, mixed_sets: Sequence[MixedSet]) -> st
     """Add the names of data sets with different rows, if there are any, to a benchmark's note."""
     if not mixed_sets:
         return note
-    names = list(dict.fromkeys(mixed.name for mixed in mixed_sets))  # each once, in order
+    # a set is listed twice if it was evaluated in two ways
+    names = distinct(mixed.name for mixed in mixed_sets)
     problem = f"the runs evaluated different rows of {', '.join(names)}, so scores do not compare"
     if not note:
         return f"{benchmark}: {problem}"

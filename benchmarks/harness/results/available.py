@@ -27,7 +27,7 @@ class FoundRecords:
     note: str = ""
 
 
-def find_finished(suite: Suite, benchmark: str, part: str | None = None) -> FoundRecords:
+def find_finished(suite: Suite, benchmark: str, data_set: str | None = None) -> FoundRecords:
     """Find the records of the runs that are finished here.
 
     If the collected records cover all planned runs, they are returned, unless a ``metrics.json``
@@ -37,16 +37,16 @@ def find_finished(suite: Suite, benchmark: str, part: str | None = None) -> Foun
     Args:
         suite: The suite.
         benchmark: The name of the benchmark.
-        part: The name of one of its data sets; None for all.
+        data_set: The name of one of its data sets; None for all.
 
     Raises:
         DataError: A file of records or a ``metrics.json`` is damaged.
     """
-    collected = read_records(suite, benchmark, part)
+    collected = read_records(suite, benchmark, data_set)
     if collected is not None and not any(is_outdated(record) for record in collected):
         return FoundRecords(collected)
 
-    runs = suite.runs_of(benchmark, part)
+    runs = suite.runs_of(benchmark, data_set)
     finished = [run for run in runs if run.metrics_file.exists()]
     records = [read_record(run) for run in finished]
     num_missing = len(runs) - len(finished)
@@ -57,13 +57,13 @@ def find_finished(suite: Suite, benchmark: str, part: str | None = None) -> Foun
     return FoundRecords(records, f"{benchmark}: {missing_text(suite, num_missing, len(runs))}")
 
 
-def find_records(suite: Suite, benchmark: str, part: str | None = None) -> FoundRecords:
+def find_records(suite: Suite, benchmark: str, data_set: str | None = None) -> FoundRecords:
     """Find the records of the runs that are finished here; without any, the blessed records.
 
     The arguments and errors are those of :func:`find_finished`. There may be no records. The note
     then gives the ways to get some.
     """
-    found = find_finished(suite, benchmark, part)
+    found = find_finished(suite, benchmark, data_set)
     if found.records:
         return found
 
@@ -71,7 +71,7 @@ def find_records(suite: Suite, benchmark: str, part: str | None = None) -> Found
     if blessed is None:
         ways = _ways(suite, benchmark)
         return FoundRecords([], f"{found.note}, and no records of it are blessed; {ways}")
-    runs = suite.runs_of(benchmark, part)
+    runs = suite.runs_of(benchmark, data_set)
     records = []
     for run in runs:
         if run.folder in blessed.records:

@@ -6,19 +6,20 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.harness import base as paths
 from benchmarks.harness.base import ROOT, DefinitionError, git
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.results.check import check_numbers, compare
+from benchmarks.harness.results.check import collect_numbers, compare
 from benchmarks.harness.results.records import Record, check_finished, read_record
 from benchmarks.harness.results.reference import write_reference
-from benchmarks.harness.results.verify import Rerun, Say, run_again
+from benchmarks.harness.results.verify import Rerun, Say, make_inputs, run_again
 
 
 def bless(suite: Suite, benchmarks: Sequence[str], say: Say) -> list[Path]:
     """Write the present records of benchmarks as the blessed ones, if reruns repeat them exactly.
 
     Runs of a benchmark may have been made by different code. For each benchmark and code, the
-    fastest run is repeated by the code of this checkout.
+    fastest run is repeated by the code of this checkout, with partitions that are made again.
 
     Args:
         suite: The suite.
@@ -31,7 +32,8 @@ def bless(suite: Suite, benchmarks: Sequence[str], say: Say) -> list[Path]:
     Raises:
         DefinitionError: The checkout is not clean, a run is not finished, or a rerun has other
             numbers.
-        DataError: A ``metrics.json`` is damaged.
+        DataError: A ``metrics.json`` is damaged, or a package could not be downloaded.
+        RunError: A model could not be rebuilt, or its neurons not be clustered.
     """
     commit = clean_commit()
     runs = [run for run in suite.runs if run.benchmark in benchmarks]
@@ -68,16 +70,23 @@ def _check_repeatable(suite: Suite, records: Sequence[Record], say: Say) -> None
 
     Raises:
         DefinitionError: A run fails or has other numbers.
+        DataError: A package could not be downloaded.
+        RunError: A model could not be rebuilt, or its neurons not be clustered.
     """
     reruns = []
     for record in records:
         threads = str(record.metrics.environment.threads)
         reruns.append(Rerun(record.run, threads))
-    with tempfile.TemporaryDirectory(prefix="again-") as folder:
+    with tempfile.TemporaryDirectory(prefix="again-") as temporary:
+        folder = Path(temporary)
+        make_inputs(reruns, folder, say)
         # an evaluation reads the trained runs of this working directory
-        repeated, failures = run_again(reruns, Path(folder), Path.cwd(), say)
-    before = check_numbers(records)
-    after = check_numbers(repeated)
+        trained_runs = folder / paths.RUNS
+        trained_runs.parent.mkdir(parents=True, exist_ok=True)
+        trained_runs.symlink_to(paths.RUNS.resolve())
+        repeated, failures = run_again(reruns, folder / "again", folder, say)
+    before = collect_numbers(records)
+    after = collect_numbers(repeated)
     failed = [failure.text for failure in failures]
     result = compare(before, after, suite.name, failures=failed)
     # a comparison within tolerances may pass too, but it proves less

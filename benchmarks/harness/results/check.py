@@ -7,7 +7,6 @@ their metric in ``metrics.yaml``, and the means of groups by less.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.harness.base import DefinitionError
+from benchmarks.harness.base import DefinitionError, short_digest
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.results.code import code_digest
@@ -25,13 +24,13 @@ from benchmarks.harness.results.records import (
     GROUP_KEYS,
     Record,
     RunNumber,
-    run_keys,
     run_numbers,
+    settings_of_run,
 )
 from benchmarks.harness.results.shifts import find_shifts
 
-KEYS = ["run", "seed", "part", "eval_task", "metric"]
-COLUMNS = [*KEYS, "value", "machine"]
+KEY_COLUMNS = ["run", "seed", "part", "eval_task", "metric"]
+COLUMNS = [*KEY_COLUMNS, "value", "machine"]
 _FIRST_LOSSES = [f"loss_{step}" for step in range(1, 9)]  # of the first training steps
 # Tolerances of numbers that runs record only for this check, as in metrics.yaml. A comment is the
 # largest difference that was measured.
@@ -56,8 +55,8 @@ class Numbers:
     """The numbers of finished runs.
 
     Attributes:
-        rows: One row per number, with the columns :data:`KEYS`, ``value`` (text with all digits)
-            and ``machine``.
+        rows: One row per number, with the columns :data:`KEY_COLUMNS`, ``value`` (text with all
+            digits) and ``machine``.
         machines: The fingerprints of the machines, by the names in ``rows``.
         code: The digest of the checkout's code, from :func:`code_digest`: for blessed numbers, of
             the checkout that blessed them.
@@ -74,7 +73,7 @@ class CheckResult:
 
     Attributes:
         differences: The numbers that do not agree, with the columns ``status`` (changed, missing or
-            new), ``benchmark``, :data:`KEYS`, ``before``, ``after`` and ``tolerance``.
+            new), ``benchmark``, :data:`KEY_COLUMNS`, ``before``, ``after`` and ``tolerance``.
         equal: How many numbers agree, by benchmark.
         shifts: The groups of numbers whose mean has shifted, from :func:`find_shifts`.
         machine_sentences: One sentence per pair of old and new machine: how many numbers were
@@ -169,7 +168,7 @@ def values_agree(before: str, after: str, tolerance: float) -> bool:
 def compare(
     before: Numbers,
     after: Numbers,
-    suite: str,
+    suite_name: str,
     *,
     elsewhere: bool = False,
     failures: Sequence[str] = (),
@@ -179,11 +178,11 @@ def compare(
     Args:
         before: The old numbers.
         after: The new numbers.
-        suite: The name of the suite, which may have its own scale of tolerances.
+        suite_name: The name of the suite, which may have its own scale of tolerances.
         elsewhere: True to apply tolerances even on the same machine.
         failures: For each run that failed when it was repeated, its name and the reason.
     """
-    joined = _join_numbers(before, after, suite)
+    joined = _join_numbers(before, after, suite_name)
 
     # the same code on the same machine repeats every digit, so there is no tolerance
     repeats_digits = before.code == after.code and not elsewhere
@@ -195,7 +194,7 @@ def compare(
     # a number that was compared and does not agree has changed
     differences = disagreeing.replace({"status": {"compared": "changed"}})
     is_on_both_sides = rows["status"] == "compared"
-    shown = ["status", "benchmark", *KEYS, "before", "after", "tolerance"]
+    shown = ["status", "benchmark", *KEY_COLUMNS, "before", "after", "tolerance"]
     return CheckResult(
         differences=differences[shown],
         equal=rows.loc[agrees, "benchmark"].value_counts().to_dict(),
@@ -206,16 +205,16 @@ def compare(
     )
 
 
-def _join_numbers(before: Numbers, after: Numbers, suite: str) -> pd.DataFrame:
+def _join_numbers(before: Numbers, after: Numbers, suite_name: str) -> pd.DataFrame:
     """Join old and new numbers of metrics that are compared, with their tolerance.
 
-    The columns are :data:`KEYS`, ``benchmark``, ``value_before``, ``value_after``,
+    The columns are :data:`KEY_COLUMNS`, ``benchmark``, ``value_before``, ``value_after``,
     ``machine_before``, ``machine_after``, ``tolerance``, and ``status``. The status is ``missing``
     if there is no new number, ``new`` if there is no old one, and ``compared`` with both numbers.
     The absent number and its machine are empty texts.
     """
     joined = before.rows.merge(
-        after.rows, on=KEYS, how="outer", suffixes=("_before", "_after"), indicator="sides"
+        after.rows, on=KEY_COLUMNS, how="outer", suffixes=("_before", "_after"), indicator="sides"
     )
     status_by_sides = {"both": "compared", "left_only": "missing", "right_only": "new"}
     status = joined.pop("sides").astype(str).map(status_by_sides)
@@ -226,7 +225,7 @@ def _join_numbers(before: Numbers, after: Numbers, suite: str) -> pd.DataFrame:
         tolerance_of(metric, benchmark)
         for metric, benchmark in zip(joined["metric"], benchmarks, strict=True)
     ]
-    suite_scale = _SUITE_SCALES.get(suite, 1)
+    suite_scale = _SUITE_SCALES.get(suite_name, 1)
     scaled = pd.Series(tolerances, joined.index, float) * suite_scale
     with_tolerance = joined.assign(benchmark=benchmarks, tolerance=scaled, status=status)
     # metrics that are not compared, such as times, have no tolerance
@@ -277,7 +276,7 @@ def _comparison_kind(before: Numbers, after: Numbers, old_machine: str, new_mach
     return f"within tolerances: the reference was made on another machine ({'; '.join(changes)})"
 
 
-def check_numbers(records: Iterable[Record]) -> Numbers:
+def collect_numbers(records: Iterable[Record]) -> Numbers:
     """Collect the numbers of finished runs that the check compares.
 
     Costs and the best epoch on the dev split are left out.
@@ -292,32 +291,32 @@ def check_numbers(records: Iterable[Record]) -> Numbers:
         fingerprint = record.metrics.environment.fingerprint
         machine = _machine_name(fingerprint)
         machines[machine] = fingerprint
-        name = group_name(run)
+        name = name_without_seed(run)
         for part, data_set, metric, value in _numbers_of(record):
             numbers.append((name, run.seed, part, data_set, metric, value, machine))
     # a frame without rows would not have this type
     rows = pd.DataFrame(numbers, columns=COLUMNS).astype({"seed": int})
 
     # the comparison would join the numbers of two runs with the same keys
-    repeated = rows[rows.duplicated(KEYS)]
+    repeated = rows[rows.duplicated(KEY_COLUMNS)]
     if len(repeated):
-        first = " ".join(str(repeated.iloc[0][key]) for key in KEYS)
+        first = " ".join(str(repeated.iloc[0][key]) for key in KEY_COLUMNS)
         raise DefinitionError(f"two finished runs have the same number '{first}'")
 
-    sorted_rows = rows.sort_values(KEYS, kind="stable", ignore_index=True)
+    sorted_rows = rows.sort_values(KEY_COLUMNS, kind="stable", ignore_index=True)
     return Numbers(sorted_rows, machines, code_digest())
 
 
 def _machine_name(fingerprint: Mapping[str, str]) -> str:
     """Name a machine by the hash of its fingerprint."""
     text = json.dumps(fingerprint, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return short_digest(text, 8)
 
 
-def group_name(run: Run) -> str:
+def name_without_seed(run: Run) -> str:
     """Join the settings of a run in one text. The seed is left out."""
     texts = []
-    for key, value in run_keys(run).items():
+    for key, value in settings_of_run(run).items():
         if key == "learning_rate":
             texts.append(f"{value:g}")
         elif key in GROUP_KEYS and value:
@@ -328,21 +327,21 @@ def group_name(run: Run) -> str:
 def _numbers_of(record: Record) -> list[RunNumber]:
     """List the numbers of a run that are compared with blessed ones, with their values as text."""
     return [
-        *_scores(record.run, record.metrics),
+        *_numbers_in_tables(record.run, record.metrics),
         *_other_numbers(record.run, record.metrics),
     ]
 
 
-def _scores(run: Run, metrics: Metrics) -> Iterator[RunNumber]:
-    """Yield the compared numbers that tables show.
+def _numbers_in_tables(run: Run, metrics: Metrics) -> Iterator[RunNumber]:
+    """Yield the compared numbers that tables show: scores, sizes of the model, and routing.
 
     Costs and the best epoch on the dev split are not compared.
     """
-    for part, task, metric, number in run_numbers(run, metrics):
+    for part, data_set, metric, number in run_numbers(run, metrics):
         is_known = metric in load_metrics()
         # costs vary from run to run
         if is_known and part not in ("cost", "dev_best"):
-            yield RunNumber(part, task, metric, _number_text(metric, float(number)))
+            yield RunNumber(part, data_set, metric, _number_text(metric, float(number)))
 
 
 def _number_text(metric: str, value: float) -> str:

@@ -8,6 +8,6 @@ from benchmarks.harness.base import RESULTS
 from benchmarks.harness.config.names import target_name
 
 
-def records_file(suite: str, benchmark: str, part: str | None = None) -> Path:
+def records_file(suite_name: str, benchmark: str, data_set: str | None = None) -> Path:
     """Return the path of the file with the records of a benchmark, or of its runs on one set."""
-    return RESULTS / suite / "records" / f"{target_name(benchmark, part)}.jsonl"
+    return RESULTS / suite_name / "records" / f"{target_name(benchmark, data_set)}.jsonl"

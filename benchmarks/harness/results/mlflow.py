@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +24,8 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.results.records import (
     GROUP_KEYS,
     Record,
-    run_keys,
     run_numbers,
+    settings_of_run,
     tabulate_numbers,
 )
 
@@ -82,6 +83,9 @@ def _open_store(uri: str) -> Iterator[MlflowClient]:
         RunError: MLflow failed, here or in the block. The message is one line that names the store
             without its password.
     """
+    # MLflow waits longer after each attempt: three take a quarter of a minute, its own seven four
+    # minutes. A user's own value stays.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     # these libraries log the creation of tables, and tracebacks
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -300,14 +304,14 @@ def _write(client: MlflowClient, experiment: str, record: Record, stored: Any) -
 def _tags(record: Record) -> dict[str, str]:
     """Return the tags of a run: its settings without the seed, and its machine and commit."""
     environment = record.metrics.environment
-    keys = run_keys(record.run)
-    settings = []
+    settings = settings_of_run(record.run)
+    texts = []
     for key in GROUP_KEYS:
         # the benchmark is left out, because it is the experiment
-        if key != "benchmark" and keys[key] != "":
-            settings.append(str(keys[key]))
+        if key != "benchmark" and settings[key] != "":
+            texts.append(str(settings[key]))
     return {
-        "setting": " / ".join(settings),
+        "setting": " / ".join(texts),
         "benchmark": record.run.benchmark,
         "processor": environment.processor,
         "mlflow.source.git.commit": str(environment.git_commit),

@@ -44,7 +44,7 @@ from benchmarks.harness.base import (
 )
 from benchmarks.harness.config.benchmark import OOD_MEAN, load_benchmark
 from benchmarks.harness.config.catalogue import COST, LOADS, MODEL, load_metrics
-from benchmarks.harness.config.runs import Run, trained_sets
+from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.config.yaml import Strict
 from benchmarks.harness.results.content import Metrics, Recorded, Scores, rerun_advice
@@ -136,30 +136,30 @@ def read_record(run: Run, root: Path = RUNS) -> Record:
     return Record(run, metrics, digest)
 
 
-def collect(suite: Suite, benchmark: str, part: str | None = None) -> list[Path]:
+def collect(suite: Suite, benchmark: str, data_set: str | None = None) -> list[Path]:
     """Read each run's ``metrics.json``, and write the records of a benchmark or of one data set.
 
-    ``part`` is the data set; None for all. Returns the paths of the written files. A file has one
-    line of JSON per run, in the order of the grid.
+    ``data_set`` is None for all. Returns the paths of the written files. A file has one line of
+    JSON per run, in the order of the grid.
     """
     files = []
-    for file_part in parts_with_files(suite, benchmark, part):
-        path = records_file(suite.name, benchmark, file_part)
-        runs = suite.runs_of(benchmark, file_part)
+    for set_of_file in sets_with_files(suite, benchmark, data_set):
+        path = records_file(suite.name, benchmark, set_of_file)
+        runs = suite.runs_of(benchmark, set_of_file)
         # a generator, so that only one record at a time is in memory
         write_lines(path, (format_record(read_record(run)) for run in runs))
         files.append(path)
     return files
 
 
-def parts_with_files(suite: Suite, benchmark: str, part: str | None) -> list[str | None]:
-    """List the data sets whose records have their own file, or only ``part`` if it is given.
+def sets_with_files(suite: Suite, benchmark: str, data_set: str | None) -> list[str | None]:
+    """List the data sets whose records have their own file, or only ``data_set`` if it is given.
 
     The list is ``[None]`` if one file has the records of all runs.
     """
-    if part:
-        return [part]
-    return suite.record_sets(benchmark)
+    if data_set:
+        return [data_set]
+    return suite.sets_with_records(benchmark)
 
 
 def format_record(record: Record) -> str:
@@ -169,13 +169,13 @@ def format_record(record: Record) -> str:
     return line.model_dump_json(by_alias=True, exclude_unset=True)
 
 
-def read_records(suite: Suite, benchmark: str, part: str | None = None) -> list[Record] | None:
+def read_records(suite: Suite, benchmark: str, data_set: str | None = None) -> list[Record] | None:
     """Read the collected records of a benchmark, or of one of its data sets.
 
     Args:
         suite: The suite.
         benchmark: The name of the benchmark.
-        part: The name of one of its data sets; None for all.
+        data_set: The name of one of its data sets; None for all.
 
     Returns:
         The records of the planned runs in the order of the grid. None if a file is missing or lacks
@@ -185,19 +185,19 @@ def read_records(suite: Suite, benchmark: str, part: str | None = None) -> list[
         DataError: A file of records is damaged. The message names the file.
     """
     records_by_folder: dict[str, Record] = {}
-    for file_part in parts_with_files(suite, benchmark, part):
-        path = records_file(suite.name, benchmark, file_part)
+    for set_of_file in sets_with_files(suite, benchmark, data_set):
+        path = records_file(suite.name, benchmark, set_of_file)
         if not path.exists():
             return None
         # without --force, Snakemake keeps the existing file
         advice = (
             f"`snakemake --cores all --force {path} --config suite={suite.name}` collects it again"
         )
-        runs = suite.runs_of(benchmark, file_part)
+        runs = suite.runs_of(benchmark, set_of_file)
         parsed = parse_records(read_bytes(path, advice), runs, path, advice)
         records_by_folder.update(parsed.records)
 
-    runs = suite.runs_of(benchmark, part)
+    runs = suite.runs_of(benchmark, data_set)
     if any(run.folder not in records_by_folder for run in runs):
         return None
     return [records_by_folder[run.folder] for run in runs]
@@ -374,18 +374,18 @@ def tabulate_numbers(records: Iterable[Record]) -> pd.DataFrame:
         for part, data_set, metric, value in run_numbers(run, record.metrics):
             # a part such as "test as emoe" has the main metrics of "test"
             part_before_conversion, _, _method = part.partition(AS)
-            key = (part_before_conversion, data_set)
-            # of the numbers without a main metric, such as costs, only the mean over the sets out
-            # of domain (`ood_mean`) is a score, and only its metric is called so
-            main_metric = main_metrics.get(key, "score")
+            # numbers without a main metric are costs and the like, or the mean over the sets out
+            # of domain, which is a score
+            is_main = metric == main_metrics.get((part_before_conversion, data_set))
+            is_ood_mean = part_before_conversion == OOD_MEAN
             row = {
-                **run_keys(run),
+                **settings_of_run(run),
                 "run_id": run.id,
                 "part": part,
                 "eval_task": data_set,
                 "metric": metric,
                 "value": value,
-                "is_score": metric == main_metric,
+                "is_score": is_main or is_ood_mean,
             }
             rows.append(row)
     # the columns are named, so that they exist even without rows
@@ -399,10 +399,10 @@ def _main_metrics(run: Run) -> dict[tuple[str, str], str]:
     It is the task's own metric in domain, and the paper's metric out of domain.
     """
     metrics = {}
-    for task in trained_sets(run.spec):
+    for task in run.trained_sets:
         for part in ("dev", "dev_best", "test"):
             metrics[part, task["name"]] = task.get("metric", "")
-    for other in run.spec["ood"]:
+    for other in run.ood_sets:
         metrics["ood", other["name"]] = _paper_metric(other)
     return metrics
 
@@ -413,7 +413,7 @@ def _paper_metric(ood_set: Mapping[str, Any]) -> str:
     return first
 
 
-def run_keys(run: Run) -> dict[str, Any]:
+def settings_of_run(run: Run) -> dict[str, Any]:
     """Return a run's values of :data:`RUN_KEYS`."""
     return {key: getattr(run, key) for key in RUN_KEYS}
 
@@ -436,9 +436,8 @@ def run_numbers(run: Run, metrics: Metrics) -> Iterator[RunNumber]:
         yield from _score_numbers(run, transformed.scores, AS + method)
 
     # the best epoch on the dev split; tasks without a test split report the dev split itself
-    task = run.spec["task"]
-    if metrics.epochs and task["splits"]["test"] is not None:
-        metric = task["metric"]
+    if metrics.epochs and run.task_spec["splits"]["test"] is not None:
+        metric = run.task_spec["metric"]
         scores: list[Any] = [epoch.numbers()[metric] for epoch in metrics.epochs]
         yield RunNumber("dev_best", run.task, metric, max(scores))
 
@@ -471,7 +470,7 @@ def _score_numbers(run: Run, scores: Scores, suffix: str = "") -> Iterator[RunNu
                     yield RunNumber(part + suffix, data_set, metric, value)
 
     ood_scores: list[Any] = []
-    for other in run.spec["ood"]:
+    for other in run.ood_sets:
         by_metric = scores["ood"][other["name"]]
         ood_scores.append(by_metric[_paper_metric(other)])
     if ood_scores:

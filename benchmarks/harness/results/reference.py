@@ -31,11 +31,11 @@ from benchmarks.harness.base import (
     write_json,
 )
 from benchmarks.harness.config.suite import Suite, suite_names
-from benchmarks.harness.results.check import COLUMNS, Numbers, check_numbers
+from benchmarks.harness.results.check import COLUMNS, Numbers, collect_numbers
 from benchmarks.harness.results.records import Record, format_record, parse_records
 
 
-class Origin(BaseModel):
+class BlessedOrigin(BaseModel):
     """The origin of blessed numbers: their machines, and the checkout that blessed them.
 
     A record has the commit of its own run.
@@ -69,12 +69,12 @@ class BlessedRecords:
 
     records: dict[str, Record]
     unplanned: int
-    origin: Origin
+    origin: BlessedOrigin
 
 
-def reference_file(suite: str, benchmark: str, ending: str) -> Path:
+def reference_file(suite_name: str, benchmark: str, ending: str) -> Path:
     """Return the path of a blessed file. ``ending`` is ``csv``, ``json`` or ``jsonl.gz``."""
-    return REFERENCE / suite / f"{benchmark}.{ending}"
+    return REFERENCE / suite_name / f"{benchmark}.{ending}"
 
 
 def blessed_benchmarks(suite: Suite) -> list[str]:
@@ -89,15 +89,15 @@ def suites_with_records(benchmark: str) -> list[str]:
     return [name for name in suites if reference_file(name, benchmark, "jsonl.gz").exists()]
 
 
-def read_reference(suite: str, benchmark: str) -> Numbers:
+def read_reference(suite_name: str, benchmark: str) -> Numbers:
     """Read the blessed numbers of a benchmark.
 
     Raises:
         DefinitionError: The csv is missing, damaged or of an older form.
         DataError: The json with the origin is missing, damaged or of an older form.
     """
-    path = reference_file(suite, benchmark, "csv")
-    advice = bless_advice(suite, benchmark)
+    path = reference_file(suite_name, benchmark, "csv")
+    advice = bless_advice(suite_name, benchmark)
     try:
         check_is_file(path)
         # all values stay texts, because the last digit counts
@@ -109,7 +109,7 @@ def read_reference(suite: str, benchmark: str) -> Numbers:
         raise DefinitionError(
             f"{path} is damaged or of an older form: {first_line(error)}; {advice}"
         ) from error
-    origin = read_origin(suite, benchmark)
+    origin = read_origin(suite_name, benchmark)
     unknown = sorted(set(rows["machine"]) - set(origin.machines))
     if unknown:
         raise DefinitionError(
@@ -118,14 +118,14 @@ def read_reference(suite: str, benchmark: str) -> Numbers:
     return Numbers(rows, origin.machines, origin.code)
 
 
-def read_origin(suite: str, benchmark: str) -> Origin:
+def read_origin(suite_name: str, benchmark: str) -> BlessedOrigin:
     """Read the origin of the blessed numbers of a benchmark.
 
     Raises:
         DataError: The file is missing, damaged or of an older form.
     """
-    path = reference_file(suite, benchmark, "json")
-    return read_json(path, Origin, bless_advice(suite, benchmark))
+    path = reference_file(suite_name, benchmark, "json")
+    return read_json(path, BlessedOrigin, bless_advice(suite_name, benchmark))
 
 
 def read_blessed_records(suite: Suite, benchmark: str) -> BlessedRecords | None:
@@ -149,12 +149,12 @@ def read_blessed_records(suite: Suite, benchmark: str) -> BlessedRecords | None:
 
 
 def write_reference(
-    suite: str, benchmark: str, records: Sequence[Record], commit: str
+    suite_name: str, benchmark: str, records: Sequence[Record], commit: str
 ) -> list[Path]:
     """Write the records of a benchmark as the blessed ones, with their numbers and their origin.
 
     Args:
-        suite: The name of the suite.
+        suite_name: The name of the suite.
         benchmark: The name of the benchmark.
         records: The records of all its runs.
         commit: The commit of this checkout.
@@ -162,13 +162,13 @@ def write_reference(
     Returns:
         The paths of the three written files.
     """
-    numbers = check_numbers(records)
-    csv = reference_file(suite, benchmark, "csv")
+    numbers = collect_numbers(records)
+    csv = reference_file(suite_name, benchmark, "csv")
     with atomic_write(csv) as temporary:
         numbers.rows.to_csv(temporary, index=False, lineterminator="\n")
-    json = reference_file(suite, benchmark, "json")
+    json = reference_file(suite_name, benchmark, "json")
     write_json(json, {"commit": commit, "machines": numbers.machines, "code": numbers.code})
-    compressed = reference_file(suite, benchmark, "jsonl.gz")
+    compressed = reference_file(suite_name, benchmark, "jsonl.gz")
     _write_compressed(compressed, [format_record(record) for record in records])
     return [csv, json, compressed]
 
@@ -185,7 +185,7 @@ def _write_compressed(path: Path, lines: Sequence[str]) -> None:
         compressed.write(content.encode())
 
 
-def bless_advice(suite: str, benchmark: str) -> str:
+def bless_advice(suite_name: str, benchmark: str) -> str:
     """Return the advice of error messages on how to renew the blessed numbers of a benchmark."""
-    command = f"python -m benchmarks bless --suite {suite} --benchmark {benchmark}"
+    command = f"python -m benchmarks bless --suite {suite_name} --benchmark {benchmark}"
     return f"bless a run of the suite (`{command}`)"

@@ -89,7 +89,7 @@ def _read_numbers(compared: pd.DataFrame) -> pd.DataFrame:
     separator = split_parts[1]
     converted_to = split_parts[2]
 
-    # The name of a run begins with benchmark, model, task and method (check.group_name). A
+    # The name of a run begins with benchmark, model, task and method (check.name_without_seed). A
     # measurement of `speed` has no method. It has one seed, so _group_means leaves it out.
     words = compared["run"].str.split(" ")
     model = words.str[1]
@@ -143,13 +143,14 @@ def _differences_of_methods(numbers: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row per difference, with the columns of ``_PAIRED``, ``group``, ``before``, ``after``,
-        ``tolerance`` and ``scatter``.
+        ``tolerance`` and ``scatter``. The names of the two methods are in ``method`` and
+        ``method_other``, and the numbers of the second one in columns that end in ``_other``.
     """
     columns = ["before", "after", "tolerance", "scatter"]
     of_methods = numbers.groupby([*_PAIRED, "method"], as_index=False)[columns].mean()
-    pairs = of_methods.merge(of_methods, on=_PAIRED, suffixes=("", "_other"))
-    # every pair once
-    pairs = pairs[pairs["method"] < pairs["method_other"]]
+    ordered_pairs = of_methods.merge(of_methods, on=_PAIRED, suffixes=("", "_other"))
+    # every two methods once, and no method with itself
+    pairs = ordered_pairs[ordered_pairs["method"] < ordered_pairs["method_other"]]
     return pairs.assign(
         group=pairs["benchmark"] + ", " + pairs["method"] + " - " + pairs["method_other"],
         before=pairs["before"] - pairs["before_other"],

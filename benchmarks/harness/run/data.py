@@ -11,7 +11,7 @@ from typing import Any
 from tabulate import tabulate
 
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.runs import Run, all_sets, run_inputs
+from benchmarks.harness.config.runs import Run, run_inputs
 from benchmarks.harness.config.sets import SetPart
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.sources.local import local_path, user_file
@@ -24,8 +24,8 @@ _ADVICE_ON_FOLDERS = (
 )
 
 
-def check_data(runs: Iterable[Run], *, open_images: bool = False) -> Iterator[SetPart]:
-    """Read every part of every data set that runs use, each once, and describe it.
+def read_sets(runs: Iterable[Run], *, open_images: bool = False) -> Iterator[SetPart]:
+    """Read every part of every data set that runs use, each once, and yield its description.
 
     Args:
         runs: The runs of a suite.
@@ -34,7 +34,7 @@ def check_data(runs: Iterable[Run], *, open_images: bool = False) -> Iterator[Se
     seen: set[tuple[str, str]] = set()
     for run in runs:
         benchmark = load_benchmark(run.benchmark)
-        for data_set in benchmark.sets(run.spec):
+        for data_set in benchmark.sets(run):
             key = (data_set.name, data_set.part)
             if key in seen:  # many runs use the same data
                 continue
@@ -42,8 +42,8 @@ def check_data(runs: Iterable[Run], *, open_images: bool = False) -> Iterator[Se
             yield from data_set.read(open_images)
 
 
-def describe(parts: list[SetPart]) -> str:
-    """Describe the parts of data sets that :func:`check_data` yields.
+def describe_sets(parts: list[SetPart]) -> str:
+    """Describe the parts of data sets that :func:`read_sets` yields.
 
     Returns:
         A table with a row for each part, advice for every set that is missing or cannot be read,
@@ -101,7 +101,7 @@ def missing_sets(suite: Suite) -> list[str]:
     """
     sources: dict[str, Mapping[str, Any]] = {}
     for run in suite.runs:
-        for task in all_sets(run.spec):
+        for task in run.all_sets:
             if "source" in task:
                 sources[task["name"]] = task["source"]
     missing = []

@@ -106,24 +106,36 @@ def _lock_devices(locks: ExitStack, devices: list[str], count: int, name: str) -
     """
     folder = _lock_folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    locked: list[str] = []
-    has_reported = False
     # Only one process chooses at a time. Otherwise two processes could each hold a device that the
     # other one needs, and wait forever.
     with FileLock(folder / "choice.lock"):
-        while True:
-            # a device that is locked once stays locked while this waits for the others
-            for device in devices:
-                if len(locked) == count:
-                    break
-                if device not in locked and _try_lock(locks, folder, device):
-                    locked.append(device)
-            if len(locked) == count:
-                return locked
-            if not has_reported:
-                sys.stderr.write(f"[{name}] waiting for {count} of {len(devices)} accelerators\n")
-                has_reported = True
+        locked = _lock_free(locks, folder, devices, count)
+        if len(locked) < count:
+            sys.stderr.write(f"[{name}] waiting for {count} of {len(devices)} accelerators\n")
+        while len(locked) < count:
             time.sleep(_PAUSE)
+            # a device that is locked once stays locked while this waits for the others
+            others = [device for device in devices if device not in locked]
+            locked += _lock_free(locks, folder, others, count - len(locked))
+    return locked
+
+
+def _lock_free(locks: ExitStack, folder: Path, devices: list[str], count: int) -> list[str]:
+    """Lock up to ``count`` of the devices without waiting, and return their ids.
+
+    Args:
+        locks: The stack of locks to which the new ones are added.
+        folder: The folder of the lock files.
+        devices: The ids of the devices to try.
+        count: The largest number of devices to lock.
+    """
+    locked: list[str] = []
+    for device in devices:
+        if len(locked) == count:
+            break
+        if _try_lock(locks, folder, device):
+            locked.append(device)
+    return locked
 
 
 def _lock_folder() -> Path:

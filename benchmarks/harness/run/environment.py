@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
 import os
 import platform
@@ -17,12 +16,12 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-from benchmarks.harness.base import ROOT, git
+from benchmarks.harness.base import ROOT, git, short_digest
 from benchmarks.harness.results.code import code_digest
 from emoe.compiled.build import compiled_kernels
 
 # the packages that can change a number; some are optional
-PACKAGES = (
+RECORDED_PACKAGES = (
     # computation
     "torch",
     "torchvision",
@@ -65,12 +64,13 @@ VARIABLES = (
     "MKL_CBWR",
     "MKL_ENABLE_INSTRUCTIONS",
 )
+_DIGITS = 12  # of a digest in the fingerprint
 
 
 def capture() -> dict[str, Any]:
     """Return the ``environment`` of ``metrics.json``: versions, commit, code, and hardware."""
     versions = {}
-    for name in PACKAGES:
+    for name in RECORDED_PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     commit, is_dirty = _git_state()
@@ -112,7 +112,7 @@ def fingerprint(captured: Mapping[str, Any]) -> dict[str, str]:
         "processor": processor.name,
         "processor flags": processor.flags_digest,
         "python": captured["python"],
-        "torch build": _digest(torch.__config__.show()),
+        "torch build": short_digest(torch.__config__.show(), _DIGITS),
         "CPU capability": capability,
         "threads": str(captured["threads"]),
         "GPUs": ", ".join(captured["gpus"]),
@@ -120,11 +120,6 @@ def fingerprint(captured: Mapping[str, Any]) -> dict[str, str]:
         **variables,
         **packages,
     }
-
-
-def _digest(text: str) -> str:
-    """Return 12 hex digits of the sha256 of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _git_state() -> tuple[str | None, bool | None]:
@@ -158,4 +153,4 @@ def _processor() -> _Processor:
     # the supported instructions: x86 calls them "flags", and ARM calls them "Features"
     flags_line = re.search(r"^(?:flags|Features)\s*: (.*)", text, re.MULTILINE)
     flags = [] if flags_line is None else sorted(flags_line[1].split())
-    return _Processor(name, _digest(" ".join([name, *flags])))
+    return _Processor(name, flags_digest=short_digest(" ".join([name, *flags]), _DIGITS))

@@ -21,13 +21,20 @@ import torch
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import LOCK, RunError, derive_seed, format_json, write_text
+from benchmarks.harness.base import RunError, derive_seed, format_json, write_text
 from benchmarks.harness.config.benchmark import AnyBenchmark, load_benchmark
-from benchmarks.harness.config.runs import Run, all_sets, read_run
+from benchmarks.harness.config.runs import Run, read_run
 from benchmarks.harness.results.records import check_metrics
 from benchmarks.harness.run import environment
-from benchmarks.harness.sources.packages import check_file
-from benchmarks.harness.training import processes as group
+from benchmarks.harness.sources.packages import check_sha256
+from benchmarks.harness.training.processes import (
+    broadcast,
+    init_process_group,
+    is_main,
+    rank,
+    set_parallelism,
+    world_size,
+)
 from benchmarks.harness.training.progress import Progress
 from emoe.compiled.build import prepare_kernels
 
@@ -55,7 +62,11 @@ def execute(
         The path of ``metrics.json``.
 
     Raises:
-        DataError: A csv has changed since the run was planned.
+        DataError: The ``run.json`` cannot be read, or a csv has changed since the run was planned.
+            Or other data or weights are missing or damaged, or the run's numbers lack a section.
+        DefinitionError: The ``run.json`` was changed by hand, or a setting is wrong. Or the
+            settings do not fit the model or the number of processes.
+        RunError: Runs of this kind use only one process, and there are several.
     """
     if started is None:
         started = time.time()
@@ -67,30 +78,29 @@ def execute(
     spec = benchmark.read_spec(run)
 
     torch.set_num_threads(threads)
-    group.set_parallelism(parallel)
-    benchmark.check_processes(run.spec, group.world_size(), parallel)
+    set_parallelism(parallel)
+    benchmark.check_processes(run.spec, world_size(), parallel)
 
     # the first process locks the run for all of them; each writes its own log
-    is_main = group.is_main()
     lock: AbstractContextManager[Any] = nullcontext()
     own_log = log
-    if is_main:
+    if is_main():
         lock = _lock_run(folder, run.name)
     else:
-        own_log = log.with_name(f"{log.stem}-{group.rank()}{log.suffix}")
+        own_log = log.with_name(f"{log.stem}-{rank()}{log.suffix}")
 
     with lock:  # it is held already; the end of the block releases it
-        group.init_process_group()
+        init_process_group()
         # while this process waited for the lock, another one may have finished the run
-        if group.broadcast(output.exists()):
+        if broadcast(output.exists()):
             return output
         with _redirect_output(own_log) as terminal:
             # the first process reports to the terminal, and each of the others to its own log
-            stream = terminal if is_main else sys.stderr
+            stream = terminal if is_main() else sys.stderr
             progress = Progress(run.name, stream)
             _check_csv_files(run)
             metrics = _measure(benchmark, run, spec, folder, progress, started)
-            if is_main:  # all processes compute, but only the first one writes
+            if is_main():  # all processes compute, but only the first one writes
                 _write_metrics(run, metrics, output)
                 progress.finish(metrics["cost"]["job_seconds"])
     return output
@@ -108,10 +118,10 @@ def _check_csv_files(run: Run) -> None:
         "the run was planned with other rows: restore the file, or start the workflow again, "
         "which plans runs with the present rows"
     )
-    for task in all_sets(run.spec):
+    for task in run.all_sets:
         name = task.get("source", {}).get("csv")
         if name is not None:
-            check_file(paths.ROOT / name, run.spec["files"][name], advice)
+            check_sha256(paths.ROOT / name, run.files[name], advice)
 
 
 def _write_metrics(run: Run, metrics: dict[str, Any], output: Path) -> None:
@@ -152,7 +162,7 @@ def _measure(
     startup_seconds = time.time() - started
     torch.manual_seed(derive_seed("run", run.seed))
     metrics: dict[str, Any] = pipeline.run(spec, folder, progress)
-    if not group.is_main():
+    if not is_main():
         return metrics
     job_seconds = time.time() - started  # measured before the fingerprint takes time
     metrics["cost"] = {
@@ -229,7 +239,7 @@ def _end_with_launcher() -> None:
 
 def _lock_run(folder: Path, run_name: str) -> AcquireReturnProxy[Any]:
     """Lock the folder of a run, and return the held lock. Waits if another process holds it."""
-    lock = FileLock(folder / LOCK)
+    lock = FileLock(folder / paths.LOCK)
     try:
         return lock.acquire(blocking=False)
     except Timeout:

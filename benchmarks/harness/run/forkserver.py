@@ -118,16 +118,14 @@ class Server:
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         try:
             folder = Path(tempfile.mkdtemp(prefix="emoe-"))
-            try:
-                self._start_in(folder)
-            except OSError:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
+        except OSError as error:  # for example, the disk is full
+            _warn_without_server(error)
+            return
+        try:
+            self._start_in(folder)
         except OSError as error:  # for example, the path is too long for a socket
-            sys.stderr.write(
-                f"warning: no server for imports in {tempfile.gettempdir()}, so every run imports "
-                f"everything again: {error} (TMPDIR sets the folder)\n"
-            )
+            shutil.rmtree(folder, ignore_errors=True)
+            _warn_without_server(error)
 
     def _start_in(self, folder: Path) -> None:
         """Start the server with its socket in a folder, and set its address in the environment."""
@@ -153,6 +151,14 @@ class Server:
         self._process = None
         address = Path(os.environ.pop(ADDRESS))
         shutil.rmtree(address.parent, ignore_errors=True)
+
+
+def _warn_without_server(error: OSError) -> None:
+    """Print a warning that the server could not start."""
+    sys.stderr.write(
+        f"warning: no server for imports in {tempfile.gettempdir()}, so every run imports "
+        f"everything again: {error} (TMPDIR sets the folder)\n"
+    )
 
 
 def serve(

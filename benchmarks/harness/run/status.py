@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from benchmarks.harness.base import LOCK, LOG, RUNS, is_held, read_json
+from benchmarks.harness import base as paths
+from benchmarks.harness.base import is_held, read_json
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report.closing import closing_lines
@@ -31,31 +32,31 @@ class RunStatus:
         run: The run.
         state: ``finished`` if its numbers exist; else ``running`` if a process holds its lock;
             else ``failed`` if its log exists; else ``missing``.
-        last: The last line in the log of a running or failed run; empty if there is none.
-        silent: The number of seconds since the log was last written; None without a log.
+        last_line: The last line in the log of a running or failed run; empty if there is none.
+        seconds_silent: The number of seconds since the log was last written; None without a log.
     """
 
     run: Run
     state: State
-    last: str = ""
-    silent: float | None = None
+    last_line: str = ""
+    seconds_silent: float | None = None
 
     def __str__(self) -> str:
-        last_line = self.last or "its log is empty"
+        last_line = self.last_line or "its log is empty"
         ago = ""
-        if self.silent is not None:
-            ago = f" ({self.silent:.0f} s ago)"
+        if self.seconds_silent is not None:
+            ago = f" ({self.seconds_silent:.0f} s ago)"
         return f"{self.state:<8} {self.run.name}: {last_line}{ago}"
 
 
-def describe(suite: Suite) -> str:
+def describe_runs(suite: Suite) -> str:
     """Describe a suite's runs: a table of counts, and a line for each running or failed run.
 
     If all runs are finished, the description ends with what to open next, and with the verdicts. If
     none has started, it ends with the command that runs the suite.
     """
     statuses = [run_status(run) for run in suite.runs]
-    counts = [count(name, statuses) for name in suite.settings.benchmarks]
+    counts = [state_counts(name, statuses) for name in suite.settings.benchmarks]
     running = [str(status) for status in statuses if status.state == "running"]
     failed = [str(status) for status in statuses if status.state == "failed"]
     closing = []
@@ -68,13 +69,13 @@ def describe(suite: Suite) -> str:
 
 def run_status(run: Run) -> RunStatus:
     """Determine the state of a run, and the last line of its log if it is running or failed."""
-    folder = RUNS / run.folder
+    folder = paths.RUNS / run.folder
     # checked before metrics.json: a run that writes it and ends between the two checks would
     # otherwise have neither numbers nor a lock, and would look failed
-    is_running = is_held(folder / LOCK)
+    is_running = is_held(folder / paths.LOCK)
     if run.metrics_file.exists():
         return RunStatus(run, "finished")
-    log = folder / LOG
+    log = folder / paths.LOG
     has_log = log.is_file()
     state: State
     if is_running:
@@ -85,9 +86,8 @@ def run_status(run: Run) -> RunStatus:
         state = "missing"
     if not has_log:
         return RunStatus(run, state)
-    last_line = _last_line(log)
-    seconds_since = time.time() - log.stat().st_mtime
-    return RunStatus(run, state, last=last_line, silent=seconds_since)
+    seconds_silent = time.time() - log.stat().st_mtime
+    return RunStatus(run, state, last_line=_last_line(log), seconds_silent=seconds_silent)
 
 
 def _last_line(log: Path) -> str:
@@ -101,7 +101,9 @@ def _last_line(log: Path) -> str:
     return ""
 
 
-def count(benchmark: str, statuses: Sequence[RunStatus]) -> dict[str, str | int | float | None]:
+def state_counts(
+    benchmark: str, statuses: Sequence[RunStatus]
+) -> dict[str, str | int | float | None]:
     """Count the runs of a benchmark in each state, and compute the finished runs' median time.
 
     Args:

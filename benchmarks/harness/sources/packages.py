@@ -140,13 +140,14 @@ class PackageFile:
                 f"{self.path} does not exist; get it with `python -m benchmarks fetch {self.name}`"
             )
         advice = f"delete it and fetch it again: `python -m benchmarks fetch {self.name}`"
-        check_file(self.path, self.sha256, advice)
+        check_sha256(self.path, self.sha256, advice)
         return self.path
 
 
 class PackageEntry(BaseModel):
     """The kind, the version and the sha256 of one package in ``packages.yaml``."""
 
+    # the settings of `Strict`, which this package cannot import, because `config` imports it
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     kind: Literal["sdist", "wheel"]
@@ -170,7 +171,9 @@ def read_packages(path: Path) -> dict[str, PackageFile]:
         ) from error
     files = {}
     for name, entry in entries.items():
-        files[name] = PackageFile(entry.kind, name, entry.version, entry.sha256)
+        files[name] = PackageFile(
+            kind=entry.kind, package=name, version=entry.version, sha256=entry.sha256
+        )
     return files
 
 
@@ -221,7 +224,7 @@ def packages_of_dataset(source: Mapping[str, object]) -> list[PackageFile]:
     return packages
 
 
-def check_file(path: Path, checksum: str, advice: str = "") -> None:
+def check_sha256(path: Path, checksum: str, advice: str = "") -> None:
     """Raise :class:`DataError` unless a file exists and has the expected sha256.
 
     Args:
@@ -262,5 +265,5 @@ def package_folder(package: str, path: str, checksums: Mapping[str, str]) -> Pat
         ) from error
     folder = Path(str(distribution.locate_file(path)))
     for name, checksum in checksums.items():
-        check_file(folder / name, checksum)
+        check_sha256(folder / name, checksum)
     return folder

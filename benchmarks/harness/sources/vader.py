@@ -50,9 +50,21 @@ class _Sentence(NamedTuple):
     rating: float
 
 
-def load_vader(
-    domain: str, split: str, *, strength: bool = False
-) -> tuple[list[str], list[int], int]:
+class VaderSplit(NamedTuple):
+    """The sentences of one split.
+
+    Attributes:
+        texts: The texts.
+        labels: The label of each text.
+        dropped: The number of dropped near-neutral sentences.
+    """
+
+    texts: list[str]
+    labels: list[int]
+    dropped: int
+
+
+def load_vader(domain: str, split: str, *, strength: bool = False) -> VaderSplit:
     """Load the sentences of one split, in a fixed shuffled order.
 
     Near-neutral sentences (absolute rating of at most 0.5) are dropped. The label is the sign
@@ -64,9 +76,6 @@ def load_vader(
         split: The split: ``train`` (60 % of the documents), ``dev`` (15 %) or ``test`` (25 %).
         strength: True to label by strength instead of sign. The label of a weak sentence is 0. The
             label of a strong sentence (absolute rating above 1.5) is 1.
-
-    Returns:
-        Texts, labels, and the number of dropped near-neutral sentences of the split.
 
     Raises:
         DataError: The domain is unknown, or the archive is missing or damaged.
@@ -84,8 +93,7 @@ def load_vader(
         labels = [int(abs(sentence.rating) > _LARGEST_WEAK) for sentence in clear]
     else:
         labels = [int(sentence.rating > 0) for sentence in clear]
-    dropped = len(sentences) - len(clear)
-    return texts, labels, dropped
+    return VaderSplit(texts, labels, dropped=len(sentences) - len(clear))
 
 
 def _read_documents(domain: str) -> dict[str, list[_Sentence]]:

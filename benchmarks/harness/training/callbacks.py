@@ -20,6 +20,7 @@ import emoe
 from benchmarks.harness.base import derive_seed
 from benchmarks.harness.training.checkpoints import SavedCallback
 from benchmarks.harness.training.processes import is_sharded, world_size
+from emoe.modes import restored_modes
 
 _FIRST_BATCHES = 8  # number of training batches whose loss is recorded
 # number of rows in the batch that Probe.observe gets
@@ -29,16 +30,11 @@ _FIXED_ROWS = 4
 @contextmanager
 def restore_rng_and_modes(model: nn.Module) -> Iterator[None]:
     """Restore the RNG state, and the train or eval mode of every module, on exit."""
-    modes = [(module, module.training) for module in model.modules()]
     devices = []
     if torch.cuda.is_available():
         devices = [torch.cuda.current_device()]
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
+    with torch.random.fork_rng(devices), restored_modes(model):
+        yield
 
 
 class Stopwatch(SavedCallback):
@@ -115,10 +111,16 @@ class SetEpochs(TrainerCallback):
 
 
 class UpdateGates(TrainerCallback):
-    """A callback that updates the running gates of a model after each optimizer step."""
+    """A callback that updates the running gates of a model after each optimizer step.
+
+    :class:`emoe.TrainerCallback` does this too. But it refuses a dense model, and it adds the
+    balance loss, which :class:`~benchmarks.harness.training.trainer.RoutedTrainer` adds itself.
+    """
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        emoe.update_gates_(kwargs["model"])
+        # mixed precision skips a step with infinite gradients, which then changes no weights
+        if not getattr(kwargs["optimizer"], "step_was_skipped", False):
+            emoe.update_gates_(kwargs["model"])
 
 
 def fixed_rows(rows: Any) -> list[Any]:

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from benchmarks.harness.base import DataError, check_is_file, read_json, write_json
+from benchmarks.harness.base import TRAINED_FILE, DataError, check_is_file, read_json, write_json
 from benchmarks.harness.sources.packages import sha256
 from benchmarks.harness.training.processes import broadcast, is_main
 
@@ -25,10 +25,9 @@ Origin = Mapping[str, str]
 ORIGIN = "origin.json"
 # files in a checkpoint; `complete` has the sha256 of the other files by name
 COMPLETE = "complete"
-WEIGHTS = "trained.safetensors"
 OPTIMIZER = "optimizer.pt"
 SCHEDULER = "scheduler.pt"
-_NEEDED = (WEIGHTS, OPTIMIZER, SCHEDULER, TRAINER_STATE_NAME)
+_NEEDED = (TRAINED_FILE, OPTIMIZER, SCHEDULER, TRAINER_STATE_NAME)
 # a single process saves `rng_state.pth`; several processes save `rng_state_0.pth` and so on
 _RNG_STATE = "rng_state"
 
@@ -92,7 +91,7 @@ class UpdateBestPath(TrainerCallback):
         _update_best_path(args, state)
 
 
-def resume(trainer: Trainer, origin: Origin, say: Callable[[str], None]) -> str | None:
+def resume(trainer: Trainer, origin: Origin, warn: Callable[[str], None]) -> str | None:
     """Restore the state and the callbacks of a trainer from its last complete checkpoint.
 
     Checkpoints of another origin are removed, because rows or models would be mixed.
@@ -101,16 +100,16 @@ def resume(trainer: Trainer, origin: Origin, say: Callable[[str], None]) -> str 
         trainer: The trainer, before training.
         origin: The digests of the training's rows and weights. It is written beside the
             checkpoints.
-        say: The function that prints a warning for each unusable checkpoint.
+        warn: The function that prints a warning. It is called for each unusable checkpoint.
 
     Returns:
         The checkpoint, for ``trainer.train(resume_from_checkpoint=…)``; None if there is none.
     """
     folder = Path(str(trainer.args.output_dir))
-    # the other processes wait for the main one, in last_complete_checkpoint
+    # the other processes wait for the main one, in keep_complete_checkpoints
     if is_main():
-        _set_origin(folder, origin, say)
-    checkpoint = last_complete_checkpoint(folder, say)
+        _set_origin(folder, origin, warn)
+    checkpoint = keep_complete_checkpoints(folder, warn)
     if checkpoint is None:
         return None
     trainer.state = _read_state(checkpoint)
@@ -123,18 +122,18 @@ def resume(trainer: Trainer, origin: Origin, say: Callable[[str], None]) -> str 
     return str(checkpoint)
 
 
-def _set_origin(folder: Path, origin: Origin, say: Callable[[str], None]) -> None:
+def _set_origin(folder: Path, origin: Origin, warn: Callable[[str], None]) -> None:
     """Remove the checkpoints of another origin, with a warning, and write this origin.
 
     Args:
         folder: The folder of the checkpoints.
         origin: The digests of the training's rows and weights.
-        say: The function that prints the warning.
+        warn: The function that prints the warning.
     """
     checkpoints = list(folder.glob("checkpoint-*"))
     change = _find_change(folder / ORIGIN, origin)
     if checkpoints and change is not None:
-        say(f"warning: {change}; the run starts again from the beginning")
+        warn(f"{change}; the run starts again from the beginning")
         for checkpoint in checkpoints:
             shutil.rmtree(checkpoint)
     # written last: if this process is killed before, the next one removes the rest
@@ -142,7 +141,9 @@ def _set_origin(folder: Path, origin: Origin, say: Callable[[str], None]) -> Non
 
 
 def _find_change(file: Path, origin: Origin) -> str | None:
-    """Describe why checkpoints do not have an origin; None if they have it.
+    """Describe how the training's origin differs from that of the checkpoints.
+
+    None if it is the same.
 
     Args:
         file: The file with the origin of the checkpoints. Older versions wrote none.
@@ -159,24 +160,24 @@ def _find_change(file: Path, origin: Origin) -> str | None:
     return f"{' and '.join(changed)} have changed since {file} was written"
 
 
-def last_complete_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """Return the newest checkpoint that a run can resume from; None if there is none.
+def keep_complete_checkpoints(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """Remove the checkpoints that a run cannot resume from, and return the newest of the others.
 
-    Its files and its best checkpoint must be complete. Every checkpoint with a fault is removed,
-    with a warning that describes the fault.
+    The files and the best checkpoint of a kept checkpoint are complete. A warning describes the
+    fault of each removed checkpoint. The result is None if no checkpoint is left.
 
     Args:
         folder: The folder of the checkpoints.
-        say: The function that prints the warnings.
+        warn: The function that prints the warnings.
     """
     newest: Path | None = None
     # only one process removes checkpoints, and all resume from the one that it found
     if is_main():
-        newest = _remove_faulty_checkpoints(folder, say)
+        newest = _remove_faulty_checkpoints(folder, warn)
     return cast("Path | None", broadcast(newest))
 
 
-def _remove_faulty_checkpoints(folder: Path, say: Callable[[str], None]) -> Path | None:
+def _remove_faulty_checkpoints(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """Remove the checkpoints with a fault, and return the newest of the others, if there are any.
 
     A checkpoint has a fault if one of its files is missing or changed, or if its best checkpoint is
@@ -197,7 +198,7 @@ def _remove_faulty_checkpoints(folder: Path, say: Callable[[str], None]) -> Path
     if newest is not None:
         consequence = f"the run goes on from {newest.name}"
     for fault in faults:
-        say(f"warning: {fault}; {consequence}")
+        warn(f"{fault}; {consequence}")
     return newest
 
 

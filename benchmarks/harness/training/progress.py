@@ -32,18 +32,16 @@ class Progress(TrainerCallback):
         self._first_step = 0
 
     def say(self, text: str) -> None:
-        """Print a line to the terminal, or to the log if there is no terminal.
-
-        A warning is printed to both.
-        """
-        # the callers begin each warning with this word
-        is_warning = text.startswith("warning")
-        has_terminal = self._stream.isatty()
-        if is_warning or has_terminal:
-            self._print(text, self._stream)
+        """Print a line to the terminal, or to the log if there is no terminal."""
         # the standard output of a run is its log
-        if is_warning or not has_terminal:
-            self._print(text, sys.stdout)
+        stream = self._stream if self._stream.isatty() else sys.stdout
+        self._print(text, stream)
+
+    def warn(self, text: str) -> None:
+        """Print a warning to both the stream and the log."""
+        line = f"warning: {text}"
+        self._print(line, self._stream)
+        self._print(line, sys.stdout)
 
     def finish(self, seconds: float) -> None:
         """Print the duration of the finished run."""

@@ -6,13 +6,13 @@ The load of an expert is the number of tokens that choose it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerState
 
 import emoe
@@ -63,6 +63,45 @@ def loads_by_row(record: LayerRecord, rows: int) -> NDArray[np.int64]:
     for row, counts in record.by_label.items():
         loads[row] = counts.numpy()
     return loads
+
+
+@contextmanager
+def label_rows(model: nn.Module, record: RoutingRecord, labels: Tensor) -> Iterator[None]:
+    """Label the tokens of each row in a routing record, in the passes inside the ``with`` block.
+
+    The record then counts the choices of experts by label, but not those of negative labels.
+
+    Args:
+        model: The recorded model. Each row must pass through it once, in the order of ``labels``.
+            Its inputs must be named, and the first one must have an entry for each row.
+        record: The record, from :func:`emoe.record_routing`.
+        labels: The label of each row, ``[rows of all batches]``.
+    """
+    labeller = _RowLabeller(record, labels)
+    # called before each forward pass of the model, with the model inputs of a batch
+    hook = model.register_forward_pre_hook(labeller.label_batch, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class _RowLabeller:
+    """Gives a routing record the labels of each batch, see :func:`label_rows`."""
+
+    def __init__(self, record: RoutingRecord, labels: Tensor) -> None:
+        self._record = record
+        self._labels = labels
+        self._start = 0  # the index of the next batch's first row
+
+    def label_batch(
+        self, _module: nn.Module, _args: tuple[Any, ...], inputs: dict[str, Any]
+    ) -> None:
+        """Set the labels of a batch in the record."""
+        first_input = next(iter(inputs.values()))
+        end = self._start + len(first_input)
+        self._record.set_labels(self._labels[self._start : end])
+        self._start = end
 
 
 def window_steps(steps: int) -> int:

@@ -18,13 +18,13 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import emoe
+from benchmarks.harness.base import TRAINED_FILE
 from benchmarks.harness.config.methods import LoRA
 from benchmarks.harness.models.trainable import Trainable, load_trained_, trained_state
 from benchmarks.harness.training.callbacks import Probe, SetEpochs, UpdateGates
 from benchmarks.harness.training.checkpoints import (
     OPTIMIZER,
     SCHEDULER,
-    WEIGHTS,
     MarkComplete,
     UpdateBestPath,
 )
@@ -174,12 +174,12 @@ class RoutedTrainer(Trainer):
         state = trained_state(self._module)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(state, folder / WEIGHTS)
+            write_tensors(state, folder / TRAINED_FILE)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        load_trained_(self._module, Path(resume_from_checkpoint) / WEIGHTS)
+        load_trained_(self._module, Path(resume_from_checkpoint) / TRAINED_FILE)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import DefinitionError, first_problem
 from benchmarks.harness.config.runs import canonical_json
-from benchmarks.harness.config.suite import Suite, load_suite
+from benchmarks.harness.config.suite import DEFAULT_SUITE, Suite, load_suite
 
 # These variables stop glibc from returning memory to the kernel in every step. That would take a
 # tenth of a small model's training time. Variables that are already set keep their values. Other C
@@ -70,6 +70,6 @@ def suite_of_job(name: str) -> Suite:
             'such as {"seeds": 2}; '
             f"{first_problem(error)}; unset it, because the workflow sets it"
         ) from error
-    if overrides.get("suite", "mini") != name:
+    if overrides.get("suite", DEFAULT_SUITE) != name:
         return load_suite({"suite": name})
     return load_suite(overrides)

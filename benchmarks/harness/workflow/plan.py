@@ -4,7 +4,7 @@ The main process of a workflow plans the runs. A job on a cluster reads them fro
 
 - ``plan.tsv`` has a row for each run: its folder below ``results/runs``, its readable name, ``yes``
   if it keeps its weights, its resources and its spec.
-- ``partitions.tsv`` has a row for each clustering: its id and its settings.
+- ``partitions.tsv`` has a row for each partition: its id and its settings.
 
 If the command line chooses other runs, such as with ``seeds=1``, the names of both files end with a
 digest of these values. Several workflows of a suite may run at once, each with its own runs.
@@ -12,7 +12,6 @@ digest of these values. Several workflows of a suite may run at once, each with 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from benchmarks.harness.base import (
     DefinitionError,
     first_problem,
     read_text,
+    short_digest,
     write_text,
 )
 from benchmarks.harness.config.runs import PartitionJob, Run, canonical_json, run_from_spec
@@ -64,17 +64,22 @@ _Row = TypeVar("_Row", _RunRow, _PartitionRow)
 
 def write_plan(suite: Suite) -> None:
     """Write the runs and partitions of a suite for people, and for jobs on a cluster."""
-    run_rows = [_run_cells(run) for run in suite.runs]
+    run_rows = [_run_row(run) for run in suite.runs]
     _write_rows(_plan_file(suite), _RunRow, run_rows)
-    partition_rows = [(job.id, job.to_json()) for job in suite.partitions.values()]
+    jobs = suite.partitions.values()
+    partition_rows = [_PartitionRow(id=job.id, partition=job.to_json()) for job in jobs]
     _write_rows(_partitions_file(suite), _PartitionRow, partition_rows)
 
 
-def _run_cells(run: Run) -> tuple[str, ...]:
-    """Return the values of a run in ``plan.tsv``, in the order of its columns."""
-    keeps_weights = "yes" if run.keeps_weights else "no"
-    resources = canonical_json(run.resources)
-    return (run.folder, run.name, keeps_weights, resources, run.to_json())
+def _run_row(run: Run) -> _RunRow:
+    """Make the row of a run in ``plan.tsv``."""
+    return _RunRow(
+        folder=run.folder,
+        name=run.name,
+        keeps_weights="yes" if run.keeps_weights else "no",
+        resources=canonical_json(run.resources),
+        spec=run.to_json(),
+    )
 
 
 def is_written(suite: Suite) -> bool:
@@ -108,16 +113,16 @@ def find_run(folder: str, suite: Suite) -> Run:
     )
 
 
-def find_partition(name: str, suite: Suite) -> PartitionJob:
-    """Return the suite's clustering with this id.
+def find_partition(partition_id: str, suite: Suite) -> PartitionJob:
+    """Return the suite's partition with this id.
 
     Raises:
-        DefinitionError: The suite has no such clustering.
+        DefinitionError: The suite has no such partition.
     """
-    if name in suite.partitions:
-        return suite.partitions[name]
+    if partition_id in suite.partitions:
+        return suite.partitions[partition_id]
     raise DefinitionError(
-        f"the suite '{suite.name}' needs no partition '{name}'; "
+        f"the suite '{suite.name}' needs no partition '{partition_id}'; "
         f"{_partitions_file(suite)} lists those of this suite"
     )
 
@@ -136,36 +141,54 @@ def read_run_of_job(folder: str, suite: Suite) -> Run:
     file = _plan_file(suite)
     row = _read_row(file, _RunRow, folder)
     try:
-        resources = _SETTINGS.validate_json(row.resources)
-        run = run_from_spec(_SETTINGS.validate_json(row.spec))
-        is_planned = run.folder == folder
+        return _parse_run(row)
     except (KeyError, ValueError):  # not JSON, lacks the benchmark, or contains NaN
-        is_planned = False
-    if not is_planned:
-        raise _wrong_settings(file, folder)
+        raise _wrong_settings(file, folder) from None
+
+
+def _parse_run(row: _RunRow) -> Run:
+    """Make the run of a row.
+
+    Raises:
+        KeyError: The spec lacks the benchmark.
+        ValueError: The row has no JSON, or the spec of another run.
+    """
+    resources = _SETTINGS.validate_json(row.resources)
+    run = run_from_spec(_SETTINGS.validate_json(row.spec))
+    if run.folder != row.folder:
+        raise ValueError(f"the spec belongs to {run.folder}")
     return replace(run, resources=resources)
 
 
-def read_partition_of_job(name: str, suite: Suite) -> PartitionJob:
-    """Read a clustering from the plan, in a job on a cluster.
+def read_partition_of_job(partition_id: str, suite: Suite) -> PartitionJob:
+    """Read a partition's model and settings from the plan, in a job on a cluster.
 
     Args:
-        name: The id of the clustering.
+        partition_id: The id of the partition.
         suite: The suite.
 
     Raises:
         DataError: The plan is damaged.
-        DefinitionError: The plan has no such clustering.
+        DefinitionError: The plan has no such partition.
     """
     file = _partitions_file(suite)
-    row = _read_row(file, _PartitionRow, name)
+    row = _read_row(file, _PartitionRow, partition_id)
     try:
-        partition = _PARTITION.validate_json(row.partition)
-        is_planned = partition.id == name
+        return _parse_partition(row)
     except (KeyError, ValueError):  # not JSON, lacks a setting, or contains NaN
-        is_planned = False
-    if not is_planned:
-        raise _wrong_settings(file, name)
+        raise _wrong_settings(file, partition_id) from None
+
+
+def _parse_partition(row: _PartitionRow) -> PartitionJob:
+    """Make the partition of a row.
+
+    Raises:
+        KeyError: A setting is missing.
+        ValueError: The row has no JSON, or the settings of another partition.
+    """
+    partition = _PARTITION.validate_json(row.partition)
+    if partition.id != row.id:
+        raise ValueError(f"the settings belong to {partition.id}")
     return partition
 
 
@@ -201,7 +224,7 @@ def _plan_file(suite: Suite) -> Path:
 
 
 def _partitions_file(suite: Suite) -> Path:
-    """Return the path of the table of clusterings."""
+    """Return the path of the table of partitions."""
     return _file(suite, "partitions")
 
 
@@ -214,20 +237,23 @@ def _file(suite: Suite, name: str) -> Path:
     changes = {key: value for key, value in suite.overrides.items() if key not in _CHANGE_NO_RUN}
     if not changes:
         return folder / f"{name}.tsv"
-    digest = hashlib.sha256(canonical_json(changes).encode()).hexdigest()
-    return folder / f"{name}-{digest[:8]}.tsv"
+    digest = short_digest(canonical_json(changes), 8)
+    return folder / f"{name}-{digest}.tsv"
 
 
-def _write_rows(path: Path, row_model: type[_Row], rows: Sequence[tuple[str, ...]]) -> None:
+def _write_rows(path: Path, row_model: type[_Row], rows: Sequence[_Row]) -> None:
     """Write rows as lines with tabs between the cells. The first line names the columns.
 
     Args:
         path: The file.
         row_model: The model whose fields are the columns.
-        rows: The cells of each row, in the order of the columns.
+        rows: The rows.
     """
-    all_rows = [tuple(row_model.model_fields), *rows]
-    lines = ["\t".join(row) for row in all_rows]  # canonical JSON has no tabs
+    columns = list(row_model.model_fields)
+    lines = ["\t".join(columns)]
+    for row in rows:
+        cells = [getattr(row, column) for column in columns]
+        lines.append("\t".join(cells))  # canonical JSON has no tabs
     write_text(path, "\n".join(lines) + "\n")
 
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from benchmarks.harness import base as paths
-
-RUN_ID = "[0-9a-f]{12}"  # a regular expression that the id of any run matches
+from benchmarks.harness.config.runs import RUN_ID
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def _rules_of_benchmark(
         priority=priority,
     )
     without_weights_rule = RunRule(
-        f"{name}_untrained",
+        f"{name}_without_weights",
         benchmark,
         keeps_weights=False,
         ids=f"(?:{without_weights})",

@@ -129,8 +129,8 @@ def _definition_files(name: str) -> list[str]:
     if tasks_file:
         paths.append((benchmark.folder / tasks_file).resolve())
     files = [os.path.relpath(path) for path in paths]
-    if benchmark.evaluates:
-        files += _definition_files(benchmark.evaluates)
+    if benchmark.evaluated_benchmark:
+        files += _definition_files(benchmark.evaluated_benchmark)
     return files
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-
 from benchmarks.harness import base as paths
+from benchmarks.harness.base import short_digest
 from benchmarks.harness.config.benchmark import benchmark_names
 from benchmarks.harness.config.suite import Suite, plain_suite, suite_names
 from benchmarks.harness.report.artifacts import (
@@ -46,9 +45,11 @@ def suite_files(suite: Suite) -> list[str]:
     ]
 
 
-def metric_files(suite: Suite, benchmark: str | None = None, part: str | None = None) -> list[str]:
+def metric_files(
+    suite: Suite, benchmark: str | None = None, data_set: str | None = None
+) -> list[str]:
     """Return the ``metrics.json`` of all runs, or of the runs of one benchmark or data set."""
-    runs = suite.runs if benchmark is None else suite.runs_of(benchmark, part)
+    runs = suite.runs if benchmark is None else suite.runs_of(benchmark, data_set)
     return [str(run.metrics_file) for run in runs]
 
 
@@ -66,26 +67,28 @@ def lost_spec_files(suite: Suite) -> list[str]:
     return [str(run.spec_file) for run in finished if not run.spec_file.exists()]
 
 
-def parts_by_records(suite: Suite) -> dict[str, tuple[str, str | None]]:
-    """Map the name of each file of collected runs to the benchmark and the part in it.
+def sets_by_record_file(suite: Suite) -> dict[str, tuple[str, str | None]]:
+    """Map the name of each file of collected runs to the benchmark and the data set in it.
 
-    The part is a data set, or None for the whole benchmark. A benchmark with separate tables for
-    each data set has a file for each data set. The tables of a data set then need no runs of
+    The data set is None if the file has the runs of all data sets. A benchmark with separate tables
+    for each data set has a file for each data set. The tables of a data set then need no runs of
     other data sets.
     """
-    parts_by_name: dict[str, tuple[str, str | None]] = {}
+    sets_by_file: dict[str, tuple[str, str | None]] = {}
     for benchmark in suite.settings.benchmarks:
-        for part in suite.record_sets(benchmark):
-            parts_by_name[artifacts_of(benchmark, part).name] = (benchmark, part)
-    return parts_by_name
+        for data_set in suite.sets_with_records(benchmark):
+            sets_by_file[artifacts_of(benchmark, data_set).name] = (benchmark, data_set)
+    return sets_by_file
 
 
-def record_files(suite: Suite, benchmark: str | None = None, part: str | None = None) -> list[str]:
+def record_files(
+    suite: Suite, benchmark: str | None = None, data_set: str | None = None
+) -> list[str]:
     """Return the files of collected runs: of all benchmarks, of one, or of one data set."""
     files = []
-    for of_benchmark, of_part in parts_by_records(suite).values():
-        if _is_wanted(of_benchmark, benchmark) and _is_wanted(of_part, part):
-            files.append(str(records_file(suite.name, of_benchmark, of_part)))
+    for of_benchmark, of_set in sets_by_record_file(suite).values():
+        if _is_wanted(of_benchmark, benchmark) and _is_wanted(of_set, data_set):
+            files.append(str(records_file(suite.name, of_benchmark, of_set)))
     return files
 
 
@@ -99,29 +102,31 @@ def section_files(suite: Suite, benchmark: str | None = None) -> list[str]:
 
     The files of a benchmark include those of its data sets that have their own tables.
     """
-    return [artifacts.section_file(suite.name) for artifacts in _shown(suite, benchmark)]
+    matching = _matching_artifacts(suite, benchmark)
+    return [artifacts.section_file(suite.name) for artifacts in matching]
 
 
-def _shown(suite: Suite, benchmark: str | None, part: str | None = None) -> list[Artifacts]:
-    """Describe the tables and figures of all benchmarks, of one, or of one data set.
+def _matching_artifacts(
+    suite: Suite, benchmark: str | None, data_set: str | None = None
+) -> list[Artifacts]:
+    """List the tables and figures of all benchmarks, of one, or of one data set.
 
     The result for a benchmark includes the tables and figures of its data sets.
     """
-    shown = []
+    matching = []
     for artifacts in suite_artifacts(suite):
-        if _is_wanted(artifacts.benchmark, benchmark) and _is_wanted(artifacts.part, part):
-            shown.append(artifacts)
-    return shown
+        if _is_wanted(artifacts.benchmark, benchmark) and _is_wanted(artifacts.data_set, data_set):
+            matching.append(artifacts)
+    return matching
 
 
-def digest_of_runs(suite: Suite, benchmark: str, part: str | None) -> str:
+def digest_of_runs(suite: Suite, benchmark: str, data_set: str | None) -> str:
     """Return 12 hex digits of a hash over the runs of a benchmark or data set.
 
     The hash covers the folders of these runs, in the order of the suite's grid.
     """
-    folders = [run.folder for run in suite.runs_of(benchmark, part)]
-    text = "\n".join(folders)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    folders = [run.folder for run in suite.runs_of(benchmark, data_set)]
+    return short_digest("\n".join(folders), 12)
 
 
 def number_files(suite: Suite) -> list[str]:
@@ -129,16 +134,18 @@ def number_files(suite: Suite) -> list[str]:
     return [numbers_file(suite.name, name) for name in claimed_benchmarks(suite)]
 
 
-def output_files(suite: Suite, benchmark: str | None = None, part: str | None = None) -> list[str]:
+def output_files(
+    suite: Suite, benchmark: str | None = None, data_set: str | None = None
+) -> list[str]:
     """Return the files of tables and figures: of all benchmarks, of one, or of one data set.
 
     The files of all benchmarks include the table and figures of the paper's claims.
     """
-    shown = _shown(suite, benchmark, part)
-    if benchmark is None and claimed_benchmarks(suite):
-        shown = [claim_artifacts(suite), *shown]
     files = []
-    for artifacts in shown:
+    wanted = _matching_artifacts(suite, benchmark, data_set)
+    if benchmark is None and claimed_benchmarks(suite):
+        wanted.insert(0, claim_artifacts(suite))
+    for artifacts in wanted:
         files.extend(artifacts.table_files(suite.name))
         files.extend(artifacts.figure_files(suite.name))
     return files
@@ -155,7 +162,7 @@ def benchmark_files(suite: Suite, benchmark: str) -> list[str]:
     return [*page_files(suite, benchmark), *output_files(suite, benchmark)]
 
 
-def why_not(target: str, suite: Suite) -> str:
+def explain_missing_target(target: str, suite: Suite) -> str:
     """Explain in one line why a suite does not make a target, and which suites make it.
 
     Args:
@@ -171,16 +178,16 @@ def why_not(target: str, suite: Suite) -> str:
     if target in items:
         return _hint(target, item_benchmarks(items[target]), suite)
     # a benchmark, or one of its data sets
-    for shown in all_artifacts():
-        if target == shown.name:
-            return _hint(target, [shown.benchmark], suite, part=shown.part)
+    for artifacts in all_artifacts():
+        if target == artifacts.name:
+            return _hint(target, [artifacts.benchmark], suite, data_set=artifacts.data_set)
     if target in suite_names():
         return f"'{target}' is a suite: `snakemake --cores all --config suite={target}`"
     known = ["all", "tables", *benchmark_names(), *items, *suite_names()]
     return f"there is no target '{target}'{did_you_mean(target, known)}"
 
 
-def why_not_file(other: str, file: str, suite: Suite) -> str:
+def explain_file_of_other_suite(other: str, file: str, suite: Suite) -> str:
     """Explain in one line why a suite does not make a file of another suite."""
     path = paths.RESULTS / other / file
     return (
@@ -189,20 +196,20 @@ def why_not_file(other: str, file: str, suite: Suite) -> str:
     )
 
 
-def _hint(target: str, benchmarks: list[str], suite: Suite, part: str | None = None) -> str:
+def _hint(target: str, benchmarks: list[str], suite: Suite, data_set: str | None = None) -> str:
     """Explain that a suite does not run what a target needs, and list the suites that do.
 
     Args:
         target: The name of the target.
         benchmarks: The benchmarks of which the target needs at least one.
         suite: The suite.
-        part: The data set that the target needs; None if the target is not for a single data set.
+        data_set: The data set that the target needs; None if it is not for a single data set.
     """
     others = []
     for name in suite_names():
-        if name != suite.name and _makes_any(plain_suite(name), benchmarks, part):
+        if name != suite.name and _makes_any(plain_suite(name), benchmarks, data_set):
             others.append(name)
-    wanted = part or " or ".join(benchmarks)
+    wanted = data_set or " or ".join(benchmarks)
     problem = f"the suite '{suite.name}' does not run {wanted}"
     if not others:
         return f"{problem}; no suite does"
@@ -210,12 +217,12 @@ def _hint(target: str, benchmarks: list[str], suite: Suite, part: str | None = N
     return f"{problem}; suites that do: {', '.join(others)} (`{command}`)"
 
 
-def _makes_any(suite: Suite, benchmarks: list[str], part: str | None) -> bool:
+def _makes_any(suite: Suite, benchmarks: list[str], data_set: str | None) -> bool:
     """Return True if a suite makes tables or figures of any of the benchmarks.
 
     Args:
         suite: The suite.
         benchmarks: The names of the benchmarks.
-        part: The name of a data set, if only its tables and figures count.
+        data_set: The name of a data set, if only its tables and figures count.
     """
-    return any(output_files(suite, benchmark, part) for benchmark in benchmarks)
+    return any(output_files(suite, benchmark, data_set) for benchmark in benchmarks)
