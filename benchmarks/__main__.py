@@ -319,12 +319,18 @@ def ui(suite: str, port: int) -> None:
 
     Prints a link for each benchmark that leads to its runs and scores. Ctrl-C ends the page.
     """
+    from benchmarks.harness.base import RunError
     from benchmarks.harness.results.mlflow import run_links
 
     uri = _load_suite(suite).tracking_uri
     # a server has its own page
     is_server = uri.startswith("http")
     links = run_links(uri, uri if is_server else f"http://127.0.0.1:{port}")
+    if not links:
+        raise RunError(
+            f"no run is in MLflow yet: `python -m benchmarks mirror --suite {suite}` adds the "
+            "finished ones"
+        )
     click.echo("MLflow's own list opens experiments on their traces. These links open the runs:")
     for link in links:
         click.echo(link)

@@ -264,7 +264,7 @@ def test_a_truncated_file_is_not_taken_for_an_interruption(monkeypatch: pytest.M
 def test_a_run_file_that_was_changed_by_hand_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_text(SMOKE[0].to_json().replace('"learning_rate":0.003', '"learning_rate":0.004'))
-    with pytest.raises(EMoEError, match=r"run\.json.* was changed by hand"):
+    with pytest.raises(EMoEError, match=r"run\.json.* was changed by hand.*; delete it, and "):
         read_run(path)
 
 

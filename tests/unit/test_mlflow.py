@@ -269,6 +269,14 @@ def test_a_postgresql_that_does_not_answer_is_one_line_without_the_password(
     assert "\n" not in str(refused.value)
 
 
+def test_the_page_of_an_empty_store_says_how_runs_get_there(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/m.db")
+    with pytest.raises(RunError, match=r"no run is in MLflow yet: `python -m benchmarks mirror "):
+        call("ui", "--suite", "mini")
+
+
 def test_a_server_that_does_not_answer_is_one_line_within_a_minute(runs: list[Run]) -> None:
     start = time.monotonic()
     with pytest.raises(RunError) as refused:

@@ -223,7 +223,7 @@ def test_a_damaged_reference_is_named(case: str, suite: Suite) -> None:
     damage(reference_file("smoke", "glue", ending))
     with pytest.raises(
         (DataError, DefinitionError),
-        match=rf"^\S+/smoke/glue\.[\w.]+,? .*{message}.*; bless a run of the suite "
+        match=rf"^\S+/smoke/glue\.[\w.]+,? .*{message}.*; restore it .*, or bless a run of the suite "
         r"\(`python -m benchmarks bless --suite smoke --benchmark glue`\)$",
     ) as error:
         read_all(suite)

@@ -267,7 +267,7 @@ def test_a_json_without_the_number_of_threads_is_named(repeated: list[Run]) -> N
     del origin["machines"][machine]["threads"]
     write_json(path, origin)
     with pytest.raises(
-        DataError, match=rf"^{path} lacks 'machines\.{machine}\.threads'; bless a run of the suite"
+        DataError, match=rf"^{path} lacks 'machines\.{machine}\.threads'; restore it "
     ):
         call(*VERIFY)
 

@@ -353,6 +353,11 @@ def test_only_killed_or_deleted_runs_run_again_with_the_same_numbers(checkout: C
     planned = plan(checkout)
     assert {name: count for name, count in planned.items() if name.startswith("run_")} == runs
     assert {name for name in planned if name.startswith("tables_of_")} == shown
+    # each target that shows a deleted run repeats it, although its tables exist
+    assert plan(checkout, "glue")["run_glue"] == 2
+    assert plan(checkout, "table_4")["run_glue_lora"] == 1
+    for rule, count in runs.items():
+        assert plan(checkout, "tables")[rule] == count
     assert (
         jobs(smoke(checkout, *(f"results/runs/{folder}/metrics.json" for folder in before))) == runs
     )

@@ -35,10 +35,11 @@ logger.addFilter(
 
 @contextmanager
 def one_line_errors():
-    # End with the message of an expected error. A traceback would hide it.
+    # End with the message of an expected error. A traceback would hide it. Errors of the operating
+    # system name the file, such as one on a full disk.
     try:
         yield
-    except EMoEError as error:
+    except (EMoEError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -1,9 +1,11 @@
 # Targets with short names, and explanations of targets that cannot be made.
+#
+# Their inputs are functions, because they list the runs, which a job on a cluster does not plan.
 
 
 rule tables:
     input:
-        targets.output_files(SUITE),
+        lambda wildcards: targets.table_files(SUITE),
     message:
         "All tables and figures are up to date"
 
@@ -15,7 +17,7 @@ for name in SUITE.settings.benchmarks:
         name:
             name
         input:
-            targets.benchmark_files(SUITE, name),
+            lambda wildcards, name=name: targets.benchmark_files(SUITE, name),
         message:
             "The tables and figures of the benchmark are up to date: {input[0]}"
 
@@ -28,7 +30,9 @@ for shown in SHOWN:
             name:
                 shown.name
             input:
-                targets.output_files(SUITE, shown.benchmark, shown.data_set),
+                lambda wildcards, shown=shown: targets.table_files(
+                    SUITE, shown.benchmark, shown.data_set
+                ),
             message:
                 "The tables and figures of the set are up to date"
 
@@ -41,9 +45,11 @@ for name in paper_items.load_paper().items:
             name:
                 name
             input:
-                paper_items.paper_files(SUITE, name),
+                lambda wildcards, name=name: targets.item_files(SUITE, name),
+            params:
+                shown=paper_items.paper_files(SUITE, name),
             message:
-                "The paper's table or figure is up to date: {input}"
+                "The paper's table or figure is up to date: {params.shown}"
 
 
 # any other word: the error says why there is no such target

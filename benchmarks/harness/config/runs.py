@@ -234,14 +234,16 @@ def read_run(path: Path) -> Run:
         DataError: The file cannot be read.
         DefinitionError: The folder's name is not the id of the content.
     """
-    spec = read_json(path, dict[str, Any], f"`snakemake --cores 1 {path}` writes it again")
+    # the workflow writes the file only if it is missing
+    advice = "delete it, and `snakemake --cores all --config suite=NAME` writes it again"
+    spec = read_json(path, dict[str, Any], advice)
     try:
         run = run_from_spec(spec)
     except ValueError as error:  # pydantic reads NaN, which no spec has
-        raise DefinitionError(f"{path} is not a run's specification: {error}") from error
+        raise DefinitionError(f"{path} is not a run's specification: {error}; {advice}") from error
     if path.parent.name != run.id:
         raise DefinitionError(
-            f"{path} was changed by hand: its content belongs in a folder named {run.id}"
+            f"{path} was changed by hand: its content belongs in a folder named {run.id}; {advice}"
         )
     return run
 

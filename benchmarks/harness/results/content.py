@@ -525,4 +525,4 @@ class Metrics(Recorded):
 
 def rerun_advice(path: Path) -> str:
     """Return the advice of error messages on how to remake a damaged ``metrics.json``."""
-    return f"delete it and run `snakemake --cores all {path}`"
+    return f"delete it and run `snakemake --cores all {path} --config suite=NAME`"

@@ -187,5 +187,6 @@ def _write_compressed(path: Path, lines: Sequence[str]) -> None:
 
 def bless_advice(suite_name: str, benchmark: str) -> str:
     """Return the advice of error messages on how to renew the blessed numbers of a benchmark."""
+    shipped = f"git checkout -- {reference_file(suite_name, benchmark, '*')}"
     command = f"python -m benchmarks bless --suite {suite_name} --benchmark {benchmark}"
-    return f"bless a run of the suite (`{command}`)"
+    return f"restore it (`{shipped}`), or bless a run of the suite (`{command}`)"

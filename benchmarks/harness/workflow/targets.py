@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import short_digest
 from benchmarks.harness.config.benchmark import benchmark_names
+from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite, plain_suite, suite_names
 from benchmarks.harness.report.artifacts import (
     Artifacts,
@@ -33,11 +36,8 @@ def suite_files(suite: Suite) -> list[str]:
     return [
         str(paths.RESULTS / suite.name / "report.html"),
         str(paths.RESULTS / suite.name / "mlflow.txt"),
-        *metric_files(suite),
-        *weight_files(suite),
         *lost_spec_files(suite),
-        *record_files(suite),
-        *section_files(suite),
+        *intermediate_files(suite),
         *number_files(suite),
         *output_files(suite),
         *page_files(suite),
@@ -45,17 +45,43 @@ def suite_files(suite: Suite) -> list[str]:
     ]
 
 
+def intermediate_files(
+    suite: Suite, benchmark: str | None = None, data_set: str | None = None
+) -> list[str]:
+    """Return the files between runs and tables: of all benchmarks, of one, or of one data set.
+
+    These are the numbers and the kept weights of runs, the collected runs, and the sections of the
+    report. A target that has them as inputs makes a deleted one again. Snakemake does not, if the
+    tables that were made from it exist.
+    """
+    return [
+        *metric_files(suite, benchmark, data_set),
+        *weight_files(suite, benchmark, data_set),
+        *record_files(suite, benchmark, data_set),
+        *section_files(suite, benchmark, data_set),
+    ]
+
+
 def metric_files(
     suite: Suite, benchmark: str | None = None, data_set: str | None = None
 ) -> list[str]:
     """Return the ``metrics.json`` of all runs, or of the runs of one benchmark or data set."""
-    runs = suite.runs if benchmark is None else suite.runs_of(benchmark, data_set)
-    return [str(run.metrics_file) for run in runs]
+    return [str(run.metrics_file) for run in _runs(suite, benchmark, data_set)]
 
 
-def weight_files(suite: Suite) -> list[str]:
-    """Return the files of weights that runs keep."""
-    return [str(run.weights_file) for run in suite.runs if run.keeps_weights]
+def weight_files(
+    suite: Suite, benchmark: str | None = None, data_set: str | None = None
+) -> list[str]:
+    """Return the weights that runs keep: all runs, or the runs of one benchmark or data set."""
+    runs = _runs(suite, benchmark, data_set)
+    return [str(run.weights_file) for run in runs if run.keeps_weights]
+
+
+def _runs(suite: Suite, benchmark: str | None, data_set: str | None) -> Sequence[Run]:
+    """Return all runs of a suite, or the runs of one benchmark or data set."""
+    if benchmark is None:
+        return suite.runs
+    return suite.runs_of(benchmark, data_set)
 
 
 def lost_spec_files(suite: Suite) -> list[str]:
@@ -97,12 +123,14 @@ def _is_wanted(name: str | None, wanted: str | None) -> bool:
     return wanted is None or name == wanted
 
 
-def section_files(suite: Suite, benchmark: str | None = None) -> list[str]:
-    """Return the files with sections of the report, for all benchmarks or for one.
+def section_files(
+    suite: Suite, benchmark: str | None = None, data_set: str | None = None
+) -> list[str]:
+    """Return the files with sections of the report: of all benchmarks, of one, or of one data set.
 
     The files of a benchmark include those of its data sets that have their own tables.
     """
-    matching = _matching_artifacts(suite, benchmark)
+    matching = _matching_artifacts(suite, benchmark, data_set)
     return [artifacts.section_file(suite.name) for artifacts in matching]
 
 
@@ -158,8 +186,31 @@ def page_files(suite: Suite, benchmark: str | None = None) -> list[str]:
 
 
 def benchmark_files(suite: Suite, benchmark: str) -> list[str]:
-    """Return the page, tables and figures of a benchmark; the page is the first."""
-    return [*page_files(suite, benchmark), *output_files(suite, benchmark)]
+    """Return the files of a benchmark that a suite makes; the first is its page."""
+    return [
+        *page_files(suite, benchmark),
+        *output_files(suite, benchmark),
+        *intermediate_files(suite, benchmark),
+    ]
+
+
+def table_files(
+    suite: Suite, benchmark: str | None = None, data_set: str | None = None
+) -> list[str]:
+    """Return tables, figures and intermediate files: of all benchmarks, of one or of a data set."""
+    return [
+        *output_files(suite, benchmark, data_set),
+        *intermediate_files(suite, benchmark, data_set),
+    ]
+
+
+def item_files(suite: Suite, item: str) -> list[str]:
+    """Return the files of a table or figure of the paper; the first ones show it."""
+    files = paper_files(suite, item)
+    for benchmark in item_benchmarks(load_paper().items[item]):
+        if benchmark in suite.settings.benchmarks:
+            files += intermediate_files(suite, benchmark)
+    return files
 
 
 def explain_missing_target(target: str, suite: Suite) -> str:
