@@ -586,7 +586,7 @@ def bias_of(module: nn.Module) -> Tensor | None:
 def is_local_tensor(weight: Any) -> bool:
     """Check if a weight is an ordinary tensor whose values this process holds.
 
-    A sharded, quantised or packed weight is not, nor is one on the meta device.
+    A sharded weight is not, nor is a quantised one of another class, or one on the meta device.
     """
     return type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
 

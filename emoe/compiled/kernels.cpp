@@ -55,7 +55,7 @@ struct Pairs {
     return {expert, start, count, token_numbers.const_data_ptr<int64_t>() + start};
   }
 
-  // Returns the numbers of pairs in the largest block.
+  // Returns the number of pairs in the largest block.
   int64_t largest_count() const {
     int64_t largest = 0;
     for (size_t i = 1; i < starts.size(); ++i) largest = std::max(largest, starts[i] - starts[i - 1]);
@@ -394,7 +394,7 @@ INLINE void mark_highest(bool* chosen, const std::vector<float>& ranked, int64_t
 //
 // Returns the mask of the chosen experts [T, N], bool.
 Tensor choose(const Tensor& scores, int64_t k, bool highest) {
-  constexpr int64_t kTokensPerTask = 16;
+  constexpr int64_t kTokensPerTask = 256;
   const int64_t tokens = scores.size(0);
   const int64_t experts = scores.size(1);
   const Tensor contiguous_scores = scores.contiguous();

@@ -277,7 +277,7 @@ def test_the_page_of_an_empty_store_says_how_runs_get_there(
         call("ui", "--suite", "mini")
 
 
-def test_a_server_that_does_not_answer_is_one_line_within_a_minute(runs: list[Run]) -> None:
+def test_a_server_that_refuses_connections_is_one_line_within_a_minute(runs: list[Run]) -> None:
     start = time.monotonic()
     with pytest.raises(RunError) as refused:
         mirror(records(runs), "http://127.0.0.1:9")

@@ -104,7 +104,7 @@ class ClaimRow:
         unit: The unit of the numbers below, such as ``points``.
         n_shown: ``n`` with a noun, such as ``5 seeds``.
         runs_shown: Our difference and its interval as text.
-        runs_without_unit: The same text without the unit, for figures.
+        runs_without_unit: The same text without ``unit``, for figures. Counts keep their noun.
         delta: Our difference.
         low: The lower end of its interval.
         high: The upper end of its interval.

@@ -33,8 +33,9 @@ def code_digest() -> str:
         # the seeds
         harness / "base.py",
         harness / "run" / "execution.py",
-        # the names of frozen parameters
+        # the names of frozen parameters, and the parameters that are trained
         harness / "config" / "methods.py",
+        harness / "config" / "method_specs.py",
         # the mean scores out of domain, and the information that experts carry
         harness / "results" / "records.py",
         harness / "results" / "statistics.py",

@@ -83,8 +83,8 @@ def _open_store(uri: str) -> Iterator[MlflowClient]:
         RunError: MLflow failed, here or in the block. The message is one line that names the store
             without its password.
     """
-    # MLflow waits longer after each attempt: three take a quarter of a minute, its own seven four
-    # minutes. A user's own value stays.
+    # MLflow waits longer before each retry. If the server refuses connections, three retries take a
+    # quarter of a minute, and MLflow's own seven take four minutes. A user's own value stays.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     # these libraries log the creation of tables, and tracebacks
     for name in ("alembic", "mlflow"):

@@ -218,7 +218,7 @@ def _plan_reruns(
 def make_inputs(reruns: Sequence[Rerun], folder: Path, say: Say) -> None:
     """Make the files that repeated runs need in another working directory.
 
-    Packages and models are those of this working directory. Partitions are made again, because the
+    Packages, models and the counts of images are those of this working directory. Partitions are made again, because the
     code may have changed since.
 
     Args:

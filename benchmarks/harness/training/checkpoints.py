@@ -100,7 +100,8 @@ def resume(trainer: Trainer, origin: Origin, warn: Callable[[str], None]) -> str
         trainer: The trainer, before training.
         origin: The digests of the training's rows and weights. It is written beside the
             checkpoints.
-        warn: The function that prints a warning. It is called for each unusable checkpoint.
+        warn: The function that prints a warning. It is called if the origin has changed, and for
+            each unusable checkpoint.
 
     Returns:
         The checkpoint, for ``trainer.train(resume_from_checkpoint=…)``; None if there is none.
