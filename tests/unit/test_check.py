@@ -334,6 +334,7 @@ def test_the_digest_covers_the_code_that_numbers_depend_on(
     single_files = (
         "benchmarks/harness/base.py",
         "benchmarks/harness/config/methods.py",
+        "benchmarks/harness/config/method_specs.py",
         "benchmarks/harness/results/records.py",
         "benchmarks/harness/results/statistics.py",
         "benchmarks/harness/run/execution.py",

@@ -236,6 +236,7 @@ def test_a_pipe_in_place_of_a_reference_is_not_waited_for(ending: str, suite: Su
     file.unlink()
     os.mkfifo(file)
     with pytest.raises(
-        (DataError, DefinitionError), match=r"glue\.[\w.]+ cannot be read: it is not a file; restore it "
+        (DataError, DefinitionError),
+        match=r"glue\.[\w.]+ cannot be read: it is not a file; restore it ",
     ):
         read_all(suite)

@@ -218,8 +218,8 @@ def _plan_reruns(
 def make_inputs(reruns: Sequence[Rerun], folder: Path, say: Say) -> None:
     """Make the files that repeated runs need in another working directory.
 
-    Packages, models and the counts of images are those of this working directory. Partitions are made again, because the
-    code may have changed since.
+    Packages, models and the counts of images are those of this working directory. Partitions are
+    made again, because the code may have changed since.
 
     Args:
         reruns: The runs to repeat.
