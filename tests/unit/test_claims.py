@@ -569,6 +569,8 @@ def test_numbers_that_are_read_have_the_types_and_verdicts_of_those_that_were_co
         ('{"seed": 0', "is damaged: 'the file': Invalid JSON: EOF .*"),
         ("[1]", "is damaged: 'the file': Input should be an object"),
         ('{"seed": [0]}', "is damaged: 'seed.str': Input should be a valid string"),
+        ("", "is damaged: it was cut or is of an older form"),
+        ('{"numbers": 2}\n{"seed": 0}', "is damaged: it was cut or is of an older form"),
     ],
 )
 def test_wrong_numbers_are_named_with_the_way_to_make_them_again(

@@ -51,6 +51,8 @@ from benchmarks.harness.results.statistics import Difference, holm
 # One line of a file of claim numbers: a number with its names. The keys are the columns COMPARED of
 # :mod:`.common`.
 _NUMBER = TypeAdapter(dict[str, str | int | float | None])
+# the key of the first line, which has the count of the other lines
+_COUNT = "numbers"
 
 _TABLE_CAPTION = (
     "Differences are means over n pairs (seeds, trials or questions), with a 95 % confidence "
@@ -168,17 +170,20 @@ def write_claims(suite: Suite, rows: pd.DataFrame) -> None:
 def write_claim_numbers(suite_name: str, benchmark: str, numbers: pd.DataFrame) -> None:
     """Write the numbers of a benchmark that claims compare, one per line as JSON.
 
-    ``numbers`` has the columns ``COMPARED`` of :mod:`.common`.
+    The first line has the count of the numbers, which shows if the file was cut. ``numbers`` has
+    the columns ``COMPARED`` of :mod:`.common`.
     """
     # the loss of a run that diverged is nan, for which JSON has null; any other nan is an error
     has_diverged = numbers["metric"].isin(MAY_DIVERGE) & numbers["value"].isna()
     values = numbers["value"].astype(object).mask(has_diverged, None)
-    lines = (_to_json(row) for row in numbers.assign(value=values).to_dict("records"))
+    lines = [_to_json({_COUNT: len(numbers)})]
+    for row in numbers.assign(value=values).to_dict("records"):
+        lines.append(_to_json(row))
     write_lines(Path(numbers_file(suite_name, benchmark)), lines)
 
 
 def _to_json(row: Mapping[Any, Any]) -> str:
-    """Format one claim number as JSON."""
+    """Format a line of a file of claim numbers as JSON."""
     # columns of mixed types may have numbers of numpy, which `json` cannot write
     return json.dumps(row, default=lambda number: number.item(), allow_nan=False)
 
@@ -198,9 +203,12 @@ def read_claim_numbers(suite: Suite) -> dict[str, pd.DataFrame]:
         advice = remake_advice(path, suite.name)
         lines = read_bytes(path, advice).splitlines()
         try:
-            rows = [_NUMBER.validate_json(line) for line in lines]
+            entries = [_NUMBER.validate_json(line) for line in lines]
         except ValidationError as error:
             raise DataError(f"{path} is damaged: {first_problem(error)}; {advice}") from error
+        rows = entries[1:]  # without the count
+        if not entries or entries[0].get(_COUNT) != len(rows):
+            raise DataError(f"{path} is damaged: it was cut or is of an older form; {advice}")
         numbers[name] = pd.DataFrame(rows, columns=COMPARED)
     return numbers
 
