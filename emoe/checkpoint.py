@@ -215,8 +215,9 @@ def read_experts(folder: Path) -> Experts | None:
     """Read the description of a folder's experts. None if the folder holds a dense model.
 
     ``config.json`` takes precedence over ``emoe_config.json``, because the model's library writes
-    it with the weights. A damaged file raises :class:`CheckpointError`.
+    ``config.json`` together with the weights. A damaged file raises :class:`CheckpointError`.
     """
+    # a transformers model
     settings = files.read_settings(folder)
     path = folder / files.STOCK_CONFIG_FILE
     quantization_config: Any = settings.get(QUANTIZATION_CONFIG)
@@ -341,7 +342,7 @@ def _read_config(folder: Path, options: Mapping[str, Any]) -> tuple[Any, dict[st
         delattr(config, QUANTIZATION_CONFIG)
     if hasattr(config, SEPARATE_KEY):
         delattr(config, SEPARATE_KEY)
-    # The configuration's value would make transformers refuse the folder. None replaces it.
+    # None replaces the configuration's value, with which transformers would refuse the folder
     loader_options = {**not_in_config, **loader_only, IMPLEMENTATION_KEY: None}
     return config, loader_options
 

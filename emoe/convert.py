@@ -464,7 +464,7 @@ def _check_order_(layer: RoutedActivation, weight: Tensor) -> None:
 
 
 def _warn_of_other_order(ffn: FFN, weight: Tensor) -> None:
-    """Warn if an in-projection weight to load has the FFN's own neurons in another order.
+    """Warn if an in-projection weight to load seems to be the FFN's own, with permuted neurons.
 
     This is for an FFN whose original order is unknown. A dense model's order would make its experts
     random groups of neurons. But the weight may also be that of another partition, which is valid.

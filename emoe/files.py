@@ -370,6 +370,8 @@ def is_transformers_class(kind: object) -> bool:
 def build_without_weights(loader: Any, folder: Path, **options: Any) -> nn.Module:
     """Build the timm or plain model of a folder without loading its weights.
 
+    ``loader`` is timm's ``create_model``, or the user's own function that builds a plain model.
+
     Raises :class:`CheckpointError` if :func:`check_loadable` rejects the folder, or timm cannot
     build the model.
     """

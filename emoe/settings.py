@@ -44,9 +44,10 @@ def set_backend_(model: nn.Module, backend: str) -> nn.Module:
     The results are equal up to rounding. ``masked`` (the default) computes all neurons and zeroes
     the neurons of other experts. It works with any code. ``sparse`` computes the chosen experts
     only, in forward passes where that should be faster (:func:`emoe.sparse.cost_model.pays_off`).
-    It replaces modules (:mod:`emoe.sparse.module`). Parameters, their names, and optimizers stay
-    the same. To compare both backends, it passes four random rows through the FFNs. So call it
-    between training steps: :func:`emoe.aux_loss` then returns the loss of these rows.
+    For ``sparse``, modules are replaced (:mod:`emoe.sparse.module`). Parameters, their names, and
+    optimizers stay the same. To compare both backends, four random rows pass through the FFNs.
+    Until the next forward pass, :func:`emoe.aux_loss` is the loss of these rows, so call this
+    function between training steps.
 
     Args:
         model: converted model.

@@ -111,15 +111,15 @@ def step_values(outcomes: DomainOutcomes, name: str) -> pd.DataFrame:
 
         - ``model``, ``method`` and ``run_id``
         - ``environment`` (the held-out one), ``trial``, and ``pair``: both as text
-        - ``step``: the updates before the evaluation, minus 1
+        - ``step``: the number of the last update before the evaluation, counted from 0
         - ``quantity`` and ``value``: ``loss`` is the mean training loss since the evaluation
           before. ``in_domain`` is the mean accuracy on the *out* splits of the training
           environments. ``held_out`` is the accuracy on the *in* split of the held-out environment.
           The loss is nan if the model diverged.
     """
     rows = []
-    for run, env in _chosen_alone(outcomes, name):
-        environment = outcomes.environments(name)[env]
+    for run, held_out in _chosen_alone(outcomes, name):
+        environment = outcomes.environments(name)[held_out]
         keys = {
             "model": run.model,
             "method": run.method,
@@ -129,7 +129,7 @@ def step_values(outcomes: DomainOutcomes, name: str) -> pd.DataFrame:
             "pair": f"{environment}, trial {run.seed}",
         }
         for record in outcomes.finished[run.id].metrics.records or ():
-            for quantity, value in _values_at_step(record, env).items():
+            for quantity, value in _values_at_step(record, held_out).items():
                 rows.append({**keys, "step": record.step, "quantity": quantity, "value": value})
     key_columns = ["model", "method", "run_id", "environment", "trial", "pair"]
     columns = [*key_columns, "step", "quantity", "value"]

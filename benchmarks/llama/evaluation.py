@@ -368,9 +368,10 @@ def _summarise_categories(
     categories = {}
     members_of_group = result.get("group_subtasks", {})
     for group in members_of_group:
-        leaves = [leaf for leaf in _leaves(group, members_of_group) if leaf in subjects.counts]
-        # a task in two subgroups is listed twice, so there may be more leaves than tasks
-        has_all_tasks = len(leaves) >= len(subjects.counts)
+        # a set, because a task in two subgroups is listed twice
+        listed = set(_leaves(group, members_of_group))
+        leaves = [task for task in subjects.counts if task in listed]
+        has_all_tasks = len(leaves) == len(subjects.counts)
         if leaves and not has_all_tasks:
             categories[_title(result, group)] = {
                 metric: subjects.mean(metric, leaves),

@@ -188,6 +188,7 @@ class InstructionOutcomes(Outcomes):
         """
         losses = self.numbers("dev", "loss").reset_index()
         averaged = []
+        # the untuned model has one loss for all seeds, so it is averaged over its seeds
         if against == UNTUNED and not self.draws_templates:
             averaged = ["seed"]
         differences = paired_differences(

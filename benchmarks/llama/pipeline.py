@@ -260,12 +260,13 @@ def _split_rows(
 def _build(spec: InstructionSpec, rows: RunRows) -> Trainable:
     """Build the model of a run.
 
-    If the model is sharded, the main process loads the weights and distributes them.
+    If the model is sharded, the main process loads the weights, and :func:`shard_` sends them to
+    the others.
     """
     if not is_sharded():
         return build_language_model(spec, _calibration_batches(rows))
-    # only the main process has the weights, which determine the partition of the neurons into
-    # experts; the other processes get the partition from it
+    # The weights determine the partition of the neurons into experts. At this point only the main
+    # process has weights, so the other processes get the partition from it.
     if is_main():
         built = build_language_model(spec, _calibration_batches(rows))
         broadcast(permutations(built.model))

@@ -402,7 +402,9 @@ def _write_dev(folder: Path) -> None:
         DataError: The installed lm-eval has other questions than lm-eval 0.4.13.
     """
     files = sorted((_lm_eval_folder() / "flan_cot_fewshot").glob("mmlu_*.yaml"))
-    samples = {file.name: _read(file, MMLU_DEV)["fewshot_config"]["samples"] for file in files}
+    samples = {
+        file.name: _read_renamed(file, MMLU_DEV)["fewshot_config"]["samples"] for file in files
+    }
     digest = hashlib.sha256(json.dumps(samples).encode()).hexdigest()
     if digest != _SHA256:
         raise DataError(
@@ -444,8 +446,8 @@ def _write_subject(
     for form, ending in _FORMS.items():
         form_folder = _lm_eval_folder() / form
         task = {
-            **_read(form_folder / f"_{form}_template_yaml", name),
-            **_read(form_folder / f"mmlu_{subject}.yaml", name),
+            **_read_renamed(form_folder / f"_{form}_template_yaml", name),
+            **_read_renamed(form_folder / f"mmlu_{subject}.yaml", name),
             "task_alias": subject,
             "dataset_path": "json",
             "dataset_kwargs": {"data_files": data_files},
@@ -458,18 +460,19 @@ def _write_subject(
 
 
 def _write_groups(folder: Path, name: str) -> None:
-    """Write the groups of tasks of each form: MMLU's categories and the group of all subjects.
+    """Write the groups of tasks for each form of the questions.
 
-    ``name`` is ``mmlu`` or ``mmlu_dev``, with which the name of a group begins.
+    The groups are MMLU's categories and the group of all subjects. The name of a group begins with
+    ``name``, which is ``mmlu`` or ``mmlu_dev``.
     """
     for form in _FORMS:
         files = (_lm_eval_folder() / form).glob("_mmlu*.yaml")
-        groups = [_read(file, name) for file in files]
+        groups = [_read_renamed(file, name) for file in files]
         for group in groups:
             _write_yaml(folder / f"{group['group']}.yaml", group)
 
 
-def _read(file: Path, name: str) -> dict[str, Any]:
+def _read_renamed(file: Path, name: str) -> dict[str, Any]:
     """Read one of lm-eval's YAML files, and rename its groups, tasks and tags.
 
     ``mmlu`` at the beginning of a name becomes ``name``.

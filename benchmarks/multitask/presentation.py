@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import pandas as pd
 
@@ -42,7 +42,11 @@ class MultitaskOutcomes(TextOutcomes):
         return frame[frame["task"].isin(self.benchmark.definition.mixtures)]
 
     def _collect_seeds(self) -> pd.DataFrame:
-        """Return the scores by seed, including the domains ``id_mean`` and ``transfer``."""
+        """Return the scores by seed, with two more domains.
+
+        ``id_mean`` is the mean of a run over the tasks of its mixture. ``transfer`` is the score of
+        a task in a mixture, minus its score if it is learned alone.
+        """
         seeds = super()._collect_seeds()
         learned = seeds[seeds["domain"] == ID]
         together = self.select_mixtures(learned)
@@ -217,14 +221,11 @@ def _compared_runs(outcomes: MultitaskOutcomes, frame: pd.DataFrame) -> pd.Serie
 
     The runs of the mixture come first, then the runs that learn the row's task alone.
     """
+    origins = outcomes.origins[["model", "method", "task", "run_id"]].drop_duplicates()
+    folder = outcomes.name + "/" + origins["run_id"]
     # the runs of each model, method, and mixture (or task that is learned alone)
-    run_ids = outcomes.origins.groupby(["model", "method", "task"])["run_id"].unique()
-
-    def folders_text(ids: Iterable[str]) -> str:
-        """Write the folders of some runs, separated by blanks."""
-        return " ".join(f"{outcomes.name}/{run_id}" for run_id in ids)
-
-    folders = run_ids.map(folders_text).rename("folders")
+    by_cell = origins.assign(folders=folder).groupby(["model", "method", "task"])
+    folders = by_cell["folders"].agg(" ".join)
     together = frame.join(folders, on=["model", "method", "task"])["folders"]
     # a task that is learned alone is its own training task
     alone = frame.join(folders, on=["model", "method", "eval_task"])["folders"]

@@ -487,7 +487,7 @@ def _find_files(folder: Path, split: str, suffix: str) -> list[Path]:
 
 
 def _read_file(file: Path, folders: Sequence[Path], task: RunTask) -> _Table:
-    """Read a file.
+    """Read a file of a format of ``_BUILDERS`` as a table.
 
     If it stores no class names, they come from the metadata files in ``folders``.
     """

@@ -162,15 +162,20 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         self, part: Part[TextPart], exclude: Collection[str], others: Sequence[Run]
     ) -> Iterator[dict[str, Any]]:
         methods = self.methods(part)
-        names = {
+        allowed_names = {
             "model": model_names(None),
             "task": self._trainable_tasks(),
             # a transformed row is trained as another method
             "method": [name for name in methods if name not in self.definition.transformed],
         }
-        # computed once for each model and task, whose grid points all have the same settings
-        training_settings = functools.cache(functools.partial(self._training_settings, part))
-        for where, point in part.grid_points(names, (*names, *VARIANT_KEYS, *_OTHER_AXES)):
+        axes = (*allowed_names, *VARIANT_KEYS, *_OTHER_AXES)
+
+        # once for each model and task, because their points have the same settings
+        @functools.cache
+        def training_settings(model: str, task: str) -> TextTraining:
+            return self._training_settings(part, model, task)
+
+        for where, point in part.grid_points(allowed_names, axes):
             _check_training_keys(point, methods, where)
             # an excluded task has no runs, but its block is checked
             if point["task"] in exclude:

@@ -286,9 +286,10 @@ def published_traces(outcomes: TextOutcomes) -> dict[str, pd.DataFrame]:
     for name, file in definition.rows.items():
         # [windows, experts]
         shares = np.loadtxt(outcomes.benchmark.folder / file, delimiter=",", ndmin=2)
-        ends = _PUBLISHED_WINDOW * np.arange(1, 1 + len(shares))
         # the file has rounded shares, which do not quite sum to 1
-        published[name] = pd.DataFrame(shares / shares.sum(1, keepdims=True), ends)
+        normalised = shares / shares.sum(axis=1, keepdims=True)
+        last_steps = _PUBLISHED_WINDOW * np.arange(1, 1 + len(shares))
+        published[name] = pd.DataFrame(normalised, index=last_steps)
     return published
 
 

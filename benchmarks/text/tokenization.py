@@ -44,14 +44,15 @@ class TokenisedRows(Dataset[dict[str, Any]]):
         labelled: bool = True,
         prefix: Prefix | None = None,
     ) -> None:
+        self._labelled = labelled
+        # in the order of the split
         self._rows = _tokenise(split, tokenizer, max_length)
         self._lengths = np.asarray([len(row["input_ids"]) for row in self._rows], dtype=np.int32)
+        self._split_labels = split.labels
+        # in the order of this data set
         self.order = np.arange(len(split))
         if by_length:
             self.order = np.argsort(self._lengths, kind="stable")
-        # rows, their lengths and these labels are in the order of the split
-        self._split_labels = split.labels
-        self._labelled = labelled
         self.labels = np.asarray(split.labels)[self.order]
         self._states: PrefixStates | None = None
         if prefix:

@@ -200,6 +200,7 @@ def describe_usage(sets: Mapping[str, SetLoads]) -> tuple[dict[str, float], dict
 def _shares_by_class(set_loads: SetLoads) -> dict[str, list[float]]:
     """Return the shares of experts for each class that has rows; empty for a regression."""
     classes = set_loads.classes
+    # rows of a regression have the class -1
     if (classes < 0).any():
         return {}
     shares = shares_by_group(set_loads.loads, classes)  # [classes, N]

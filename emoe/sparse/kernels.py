@@ -165,8 +165,8 @@ def scatter_mm(a: Tensor, weight: Tensor, pairs: Pairs) -> Tensor:
     width = weight.shape[2]
     sums = torch.zeros(pairs.num_tokens, width, dtype=sum_dtype, device=a.device)
     if can_group(weight):
-        # The product sums over the neurons. So the appended ones change neither its shape [P, h]
-        # nor its values.
+        # Neurons of zeros are appended, for the alignment. The product sums over the neurons, so
+        # these change neither its shape [P, h] nor its values.
         products = F.grouped_mm(pad_neurons(a), pad_neurons(weight), offs=pairs.ends)
         sums.index_add_(0, pairs.token, products.to(sum_dtype))
     else:

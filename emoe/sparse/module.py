@@ -119,20 +119,22 @@ class SparseFFN(_Replacement):
         return self._compute(x)
 
     def _compute(self, x: Tensor) -> Tensor:
-        """Compute the FFN's output with the fastest products that are allowed."""
+        """Compute the FFN's output: with the layout for serving, masked, or sparse."""
         rows = x.reshape(-1, x.shape[-1])  # [T, h]
         layout = self._current_layout(rows)
+        reason = None
+        if layout is None:
+            reason = self._reason_for_mask(rows)
+        if reason is not None:
+            self.last_path = f"masked: {reason}"
+            return self._compute_masked(x)  # which also adds the biases
+
         if layout is not None:
             self.last_path = "sparse, with the layout of for_inference_"
             y, weights = self._serve(rows, layout)
         else:
-            reason = self._reason_for_mask(rows)
-            if reason is not None:
-                self.last_path = f"masked: {reason}"
-                return self._compute_masked(x)
             self.last_path = "sparse"
             y, weights = self._compute_sparse(rows)
-
         y = self._add_biases(y, weights)
         return y.view(*x.shape[:-1], y.shape[-1])
 

@@ -79,17 +79,17 @@ class Layout:
             mask: chosen experts ``[T, N]`` bool.
             weights: expert weights ``[T, N]``, None if all chosen experts have weight 1.
         """
-        # pre-activations of the chosen experts
+        # pre-activations [P, s]: a row for each chosen pair, sorted by expert, then token
         z = self._kernels.few_gather_mm(x, mask, self._activated.weight, self._activated.bias)
         hidden = self._activation(z)
-        # the FFN is gated
-        if self._up is not None:
+        if self._up is not None:  # a gated FFN
             up = self._kernels.few_gather_mm(x, mask, self._up.weight, self._up.bias)
             hidden = hidden * up
         if weights is not None:
-            # the weights of the chosen pairs, sorted by expert and then token as in the kernels
-            per_pair = weights.t()[mask.t()]
-            hidden = hidden * per_pair.unsqueeze(1).to(hidden.dtype)
+            # A mask selects in the order of its rows. The rows of the transposed mask [N, T] are
+            # experts, so the weights [P] have the order of the pairs.
+            weight_of_pair = weights.t()[mask.t()]
+            hidden = hidden * weight_of_pair.unsqueeze(1).to(hidden.dtype)
         return self._kernels.few_scatter_mm(hidden, mask, self._values)
 
 

@@ -578,7 +578,9 @@ def parse_part(benchmark: AnyBenchmark, suite: str, file: Path, content: object)
 
 
 def _refuse_row_keys(benchmark: AnyBenchmark, part: Part[Any]) -> None:
-    """Refuse the keys that a suite's methods must not have, see ``_ROW_KEYS``.
+    """Refuse keys that describe rows of tables in the methods of a suite.
+
+    These rows are the same in all suites. ``_ROW_KEYS`` has the keys.
 
     Raises:
         DefinitionError: A method or a default has such a key. The error names the file for it.

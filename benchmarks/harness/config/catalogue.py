@@ -197,7 +197,7 @@ def load_metrics() -> dict[str, Metric]:
 
 
 def rebuilt_from(name: str) -> PackageFile:
-    """Return the package file with the weights of a model that the workflow converts.
+    """Return the package file whose weights the workflow converts into a model.
 
     Args:
         name: The name of a model with the key ``rebuilt`` in ``models.yaml``.

@@ -281,8 +281,9 @@ def _check_layers(layers: str | Sequence[int], where: str) -> None:
     Whether the model has the layers is checked when it is converted.
     """
     if not isinstance(layers, str):
-        return
+        return  # numbers need no parsing
     try:
+        # with so many layers, only the form of the text can be wrong
         resolve_layers(layers, _MANY_LAYERS)
     except ConfigError as error:
         raise DefinitionError(f"{where}: {error}") from None

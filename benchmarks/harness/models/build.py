@@ -220,6 +220,7 @@ def _make_trainable(
         embeddings=_embedding_parameters(model),
         ffns=_ffn_weights(ffns),
     )
+    # the first layers, which are frozen and computed once; None if there are none
     prefix = _make_prefix(model, network, spec, num_layers=len(ffns))
 
     report = apply_method_(network, spec.method, spec.seed, calibration, partition)

@@ -180,7 +180,7 @@ def _experiment(client: MlflowClient, benchmark: str, *, has_files: bool) -> str
 
 
 def _restore(client: MlflowClient, experiment: str) -> None:
-    """Restore a deleted experiment and its runs, except those that a mirror had replaced."""
+    """Restore a deleted experiment, and of each name only the newest run."""
     # This also restores replaced runs. They have the same names as the runs that replaced them.
     client.restore_experiment(experiment)
     newest_first = client.search_runs(

@@ -144,7 +144,7 @@ def _set_origin(folder: Path, origin: Origin, warn: Callable[[str], None]) -> No
 def _find_change(file: Path, origin: Origin) -> str | None:
     """Describe how the training's origin differs from that of the checkpoints.
 
-    None if it is the same.
+    None if it is the same. If the file cannot be read, the description says why.
 
     Args:
         file: The file with the origin of the checkpoints. Older versions wrote none.
@@ -153,7 +153,7 @@ def _find_change(file: Path, origin: Origin) -> str | None:
     try:
         saved = read_json(file, dict[str, str])
     except DataError as error:
-        return str(error)
+        return str(error)  # a missing or damaged file counts as a change
     names = sorted({*saved, *origin})
     changed = [name for name in names if saved.get(name) != origin.get(name)]
     if not changed:
