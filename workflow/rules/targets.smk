@@ -5,7 +5,7 @@
 
 rule tables:
     input:
-        lambda wildcards: targets.table_files(SUITE),
+        lambda wildcards: targets.made_files(SUITE),
     message:
         "All tables and figures are up to date"
 
@@ -30,7 +30,7 @@ for shown in SHOWN:
             name:
                 shown.name
             input:
-                lambda wildcards, shown=shown: targets.table_files(
+                lambda wildcards, shown=shown: targets.made_files(
                     SUITE, shown.benchmark, shown.data_set
                 ),
             message:

@@ -37,9 +37,8 @@ def suite_files(suite: Suite) -> list[str]:
         str(paths.RESULTS / suite.name / "report.html"),
         str(paths.RESULTS / suite.name / "mlflow.txt"),
         *lost_spec_files(suite),
-        *intermediate_files(suite),
+        *made_files(suite),
         *number_files(suite),
-        *output_files(suite),
         *page_files(suite),
         *paper_files(suite),
     ]
@@ -187,14 +186,10 @@ def page_files(suite: Suite, benchmark: str | None = None) -> list[str]:
 
 def benchmark_files(suite: Suite, benchmark: str) -> list[str]:
     """Return the files of a benchmark that a suite makes; the first is its page."""
-    return [
-        *page_files(suite, benchmark),
-        *output_files(suite, benchmark),
-        *intermediate_files(suite, benchmark),
-    ]
+    return [*page_files(suite, benchmark), *made_files(suite, benchmark)]
 
 
-def table_files(
+def made_files(
     suite: Suite, benchmark: str | None = None, data_set: str | None = None
 ) -> list[str]:
     """Return tables, figures and intermediate files: of all benchmarks, of one or of a data set."""
