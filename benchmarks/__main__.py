@@ -81,7 +81,7 @@ def list_command(context: click.Context, kind: str | None, suite: str) -> None:
         return
     check_list(kind)
     if kind == "paper":
-        from benchmarks.harness.report.paper import paper_index
+        from benchmarks.harness.report.paper_index import paper_index
 
         rows = paper_index(_load_suite(suite))
     elif kind in LISTS:

@@ -26,6 +26,7 @@ from benchmarks.domainbed.protocol import (
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.report import plots
+from benchmarks.harness.report.artifacts import is_drawn
 from benchmarks.harness.report.presentation import with_runs
 from tests import fake_runs
 from tests.drawn import saved_figures
@@ -279,7 +280,7 @@ def test_figures_without_an_environment_held_out_alone_are_placeholders(runs: li
     write_runs(pairs)
     for draw in (draw_accuracy, draw_routing):
         draw(outcomes(pairs), "rotated_mnist_5k", Path("figure"))
-        assert not plots.is_drawn(Path("figure"))
+        assert not is_drawn(Path("figure"))
 
 
 def test_the_best_draw_is_reported_and_named(here: Path) -> None:

@@ -13,7 +13,8 @@ from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.suite import Suite, load_suite
 from benchmarks.harness.config.yaml import Location
 from benchmarks.harness.report.artifacts import all_artifacts
-from benchmarks.harness.report.paper import draw_main, main_rows, paper_index, write_paper_items
+from benchmarks.harness.report.paper import draw_main, main_rows, write_paper_items
+from benchmarks.harness.report.paper_index import paper_index
 from benchmarks.harness.report.paper_items import (
     PaperSource,
     check_source,

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from PIL import Image
+
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import BENCHMARKS, DefinitionError
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
@@ -16,6 +18,7 @@ from benchmarks.harness.report.claims import claimed_benchmarks, load_claims
 
 FORMATS = ("csv", "md", "tex", "html")
 FIGURE_FORMATS = ("pdf", "png")
+PLACEHOLDER = "no data for this figure in this suite"  # stands in a figure without data
 NARROW = "narrow"  # the name of a figure for telephones
 
 
@@ -149,3 +152,9 @@ def suite_artifacts(suite: Suite) -> list[Artifacts]:
         for data_set in suite.sets_with_tables(name):
             artifacts.append(artifacts_of(name, data_set))
     return artifacts
+
+
+def is_drawn(path: Path) -> bool:
+    """Return True if a written figure has data, False if it is a placeholder."""
+    with Image.open(path.with_suffix(".png")) as image:
+        return image.info.get("Description") != PLACEHOLDER

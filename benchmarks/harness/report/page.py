@@ -23,15 +23,21 @@ from benchmarks.harness import base as paths
 from benchmarks.harness.base import distinct, read_text, write_text
 from benchmarks.harness.config.catalogue import model_title
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.report.artifacts import CLAIMS, NARROW, artifacts_of, remake_advice
+from benchmarks.harness.report.artifacts import (
+    CLAIMS,
+    NARROW,
+    artifacts_of,
+    is_drawn,
+    remake_advice,
+)
 from benchmarks.harness.report.claim_rows import read_claim_rows
 from benchmarks.harness.report.claims import claimed_benchmarks
 from benchmarks.harness.report.claims_figure import CAPTION
 from benchmarks.harness.report.claims_table import verdict_sentences
 from benchmarks.harness.report.common import name_or_count
-from benchmarks.harness.report.paper import paper_index
+from benchmarks.harness.report.paper_index import paper_index
 from benchmarks.harness.report.paper_items import load_paper, main_figure, main_item
-from benchmarks.harness.report.plots import STYLE, is_drawn
+from benchmarks.harness.report.plots import STYLE
 from benchmarks.harness.report.section import (
     DataRow,
     Machine,
@@ -237,9 +243,9 @@ class _Page:
     def paper_items(self) -> list[dict[str, Any]]:
         """List the paper's tables and figures with links to our versions.
 
-        The rows have the keys of :func:`.paper.paper_index`, such as ``title`` and ``status``. But
-        ``files`` has pairs of a file name and the link to the file. The link is empty for a missing
-        file. The list is empty if the suite makes none of our versions.
+        The rows have the keys of :func:`.paper_index.paper_index`, such as ``title`` and
+        ``status``. But ``files`` has pairs of a file name and the link to the file. The link is
+        empty for a missing file. The list is empty if the suite makes none of our versions.
         """
         items = []
         has_files = False

@@ -21,7 +21,7 @@ from benchmarks.harness.report import paper_items, plots
 from benchmarks.harness.report.artifacts import FIGURE_FORMATS
 from benchmarks.harness.report.common import SETTING_SEPARATOR, name_or_count
 from benchmarks.harness.report.evidence import Evidence, find_evidence
-from benchmarks.harness.report.paper_items import MainAverage, PaperItem, PaperOutput
+from benchmarks.harness.report.paper_items import MainAverage, PaperOutput
 from benchmarks.harness.report.presentation import Presentation
 from benchmarks.harness.report.style import EMOE, GMOE
 from benchmarks.harness.report.table import Table
@@ -120,62 +120,6 @@ def _select_protocol(frame: pd.DataFrame, benchmark: str, suite: Suite) -> pd.Da
         return frame[is_chosen]
     is_paper = frame["is_ours"].eq(False)
     return frame[is_chosen | is_paper]
-
-
-def paper_index(suite: Suite) -> list[dict[str, Any]]:
-    """List the paper's tables and figures, and our version of each in a suite.
-
-    Returns:
-        One row per item, which is a table or figure of the paper. ``item`` is its name, ``title``
-        its title, and ``naacl`` its number in the NAACL version. ``command`` makes our version, and
-        is empty if there is none. ``files`` are the files of our version to show, and ``status``
-        says whether they exist, or why not.
-    """
-    rows: list[dict[str, Any]] = []
-    for name, item in paper_items.load_paper().items.items():
-        command = ""
-        if not item.missing:
-            command = f"snakemake --cores all {name} --config suite={suite.name}"
-        files = paper_items.paper_files(suite, name)
-        shown, status = _shown_files(item, files)
-        row = {
-            "item": name,
-            "title": item.title,
-            "naacl": item.naacl,
-            "command": command,
-            "files": shown,
-            "status": status,
-        }
-        rows.append(row)
-    return rows
-
-
-def _shown_files(item: PaperItem, files: Sequence[str]) -> tuple[list[str], str]:
-    """Return one file per table and figure to show for an item, and the status of the item.
-
-    ``files`` are all files that the suite makes for the item, in all formats.
-    """
-    if item.missing:
-        return [], f"not made: {item.missing}"
-    if not files:
-        benchmarks = ", ".join(paper_items.item_benchmarks(item))
-        return [], f"not in this suite (benchmark {benchmarks})"
-
-    # one format of each table and figure
-    shown = [file for file in files if file.endswith((".md", ".png"))]
-    num_existing = sum(Path(file).exists() for file in files)
-    if num_existing < len(files):
-        return shown, f"{num_existing} of {len(files)} files"
-
-    # a table is always shown, but a figure only if it is not a placeholder
-    without_placeholders = []
-    for file in shown:
-        is_table = file.endswith(".md")
-        if is_table or plots.is_drawn(Path(file)):
-            without_placeholders.append(file)
-    if not without_placeholders:
-        return [], "this suite has no data for it"
-    return without_placeholders, "made"
 
 
 def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

@@ -17,9 +17,9 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from PIL import Image
 
 from benchmarks.harness.base import atomic_write
+from benchmarks.harness.report.artifacts import PLACEHOLDER
 from benchmarks.harness.report.style import DENSE, MethodStyle
 
 # draw without a display; a notebook sets its own backend, before pyplot is imported
@@ -566,9 +566,6 @@ def panel_figure(
         save(figure, path)
 
 
-_PLACEHOLDER = "no data for this figure in this suite"
-
-
 def save(figure: Any, path: Path, description: str | None = None) -> None:
     """Write ``<path>.pdf`` and ``.png``, and close the figure. The files have no date.
 
@@ -591,12 +588,6 @@ def placeholder_figure(path: Path) -> None:
     """
     with mpl.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(4, 0.6))
-        axis.text(0.5, 0.5, _PLACEHOLDER, ha="center", va="center")
+        axis.text(0.5, 0.5, PLACEHOLDER, ha="center", va="center")
         axis.axis("off")
-        save(figure, path, _PLACEHOLDER)
-
-
-def is_drawn(path: Path) -> bool:
-    """Return True if a written figure has data, False if it is a placeholder."""
-    with Image.open(path.with_suffix(".png")) as image:
-        return image.info.get("Description") != _PLACEHOLDER
+        save(figure, path, PLACEHOLDER)
