@@ -76,14 +76,14 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     summaries = _summarise(shared).merge(differences, on=_KEYS_OF_ROW, how="left")
     tested = with_verdicts(summaries, family=_KEYS_OF_GROUP)
 
-    neurons = cell_means(
-        ablated.records, cell_columns=["model", "method"], metrics=["active_neurons"]
-    )
+    records = _records_of_ablated_tasks(ablated, names)
+    neurons = cell_means(records, cell_columns=["model", "method"], metrics=["active_neurons"])
     ours = with_numbers(tested, on=["model", "method"], numbers=neurons)
     with_paper = _join_paper(ablated, ablation, ours)
     marked = with_paper.assign(is_ours=with_paper["mean"].notna())
     in_order = _sort_rows(ablation, marked)
-    return _add_titles(ablated, ablated.with_titles(in_order))
+    main_settings = _main_settings(ablated, records)
+    return _add_titles(ablated, ablated.with_titles(in_order), main_settings)
 
 
 def _row_names(ablation: Ablation, methods: Iterable[str]) -> list[str]:
@@ -96,6 +96,18 @@ def _row_names(ablation: Ablation, methods: Iterable[str]) -> list[str]:
     for method in ablation.rows:
         names += [name for name in methods if split_name(name).method == method]
     return names
+
+
+def _records_of_ablated_tasks(outcomes: TextOutcomes, names: Sequence[str]) -> pd.DataFrame:
+    """Return the records of the tasks on which an ablated row of ``names`` was trained.
+
+    A main row may have other settings on other tasks, which the ablation does not show.
+    """
+    records = outcomes.records
+    ablated = [name for name in names if _is_ablated(outcomes, name)]
+    is_ablated = records["method"].isin(ablated)
+    tasks = records.loc[is_ablated, "task"].unique()
+    return records[records["task"].isin(tasks)]
 
 
 def _compared_seeds(outcomes: TextOutcomes, names: Sequence[str]) -> pd.DataFrame:
@@ -270,16 +282,19 @@ def _read_paper(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     return scores.assign(paper=shares, paper_delta=deltas)
 
 
-def _add_titles(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
+def _add_titles(
+    outcomes: TextOutcomes, rows: pd.DataFrame, main_settings: Mapping[tuple[str, str], str]
+) -> pd.DataFrame:
     """Add ``is_average``, and ``method_title`` with the setting of the row.
 
     Some ablations vary k, the number of experts in use. There, our rows without a setting also show
     N, the number of experts, and k/N, if all runs of the row have the same. Their titles end with
     :data:`_MAIN_MARK`, because another row may vary N and k, and reach the same values.
+
+    ``main_settings`` are those of :func:`_main_settings`.
     """
     settings = [split_name(name).setting for name in rows["method"]]
     k_varies = any("k" in setting_values(setting) for setting in settings)
-    main_settings = _main_settings(outcomes)
     titles = []
     for row in rows.itertuples():
         method, setting = split_name(row.method)
@@ -296,15 +311,15 @@ def _add_titles(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(method_title=titles, is_average=rows["scope"].str.startswith(_AVERAGE_OF))
 
 
-def _main_settings(outcomes: TextOutcomes) -> dict[tuple[str, str], str]:
-    """Map each model and method to N and k/N of its runs, such as ``N16-k0.25``.
+def _main_settings(outcomes: TextOutcomes, records: pd.DataFrame) -> dict[tuple[str, str], str]:
+    """Map each model and method in ``records`` to N and k/N of its runs, such as ``N16-k0.25``.
 
     The text is empty for models without EMoE, and if N or k/N differs between tasks.
     """
     setting_by_run = {run.id: _main_setting(run.config) for run in outcomes.runs}
     settings = {}
-    for row, records in outcomes.records.groupby(["model", "method"], sort=False):
-        settings_of_row = {setting_by_run[run_id] for run_id in records["run_id"].unique()}
+    for row, records_of_row in records.groupby(["model", "method"], sort=False):
+        settings_of_row = {setting_by_run[run_id] for run_id in records_of_row["run_id"].unique()}
         settings[row] = ""
         if len(settings_of_row) == 1:
             settings[row] = settings_of_row.pop()
