@@ -64,7 +64,8 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     # `ablated` has a row for every setting of a method; `outcomes` has only the best setting
     ablated = outcomes.ablated
     names = _row_names(ablation, ablated.methods)
-    seeds = _compared_seeds(ablated, names)
+    ablated_names = [name for name in names if _is_ablated(ablated, name)]
+    seeds = _compared_seeds(ablated, names, ablated_names)
     # the means of a group are over the seeds that all its rows have
     shared = shared_pairs(seeds, within=_KEYS_OF_GROUP, compared=["method"], pair="seed")
 
@@ -76,7 +77,8 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     summaries = _summarise(shared).merge(differences, on=_KEYS_OF_ROW, how="left")
     tested = with_verdicts(summaries, family=_KEYS_OF_GROUP)
 
-    records = _records_of_ablated_tasks(ablated, names)
+    # on other tasks, a main row may have other settings
+    records = _records_of_ablated_tasks(ablated.records, ablated_names)
     neurons = cell_means(records, cell_columns=["model", "method"], metrics=["active_neurons"])
     ours = with_numbers(tested, on=["model", "method"], numbers=neurons)
     with_paper = _join_paper(ablated, ablation, ours)
@@ -98,19 +100,16 @@ def _row_names(ablation: Ablation, methods: Iterable[str]) -> list[str]:
     return names
 
 
-def _records_of_ablated_tasks(outcomes: TextOutcomes, names: Sequence[str]) -> pd.DataFrame:
-    """Return the records of the tasks on which an ablated row of ``names`` was trained.
-
-    A main row may have other settings on other tasks, which the ablation does not show.
-    """
-    records = outcomes.records
-    ablated = [name for name in names if _is_ablated(outcomes, name)]
-    is_ablated = records["method"].isin(ablated)
+def _records_of_ablated_tasks(records: pd.DataFrame, ablated_names: Sequence[str]) -> pd.DataFrame:
+    """Return the records of the tasks on which one of the ablated rows was trained."""
+    is_ablated = records["method"].isin(ablated_names)
     tasks = records.loc[is_ablated, "task"].unique()
     return records[records["task"].isin(tasks)]
 
 
-def _compared_seeds(outcomes: TextOutcomes, names: Sequence[str]) -> pd.DataFrame:
+def _compared_seeds(
+    outcomes: TextOutcomes, names: Sequence[str], ablated_names: Sequence[str]
+) -> pd.DataFrame:
     """Return the scores of the rows ``names`` by seed, and their averages over scopes.
 
     A group has the rows that are compared with each other (:data:`_KEYS_OF_GROUP`). A group without
@@ -128,10 +127,8 @@ def _compared_seeds(outcomes: TextOutcomes, names: Sequence[str]) -> pd.DataFram
     seeds = with_averages[[*_KEYS_OF_ROW, "seed", "value"]]
 
     # other tables show the groups that have only main rows
-    ablated = [name for name in names if _is_ablated(outcomes, name)]
-
     def has_comparison(group: pd.DataFrame) -> bool:
-        has_ablated = group["method"].isin(ablated).any()
+        has_ablated = group["method"].isin(ablated_names).any()
         has_baseline = group["method"].eq(outcomes.baseline).any()
         return bool(has_ablated and has_baseline)
 

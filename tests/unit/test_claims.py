@@ -16,7 +16,7 @@ from scipy import stats
 from benchmarks.harness.base import BENCHMARKS, OVERRIDES, DataError, DefinitionError
 from benchmarks.harness.config.catalogue import Metric, load_metrics
 from benchmarks.harness.config.suite import Suite, load_suite
-from benchmarks.harness.report.artifacts import claim_artifacts, is_drawn, numbers_file
+from benchmarks.harness.report.artifacts import claim_artifacts, numbers_file
 from benchmarks.harness.report.claims import (
     Claim,
     Comparison,
@@ -41,6 +41,7 @@ from benchmarks.harness.report.evidence import (
     find_gap,
     judge,
 )
+from benchmarks.harness.report.placeholders import is_drawn
 from benchmarks.harness.results.statistics import holm
 from tests import fake_runs
 from tests.drawn import watched

@@ -66,13 +66,11 @@ def test_planning_and_listing_import_no_heavy_package(program: str) -> None:
 @pytest.mark.parametrize("arguments", [["list"], ["list", "suites"], ["list", "paper"]])
 def test_listing_takes_three_seconds(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "benchmarks", *arguments]
-    seconds = []
-    for _ in range(3):
-        before = seconds_of_children()
-        subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-        seconds.append(seconds_of_children() - before)
-    # the first call in a new checkout also compiles the modules, and other tests run beside
-    assert min(seconds) <= 3
+    # the first call in a new checkout also compiles the modules
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    before = seconds_of_children()
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    assert seconds_of_children() - before <= 3
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from benchmarks.domainbed.protocol import (
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.report import plots
-from benchmarks.harness.report.artifacts import is_drawn
+from benchmarks.harness.report.placeholders import is_drawn
 from benchmarks.harness.report.presentation import with_runs
 from tests import fake_runs
 from tests.drawn import saved_figures

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image
-
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import BENCHMARKS, DefinitionError
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
@@ -18,7 +16,6 @@ from benchmarks.harness.report.claims import claimed_benchmarks, load_claims
 
 FORMATS = ("csv", "md", "tex", "html")
 FIGURE_FORMATS = ("pdf", "png")
-PLACEHOLDER = "no data for this figure in this suite"  # stands in a figure without data
 NARROW = "narrow"  # the name of a figure for telephones
 
 
@@ -152,9 +149,3 @@ def suite_artifacts(suite: Suite) -> list[Artifacts]:
         for data_set in suite.sets_with_tables(name):
             artifacts.append(artifacts_of(name, data_set))
     return artifacts
-
-
-def is_drawn(path: Path) -> bool:
-    """Return True if a written figure has data, False if it is a placeholder."""
-    with Image.open(path.with_suffix(".png")) as image:
-        return image.info.get("Description") != PLACEHOLDER

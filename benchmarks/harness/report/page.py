@@ -23,13 +23,7 @@ from benchmarks.harness import base as paths
 from benchmarks.harness.base import distinct, read_text, write_text
 from benchmarks.harness.config.catalogue import model_title
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.report.artifacts import (
-    CLAIMS,
-    NARROW,
-    artifacts_of,
-    is_drawn,
-    remake_advice,
-)
+from benchmarks.harness.report.artifacts import CLAIMS, NARROW, artifacts_of, remake_advice
 from benchmarks.harness.report.claim_rows import read_claim_rows
 from benchmarks.harness.report.claims import claimed_benchmarks
 from benchmarks.harness.report.claims_figure import CAPTION
@@ -37,6 +31,7 @@ from benchmarks.harness.report.claims_table import verdict_sentences
 from benchmarks.harness.report.common import name_or_count
 from benchmarks.harness.report.paper_index import paper_index
 from benchmarks.harness.report.paper_items import load_paper, main_figure, main_item
+from benchmarks.harness.report.placeholders import is_drawn
 from benchmarks.harness.report.plots import STYLE
 from benchmarks.harness.report.section import (
     DataRow,

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.report.artifacts import is_drawn
 from benchmarks.harness.report.paper_items import (
     PaperItem,
     item_benchmarks,
     load_paper,
     paper_files,
 )
+from benchmarks.harness.report.placeholders import is_drawn
 
 
 def paper_index(suite: Suite) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from benchmarks.harness.base import atomic_write
-from benchmarks.harness.report.artifacts import PLACEHOLDER
+from benchmarks.harness.report.placeholders import PLACEHOLDER
 from benchmarks.harness.report.style import DENSE, MethodStyle
 
 # draw without a display; a notebook sets its own backend, before pyplot is imported

@@ -16,8 +16,9 @@ import pandas as pd
 from benchmarks.harness.base import RESULTS, RUNS, distinct, read_json
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.yaml import Strict
-from benchmarks.harness.report.artifacts import Artifacts, is_drawn, remake_advice
+from benchmarks.harness.report.artifacts import Artifacts, remake_advice
 from benchmarks.harness.report.common import name_or_count
+from benchmarks.harness.report.placeholders import is_drawn
 from benchmarks.harness.report.presentation import Presentation, has_random_weights
 from benchmarks.harness.report.table import MISSING
 from benchmarks.harness.results.content import DataSummary, Environment
