@@ -109,7 +109,7 @@ def _parse_field(text: str) -> tuple[str, Any]:
 @click.option("--as-published", help="The authors' settings: tutel or llama.")
 @click.option(
     "--set",
-    "others",
+    "assignments",
     multiple=True,
     metavar="NAME=VALUE",
     help="Any other field of the configuration.",
@@ -123,7 +123,7 @@ def convert(
     partition: str | None,
     kind: str,
     as_published: str | None,
-    others: tuple[str, ...],
+    assignments: tuple[str, ...],
 ) -> None:
     """Convert MODEL, a folder or hub id of transformers or timm, and write it to a new folder.
 
@@ -136,8 +136,8 @@ def convert(
     }
     if partition is not None:
         fields["partition"] = partition
-    for text in others:
-        name, value = _parse_field(text)
+    for assignment in assignments:
+        name, value = _parse_field(assignment)
         fields[name] = value
     config = _build_config(kind, as_published, fields)
     if kind == "emoe" and config.partition == "coactivation":

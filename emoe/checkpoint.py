@@ -30,7 +30,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -226,10 +226,10 @@ def read_experts(folder: Path) -> Experts | None:
             return Experts.from_quantization_config(quantization_config)
 
     # a quantised model, or a folder of emoe 0.1
-    content = settings.get(SEPARATE_KEY)
-    if content:
+    separate = settings.get(SEPARATE_KEY)
+    if separate:
         with _damage_reported(path):
-            return Experts.from_json_values(content["config"], content["layers"])
+            return Experts.from_json_values(separate["config"], separate["layers"])
 
     # a timm or plain model
     small_path = folder / CONFIG_FILE
@@ -280,21 +280,30 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
 
     if not files.is_transformers_class(loader):
         # the download is done, and other loaders do not know its options
-        others = {name: value for name, value in options.items() if name not in files.HUB_OPTIONS}
-        return _load_plain(loader, folder, experts, others)
+        loader_options = {
+            name: value for name, value in options.items() if name not in files.HUB_OPTIONS
+        }
+        return _load_plain(loader, folder, experts, loader_options)
 
-    stored = files.read_settings(folder).get(QUANTIZATION_CONFIG)
     given_config = options.get("config")
-    given = getattr(given_config, QUANTIZATION_CONFIG, None)
-    is_stored_quantised = bool(stored) and not is_ours(stored)
-    is_given_quantised = bool(given) and not is_ours(given)
-    if is_stored_quantised or is_given_quantised or options.get(QUANTIZATION_CONFIG):
+    stored_quantization = files.read_settings(folder).get(QUANTIZATION_CONFIG)
+    given_quantization = getattr(given_config, QUANTIZATION_CONFIG, None)
+    if (
+        _is_quantised(stored_quantization)
+        or _is_quantised(given_quantization)
+        or options.get(QUANTIZATION_CONFIG)
+    ):
         return _load_quantised(loader, folder, experts, options)
 
-    # transformers calls emoe.loader, which builds the experts before the weights load
-    if is_ours(stored) and given_config is None:
+    if given_config is None and is_ours(stored_quantization):
+        # transformers calls emoe.loader, which builds the experts before the weights load
         return files.load_stock(loader, folder, **options)
     return _load_with_description(loader, folder, experts, options)
+
+
+def _is_quantised(quantization_config: Any) -> bool:
+    """Check if a ``quantization_config`` describes a quantised model, not emoe's experts."""
+    return bool(quantization_config) and not is_ours(quantization_config)
 
 
 def _load_with_description(
@@ -305,71 +314,95 @@ def _load_with_description(
     The caller's configuration, or the ``config.json`` of a folder of emoe 0.1, may not name
     :mod:`emoe.loader`. So transformers gets a copy that names it.
     """
-    config, loader_options = _read_config(folder, options)
-    setattr(config, QUANTIZATION_CONFIG, experts.quantization_config())
-    restored = routing_names if (folder / EXTRA_FILE).exists() else None
-    return files.load_stock(loader, folder, restored=restored, config=config, **loader_options)
+    arguments = _dense_arguments(folder, options)
+    setattr(arguments.config, QUANTIZATION_CONFIG, experts.quantization_config())
+    find_stored_elsewhere = None
+    if (folder / EXTRA_FILE).exists():
+        find_stored_elsewhere = routing_names
+    return files.load_stock(
+        loader,
+        folder,
+        find_stored_elsewhere=find_stored_elsewhere,
+        config=arguments.config,
+        **arguments.options,
+    )
 
 
-def _read_config(folder: Path, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return a transformers configuration without the experts, and the loader's options.
+class _LoaderArguments(NamedTuple):
+    """The arguments with which transformers loads a model.
 
-    The configuration is the option ``config``, or else the folder's. As in transformers' own
-    ``from_pretrained``, an option with the name of a field changes this field of the folder's
-    configuration. The loader's options are all other options.
+    Attributes:
+        config: the model's transformers configuration.
+        options: all other arguments, by name.
     """
-    config_options = dict(options)
-    given_config = config_options.pop("config", None)
-    # These two are for the loader. AutoConfig would drop `trust_remote_code`, and write
-    # `quantization_config` into the configuration.
-    trust_remote_code = config_options.pop("trust_remote_code", False)
-    loader_only: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if QUANTIZATION_CONFIG in config_options:
-        loader_only[QUANTIZATION_CONFIG] = config_options.pop(QUANTIZATION_CONFIG)
 
-    if given_config is None or isinstance(given_config, str | os.PathLike):
-        # the folder's own configuration, or the folder or hub id of another one
-        source = folder if given_config is None else Path(given_config)
-        config, not_in_config = _read_auto_config(
-            source, config_options, trust_remote_code=trust_remote_code
-        )
+    config: Any
+    options: dict[str, Any]
+
+
+def _dense_arguments(folder: Path, options: Mapping[str, Any]) -> _LoaderArguments:
+    """Return the arguments with which transformers loads a folder's model without the experts.
+
+    The configuration is a copy of the option ``config``. Without this option, it is the folder's.
+
+    Args:
+        folder: folder of the checkpoint.
+        options: options of :func:`from_pretrained`.
+    """
+    other_options = dict(options)
+    given = other_options.pop("config", None)
+    if given is None:
+        read = _read_auto_config(folder, other_options)
+    elif isinstance(given, str | os.PathLike):
+        # the folder or hub id of another configuration
+        read = _read_auto_config(Path(given), other_options)
     else:
-        config = given_config
-        not_in_config = config_options
+        read = _LoaderArguments(copy.deepcopy(given), other_options)
 
-    config = copy.deepcopy(config)  # the caller's object stays as it is
+    config = read.config
     if is_ours(getattr(config, QUANTIZATION_CONFIG, None)):
         delattr(config, QUANTIZATION_CONFIG)
     if hasattr(config, SEPARATE_KEY):
         delattr(config, SEPARATE_KEY)
     # None replaces the configuration's value, with which transformers would refuse the folder
-    loader_options = {**not_in_config, **loader_only, IMPLEMENTATION_KEY: None}
-    return config, loader_options
+    return _LoaderArguments(config, {**read.options, IMPLEMENTATION_KEY: None})
 
 
-def _read_auto_config(
-    folder: Path, options: Mapping[str, Any], *, trust_remote_code: bool
-) -> tuple[Any, dict[str, Any]]:
+def _read_auto_config(folder: Path, options: Mapping[str, Any]) -> _LoaderArguments:
     """Read a folder's transformers configuration with ``AutoConfig``.
 
+    As in transformers' own ``from_pretrained``, an option with the name of a field changes this
+    field of the configuration.
+
     Returns:
-        The configuration, and the unused options. An option with the name of a field changes this
-        field of the configuration. All other options are unused.
+        The configuration, and all other options, which the loader gets.
 
     Raises:
         CheckpointError: ``AutoConfig`` cannot read the folder.
     """
     from transformers import AutoConfig
 
+    config_options = dict(options)
+    loader_only: dict[str, Any] = {}
+    # AutoConfig would drop `trust_remote_code`, and write `quantization_config` into the
+    # configuration
+    for name in ("trust_remote_code", QUANTIZATION_CONFIG):
+        if name in config_options:
+            loader_only[name] = config_options.pop(name)
+    trust_remote_code = loader_only.get("trust_remote_code", False)
+
     try:
         config, unused = AutoConfig.from_pretrained(
-            str(folder), return_unused_kwargs=True, trust_remote_code=trust_remote_code, **options
+            str(folder),
+            return_unused_kwargs=True,
+            trust_remote_code=trust_remote_code,
+            **config_options,
         )
     except Exception as error:  # a damaged configuration raises anything
         raise CheckpointError(
             f"{folder / files.STOCK_CONFIG_FILE} is damaged: {files.class_and_message(error)}"
         ) from error
-    return config, unused
+    return _LoaderArguments(config, {**unused, **loader_only})
 
 
 def _load_quantised(loader: Any, folder: Path, experts: Experts, options: Mapping[str, Any]) -> Any:
@@ -383,10 +416,11 @@ def _load_quantised(loader: Any, folder: Path, experts: Experts, options: Mappin
         raise CheckpointError(
             f"{folder}: a GMoE, or experts with gate_momentum, cannot be loaded quantised"
         )
-    model_config, loader_options = _read_config(folder, options)
-    loader_options["output_loading_info"] = True  # so that the loader always returns a pair
+    arguments = _dense_arguments(folder, options)
+    # so that the loader always returns a pair
+    loader_options = {**arguments.options, "output_loading_info": True}
     with files.quiet():  # transformers would report the routers, which are loaded below
-        model, info = files.load_stock(loader, folder, config=model_config, **loader_options)
+        model, info = files.load_stock(loader, folder, config=arguments.config, **loader_options)
     layers = build_experts_(model, experts, folder)
     if (folder / EXTRA_FILE).exists():
         load_extra_(layers, folder)
@@ -409,9 +443,10 @@ def _load_plain(
     model = files.build_without_weights(loader, folder, **options)
     layers = build_experts_(model, experts, folder)
     stored = files.read_tensors(folder / files.WEIGHT_FILES[0])
-    not_dense = _names_not_dense(model, layers)
-    dense_state = {name: tensor for name, tensor in stored.items() if name not in not_dense}
-    may_be_missing = not_dense | files.new_head_names(model, options)
+    # load_extra_ sets these tensors
+    loaded_later = _names_loaded_later(model, layers)
+    dense_state = {name: tensor for name, tensor in stored.items() if name not in loaded_later}
+    may_be_missing = loaded_later | files.requested_head_names(model, options)
     files.load_state_(model, dense_state, folder, may_be_missing)
     load_extra_(layers, folder)
     read_order_(layers, folder)
@@ -419,13 +454,13 @@ def _load_plain(
     return model.eval()
 
 
-def _names_not_dense(model: nn.Module, layers: Sequence[RoutedActivation]) -> set[str]:
+def _names_loaded_later(model: nn.Module, layers: Sequence[RoutedActivation]) -> set[str]:
     """Return the names of the tensors in a converted model that :func:`load_extra_` sets.
 
     The folder holds the weights of the dense model. These lack such tensors, or have other values.
     """
     module_names = {module: name for name, module in model.named_modules()}
-    not_dense = routing_names(model)
+    loaded_later = routing_names(model)
 
     # GMoE's projections are wider than the dense ones
     copied_prefixes = []
@@ -435,13 +470,13 @@ def _names_not_dense(model: nn.Module, layers: Sequence[RoutedActivation]) -> se
                 copied_prefixes.append(f"{module_names[projection]}.")
     for name in model.state_dict():
         if name.startswith(tuple(copied_prefixes)):
-            not_dense.add(name)
+            loaded_later.add(name)
 
     # the folder's weights have one output bias, into which the experts' biases were folded
     for layer in layers:
         if layer.output_bias is not None:
-            not_dense.add(f"{module_names[layer.ffn.proj_out]}.bias")
-    return not_dense
+            loaded_later.add(f"{module_names[layer.ffn.proj_out]}.bias")
+    return loaded_later
 
 
 def build_experts_(

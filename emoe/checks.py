@@ -50,7 +50,7 @@ def _check_projection(name: str, module: nn.Module, hint: str) -> None:
     # a computed weight (weight norm, pruning) is not a parameter
     weight = dict(module.named_parameters(recurse=False)).get("weight")
     if weight is None or not _is_ordinary_float(weight):
-        raise ConversionError(f"{name} has no plain weight: {hint}")
+        raise ConversionError(f"{name}.weight is not an ordinary floating-point parameter: {hint}")
     if weight.is_meta:
         raise ConversionError(
             f"{name}.weight is on the meta device: load the weights before converting"

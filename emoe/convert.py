@@ -144,27 +144,28 @@ def convert_(
     if config.counts_tokens:
         check_unchunked(model)
 
+    permutations: Mapping[int, Tensor]
     if isinstance(config, GMoEConfig):
         if partition is not None or calibration is not None:
             raise ConversionError("GMoE copies whole FFNs; it takes no partition")
-        partition = {}
+        permutations = {}
+    elif partition is None:
+        permutations = build_partition(model, config, calibration=calibration, progress=progress)
     else:
-        if partition is None:
-            partition = build_partition(model, config, calibration=calibration, progress=progress)
         _check_permutations(partition, chosen)
+        permutations = partition
 
     # before the conversion, which changes these numbers
-    dense_parameters = _count_parameters(model)
-    dense_neurons = sum(ffn.d for ffn in ffns)
-    reports = [_convert_ffn(ffn, config, partition) for ffn in chosen]
+    num_dense_parameters = _count_parameters(model)
+    num_dense_neurons = sum(ffn.d for ffn in ffns)
+    reports = [_convert_ffn(ffn, config, permutations) for ffn in chosen]
     finish_conversion_(model)
-    added = _count_parameters(model) - dense_parameters
     return _build_report(
         reports,
         config,
         num_ffns=len(ffns),
-        num_dense_neurons=dense_neurons,
-        num_added=added,
+        num_dense_neurons=num_dense_neurons,
+        num_added=_count_parameters(model) - num_dense_parameters,
     )
 
 
@@ -211,27 +212,27 @@ def _check_trainable(ffns: Iterable[FFN]) -> None:
 
 
 def _convert_ffn(
-    ffn: FFN, config: EMoEConfig | GMoEConfig, partition: Mapping[int, Tensor]
+    ffn: FFN, config: EMoEConfig | GMoEConfig, permutations: Mapping[int, Tensor]
 ) -> LayerReport:
     """Turn one FFN into experts, in place and without checks, and return its report.
 
-    ``partition`` maps the FFN's layer number to its permutation. It is empty for GMoE.
+    ``permutations`` are the permutations of the neurons by layer number. They are empty for GMoE.
     """
     permutation = None
     if isinstance(config, GMoEConfig):
         widen(ffn, config.num_experts)
     else:
-        permutation = partition[ffn.index].cpu()
+        permutation = permutations[ffn.index].cpu()
         ffn.permute_(permutation)
     # the constructor puts the module into the model
     RoutedActivation(ffn, config, permutation)
 
-    # these two are unknown if the caller has computed the permutation
+    # only a Partition knows these two, not a dictionary of the caller
     explained = None
     seconds = None
-    if isinstance(partition, Partition):
-        explained = partition.explained.get(ffn.index)
-        seconds = partition.seconds.get(ffn.index)
+    if isinstance(permutations, Partition):
+        explained = permutations.explained.get(ffn.index)
+        seconds = permutations.seconds.get(ffn.index)
     return LayerReport(
         index=ffn.index,
         name=ffn.name,
@@ -325,27 +326,17 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
         The same model.
 
     Raises:
-        ConversionError: the model is dense or a GMoE, or ``quantize_dynamic`` quantised its
-            out-projections. With ``restore_order``, an FFN has adapters, or its order is unknown
-            because the model was saved without ``emoe_partition.safetensors``. The model is
-            unchanged.
+        ConversionError: the model is dense or a GMoE, ``quantize_dynamic`` has quantised an
+            out-projection, or accelerate has offloaded the experts' output biases. With
+            ``restore_order``, an FFN has adapters, or its order is unknown because the model was
+            saved without ``emoe_partition.safetensors``. The model is unchanged.
     """
     layers = converted_layers(model, "to_dense_", "it is dense already")
-    if any(isinstance(layer.config, GMoEConfig) for layer in layers):
-        raise ConversionError(
-            "a GMoE has no dense equal: its experts are full FFNs that were trained separately"
-        )
     # check all layers before the first one is changed
+    for layer in layers:
+        _check_foldable(layer)
     if restore_order:
-        check_projections(
-            (layer.ffn for layer in layers),
-            hint="merge its adapter first, or leave out restore_order",
-        )
-        for layer in layers:
-            if layer.permutation is None:
-                raise ConversionError(
-                    f"{layer.ffn.name}: the neurons' order is unknown; leave out restore_order"
-                )
+        _check_order_known(layers)
 
     for layer in layers:
         layer.remove_()
@@ -356,6 +347,38 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
     remove_argument_hooks(model)
     update_description_(model)
     return model
+
+
+def _check_foldable(layer: RoutedActivation) -> None:
+    """Raise :class:`ConversionError` if the experts of an FFN cannot become a dense FFN."""
+    if isinstance(layer.config, GMoEConfig):
+        raise ConversionError(
+            "a GMoE has no dense equal: its experts are full FFNs that were trained separately"
+        )
+    ffn = layer.ffn
+    name = f"{ffn.name}.{ffn.spec.proj_out}"
+    # the quantised module has copies of this library's hooks, which could not be removed
+    if not isinstance(ffn.proj_out.weight, Tensor):
+        raise ConversionError(f"{name} is quantised: call to_dense_ before quantize_dynamic")
+    # offloaded biases have no values from which the dense bias could be computed
+    if layer.output_bias is not None and layer.output_bias.is_meta:
+        raise ConversionError(
+            f"the experts' biases of {name} are offloaded: "
+            "call accelerate.hooks.remove_hook_from_submodules first"
+        )
+
+
+def _check_order_known(layers: Iterable[RoutedActivation]) -> None:
+    """Raise :class:`ConversionError` if the original order of neurons cannot be restored."""
+    check_projections(
+        (layer.ffn for layer in layers),
+        hint="merge its adapter first, or leave out restore_order",
+    )
+    for layer in layers:
+        if layer.permutation is None:
+            raise ConversionError(
+                f"{layer.ffn.name}: the neurons' order is unknown; leave out restore_order"
+            )
 
 
 def finish_conversion_(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -32,8 +33,8 @@ DOWNLOADED = ["*.safetensors", *(f"*{suffix}" for suffix in _COMPANIONS)]
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 
-# a function that returns the names of the tensors that the caller loads later
-Restored = Callable[[nn.Module], set[str]]
+# a function that returns the names of some of a model's tensors
+FindTensors = Callable[[nn.Module], set[str]]
 
 
 def class_and_message(error: BaseException) -> str:
@@ -65,23 +66,41 @@ def _writable(path: Path) -> Iterator[None]:
 
     ``path`` is the file or folder to which the block writes.
 
-    Afterwards, give the written files the permissions that the umask allows.
+    Afterwards, give new files the permissions that the umask allows. A file that replaces an older
+    one gets the permissions of the older file.
     """
+    permissions_before = _permissions_of_tensor_files(path)
     try:
         yield
     except SafetensorError as error:
         raise CheckpointError(f"{path} cannot be written: {class_and_message(error)}") from error
 
-    # safetensors lets only the owner read
-    written = [path]
-    if path.is_dir():
-        written = list(path.glob("*.safetensors"))
+    # safetensors lets only the owner read a file, even if it replaces an older one.
     # Setting the umask is the only portable way to read it. Until it is set back, files of other
     # threads are only for the owner.
     umask = os.umask(0o077)
     os.umask(umask)
-    for file in written:
-        file.chmod(0o666 & ~umask)
+    permissions_of_new_file = 0o666 & ~umask
+    for file, permissions in _permissions_of_tensor_files(path).items():
+        wanted = permissions_before.get(file, permissions_of_new_file)
+        # equal for other files in the folder, which may belong to another user
+        if permissions != wanted:
+            file.chmod(wanted)
+
+
+def _permissions_of_tensor_files(path: Path) -> dict[Path, int]:
+    """Return the permissions of a file, or of each safetensors file in a folder, by path.
+
+    Files that do not exist are left out.
+    """
+    candidates = [path]
+    if path.is_dir():
+        candidates = list(path.glob("*.safetensors"))
+    permissions = {}
+    for file in candidates:
+        if file.exists():  # a link may name a file that is gone
+            permissions[file] = stat.S_IMODE(file.stat().st_mode)
+    return permissions
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -311,7 +330,7 @@ def load_stock(
     loader: Any,
     folder: Path,
     *,
-    restored: Restored | None = None,
+    find_stored_elsewhere: FindTensors | None = None,
     new_head: bool = True,
     **options: Any,
 ) -> Any:
@@ -322,8 +341,9 @@ def load_stock(
     Args:
         loader: transformers class, ``timm.create_model`` or function that builds a plain module.
         folder: folder of the checkpoint.
-        restored: function that returns the names of the model's tensors that :mod:`emoe.loader`
-            reads from another file of the folder. All other tensors must be stored.
+        find_stored_elsewhere: function that returns the names of the tensors that
+            :mod:`emoe.loader` reads from another file of the folder. The weights must contain all
+            other tensors of the model. Only for transformers.
         new_head: accept a transformers checkpoint without the weights of the model's head.
         **options: options of the loader. ``ignore_mismatched_sizes`` accepts a head of another
             shape, timm's ``num_classes`` a new head.
@@ -337,21 +357,30 @@ def load_stock(
     check_loadable(folder)
     if is_transformers_class(loader):
         with _one_line_errors(loader, folder):
-            return _load_with_transformers(loader, folder, restored, new_head, options)
+            return _load_with_transformers(loader, folder, find_stored_elsewhere, new_head, options)
 
-    # timm 1.0.20 cannot choose among several safetensors files: we load the weights then
+    # timm 1.0.20 cannot choose among several safetensors files
     has_one_file = len(list(folder.glob("*.safetensors"))) == 1
     if _is_timm(loader) and has_one_file:
-        _check_head(folder, options)
-        with _one_line_errors(loader, folder):
-            model = loader(f"local-dir:{folder}", pretrained=True, **options)
-        if "num_classes" not in options:  # with this option, the caller asks for a new head
-            _check_head_is_stored(model, folder)
-        return model
+        return _load_with_timm(loader, folder, options)
 
     model = build_without_weights(loader, folder, **options)
     stored = read_tensors(folder / WEIGHT_FILES[0])
-    load_state_(model, stored, folder, new_head_names(model, options))
+    may_be_missing = requested_head_names(model, options)
+    load_state_(model, stored, folder, may_be_missing)
+    return model
+
+
+def _load_with_timm(loader: Any, folder: Path, options: Mapping[str, Any]) -> Any:
+    """Load a checkpoint with timm, and check that timm has loaded the stored head.
+
+    The arguments are those of :func:`load_stock`.
+    """
+    _check_head(folder, options)
+    with _one_line_errors(loader, folder):
+        model = loader(f"local-dir:{folder}", pretrained=True, **options)
+    if "num_classes" not in options:  # with this option, the caller asks for a new head
+        _check_head_is_stored(model, folder)
     return model
 
 
@@ -413,24 +442,28 @@ def _check_head(folder: Path, options: Mapping[str, Any]) -> None:
         return
     settings = read_settings(folder)
     num_classes = settings.get("num_classes")
-    pretrained = settings.get("pretrained_cfg")
-    head_name = pretrained.get("classifier") if isinstance(pretrained, dict) else None
+    pretrained_settings = settings.get("pretrained_cfg")
+    head_name = None
+    if isinstance(pretrained_settings, dict):
+        head_name = pretrained_settings.get("classifier")
     # without these entries, or with several heads, there is nothing to compare
     if num_classes is None or not isinstance(head_name, str):
         return
 
-    stored = _rows_of_weight(Weights(folder), head_name)
-    if num_classes != stored:
+    num_stored = _rows_of_weight(Weights(folder), head_name)
+    if num_classes != num_stored:
         path = folder / STOCK_CONFIG_FILE
         raise CheckpointError(
-            f"{path}: num_classes is {num_classes!r:.80}, but the weights have a head of {stored}"
+            f"{path}: num_classes is {num_classes!r:.80}, "
+            f"but the weights have a head of {num_stored}"
         )
 
 
-def new_head_names(model: nn.Module, options: Mapping[str, Any]) -> set[str]:
-    """Return the names of a timm model's tensors that need not be stored: those of a new head.
+def requested_head_names(model: nn.Module, options: Mapping[str, Any]) -> set[str]:
+    """Return the names of the tensors in a new head that a caller of timm asks for.
 
-    They are empty unless ``options`` has ``num_classes``, with which a caller asks for a new head.
+    These tensors need not be stored. A caller asks for a new head with ``num_classes`` in
+    ``options``. Without it, the result is empty.
     """
     if "num_classes" not in options:
         return set()
@@ -485,13 +518,15 @@ def _rows_of_weight(weights: Weights, module: str) -> int:
 
 
 def _load_with_transformers(
-    loader: Any, folder: Path, restored: Restored | None, new_head: bool, options: dict[str, Any]
+    loader: Any,
+    folder: Path,
+    find_stored_elsewhere: FindTensors | None,
+    new_head: bool,
+    options: Mapping[str, Any],
 ) -> Any:
     """Load a checkpoint with transformers, and check that its weights are complete.
 
-    Two kinds of tensors may be missing or have another shape. The function ``restored`` names the
-    first kind. The second kind are tensors of a head that the caller accepts as new. The arguments
-    and the result are those of :func:`load_stock`.
+    The arguments and the result are those of :func:`load_stock`.
     """
     loader_options = {
         "trust_remote_code": False,
@@ -501,57 +536,58 @@ def _load_with_transformers(
         # sizes are checked below, because transformers' error does not name the tensors
         "ignore_mismatched_sizes": True,
     }
-    # transformers would report the tensors of `restored` as missing
-    silence = quiet() if restored else nullcontext()
+    # transformers would report tensors of another file as missing
+    silence = quiet() if find_stored_elsewhere else nullcontext()
     with silence:
         model, info = loader.from_pretrained(str(folder), **loader_options)
 
-    # tensors that another file holds are neither missing nor mismatched
-    restored_names: set[str] = set()
-    if restored:
-        restored_names = restored(model)
-    missing = set(info["missing_keys"]) - restored_names
+    stored_elsewhere: set[str] = set()
+    if find_stored_elsewhere:
+        stored_elsewhere = find_stored_elsewhere(model)
+    missing = set(info["missing_keys"]) - stored_elsewhere
     # transformers lists each name with the two shapes
-    mismatched_names = {name for name, *_shapes in info["mismatched_keys"]}
-    mismatched = mismatched_names - restored_names
+    names_of_other_shape = {name for name, *_shapes in info["mismatched_keys"]}
+    mismatched = names_of_other_shape - stored_elsewhere
 
-    accepted: set[str] = set()
+    # The caller may accept a head that is new, or whose stored tensors have another shape. All
+    # other tensors must be stored in the model's shape.
+    new_head_names: set[str] = set()
     if new_head:
-        # transformers' own warning was silenced above
-        accepted |= _new_head_names(model, missing, folder, warn=restored is not None)
-    # a stored head of another shape, if the caller accepts it
+        new_head_names = _missing_head_names(model, missing, folder)
+    # transformers' own warning was silenced above
+    if find_stored_elsewhere and new_head_names:
+        listed = ", ".join(sorted(new_head_names))
+        logging.getLogger("emoe").warning("%s has no %s: train this new head", folder, listed)
+    reshaped_head_names: set[str] = set()
     if options.get("ignore_mismatched_sizes"):
-        accepted |= _head_names(model, mismatched)
-    _check_complete((missing | mismatched) - accepted, folder)
+        reshaped_head_names = _head_names(model, mismatched)
+    not_loaded = missing | mismatched
+    _check_complete(not_loaded - new_head_names - reshaped_head_names, folder)
 
-    # the folder's tensors: those of the model that are not missing, and those that the model lacks
-    loaded_names = set(model.state_dict()) - missing
-    check_layers(model, loaded_names | set(info["unexpected_keys"]), folder)
+    # the folder has all of the model's tensors that are not missing, and some that the model lacks
+    loaded = set(model.state_dict()) - missing
+    unused = set(info["unexpected_keys"])
+    check_layers(model, loaded | unused, folder)
 
     if options.get("output_loading_info"):
         return model, info
     return model
 
 
-def _new_head_names(model: Any, missing: Iterable[str], folder: Path, *, warn: bool) -> set[str]:
-    """Return the missing tensors of a transformers model that are accepted as those of a new head.
+def _missing_head_names(model: Any, missing: Iterable[str], folder: Path) -> set[str]:
+    """Return the names in ``missing`` that belong to the head of a transformers model.
 
-    They are empty if the folder was written by the model's own class, which has the same head.
+    The result is empty if the model's own class wrote the folder: then its head cannot be missing.
 
     Args:
         model: the loaded model.
         missing: names of the model's tensors that the folder lacks.
         folder: folder of the checkpoint.
-        warn: warn that the head is new.
     """
     # a checkpoint that another class wrote may lack the head, which transformers then initialises
     if writer_of(folder) == type(model).__name__:
         return set()
-    names = _head_names(model, missing)
-    if warn and names:
-        listed = ", ".join(sorted(names))
-        logging.getLogger("emoe").warning("%s has no %s: train this new head", folder, listed)
-    return names
+    return _head_names(model, missing)
 
 
 def _head_names(model: Any, names: Iterable[str]) -> set[str]:
@@ -599,10 +635,11 @@ def _name_in_absent_layer(names: Iterable[str], others: Collection[str]) -> str 
     other_layers: set[str] = set()
     for other in others:
         other_layers.update(_layers_of(other))
-    known = {_without_numbers(other) for other in others}
+    other_patterns = {_without_numbers(other) for other in others}
     for name in sorted(names):
-        has_absent_layer = any(layer not in other_layers for layer in _layers_of(name))
-        if has_absent_layer and _without_numbers(name) in known:
+        absent_layers = set(_layers_of(name)) - other_layers
+        is_in_other_layers = _without_numbers(name) in other_patterns
+        if absent_layers and is_in_other_layers:
             return name
     return None
 
@@ -635,9 +672,12 @@ def load_state_(
     Tensors whose names are in ``may_be_missing`` may be missing or have another shape; they keep
     their values. They are new, or the caller loads them later.
     """
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    fitting = {name: tensor for name, tensor in stored.items() if tensor.shape == shapes.get(name)}
-    missing = shapes.keys() - fitting.keys()
+    state = model.state_dict()
+    fitting = {}
+    for name, tensor in stored.items():
+        if name in state and tensor.shape == state[name].shape:
+            fitting[name] = tensor
+    missing = set(state) - set(fitting)
     _check_complete(missing - set(may_be_missing), folder)
     model.load_state_dict(fitting, strict=False)
 
@@ -727,8 +767,16 @@ def _save_plain_tensors(state: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def check_new(folder: Path) -> None:
-    """Raise :class:`CheckpointError` if a path exists and is not an empty folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """Raise :class:`CheckpointError` if a path exists and is not an empty folder.
+
+    The current folder is refused too, because a shell would stay in the folder that is replaced.
+    """
+    if not folder.exists():
+        return
+    if folder.resolve() == Path.cwd():
+        raise CheckpointError(f"{folder} is the current folder; name a new folder")
+    is_empty_folder = folder.is_dir() and not any(folder.iterdir())
+    if not is_empty_folder:
         raise CheckpointError(f"{folder} exists and is not empty; name a new folder")
 
 
@@ -737,21 +785,23 @@ def new_folder(folder: Path, source: Path) -> Iterator[Path]:
     """Yield a temporary folder to write a model to, and rename it to ``folder`` at the end.
 
     The temporary folder already holds copies of the settings, tokenizer and templates in
-    ``source``. An error leaves ``folder`` as it was. Raises :class:`CheckpointError` if ``folder``
-    exists and is not an empty folder.
+    ``source``. An error leaves ``folder`` as it was. Raises :class:`CheckpointError` if
+    :func:`check_new` refuses ``folder``.
     """
     check_new(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     companions = _find_companions(source)
-    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-        temporary = Path(scratch) / folder.name
+    # a folder cannot replace a link, so the folder that the link names is replaced
+    target = folder.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        temporary = Path(scratch) / target.name
         temporary.mkdir()
         for path in companions:
             copy = temporary / path.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
         yield temporary
-        temporary.replace(folder)
+        temporary.replace(target)
 
 
 def _find_companions(source: Path) -> list[Path]:

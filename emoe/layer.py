@@ -151,14 +151,7 @@ class RoutedActivation(nn.Module):
         return self._traced if torch.compiler.is_compiling() else self._eager
 
     def remove_(self) -> None:
-        """Restore the FFN's own modules and its single output bias (:meth:`folded_output_bias`).
-
-        Raises:
-            ConversionError: the out-projection is quantised.
-        """
-        if not isinstance(self.ffn.proj_out.weight, Tensor):
-            name = f"{self.ffn.name}.{self.ffn.spec.proj_out}"
-            raise ConversionError(f"{name} is quantised: call to_dense_ before quantize_dynamic")
+        """Restore the FFN's own modules and its single output bias (:meth:`folded_output_bias`)."""
         self.restore_projections_()
         for handle in self._handles:
             handle.remove()

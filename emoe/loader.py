@@ -134,12 +134,14 @@ def _names_in_model(model: PreTrainedModel, stored: Iterable[str]) -> list[str]:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     renamings = get_model_conversion_mapping(model)
-    names = []
-    for name in stored:
+    names_in_model = []
+    for stored_name in stored:
+        name = stored_name
+        # each renaming continues with the result of the one before
         for renaming in renamings:
             name, _pattern = renaming.rename_source_key(name)
-        names.append(name)
-    return names
+        names_in_model.append(name)
+    return names_in_model
 
 
 def _refuse_experts(*_args: Any, **_kwargs: Any) -> NoReturn:

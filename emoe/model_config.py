@@ -67,8 +67,7 @@ class Experts:
         """
         if not isinstance(config, Mapping):
             raise ValueError(f"the experts' configuration is {config!r:.80}, not an object")
-        has_layers = isinstance(layers, list) and len(layers) > 0
-        if not has_layers or not all(_is_layer_number(layer) for layer in layers):
+        if not _is_list_of_numbers(layers):
             raise ValueError(f"layers is {layers!r:.80}, not a list of layer numbers")
         numbers = sorted(set(layers))
         return cls(config_from_dict(config), tuple(numbers))
@@ -87,9 +86,14 @@ class Experts:
         }
 
 
-def _is_layer_number(value: object) -> bool:
-    """Check if a value is an integer of at least 0, and not a bool."""
-    return type(value) is int and value >= 0
+def _is_list_of_numbers(value: object) -> bool:
+    """Check if a value is a list of layer numbers that is not empty.
+
+    Layer numbers are integers of at least 0, and not bools.
+    """
+    if not isinstance(value, list) or len(value) == 0:
+        return False
+    return all(type(number) is int and number >= 0 for number in value)
 
 
 def is_ours(quantization_config: Any) -> bool:

@@ -50,13 +50,11 @@ class LayerRecord:
         self._window = window
         self._passes = 0
         self._lock = threading.Lock()  # threads may share the model
-        # counted on the layer's device, so that steps without labels do not wait for an accelerator
-        device = layer.ffn.keys().device
-        self._loads = torch.zeros(self.num_experts, dtype=torch.int64, device=device)
-        self._loads_by_label = self._loads.new_zeros(0, self.num_experts)
-        self._loads_at_window_start = self._loads.clone()
-        self._tokens = self._loads.new_zeros(())
-        self._dropped = self._loads.new_zeros(())
+        self._loads = torch.zeros(self.num_experts, dtype=torch.int64)
+        self._loads_at_window_start = torch.zeros(self.num_experts, dtype=torch.int64)
+        self._loads_by_label = torch.zeros(0, self.num_experts, dtype=torch.int64)
+        self._tokens = torch.zeros((), dtype=torch.int64)
+        self._dropped = torch.zeros((), dtype=torch.int64)
 
     @torch.no_grad()
     def update(self, chosen: Tensor, kept: Tensor) -> None:
@@ -70,6 +68,7 @@ class LayerRecord:
         if is_recomputed():
             return
         with self._lock:
+            self._move_counts_(chosen.device)
             mask = self._token_mask(len(chosen), chosen.device)
             if mask is None:
                 self._tokens += len(chosen)
@@ -84,6 +83,20 @@ class LayerRecord:
             # the window is complete
             if self._window and self._passes % self._window == 0:
                 self._end_window()
+
+    def _move_counts_(self, device: torch.device) -> None:
+        """Move the counts to a device, if they are not there yet.
+
+        Counts on the device of the forward passes do not make an accelerator wait. The first pass
+        shows this device. The weights might not: accelerate keeps offloaded weights on ``meta``.
+        """
+        if self._loads.device == device:
+            return
+        self._loads = self._loads.to(device)
+        self._loads_at_window_start = self._loads_at_window_start.to(device)
+        self._loads_by_label = self._loads_by_label.to(device)
+        self._tokens = self._tokens.to(device)
+        self._dropped = self._dropped.to(device)
 
     def _end_window(self) -> None:
         """Store the loads since the start of the window, and start the next one."""

@@ -448,8 +448,8 @@ class AvgKRouter(Router):
             ConversionError: the configuration has a running gate, which needs the weight itself.
         """
         if self.gate is not None:
-            name = f"{self.ffn.name}.{self.ffn.spec.proj_in}"
-            reason = "has no plain weight, which gate_momentum needs"
+            name = f"{self.ffn.name}.{self.ffn.spec.proj_in}.weight"
+            reason = "is not an ordinary floating-point parameter, which gate_momentum needs"
             way_out = "merge or remove its adapter, or do not quantise it"
             raise ConversionError(f"{name} {reason}: {way_out}")
         scores = means_of_columns(z, self.config.num_experts)
@@ -481,12 +481,16 @@ class AvgKRouter(Router):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.forget_kept_keys_()  # they refer to the old weights
         # a running gate moves with the model but stays in float32
-        gate = self.gate
+        old_gate = self.gate
         super()._apply(fn, recurse)
-        if gate is not None and self.gate is not None:
-            # a gate on the device meta has no values to move
-            values = self.gate if gate.is_meta else gate
-            self.gate = values.to(self.gate.device, torch.float32)
+        moved_gate = self.gate  # perhaps rounded to another dtype
+        if old_gate is None or moved_gate is None:
+            return self
+        if old_gate.is_meta:
+            # it has no values that could be moved again
+            self.gate = moved_gate.to(torch.float32)
+        else:
+            self.gate = old_gate.to(moved_gate.device, torch.float32)
         return self
 
 

@@ -59,7 +59,7 @@ def set_backend_(model: nn.Module, backend: str) -> nn.Module:
     Raises:
         ConfigError: there is no such backend.
         ConversionError: the model is not converted or cannot use the sparse backend (adapters,
-            hooks, weights that are not plain, scores that need every neuron, code between the
+            hooks, quantised or offloaded weights, scores that need every neuron, code between the
             projections). The model is unchanged.
     """
     if backend not in ("masked", "sparse"):
@@ -188,7 +188,10 @@ def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> nn.Module:
     counts = [_read_usage(layer, usage) for layer in layers]
     for layer, count in zip(layers, counts, strict=True):
         router = FixedRouter(layer.ffn, layer.config)
-        router.usage.copy_(count)
+        # the weights of an offloaded FFN are on the device meta, where a tensor has no values
+        device = torch.device("cpu") if router.usage.is_meta else router.usage.device
+        # a copy, so that later changes of the caller's tensor do not change the router
+        router.usage = count.to(device, torch.int64, copy=True)
         layer.router = router
     # the other scores and running gates belong to avg-k
     _configure_(model, layers, router="fixed", score="keys", score_bias=False, gate_momentum=0.0)
@@ -212,7 +215,8 @@ def _read_usage(layer: RoutedActivation, usage: Mapping[int, Tensor]) -> Tensor:
     # missing counts become an empty tensor, which has a wrong shape
     counts = torch.as_tensor(usage.get(number, ()))
     has_right_shape = counts.shape == (config.num_experts,)
-    if not has_right_shape or counts.is_floating_point() or not counts.any():
+    are_counts = has_right_shape and not counts.is_floating_point()
+    if not are_counts or not counts.any():
         example = f"record.layers[{number}].loads"
         wanted = f"{config.num_experts} counts, not all 0, such as {example}"
         raise ConversionError(f"{name}: usage[{number}] must be {wanted}")

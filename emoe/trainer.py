@@ -70,14 +70,14 @@ class TrainerCallback(transformers.TrainerCallback):
         # PEFT saves the adapters without the model
         if hasattr(model, "peft_config"):
             return
-        folder = _checkpoint(args, state)
+        folder = _checkpoint_folder(args, state)
         # one process writes, if Trainer has made a folder for the checkpoint
         is_written_here = args.should_save and folder.is_dir()
         # every process must make this call, because it gathers sharded weights from all of them
         save_order(model, folder, write=is_written_here)
 
 
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     """Return the folder of the checkpoint that is being saved. It may not exist."""
     output = Path(str(args.output_dir))
     name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -103,8 +103,9 @@ def _check_checkpointing(args: TrainingArguments) -> None:
     if not args.activation_checkpointing or not options:
         return
     if options.get("use_reentrant"):
-        way_out = "set activation_checkpointing_kwargs={'use_reentrant': False}"
-        raise ConfigError(f"TrainerCallback: {way_out}")
+        raise ConfigError(
+            "TrainerCallback: set activation_checkpointing_kwargs={'use_reentrant': False}"
+        )
 
 
 def _start_adding(model: nn.Module) -> None:

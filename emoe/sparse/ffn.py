@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -39,10 +39,7 @@ def sparse_ffn(
     Raises:
         RuntimeError: a tensor has a forward-mode derivative, which the operators would lose.
     """
-    differentiated = [x, weights, *blocks.activated, blocks.values]
-    if blocks.up is not None:
-        differentiated += [*blocks.up]
-    if _have_tangents(differentiated):
+    if _have_tangents(x, weights, blocks):
         raise RuntimeError(
             "no forward-mode derivatives of sparse FFNs: call emoe.set_backend_(model, 'masked')"
         )
@@ -51,11 +48,7 @@ def sparse_ffn(
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         x = x.to(dtype)
-        blocks = Blocks(
-            activated=_cast(blocks.activated, dtype),
-            up=None if blocks.up is None else _cast(blocks.up, dtype),
-            values=blocks.values.to(dtype),
-        )
+        blocks = _cast(blocks, dtype)
 
     with torch.autocast(device_type, enabled=False):
         pairs = list_pairs(mask, x, experts_per_token)
@@ -74,20 +67,35 @@ def sparse_ffn(
         return scatter_mm(hidden, blocks.values, pairs)
 
 
-def _cast(blocks: InBlocks, dtype: torch.dtype) -> InBlocks:
-    """Cast the weight and the bias, if there is one, of an in-projection."""
+def _cast(blocks: Blocks, dtype: torch.dtype) -> Blocks:
+    """Cast all weights and biases of an FFN."""
+    up = blocks.up
+    if up is not None:
+        up = _cast_projection(up, dtype)
+    return Blocks(
+        activated=_cast_projection(blocks.activated, dtype),
+        up=up,
+        values=blocks.values.to(dtype),
+    )
+
+
+def _cast_projection(blocks: InBlocks, dtype: torch.dtype) -> InBlocks:
+    """Cast the weight and the bias, if there is one, of an in-projection or up-projection."""
     bias = blocks.bias
     if bias is not None:
         bias = bias.to(dtype)
     return InBlocks(weight=blocks.weight.to(dtype), bias=bias)
 
 
-def _have_tangents(tensors: Iterable[Tensor | None]) -> bool:
-    """Check if one of some tensors has a tangent, which stands for a forward-mode derivative."""
-    # while it is compiled, a tensor does not tell
+def _have_tangents(x: Tensor, weights: Tensor | None, blocks: Blocks) -> bool:
+    """Check if an argument of :func:`sparse_ffn` has a tangent, its forward-mode derivative."""
+    # compiled code cannot read the tangent of a tensor
     if torch.compiler.is_compiling():
         from emoe.sparse import constants
 
         return bool(constants.is_in_forward_mode())
+    tensors = [x, weights, blocks.activated.weight, blocks.activated.bias, blocks.values]
+    if blocks.up is not None:
+        tensors += [blocks.up.weight, blocks.up.bias]
     given = [tensor for tensor in tensors if tensor is not None]
     return any(unpack_dual(tensor).tangent is not None for tensor in given)

@@ -63,7 +63,7 @@ def list_pairs(mask: Tensor, num_chunks: int) -> Pairs:
         num_chunks: number of chunks of tokens (:func:`number_of_chunks`).
     """
     num_tokens, num_experts = mask.shape
-    chunk_size = _divide_up(num_tokens, num_chunks)
+    chunk_size = _ceil_divide(num_tokens, num_chunks)
     # append tokens that choose no expert, so that all chunks have the same size
     num_missing = chunk_size * num_chunks - num_tokens
     padded = F.pad(mask, (0, 0, 0, num_missing))
@@ -88,14 +88,15 @@ def number_of_chunks(x: Tensor) -> int:
     if not _takes_compiled(x):
         return 1
     threads = num_threads()
-    chunks_per_thread = _divide_up(x.shape[0], threads * _TOKENS_PER_CHUNK)
+    chunks_per_thread = _ceil_divide(x.shape[0], threads * _TOKENS_PER_CHUNK)
+    # a thread has a chunk even if there are no tokens
     return threads * max(1, chunks_per_thread)
 
 
-def _divide_up(number: int, divisor: int) -> int:
-    """Divide, and round up."""
-    # `//` rounds down; changing the sign before and after it makes it round up
-    return -(-number // divisor)
+def _ceil_divide(number: int, divisor: int) -> int:
+    """Divide a number of at least 0, and round up."""
+    # `//` rounds down; with this addition, any remainder raises the result by 1
+    return (number + divisor - 1) // divisor
 
 
 def gather_mm(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs) -> Tensor:
@@ -241,14 +242,17 @@ def pad_neurons(x: Tensor) -> Tensor:
     Args:
         x: weights ``[N, s, h]``, or a row for each pair ``[P, s]``.
     """
-    elements_per_unit = _ALIGNMENT // x.element_size()
-    # the distance to the next multiple
-    missing = -x.shape[1] % elements_per_unit
-    if missing == 0:
+    num_neurons = x.shape[1]
+    # this number of elements has 16 bytes
+    multiple = _ALIGNMENT // x.element_size()
+    num_padded = _ceil_divide(num_neurons, multiple) * multiple
+    num_missing = num_padded - num_neurons
+    if num_missing == 0:
         return x.contiguous()
-    # F.pad takes two numbers for each dimension, starting with the last dimension
-    later_dimensions = [0, 0] * (x.dim() - 2)
-    return F.pad(x, (*later_dimensions, 0, missing)).contiguous()
+    # F.pad takes the elements to add before and after, for each dimension from the last one on
+    if x.dim() == 2:
+        return F.pad(x, (0, num_missing)).contiguous()
+    return F.pad(x, (0, 0, 0, num_missing)).contiguous()
 
 
 class _Block(NamedTuple):

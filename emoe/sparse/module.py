@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from emoe.architectures import FFN, bias_of, has_float_matrix, is_local_tensor
+from emoe.architectures import FFN, FFNSpec, bias_of, has_float_matrix, is_local_tensor
 from emoe.compiled.build import kernels_for
 from emoe.config import LINEAR_SCORES
 from emoe.errors import ConversionError
@@ -98,8 +98,10 @@ class SparseFFN(_Replacement):
     def __init__(self, layer: RoutedActivation) -> None:
         super().__init__(layer.ffn.proj_out)
         self._layer = (layer,)  # in a tuple, so that it does not become a child module
-        between = [module for _, module in layer.ffn.between()]
-        self._dropouts = [module for module in between if isinstance(module, nn.Dropout)]
+        self._dropouts: list[nn.Dropout] = []
+        for _, module in layer.ffn.between():
+            if isinstance(module, nn.Dropout):
+                self._dropouts.append(module)
         self._layout: Layout | None = None
         self.serves = False
         self.always = False
@@ -119,31 +121,33 @@ class SparseFFN(_Replacement):
         return self._compute(x)
 
     def _compute(self, x: Tensor) -> Tensor:
-        """Compute the FFN's output: with the layout for serving, masked, or sparse."""
+        """Compute the FFN's output in one of three ways, and name the way in ``last_path``.
+
+        The ways are: few tokens with the layout for serving, all neurons with a mask, or the chosen
+        experts only.
+        """
         rows = x.reshape(-1, x.shape[-1])  # [T, h]
         layout = self._current_layout(rows)
-        reason = None
-        if layout is None:
-            reason = self._reason_for_mask(rows)
-        if reason is not None:
-            self.last_path = f"masked: {reason}"
-            return self._compute_masked(x)  # which also adds the biases
-
         if layout is not None:
             self.last_path = "sparse, with the layout of for_inference_"
-            y, weights = self._serve(rows, layout)
+            y = self._compute_few(rows, layout)
         else:
+            reason = self._reason_for_all_neurons(rows)
+            if reason is not None:
+                self.last_path = f"masked: {reason}"
+                return self._compute_masked(x)
             self.last_path = "sparse"
-            y, weights = self._compute_sparse(rows)
-        y = self._add_biases(y, weights)
+            y = self._compute_sparse(rows)
+        # [T, h] becomes [..., h]
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _add_biases(self, y: Tensor, weights: Tensor | None) -> Tensor:
-        """Add the output biases to sparse outputs. The masked path has added them already.
+        """Add the output biases to the sum of the chosen experts' outputs.
 
         Args:
-            y: outputs ``[T, h]``.
-            weights: expert weights ``[T, N]``, which only biases of the experts need.
+            y: sums ``[T, h]``.
+            weights: expert weights ``[T, N]``. They may be None if the experts have no output
+                biases of their own.
         """
         bias = bias_of(self)
         if bias is not None:
@@ -194,11 +198,15 @@ class SparseFFN(_Replacement):
         if self._rounds_scores(rows.dtype):
             return None
         layout = self._layout  # another thread may replace it
-        if layout is None or not layout.is_current():
-            layer = self._layer[0]
-            layout = Layout(layer, kernels) if can_serve(layer) else None
-            self._layout = layout
-        return layout
+        if layout is not None and layout.is_current():
+            return layout
+        # there is no layout yet, or the weights have changed
+        layer = self._layer[0]
+        new_layout = None
+        if can_serve(layer):
+            new_layout = Layout(layer, kernels)
+        self._layout = new_layout
+        return new_layout
 
     def _rounds_scores(self, dtype: torch.dtype) -> bool:
         """Check if the masked products would round the neurons that the score averages.
@@ -208,46 +216,42 @@ class SparseFFN(_Replacement):
         averages_neurons = self._layer[0].config.score in ("gate", "up")
         return averages_neurons and dtype in (torch.bfloat16, torch.float16)
 
-    def _serve(self, rows: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
-        """Compute the FFN of few tokens with a layout's kernels.
-
-        Returns:
-            Outputs ``[T, h]``, and the expert weights ``[T, N]``. The weights may be None if all
-            chosen experts have weight 1.
-        """
+    def _compute_few(self, rows: Tensor, layout: Layout) -> Tensor:
+        """Compute the FFN ``[T, h]`` for a few tokens ``[T, h]``, with the kernels of a layout."""
         layer = self._layer[0]
+        # This choice needs no weights: it is only made if all chosen experts have weight 1 and
+        # share one output bias. Otherwise it is None.
         mask = layer.choose_mask_quickly(rows)
-        weights: Tensor | None = None  # the quick choice gives no weights
-        # the layer cannot choose quickly
+        weights = None
         if mask is None:
-            mask, weights = layer.route(layer.linear_scores(rows))
-        per_expert = None if layer.config.weighting == "binary" else weights
-        outputs = layout.compute(rows, mask, per_expert)
-        return outputs.to(rows.dtype), weights
+            scores = layer.linear_scores(rows)
+            mask, weights = layer.route(scores)
+        # with binary weighting, all chosen experts have weight 1
+        factors = None if layer.config.weighting == "binary" else weights
+        sums = layout.compute(rows, mask, factors)
+        return self._add_biases(sums.to(rows.dtype), weights)
 
-    def _compute_sparse(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the FFN with the products of the chosen experts.
-
-        Returns:
-            Outputs ``[T, h]``, and the expert weights ``[T, N]``.
-        """
+    def _compute_sparse(self, rows: Tensor) -> Tensor:
+        """Compute the FFN ``[T, h]`` for tokens ``[T, h]``, with products of the chosen experts."""
         # imported here, because the import of torch's operators takes a second
         from emoe.sparse.ffn import sparse_ffn
 
         layer = self._layer[0]
         _check_local_weights(layer.ffn)
-        mask, weights = layer.route(layer.linear_scores(rows))
+        scores = layer.linear_scores(rows)
+        mask, weights = layer.route(scores)
+        # with binary weighting, all chosen experts have weight 1
+        factors = None if layer.config.weighting == "binary" else weights
         blocks = layer.ffn.blocks(layer.config.num_experts)
-        per_expert = None if layer.config.weighting == "binary" else weights
-        outputs = sparse_ffn(
+        sums = sparse_ffn(
             rows,
             blocks,
             layer.activation,
             mask,
-            per_expert,
+            factors,
             layer.config.num_active_experts,
         )
-        return outputs, weights
+        return self._add_biases(sums, weights)
 
     def _pays_off(self, rows: Tensor) -> bool:
         """Check if the sparse products of inputs ``[T, h]`` should be faster, or are required."""
@@ -259,42 +263,53 @@ class SparseFFN(_Replacement):
         expert_size = layer.ffn.d // config.num_experts
         return pays_off(rows, expert_size, active)
 
-    def _reason_for_mask(self, rows: Tensor) -> str | None:
-        """Return why this forward pass computes all neurons and masks them.
+    def _reason_for_all_neurons(self, rows: Tensor) -> str | None:
+        """Return why a pass of inputs ``[T, h]`` computes all neurons and masks them.
 
         None if it computes only the chosen experts.
         """
-        layer = self._layer[0]
-        config = layer.config
         if torch.jit.is_tracing():  # type: ignore[attr-defined]
             return "exported or traced"
         if torch.compiler.is_compiling():
-            reason = self._reason_for_mask_in_compiled_code(rows)
+            reason = self._reason_in_compiled_code(rows)
             if reason is not None:
                 return reason
-        drops_neurons = config.expert_dropout > 0 or any(module.p > 0 for module in self._dropouts)
-        if self.training and drops_neurons:
+        if self.training and self._drops_neurons():
             return "dropout is active"
         dtype = dtype_of_products(rows)
         if self._rounds_scores(dtype):
             return f"{dtype} would round the neurons that the score averages"
-        if self._pays_off(rows):
-            return None
+        if not self._pays_off(rows):
+            return self._reason_without_gain(rows)
+        return None
+
+    def _drops_neurons(self) -> bool:
+        """Check if the FFN has a dropout with a probability above 0, which works in training."""
+        if self._layer[0].config.expert_dropout > 0:
+            return True
+        return any(module.p > 0 for module in self._dropouts)
+
+    def _reason_without_gain(self, rows: Tensor) -> str:
+        """Return why the sparse products of inputs ``[T, h]`` would not be faster, or not exist."""
         if torch.compiler.is_compiling():
             # without the number of tokens, which would make compiled code special for this number
             return "no gain is expected for so few tokens or so small experts"
-        if rows.device.type != "cpu":
+        device_type = rows.device.type
+        dtype = dtype_of_products(rows)
+        if device_type != "cpu":
             width = rows.shape[-1]
             return (
                 f"PyTorch has no grouped product for {dtype} and a width of {width} on "
-                f"{rows.device.type}"
+                f"{device_type}"
             )
+        layer = self._layer[0]
+        config = layer.config
         size = layer.ffn.d // config.num_experts
         active = f"{config.num_active_experts} of {config.num_experts}"
         experts = f"{active} experts of {size} neurons, {dtype}"
         return f"no gain is expected for {len(rows)} tokens ({experts})"
 
-    def _reason_for_mask_in_compiled_code(self, rows: Tensor) -> str | None:
+    def _reason_in_compiled_code(self, rows: Tensor) -> str | None:
         """Return why compiled or exported code computes all neurons; None if there is no reason."""
         from emoe.sparse import constants
 
@@ -313,15 +328,17 @@ class SparseFFN(_Replacement):
         layer = self._layer[0]
         ffn = layer.ffn
         projected = layer.replaced[ffn.spec.proj_in](x)
-        # `z` is activated; `up`, which only gated FFNs have, multiplies the result
-        z = projected
-        up = None
-        if ffn.spec.proj_up:
-            up = layer.replaced[ffn.spec.proj_up](x)
-        if ffn.spec.fused:
+        # `z` is activated, and `up` multiplies the result. Only gated FFNs have `up`.
+        if ffn.spec.fused is not None:
             halves = ffn.split_fused(projected, dim=-1)
             z = halves.activated
             up = halves.up
+        elif ffn.spec.proj_up:
+            z = projected
+            up = layer.replaced[ffn.spec.proj_up](x)
+        else:
+            z = projected
+            up = None
         hidden = layer.activate(z)
         if up is not None:
             hidden = hidden * up
@@ -355,21 +372,36 @@ class SparseFFN(_Replacement):
 def install_(layer: RoutedActivation) -> None:
     """Install the sparse backend in a routed FFN: replace the projections and the dropouts."""
     ffn = layer.ffn
-    spec = ffn.spec
-    layer.replaced = dict([*ffn.projections(), *ffn.between()])
-    replacements: dict[str, nn.Module] = {path: nn.Identity() for path in spec.between}
-    replacements[spec.proj_out] = SparseFFN(layer)
-    # The FFN's input must reach the out-projection unchanged. The code of a gated FFN multiplies it
-    # by the output of the up-projection, so the replacement returns 1. A fused in-projection
-    # returns both: PassThrough names the half with the input as the spec names the activated half.
+    # first, because it reads the modules that are replaced below
+    sparse = SparseFFN(layer)
     for path, module in ffn.in_projections():
-        if path == spec.proj_up:
-            replacements[path] = PassThrough(module, "one")
-        else:
-            replacements[path] = PassThrough(module, spec.fused or "input")
-    for path, module in replacements.items():
-        is_training = layer.replaced[path].training
-        ffn.replace(path, module.train(is_training))
+        pass_through = PassThrough(module, _output_to_pass(ffn.spec, path))
+        _replace_(layer, path, pass_through)
+    _replace_(layer, ffn.spec.proj_out, sparse)
+    for path, _ in ffn.between():
+        _replace_(layer, path, nn.Identity())
+
+
+def _output_to_pass(spec: FFNSpec, path: str) -> str:
+    """Choose the ``output`` of the :class:`PassThrough` that replaces the in-projection at a path.
+
+    The FFN's input must reach the out-projection unchanged.
+    """
+    # a gated FFN's code multiplies the input by this output
+    if path == spec.proj_up:
+        return "one"
+    # the activated half of a fused in-projection is the input, and the other half is 1
+    if spec.fused is not None:
+        return spec.fused
+    return "input"
+
+
+def _replace_(layer: RoutedActivation, path: str, replacement: nn.Module) -> None:
+    """Put a module at a path of a routed FFN, and keep the old one in ``layer.replaced``."""
+    old = layer.ffn.module(path)
+    layer.replaced[path] = old
+    replacement.train(old.training)
+    layer.ffn.replace(path, replacement)
 
 
 def check_supported(layer: RoutedActivation) -> None:
@@ -427,25 +459,34 @@ def reject_hooks(layer: RoutedActivation, error: type[Exception] = RuntimeError)
         layer: routed FFN, with either backend.
         error: class of the error.
     """
-    ffn = layer.ffn
-    spec = ffn.spec
-    # the number of this library's own hooks by path; all of them are forward or forward pre-hooks
-    num_own_hooks = {spec.activation: layer.num_own_hooks}
-    if not layer.replaced:
-        # the masked backend reads the FFN's input and adds the experts' output biases in hooks
-        num_own_hooks[spec.proj_in] = 1
-        num_own_hooks[spec.proj_out] = int(layer.output_bias is not None)
     for path, module in _modules_of(layer):
         tables = _hook_tables(module)
         num_forward_hooks = len(tables.forward) + len(tables.forward_pre)
-        has_foreign_forward_hook = num_forward_hooks > num_own_hooks.get(path, 0)
+        num_backward_hooks = len(tables.backward) + len(tables.backward_pre)
+        has_foreign_forward_hook = num_forward_hooks > _num_own_forward_hooks(layer, path)
         # this library registers no backward hooks
-        has_backward_hook = bool(tables.backward or tables.backward_pre)
-        if has_foreign_forward_hook or has_backward_hook:
+        if has_foreign_forward_hook or num_backward_hooks > 0:
             raise error(
-                f"{ffn.name}.{path} has a hook, which cannot see the neurons of a sparse FFN: "
-                f"remove it, or {_WAY_OUT}"
+                f"{layer.ffn.name}.{path} has a hook, which cannot see the neurons of a sparse "
+                f"FFN: remove it, or {_WAY_OUT}"
             )
+
+
+def _num_own_forward_hooks(layer: RoutedActivation, path: str) -> int:
+    """Count the forward hooks and pre-hooks of this library on the module at a path of an FFN."""
+    spec = layer.ffn.spec
+    if path == spec.activation:
+        return layer.num_own_hooks
+    # the sparse backend's modules pass the tensors to each other without hooks
+    if layer.backend == "sparse":
+        return 0
+    # this hook reads the FFN's input
+    if path == spec.proj_in:
+        return 1
+    # this hook adds the experts' output biases
+    if path == spec.proj_out and layer.output_bias is not None:
+        return 1
+    return 0
 
 
 def _modules_of(layer: RoutedActivation) -> list[tuple[str, nn.Module]]:

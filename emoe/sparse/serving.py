@@ -40,7 +40,9 @@ class Layout:
         self._kernels = kernels
         blocks = layer.ffn.blocks(layer.config.num_experts)
         self._activated = _contiguous(blocks.activated)
-        self._up = None if blocks.up is None else _contiguous(blocks.up)
+        self._up: InBlocks | None = None
+        if blocks.up is not None:
+            self._up = _contiguous(blocks.up)
         self._values = blocks.values.detach().contiguous()
 
         # to detect later changes of the weights

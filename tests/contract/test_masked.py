@@ -122,6 +122,43 @@ def test_offloaded_weights_give_the_same(name: str, settings: Settings, tmp_path
             torch.testing.assert_close(tiny_models.output(network, values), expected)
 
 
+@torch.no_grad()
+def test_offloaded_ffns_are_recorded_and_get_fixed_experts() -> None:
+    values = tiny_models.inputs("bert")
+    network, offloaded = model("bert"), model("bert")
+    accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    with emoe.record_routing(network, window=1) as expected:
+        tiny_models.output(network, values)
+    with emoe.record_routing(offloaded, window=1) as record:
+        tiny_models.output(offloaded, values)
+    assert record.summary() == expected.summary()
+    usage = {number: layer.loads for number, layer in expected.layers.items()}
+    for number, loads in usage.items():
+        assert torch.equal(record.layers[number].loads, loads)
+        assert torch.equal(record.layers[number].windows[0], loads)
+
+    emoe.fix_experts_(network, usage)
+    emoe.fix_experts_(offloaded, usage)
+    with_fixed_experts = tiny_models.output(network, values)
+    torch.testing.assert_close(tiny_models.output(offloaded, values), with_fixed_experts)
+
+
+@torch.no_grad()
+def test_offloaded_output_biases_are_not_folded() -> None:
+    values = tiny_models.inputs("bert")
+    network = model("bert", **SETTINGS["output biases"])
+    accelerate.cpu_offload(network, execution_device=torch.device("cpu"))
+    with pytest.raises(emoe.ConversionError, match=r"output\.dense.*remove_hook_from_submodules"):
+        emoe.to_dense_(network)
+
+    accelerate.hooks.remove_hook_from_submodules(network)
+    expected = emoe.to_dense_(model("bert", **SETTINGS["output biases"]))
+    actual = emoe.to_dense_(network)
+    torch.testing.assert_close(
+        tiny_models.output(actual, values), tiny_models.output(expected, values)
+    )
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(16,), (0, 16), (2, 3, 4, 16)])
 @pytest.mark.parametrize("settings", SETTINGS)

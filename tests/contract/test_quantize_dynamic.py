@@ -44,8 +44,23 @@ def test_tokens_use_the_experts_of_the_float_model(settings: Settings, backend: 
 
 def test_what_quantised_weights_cannot_do_is_refused() -> None:
     momentum, plain = converted.net(gate_momentum=0.5), converted.net()
-    with pytest.raises(emoe.ConversionError, match=r"layers\.0\.inner has no plain weight"):
+    message = r"layers\.0\.inner\.weight is not an ordinary floating-point parameter"
+    with pytest.raises(emoe.ConversionError, match=message):
         quantize_dynamic(momentum)(converted.inputs())
     for call in (emoe.to_dense_, lambda model: emoe.set_backend_(model, "sparse")):
         with pytest.raises(emoe.ConversionError, match="quantised"):
             call(quantize_dynamic(plain))
+
+
+def test_one_quantised_projection_leaves_all_experts_in_the_model() -> None:
+    network = converted.model("TransformerEncoder")
+    last = network.layers[-1]
+    last.linear2 = quantize_dynamic(nn.Sequential(last.linear2))[0]
+    with emoe.record_routing(network) as before:
+        pass
+    with pytest.raises(emoe.ConversionError, match=r"linear2 is quantised"):
+        emoe.to_dense_(network)
+    with emoe.record_routing(network) as after:
+        pass
+    assert len(before.layers) > 1
+    assert after.layers.keys() == before.layers.keys()

@@ -124,6 +124,28 @@ def test_wrong_settings_and_folders_are_named(bert: Path, tmp_path: Path) -> Non
     assert "is not empty" in call("convert", bert, "--output", bert, *SIZE, fails=True)
 
 
+def test_the_current_folder_is_refused_before_the_model_is_converted(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    text = call("convert", bert, "--output", ".", *SIZE, fails=True)
+    assert text == "error: . is the current folder; name a new folder\n"
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_the_new_folder_may_be_a_link(exists: bool, bert: Path, tmp_path: Path) -> None:
+    real = tmp_path / "real"
+    if exists:
+        real.mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(real)
+    call("convert", bert, "--output", link, *SIZE)
+    assert link.is_symlink()
+    assert routed_layers(loaded(real))
+
+
 def unsafe_shard(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
     index = {"metadata": {}, "weight_map": {"a": "../outside.safetensors"}}

@@ -85,7 +85,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     ),
     "quantised": (
         lambda bert: setattr(bert.up, "weight", INT8),
-        r"dense has no plain weight: convert before",
+        r"dense\.weight is not an ordinary floating-point parameter: convert before",
     ),
     "activation": (
         lambda bert: setattr(bert.layer.intermediate, ACT, nn.PReLU()),
@@ -98,7 +98,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     ),
     "adapter": (
         lambda bert: get_peft_model(bert.model, LORA),
-        r"intermediate\.dense has no plain weight",
+        r"intermediate\.dense\.weight is not an ordinary floating-point parameter",
     ),
     "converted": (lambda bert: emoe.convert_(bert.model, CONFIG), "already"),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,36 @@ def test_a_checkpoint_loads_in_another_precision(tmp_path: Path) -> None:
     model = load(tmp_path, dtype=torch.bfloat16)
     assert next(model.parameters()).dtype == torch.bfloat16
     assert len(routed_layers(model)) == 2
+
+
+def permissions(path: Path) -> int:
+    """Return the permissions of a file, or of the file that a link names."""
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_new_files_have_ordinary_permissions_and_older_files_keep_theirs(tmp_path: Path) -> None:
+    model = bert(METHODS["emoe"])
+    folder = tmp_path / "model"
+    emoe.save_pretrained(model, folder)
+    ordinary = tmp_path / "ordinary"
+    ordinary.touch()
+    weights = folder / "model.safetensors"
+    partition = folder / "emoe_partition.safetensors"
+    for file in (weights, partition):
+        assert permissions(file) == permissions(ordinary)
+
+    others = folder / "adapter_model.safetensors"
+    others.touch()
+    elsewhere = tmp_path / "blob"
+    elsewhere.touch()
+    (folder / "linked.safetensors").symlink_to(elsewhere)
+    (folder / "broken.safetensors").symlink_to(tmp_path / "missing")
+    private = (weights, partition, others, elsewhere)
+    for file in private:
+        file.chmod(0o600)
+    emoe.save_pretrained(model, folder)
+    for file in private:
+        assert permissions(file) == 0o600, file
 
 
 @pytest.fixture
