@@ -12,6 +12,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,64 +47,82 @@ class UnreadableError(Exception):
 def main(root: Path, names: list[str]) -> None:
     """Convert the data sets below a data root to JSON lines.
 
-    A file that cannot be read does not stop the conversion of the others.
+    A file that cannot be read or written does not stop the conversion of the others.
 
     Args:
         root: The data root.
         names: The names of tasks in ``tasks.yaml``; all of them if empty.
 
     Raises:
-        SystemExit: A name is wrong, or no file has a known layout. Or files could not be read; the
-            message has a line for each.
+        SystemExit: A name is wrong, or no file has a known layout. Or files could not be read or
+            written; the message has a line for each.
     """
     tasks = yaml.safe_load(TASKS.read_text(encoding="utf-8"))["tasks"]
-    unknown = set(names) - set(tasks)
-    if unknown:
-        raise SystemExit(f"{TASKS} has no task '{unknown.pop()}'; choose from {', '.join(tasks)}")
-    outputs: dict[Path, list[Row]] = {}
-    problems: dict[Path, str] = {}  # by output file
+    for name in names:
+        if name not in tasks:
+            raise SystemExit(f"{TASKS} has no task '{name}'; choose from {', '.join(tasks)}")
+
+    rows_of_output: dict[Path, list[Row]] = {}
+    problems: dict[Path, str] = {}  # the message for each output that cannot be made
     for name in names or tasks:
-        read_task(root, name, tasks[name], outputs, problems)
-    for output, rows in outputs.items():
+        task = tasks[name]
+        for raw in find_raw_files(root, name, task):
+            try:
+                rows = read_file(raw.file, raw.split, raw.layout, task)
+            except UnreadableError as error:
+                problems[raw.output] = str(error)
+                continue
+            # SICK is the set of two tasks, each with its own label
+            if raw.output in rows_of_output:
+                rows = joined(rows_of_output[raw.output], rows)
+            rows_of_output[raw.output] = rows
+
+    for output, rows in rows_of_output.items():
         # without the label of one task, SICK's file would look complete
-        if output not in problems:
+        if output in problems:
+            continue
+        try:
             write(output, rows)
+        except OSError as error:
+            problems[output] = f"{output} cannot be written: {error.strerror}"
     if problems:
         raise SystemExit("\n".join(problems.values()))
-    if not outputs:
+    if not rows_of_output:
         raise SystemExit(f"{root} holds no file in a layout of {TASKS}")
 
 
-def read_task(
-    root: Path,
-    name: str,
-    task: Section,
-    outputs: dict[Path, list[Row]],
-    problems: dict[Path, str],
-) -> None:
-    """Read the raw files of a task.
+@dataclass(frozen=True)
+class RawFile:
+    """A file of a task in its makers' layout.
+
+    Attributes:
+        file: The path of the file, or of a folder with the files of all rows.
+        split: The name of the split that is read from it.
+        layout: One of the task's ``raw_formats``.
+        output: The JSON lines to write.
+    """
+
+    file: Path
+    split: str
+    layout: Section
+    output: Path
+
+
+def find_raw_files(root: Path, name: str, task: Section) -> Iterator[RawFile]:
+    """Yield the raw file of each split of a task that is below a data root.
 
     Args:
         root: The data root.
         name: The name of the task.
         task: The entry of the task in ``tasks.yaml``.
-        outputs: The rows of each output file; gets those of the task.
-        problems: The message for each output file whose raw file cannot be read; gets new ones.
     """
-    # the two folders are often the same one
-    for folder in {root / task["source"].get("folder", name), root / name}:
+    folders = [root / task["source"].get("folder", name)]
+    if root / name not in folders:
+        folders.append(root / name)
+    for folder in folders:
         for split, layout in found_layouts(folder, task):
-            output = folder / f"{split}.jsonl"
-            try:
-                rows = read_file(folder / layout["files"][split], split, layout, task)
-            except UnreadableError as error:
-                problems[output] = str(error)
-                continue
-            # SICK is the set of two tasks, each with its own label
-            if output in outputs:
-                outputs[output] = joined(outputs[output], rows)
-            else:
-                outputs[output] = rows
+            file = folder / layout["files"][split]
+            yield RawFile(file, split, layout, output=folder / f"{split}.jsonl")
 
 
 def joined(first_rows: list[Row], second_rows: list[Row]) -> list[Row]:
@@ -172,11 +191,13 @@ def yield_rows(file: Path, split: str, layout: Section, task: Section) -> Iterat
     label = task.get("label", "label")
     # the column of the label has the label's name, unless the layout names another
     columns = {label: label, **layout["columns"]}
-    where = layout.get("where")
     label_names = layout.get("label_names", {})
+    # labels of rows without a class stay as they are
     unlabelled = {None, ""}
     for value in task.get("unlabelled", []):
         unlabelled.add(str(value))
+
+    where = layout.get("where")
     read_rows = READERS[layout.get("format", "tsv")]
     for number, cells in read_rows(file, layout, label):
         if number == 1:
@@ -184,6 +205,7 @@ def yield_rows(file: Path, split: str, layout: Section, task: Section) -> Iterat
         # several splits may be in one file, with a column that names the split
         if where and cells[where["column"]] != where["values"][split]:
             continue
+
         row = {name: cells.get(column) for name, column in columns.items()}
         given_label = row[label]
         if label_names and given_label not in unlabelled:
@@ -248,8 +270,10 @@ def _read_table(
                 raise UnreadableError(
                     f"{file}, row {number} has {len(cells)} cells, and the first line {len(header)}"
                 )
-            columns: Sequence[Any] = header or range(len(cells))
-            # None for the last cells of a row that ends early
+            columns: Sequence[Any] = header
+            if not header:
+                columns = range(len(cells))
+            # a row that ends early has None in the last columns
             row: Row = dict.fromkeys(columns)
             row.update(zip(columns, cells, strict=False))
             yield number, row

@@ -173,6 +173,16 @@ def test_one_wrong_file_does_not_stop_the_others(root: Path) -> None:
     ]
 
 
+def test_a_file_that_cannot_be_written_does_not_stop_the_others(root: Path) -> None:
+    folder = write_own(root, "hans", raw=True)
+    (folder / "validation.tmp").mkdir()  # in the way of the temporary file
+    write_own(root, "yelp_polarity", raw=True)
+    with pytest.raises(SystemExit) as error:
+        convert(root, ["hans", "yelp_polarity"])
+    assert error.value.code == f"{folder / 'validation.jsonl'} cannot be written: Is a directory"
+    assert load_whole_part(task("yelp_polarity"), "test").labels == MEANING["yelp_polarity"][0]
+
+
 def test_sick_is_written_with_both_labels_or_not_at_all(root: Path) -> None:
     """A misspelt column is a header that is refused, and no row of a copy without header."""
     folder = root / TASKS["sick_entailment"]["source"]["folder"]
@@ -182,3 +192,10 @@ def test_sick_is_written_with_both_labels_or_not_at_all(root: Path) -> None:
     with pytest.raises(SystemExit, match="no column 'entailment_judgment'; it has"):
         convert(root, [])
     assert not (folder / "test.jsonl").exists()
+
+
+def test_of_several_unknown_names_the_first_is_named(root: Path) -> None:
+    # in a set of names, another one would come first in some processes
+    unknown = [f"unknown_{number}" for number in range(30)]
+    with pytest.raises(SystemExit, match="has no task 'unknown_0'; choose from "):
+        convert(root, ["hans", *unknown])
