@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,12 @@ from benchmarks.harness.report.common import (
 from benchmarks.harness.report.presentation import Figure
 from benchmarks.harness.report.style import MethodStyle
 from benchmarks.harness.report.table import MISSING, Column, Table
-from benchmarks.harness.results.statistics import paired_differences, shared_pairs, with_verdicts
+from benchmarks.harness.results.statistics import (
+    Difference,
+    paired_differences,
+    shared_pairs,
+    with_verdicts,
+)
 from benchmarks.text.definition import ABLATION_COLUMNS, ID, OOD, PUBLISHED, Ablation
 from benchmarks.text.outcomes import ARROW, DOMAIN_TITLES, TextOutcomes, shown_deviation, split_name
 
@@ -54,7 +59,8 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
         A frame with these columns:
 
         - the five keys and their titles
-        - ``mean``, ``std`` and ``n`` over seeds, and ``active_neurons``
+        - ``mean`` and ``std`` over the ``n`` seeds that all compared rows have, and
+          ``active_neurons``; without such seeds, ``n`` is 0 and there is no mean
         - ``delta``, ``low``, ``high``, ``p``, ``p_holm`` and ``verdict``: the paired difference to
           the baseline, or to the row above if the ablation has ``steps``, over ``pairs`` seeds
         - ``paper``, ``paper_delta``, ``status`` and ``source``: the paper's numbers
@@ -63,58 +69,62 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     """
     # `ablated` has a row for every setting of a method; `outcomes` has only the best setting
     ablated = outcomes.ablated
-    names = _row_names(ablation, ablated.methods)
-    ablated_names = [name for name in names if _is_ablated(ablated, name)]
-    seeds = _compared_seeds(ablated, names, ablated_names)
-    # the means of a group are over the seeds that all its rows have
-    shared = shared_pairs(seeds, within=_KEYS_OF_GROUP, compared=["method"], pair="seed")
-
+    seeds = _compared_seeds(ablated, ablation)
+    summaries = _summarise(seeds)
     # compare each row with the row above, or all rows with the baseline
     if ablation.steps:
-        differences = _differences_to_row_above(names, seeds)
+        differences = _differences_to_row_above(ablation, seeds)
     else:
         differences = _differences_to(ablated.baseline, seeds)
-    summaries = _summarise(shared).merge(differences, on=_KEYS_OF_ROW, how="left")
-    tested = with_verdicts(summaries, family=_KEYS_OF_GROUP)
+    # the left join keeps the rows without a difference, such as the baseline
+    with_differences = summaries.merge(differences, on=_KEYS_OF_ROW, how="left")
+    tested = with_verdicts(with_differences, family=_KEYS_OF_GROUP)
 
     # on other tasks, a main row may have other settings
-    records = _records_of_ablated_tasks(ablated.records, ablated_names)
+    records = _records_of_ablated_tasks(ablated, ablation, ablated.records)
     neurons = cell_means(records, cell_columns=["model", "method"], metrics=["active_neurons"])
     ours = with_numbers(tested, on=["model", "method"], numbers=neurons)
     with_paper = _join_paper(ablated, ablation, ours)
-    marked = with_paper.assign(is_ours=with_paper["mean"].notna())
-    in_order = _sort_rows(ablation, marked)
+    in_order = _sort_rows(ablation, with_paper)
     main_settings = _main_settings(ablated, records)
     return _add_titles(ablated, ablated.with_titles(in_order), main_settings)
 
 
-def _row_names(ablation: Ablation, methods: Iterable[str]) -> list[str]:
-    """List the names of an ablation's rows, in the order of its definition.
+def _row_names(outcomes: TextOutcomes, ablation: Ablation) -> list[str]:
+    """List the names of an ablation's rows. A method with several settings has a name for each."""
+    return [name for name in outcomes.methods if split_name(name).method in ablation.rows]
 
-    ``methods`` are the names of the rows of all ablations. A method with several settings has a
-    name for each.
+
+def _ablated_names(outcomes: TextOutcomes, ablation: Ablation) -> list[str]:
+    """List the names of an ablation's rows that are a setting of a method, ablations or controls.
+
+    The other rows are main rows, which main tables show, too.
     """
-    names = []
-    for method in ablation.rows:
-        names += [name for name in methods if split_name(name).method == method]
-    return names
+    ablated_names = []
+    for name in _row_names(outcomes, ablation):
+        has_setting = split_name(name).setting != ""
+        if has_setting or outcomes.role(name) in (ABLATION, CONTROL):
+            ablated_names.append(name)
+    return ablated_names
 
 
-def _records_of_ablated_tasks(records: pd.DataFrame, ablated_names: Sequence[str]) -> pd.DataFrame:
-    """Return the records of the tasks on which one of the ablated rows was trained."""
-    is_ablated = records["method"].isin(ablated_names)
+def _records_of_ablated_tasks(
+    outcomes: TextOutcomes, ablation: Ablation, records: pd.DataFrame
+) -> pd.DataFrame:
+    """Keep the records of the tasks on which a row from :func:`_ablated_names` was trained."""
+    is_ablated = records["method"].isin(_ablated_names(outcomes, ablation))
     tasks = records.loc[is_ablated, "task"].unique()
     return records[records["task"].isin(tasks)]
 
 
-def _compared_seeds(
-    outcomes: TextOutcomes, names: Sequence[str], ablated_names: Sequence[str]
-) -> pd.DataFrame:
-    """Return the scores of the rows ``names`` by seed, and their averages over scopes.
+def _compared_seeds(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
+    """Return the scores of an ablation's rows by seed, and their averages over scopes.
 
     A group has the rows that are compared with each other (:data:`_KEYS_OF_GROUP`). A group without
     the baseline or without an ablated row is left out.
     """
+    names = _row_names(outcomes, ablation)
+    ablated_names = _ablated_names(outcomes, ablation)
     scores = outcomes.seeds
     is_shown = (
         scores["protocol"].isin(outcomes.run_protocols)
@@ -135,22 +145,23 @@ def _compared_seeds(
     return seeds.groupby(_KEYS_OF_GROUP, sort=False).filter(has_comparison)
 
 
-def _is_ablated(outcomes: TextOutcomes, name: str) -> bool:
-    """Return True if a row is a setting of a method, or its role is ablation or control."""
-    return bool(split_name(name).setting) or outcomes.role(name) in (ABLATION, CONTROL)
-
-
 def _summarise(seeds: pd.DataFrame) -> pd.DataFrame:
-    """Compute the mean and the shown deviation of each row over seeds."""
-    summaries = summarize_scores(seeds, cell_columns=_KEYS_OF_ROW)
+    """Compute the mean and the shown deviation of each row over the seeds that its group shares.
+
+    A row without shared seeds has no mean, and its ``n`` is 0.
+    """
+    shared = shared_pairs(seeds, within=_KEYS_OF_GROUP, compared=["method"], pair="seed")
+    summaries = summarize_scores(shared, cell_columns=_KEYS_OF_ROW)
     # Replace the mean and the sample deviation with those of pandas' groupby, which differ in the
     # last digit. `assign` matches them by the keys in the index.
     by_keys = summaries.set_index(_KEYS_OF_ROW)
-    scores_of_row = seeds.groupby(_KEYS_OF_ROW, sort=False)["value"]
-    replaced = by_keys.assign(mean=scores_of_row.mean(), std=scores_of_row.std())
-    rows = replaced.reset_index()
-    # `std` becomes the shown one: the population deviation for the authors' selection
-    return rows.assign(std=shown_deviation(rows))
+    scores_of_row = shared.groupby(_KEYS_OF_ROW, sort=False)["value"]
+    replaced = by_keys.assign(mean=scores_of_row.mean(), std=scores_of_row.std()).reset_index()
+    # the shown deviation is that of the population for the authors' selection
+    with_scores = replaced.assign(std=shown_deviation(replaced))
+
+    all_rows = seeds[_KEYS_OF_ROW].drop_duplicates()
+    return all_rows.merge(with_scores, on=_KEYS_OF_ROW, how="left").fillna({"n": 0})
 
 
 def _differences_to(reference: str, seeds: pd.DataFrame) -> pd.DataFrame:
@@ -165,12 +176,16 @@ def _differences_to(reference: str, seeds: pd.DataFrame) -> pd.DataFrame:
     return differences.drop(columns="values").rename(columns={"n": "pairs"})
 
 
-def _differences_to_row_above(names: Sequence[str], seeds: pd.DataFrame) -> pd.DataFrame:
-    """Compare the scores of each row with those of the row above it in ``names``."""
+def _differences_to_row_above(ablation: Ablation, seeds: pd.DataFrame) -> pd.DataFrame:
+    """Compare the scores of each row with those of the row above it in the table."""
     differences = []
-    for above, name in itertools.pairwise(names):
-        scores_of_both = seeds[seeds["method"].isin([above, name])]
-        differences.append(_differences_to(above, scores_of_both))
+    for _, group in seeds.groupby(_KEYS_OF_GROUP, sort=False):
+        names = sorted(group["method"].unique(), key=partial(_method_key, ablation))
+        for above, name in itertools.pairwise(names):
+            scores_of_both = group[group["method"].isin([above, name])]
+            differences.append(_differences_to(above, scores_of_both))
+    if not differences:
+        return pd.DataFrame(columns=[*_KEYS_OF_ROW, *Difference.COLUMNS, "pairs"])
     return pd.concat(differences)
 
 
@@ -240,17 +255,21 @@ def _scopes_of_all_methods(scores: pd.DataFrame) -> list[str]:
 def _join_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     """Join the paper's numbers to our rows, and add the rows that only the paper has.
 
-    The paper's numbers have the protocol ``published``.
+    The paper's numbers have the protocol ``published``. ``is_ours`` is False for the rows that only
+    the paper has.
     """
     published = _read_paper(outcomes, ablation)
     on = ["protocol", "model", "scope", "method"]
     numbers = published[[*on, "paper", "paper_delta", "status", "source"]]
-    joined = rows.merge(numbers, on=on, how="outer", sort=False)
+    joined = rows.merge(numbers, on=on, how="outer", sort=False, indicator="origin")
     # Rows that only the paper has lack a domain. A scope with an arrow is a pair of tasks, so it is
     # out of domain.
     is_pair = joined["scope"].str.contains(ARROW, regex=False)
     domains = is_pair.map({True: OOD, False: ID})
-    return joined.assign(domain=joined["domain"].fillna(domains))
+    return joined.drop(columns="origin").assign(
+        domain=joined["domain"].fillna(domains),
+        is_ours=joined["origin"] != "right_only",
+    )
 
 
 def _read_paper(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
@@ -295,13 +314,13 @@ def _add_titles(
     titles = []
     for row in rows.itertuples():
         method, setting = split_name(row.method)
+        words = setting_text(setting)
         mark = ""
         # the paper's rows have no run, and so no main setting
         if k_varies and not setting and row.is_ours:
-            setting = main_settings[row.model, row.method]
+            words = setting_text(main_settings[row.model, row.method])
             mark = _MAIN_MARK
         title = outcomes.title("method", method)
-        words = setting_text(setting)
         if words:
             title = f"{title}, {words}{mark}"
         titles.append(title)
@@ -315,11 +334,12 @@ def _main_settings(outcomes: TextOutcomes, records: pd.DataFrame) -> dict[tuple[
     """
     setting_by_run = {run.id: _main_setting(run.config) for run in outcomes.runs}
     settings = {}
-    for row, records_of_row in records.groupby(["model", "method"], sort=False):
-        settings_of_row = {setting_by_run[run_id] for run_id in records_of_row["run_id"].unique()}
-        settings[row] = ""
+    for model_and_method, of_row in records.groupby(["model", "method"], sort=False):
+        settings_of_row = {setting_by_run[run_id] for run_id in of_row["run_id"]}
         if len(settings_of_row) == 1:
-            settings[row] = settings_of_row.pop()
+            settings[model_and_method] = settings_of_row.pop()
+        else:
+            settings[model_and_method] = ""
     return settings
 
 
@@ -334,6 +354,7 @@ def _main_setting(config: Mapping[str, Any]) -> str:
 def ablation_table(outcomes: TextOutcomes, name: str) -> Table:
     """Make the table of the ablation ``name``: scores, differences, and the paper's numbers."""
     definition: Ablation = outcomes.benchmark.definition.ablations[name]
+    ablated = outcomes.ablated
     rows = ablation_rows(outcomes, definition)
     frame = rows.assign(
         verdict=_or_dash(rows["verdict"]),
@@ -372,7 +393,8 @@ def ablation_table(outcomes: TextOutcomes, name: str) -> Table:
         ],
         frame=frame,
         notes={"verdict": "Verdict", "status": "Status", "source": "Source of the paper's number"},
-        origins=outcomes.ablated.origins,
+        # on other tasks, a main row may have other settings
+        origins=_records_of_ablated_tasks(ablated, definition, ablated.origins),
     )
 
 

@@ -306,13 +306,15 @@ def load_whole_part(task: RunTask, part: str) -> TextSplit:
         DataError: The set, a column or a split is missing, a label is not one of the task's, or no
             row has a text and a label.
     """
-    split: str | None = getattr(task.splits, part)
-    if split is None:
+    split_name: str | None = getattr(task.splits, part)
+    if split_name is None:
         raise DataError(f"task '{task.name}' has no {part} split")
+    # the name `a+b` stands for the split `a` followed by `b`
+    splits = split_name.split("+")
     if task.source.vader_sentiment:
-        return _load_vader_split(task.source.vader_sentiment, task.source.vader_label, split)
+        return _load_vader(task.source.vader_sentiment, task.source.vader_label, splits)
     # a split may consist of several files
-    tables = _read_tables(task, split)
+    tables = _read_tables(task, splits)
     texts: list[tuple[str, ...]] = []
     labels: list[Any] = []
     for table in tables:
@@ -326,20 +328,26 @@ def load_whole_part(task: RunTask, part: str) -> TextSplit:
     return TextSplit(texts, labels, dropped=stored_rows - len(texts), source=source)
 
 
-def _load_vader_split(domain: str, label: str | None, split: str) -> TextSplit:
-    """Load a domain, such as tweets, of the data set inside the package vaderSentiment.
+def _load_vader(domain: str, label: str | None, splits: Sequence[str]) -> TextSplit:
+    """Load splits of a domain, such as tweets, of the data set inside the package vaderSentiment.
 
     The label of a text is the sign of its rating. If ``label`` is "strength", the label is weak or
     strong.
     """
     is_strength = label == "strength"
-    rated = load_vader(domain, split, strength=is_strength)
-    name = f"{domain}, {split}"
+    texts: list[tuple[str, ...]] = []  # each with one field
+    labels: list[int] = []
+    dropped = 0
+    for split in splits:
+        rated = load_vader(domain, split, strength=is_strength)
+        texts += [(text,) for text in rated.texts]
+        labels += rated.labels
+        dropped += rated.dropped
+    name = domain
     if label:
-        name = f"{domain}, {label}, {split}"
-    source = f"{PACKAGE} {find_package(PACKAGE).version}, {name}"
-    rows: list[tuple[str, ...]] = [(text,) for text in rated.texts]  # each with one field
-    return TextSplit(rows, rated.labels, dropped=rated.dropped, source=source)
+        name = f"{domain}, {label}"
+    source = f"{PACKAGE} {find_package(PACKAGE).version}, {name}, {'+'.join(splits)}"
+    return TextSplit(texts, labels, dropped=dropped, source=source)
 
 
 @dataclass(frozen=True)
@@ -371,16 +379,15 @@ class _Table:
         raise DataError(f"{self.source} has no column '{name}'{did_you_mean(name, self.cells)}")
 
 
-def _read_tables(task: RunTask, split: str) -> list[_Table]:
-    """Read a split from the task's csv, else from the user's folder, else from the hub.
+def _read_tables(task: RunTask, splits: Sequence[str]) -> list[_Table]:
+    """Read splits from the task's csv, else from the user's folder, else from the hub.
 
-    A split may be several files. The split ``a+b`` is the split ``a`` followed by ``b``.
+    A split may be several files.
     """
     if task.source.csv:
-        return [_csv_split(ROOT / task.source.csv, task, split)]
+        return [_csv_rows(ROOT / task.source.csv, task, splits)]
     # the user's folder; None if there is none
     folder = local_path(task.name, task.source.model_dump())
-    splits = split.split("+")
     if folder is None:
         return [_read_hub(task, name) for name in splits]
     # `save_to_disk` writes one of these files
@@ -432,6 +439,10 @@ def _read_saved(folder: Path, task: RunTask, splits: Sequence[str]) -> list[_Tab
         saved: Any = datasets.load_from_disk(str(folder))
         # a dictionary has several splits, anything else is one set
         if isinstance(saved, datasets.DatasetDict):
+            for split in splits:
+                if split not in saved:
+                    near = did_you_mean(split, saved)
+                    raise DataError(f"{folder} has no split '{split}'{near}")
             return [_to_table(saved[split], f"{folder} [{split}]", task) for split in splits]
         if task.splits.train is not None:
             raise DataError(
@@ -483,7 +494,12 @@ def _find_files(folder: Path, split: str, suffix: str) -> list[Path]:
             raise DataError(f"{folder} lacks a piece of the split '{split}'")
         return pieces
     # the hub's conversion to Parquet writes files such as train/0000.parquet
-    return sorted(folder.glob(f"{split}/[0-9]*.{suffix}"))
+    converted = sorted(folder.glob(f"{split}/[0-9]*.{suffix}"))
+    for number, file in enumerate(converted):
+        wanted = f"{number:04}.{suffix}"
+        if file.name != wanted:
+            raise DataError(f"{folder / split} lacks the piece {wanted} before {file.name}")
+    return converted
 
 
 def _read_file(file: Path, folders: Sequence[Path], task: RunTask) -> _Table:
@@ -541,27 +557,30 @@ def read_csv(file: Path) -> pd.DataFrame:
         )
 
 
-def _csv_split(file: Path, task: RunTask, split: str) -> _Table:
-    """Read the rows of a split from one csv.
+def _csv_rows(file: Path, task: RunTask, splits: Sequence[str]) -> _Table:
+    """Read the rows of splits from one csv, split after split.
 
     The column ``split`` names the split of each row. Without this column, a hash of the first text
     chooses the split.
 
     Raises:
-        DataError: The csv cannot be read, lacks the column of the text, or has no row of the split.
+        DataError: The csv cannot be read, lacks the column of the text, or has no row of a split.
     """
     table = _Table(str(file), read_csv(file))
     cells = table.cells
     if "split" in cells:
-        splits = cells["split"]
+        split_of_row = cells["split"]
     else:
         first_text = table.column(task.fields[0], task)
-        splits = cells[first_text].map(_split_by_hash)
-    if split not in set(splits):
-        raise DataError(
-            f"{file} has no row of the split '{split}'{did_you_mean(split, splits.unique())}"
-        )
-    return replace(table, cells=cells[splits == split])
+        split_of_row = cells[first_text].map(_split_by_hash)
+    parts = []
+    for split in splits:
+        is_in_split = split_of_row == split
+        if not is_in_split.any():
+            near = did_you_mean(split, split_of_row.unique())
+            raise DataError(f"{file} has no row of the split '{split}'{near}")
+        parts.append(cells[is_in_split])
+    return replace(table, cells=pd.concat(parts))
 
 
 def _split_by_hash(text: str) -> str:
@@ -720,7 +739,9 @@ def _class_names_by_spelling(table: _Table, task: RunTask) -> dict[str, str]:
     If one of the task's names is itself a number, there are no class numbers, and any stored names
     are real names.
     """
-    by_name = {**task.label_names, **{name: name for name in task.labels}}
+    by_name = dict(task.label_names)
+    for name in task.labels:
+        by_name[name] = name
     # if a class name is a number, a number in a file is a name
     numbers_are_names = any(_is_number(name) for name in (*task.labels, *task.label_names))
     by_number: dict[str, str] = {}

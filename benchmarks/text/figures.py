@@ -49,12 +49,8 @@ def epoch_numbers(outcomes: TextOutcomes) -> pd.DataFrame:
             continue
         names = {key: getattr(run, key) for key in (*CELL, "seed")}
         for metric in (outcomes.benchmark.tasks[run.task].metric, _LOSS):
-            scale = load_metrics()[metric].scale
             for epoch in metrics.epochs:
-                number = epoch.numbers()[metric]
-                value = math.nan
-                if number is not None:
-                    value = number * scale
+                value = _printed_number(metric, epoch.numbers()[metric])
                 rows.append({**names, "metric": metric, "step": epoch.epoch, "value": value})
     columns = [*CELL, "seed", "metric", "step", "value"]
     numbers = pd.DataFrame(rows, columns=columns).astype({"step": float, "value": float})
@@ -65,6 +61,13 @@ def epoch_numbers(outcomes: TextOutcomes) -> pd.DataFrame:
     # keep the epochs that all seeds of the method have
     is_complete = seeds_of_epoch == seeds
     return outcomes.with_titles(shared[is_complete])
+
+
+def _printed_number(metric: str, number: float | None) -> float:
+    """Scale a number of a metric as it is printed, such as a share to %; nan for None."""
+    if number is None:
+        return math.nan
+    return number * load_metrics()[metric].scale
 
 
 def draw_curves(outcomes: TextOutcomes, path: Path) -> None:

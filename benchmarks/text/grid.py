@@ -365,17 +365,20 @@ def _check_transformed_row(
 def _has_portable_weights(method: Method) -> bool:
     """Return True if a method's trained weights fit a dense model, and EMoE with other experts."""
     settings = method.given()
+    # GMoE's experts have weights of their own, not slices of a dense layer
+    if method.kind == "gmoe":
+        return False
     # a learned router has weights that the other model lacks, and the choice of the router `fixed`
     # depends on the run's data
-    has_other_router = settings.get("router", "avg_k") != "avg_k"
+    if settings.get("router", "avg_k") != "avg_k":
+        return False
     # a partition by co-activation depends on the activations of the run's data, not only on the
     # weights
-    has_experts_from_data = settings.get("partition") == "coactivation"
-    # GMoE's experts have weights of their own, not slices of a dense layer
-    is_gmoe = method.kind == "gmoe"
+    if settings.get("partition") == "coactivation":
+        return False
     # both rows must train the same parameters
-    trains_only_a_part = method.tune or method.also_train
-    return not (has_other_router or has_experts_from_data or is_gmoe or trains_only_a_part)
+    trains_other_parameters = bool(method.tune or method.also_train)
+    return not trains_other_parameters
 
 
 def check_ablations(benchmark: AnyBenchmark) -> None:
@@ -451,7 +454,9 @@ def _check_metric(where: Location | str, metric: str, classes: int) -> None:
         valid = _REGRESSION_METRICS
         invalid = _CLASS_METRICS + _TWO_CLASS_METRICS
     elif classes == 2:
-        return
+        scored = "2 classes"
+        valid = _CLASS_METRICS + _TWO_CLASS_METRICS
+        invalid = _REGRESSION_METRICS
     else:
         scored = f"{classes} classes"
         valid = _CLASS_METRICS

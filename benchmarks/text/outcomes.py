@@ -160,16 +160,16 @@ def reported_scores(chosen: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([test, dev_best])
 
 
-class _NamedRows(NamedTuple):
-    """The results of ablations, with a name for each table row.
+class _LoadChange(NamedTuple):
+    """How much the expert loads of a run change over training.
 
     Attributes:
-        records: The numbers of runs. ``method`` has the name of the row, see :func:`split_name`.
-        methods: The methods by name of the row, besides those by their own name.
+        experts: The numbers k and N of the experts, such as "4 of 16 experts".
+        change: The change, from :func:`.traces.mean_load_change`; nan if it is unknown.
     """
 
-    records: pd.DataFrame
-    methods: dict[str, Method]
+    experts: str
+    change: float
 
 
 class TextOutcomes(Outcomes):
@@ -214,31 +214,28 @@ class TextOutcomes(Outcomes):
         *,
         include_ablations: bool = False,
     ) -> None:
-        # main tables leave out the rows of ablations
         methods = resolve_methods(benchmark.definition)
-        kept = list(methods)
-        if not include_ablations:
-            kept = [name for name, method in methods.items() if method.role != ABLATION]
-        shown = [record.run for record in finished if record.run.method in kept]
+        shown_methods = []
+        for name, method in methods.items():
+            # main tables leave out the rows of ablations
+            if include_ablations or method.role != ABLATION:
+                shown_methods.append(name)
         super().__init__(
             benchmark,
-            runs=shown,
+            runs=[record.run for record in finished if record.run.method in shown_methods],
             keys=["method", *_MODEL_AND_TASKS, "protocol"],
             protocol=PROTOCOL_TITLES,
         )
         self._include_ablations = include_ablations
         self._finished = finished
-        if records is None:
-            records = tabulate_numbers(finished)
-        self._all_records = records
-        shown_records = self._shown_records(kept)
+        # with the records of the methods that are not shown, which `ablated` needs
+        self._all_records = tabulate_numbers(finished) if records is None else records
+
         # each of the following attributes is computed from those before it
+        self.records = self._shown_records(shown_methods)
         if include_ablations:
-            named_rows = self._name_rows(shown_records)
-            self.records = named_rows.records
-            self.methods = named_rows.methods
-        else:
-            self.records = shown_records
+            self.records = self._name_rows(self.records)
+            self.methods = self._methods_by_row_name()
         self.chosen = pd.concat([self._chosen(protocol) for protocol in PROTOCOL_TITLES])
         self.seeds = self._with_scopes(self._collect_seeds())
         self.protocols = _protocols_of(self.seeds)
@@ -277,72 +274,78 @@ class TextOutcomes(Outcomes):
         # the type is given, because pandas cannot infer it if there are no scores
         return scores.reset_index(drop=True).assign(scope=pd.Series(scopes, dtype=str))
 
-    def _name_rows(self, records: pd.DataFrame) -> _NamedRows:
-        """Give each setting of an ablation, and of a row with several variants, its own row name.
+    def _name_rows(self, records: pd.DataFrame) -> pd.DataFrame:
+        """Replace the method of each record by the name of its table row, see :func:`split_name`.
 
-        ``records`` are the numbers of the shown runs.
+        Every setting of an ablation, and of a row with several variants, gets a name of its own.
+
+        Args:
+            records: The numbers of the shown runs.
         """
         methods = records["method"]
-        is_ablation = methods.map(self.role).eq(ABLATION)
-        settings = self._settings(records, is_ablation)
-        has_setting = settings.ne("")
+        settings = self._settings_in_names(records)
+        has_setting = settings != ""
         names_with_setting = methods + SETTING_SEPARATOR + settings
-        # `mask` replaces the names where the condition is true
-        names = methods.mask(has_setting, names_with_setting)
-        # the method behind each row name, which may have a setting
-        methods_by_name = {name: self.methods[split_name(name).method] for name in names.unique()}
-        # clear the variants of these rows, so that none is chosen: each has a row of its own
-        has_own_row = is_ablation | has_setting
-        variants = records["variant"].mask(has_own_row, "")
-        return _NamedRows(
-            records=records.assign(method=names, variant=variants),
-            methods={**self.methods, **methods_by_name},
-        )
+        names = names_with_setting.where(has_setting, methods)
+        # The best variant of a row is chosen later. These rows have nothing to choose, because each
+        # shows one setting, so their variants are removed.
+        is_ablation = methods.map(self.role) == ABLATION
+        shows_one_setting = is_ablation | has_setting
+        variants = records["variant"].mask(shows_one_setting, "")
+        return records.assign(method=names, variant=variants)
 
-    def _settings(self, records: pd.DataFrame, is_ablation: pd.Series[bool]) -> pd.Series[str]:
-        """Return the setting to add to the row name of each record, or an empty text.
+    def _settings_in_names(self, records: pd.DataFrame) -> pd.Series[str]:
+        """Return the setting that the row name of each record contains, or an empty text.
 
-        A row with several variants gets the variant. An ablation gets the variant without the
-        settings that all main rows of the model share. Models that are converted after training
-        have the variants of their training, so a row of them counts as a main row.
+        The name of an ablation contains its variant, without the usual settings of the model. Other
+        names contain the variant if the row has several. Models that are converted after training
+        have the variants of their training, so their rows are not treated as ablations.
         """
-        is_transformed = records["method"].isin(list(self.benchmark.definition.transformed))
-        cells = records.groupby(["protocol", "model", "task", "method"])
+        usual_by_model = self._usual_settings_by_model(records)
+        transformed = self.benchmark.definition.transformed
+        rows = records.groupby(["protocol", "model", "task", "method"])
         # beside each record: the number of variants of its row
-        num_variants = cells["variant"].transform("nunique")
+        num_variants = rows["variant"].transform("nunique")
 
-        # the settings that the main rows of each model share, such as the converted layers
-        usual_by_model = {}
-        for model, rows in records[~is_ablation].groupby("model", sort=False):
-            usual_by_model[model] = self._usual_settings(rows)
-
-        described = records[["model", "variant"]].assign(
-            has_own_settings=is_ablation & ~is_transformed, num_variants=num_variants
-        )
         settings = []
-        for record in described.itertuples():
-            variant = str(record.variant)
-            if record.has_own_settings:
+        for record in records.assign(num_variants=num_variants).itertuples():
+            if self.role(record.method) == ABLATION and record.method not in transformed:
                 # a model may have only ablations, and so no usual settings
                 usual = usual_by_model.get(record.model, set())
-                settings.append(remove_settings(variant, usual))
+                settings.append(remove_settings(record.variant, usual))
             elif record.num_variants > 1:
-                settings.append(variant)
+                settings.append(record.variant)
             else:
-                # a row with a single variant keeps its name
                 settings.append("")
         return pd.Series(settings, records.index, dtype=str)
 
-    def _usual_settings(self, records: pd.DataFrame) -> set[str]:
-        """Return the settings that all variants with experts share, such as the layers."""
-        has_experts = records["method"].map(lambda name: self.methods[name].kind != "dense")
-        settings = []
-        for variant in records.loc[has_experts, "variant"].unique():
-            values = setting_values(variant)
-            settings.append({f"{key}{value}" for key, value in values.items()})
-        if not settings:
-            return set()
-        return set.intersection(*settings)
+    def _usual_settings_by_model(self, records: pd.DataFrame) -> dict[str, set[str]]:
+        """Map each model to the settings that all its main rows with experts share.
+
+        An example is the converted layers. A model without main rows is left out.
+        """
+        is_main = records["method"].map(self.role) != ABLATION
+        usual_by_model: dict[str, set[str]] = {}
+        for model, main_rows in records[is_main].groupby("model", sort=False):
+            is_dense = main_rows["method"].map(lambda name: self.methods[name].kind == "dense")
+            settings_of_variants = []
+            for variant in main_rows.loc[~is_dense, "variant"].unique():
+                values = setting_values(variant)
+                # such as N16 and L22
+                settings = {f"{letter}{value}" for letter, value in values.items()}
+                settings_of_variants.append(settings)
+            usual: set[str] = set()
+            if settings_of_variants:
+                usual = set.intersection(*settings_of_variants)
+            usual_by_model[str(model)] = usual
+        return usual_by_model
+
+    def _methods_by_row_name(self) -> dict[str, Method]:
+        """Map the names of methods and of the rows in ``records`` to methods."""
+        methods = dict(self.methods)
+        for name in self.records["method"].unique():
+            methods[name] = self.methods[split_name(name).method]
+        return methods
 
     @property
     def origins(self) -> pd.DataFrame:
@@ -362,10 +365,11 @@ class TextOutcomes(Outcomes):
         # without runs, there is no first protocol
         if not self.run_protocols:
             return
+        first_protocol = self.run_protocols[0]
         metrics_by_id = {record.run.id: record.metrics for record in self._finished}
-        of_first = self.chosen[self.chosen["protocol"] == self.run_protocols[0]]
+        records = self.chosen[self.chosen["protocol"] == first_protocol]
         # a run has many records, one for each number
-        runs = of_first.drop_duplicates("run_id")
+        runs = records.drop_duplicates("run_id")
         for run in self.order(runs, [*CELL, "seed"]).itertuples():
             yield run, metrics_by_id[str(run.run_id)]
 
@@ -397,9 +401,8 @@ class TextOutcomes(Outcomes):
         records = with_own_protocol(self.chosen)
         for domain in (OOD, OOD_MEAN):
             scores.append(scores_of(records, domain).assign(domain=domain))
-        seeds = pd.concat(scores)[
-            ["protocol", "domain", *_MODEL_AND_TASKS, "method", "seed", "value"]
-        ]
+        columns = ["protocol", "domain", *_MODEL_AND_TASKS, "method", "seed", "value"]
+        seeds = pd.concat(scores)[columns]
         return seeds.sort_values("protocol", kind="stable")
 
     def _summarise_rows(self, differences: pd.DataFrame) -> pd.DataFrame:
@@ -456,19 +459,20 @@ class TextOutcomes(Outcomes):
             parameter_counts(self.records),
         )
         names = [split_name(name) for name in joined["method"]]
-        methods = [name.method for name in names]
-        settings = [name.setting for name in names]
-        numbers = joined.assign(method=methods, setting=settings)
+        numbers = joined.assign(
+            method=[name.method for name in names], setting=[name.setting for name in names]
+        )
         if self._include_ablations or not self.benchmark.definition.ablations:
             return numbers
 
         # Add what only ablations have: rows, settings, and the domain `id` if this benchmark
-        # evaluates the runs of another. A main row keeps the numbers of its best setting.
-        with_ablations = self.ablated.claim_numbers()
+        # evaluates the runs of another. Main rows also occur in ablations, and are left out there.
+        numbers_of_ablations = self.ablated.claim_numbers()
         keys = ["method", "setting", "domain"]
-        known = pd.MultiIndex.from_frame(numbers[keys])
-        is_known = pd.MultiIndex.from_frame(with_ablations[keys]).isin(known)
-        only_in_ablations = with_ablations[~is_known]
+        keys_of_main = pd.MultiIndex.from_frame(numbers[keys])
+        keys_of_ablations = pd.MultiIndex.from_frame(numbers_of_ablations[keys])
+        is_of_main = keys_of_ablations.isin(keys_of_main)
+        only_in_ablations = numbers_of_ablations[~is_of_main]
         return pd.concat([numbers, only_in_ablations], ignore_index=True)
 
     def _losses(self) -> pd.DataFrame:
@@ -510,34 +514,36 @@ class TextOutcomes(Outcomes):
         """Return how much expert loads change between windows of training, for each chosen run.
 
         The number is that of :func:`.traces.mean_load_change`. It grows if a window has fewer
-        choices. So N and k are part of ``eval_task``, and claims compare only equal ones.
+        choices. So ``eval_task`` contains N and k, and claims compare only runs with equal ones.
         """
-        changes = []
+        change_by_run_and_method: dict[tuple[str, str], _LoadChange] = {}
         for record in self._finished:
             routing = record.metrics.routing
             if routing is None or routing.windows is None:
                 continue
+            run = record.run
+            experts = f"{run.config['top_k']} of {run.config['num_experts']} experts"
             change = mean_load_change(routing.windows)
-            # a single window has no change
-            if math.isnan(change):
-                continue
-            config = record.run.config
-            experts = f"{config['top_k']} of {config['num_experts']} experts"
-            changes.append((record.run.id, record.run.method, experts, change))
-        # `plain_method` is here the method that the run trained
-        types = {"run_id": str, "plain_method": str, "eval_task": str, "value": float}
-        change_of_run = pd.DataFrame(changes, columns=list(types)).astype(types)
+            change_by_run_and_method[run.id, run.method] = _LoadChange(experts, change)
 
         records = with_own_protocol(self.chosen)
-        runs = records[[*_KEYS_OF_RUN, "run_id"]].drop_duplicates()
         # A run with a conversion occurs twice here: as the method that was trained, and as the
-        # method after the conversion. Only the first matches `change_of_run`, and gets the number.
-        methods = [split_name(name).method for name in runs["method"]]
-        # the type is given, because pandas cannot infer it if there are no runs
-        plain_method = pd.Series(methods, runs.index, dtype=str)
-        with_methods = runs.assign(plain_method=plain_method)
-        with_changes = with_methods.merge(change_of_run, on=["run_id", "plain_method"])
-        return with_changes.assign(domain=TRAINING, metric="load_change")
+        # method after the conversion. Only the method that was trained has a load change.
+        runs = records[[*_KEYS_OF_RUN, "run_id"]].drop_duplicates()
+        unknown = _LoadChange(experts="", change=math.nan)
+        changes = []
+        for row in runs.itertuples():
+            method = split_name(row.method).method
+            changes.append(change_by_run_and_method.get((row.run_id, method), unknown))
+        # the types are given, because pandas cannot infer them if there are no runs
+        with_changes = runs.assign(
+            domain=TRAINING,
+            metric="load_change",
+            eval_task=pd.Series([change.experts for change in changes], runs.index, dtype=str),
+            value=pd.Series([change.change for change in changes], runs.index, dtype=float),
+        )
+        # a run with a single window has no change either
+        return with_changes[with_changes["value"].notna()]
 
     def _memory_ratios(self) -> pd.DataFrame:
         """Return the peak memory of each method, divided by the baseline's, for runs on a GPU.
@@ -593,9 +599,10 @@ def _protocols_of(frame: pd.DataFrame) -> list[str]:
 
 
 def _add_diverged(losses: pd.DataFrame, records: pd.DataFrame) -> pd.DataFrame:
-    """Add a loss of nan for each set that a run evaluated, if only other runs have the loss.
+    """Add a loss of nan for each data set on which a run diverged.
 
-    The other runs have the same model and task, and any method. A run without the loss diverged.
+    A diverged run has a score on the set, but no loss. Other runs with the same model and task have
+    the loss. If no run has it, the set has no losses, and nothing is added.
 
     Args:
         losses: The losses of the runs.
@@ -603,9 +610,10 @@ def _add_diverged(losses: pd.DataFrame, records: pd.DataFrame) -> pd.DataFrame:
     """
     keys_of_set = ["protocol", "model", "task", "part", "eval_task"]
     losses_of_set = losses[[*keys_of_set, "metric"]].drop_duplicates()
-    # a diverged run still has a score on the set
-    evaluated = records[[*_KEYS_OF_RUN, "part", "eval_task"]].drop_duplicates()
-    expected = evaluated.merge(losses_of_set, on=keys_of_set)
+    evaluations = records[[*_KEYS_OF_RUN, "part", "eval_task"]].drop_duplicates()
+    # a row for each loss that an evaluation would have if the run did not diverge
+    expected = evaluations.merge(losses_of_set, on=keys_of_set)
+    # the left join gives nan to the losses that are missing
     keys_of_loss = [*_KEYS_OF_RUN, "part", "eval_task", "metric"]
     return expected.merge(losses, on=keys_of_loss, how="left")
 
@@ -622,20 +630,24 @@ def add_transformed_rows(records: pd.DataFrame) -> pd.DataFrame:
         The numbers of the trained models, the copied dev scores, and the numbers of the converted
         models.
     """
+    # such as "test as emoe": the part "test" of a model that was converted to the method "emoe"
+    is_converted = pd.Series([AS in part for part in records["part"]], records.index, dtype=bool)
+    trained = records[~is_converted]
+    converted = records[is_converted]
     parts = []
-    methods = []
-    for name in records["part"]:
-        # "test as emoe": the part "test" of a model that was converted to the method "emoe"
+    new_methods = []
+    for name in converted["part"]:
         part, _, method = name.partition(AS)
         parts.append(part)
-        methods.append(method)
-    # `methods` has an empty text for the number of a model that was not converted
-    is_transformed = pd.Series(methods, records.index, dtype=str) != ""
-    trained = records[~is_transformed]
-    transformed = records.assign(part=parts, method=methods)[is_transformed]
+        new_methods.append(method)
+    # the type is given, because pandas cannot infer it if no model was converted
+    renamed = converted.assign(
+        part=pd.Series(parts, converted.index, dtype=str),
+        method=pd.Series(new_methods, converted.index, dtype=str),
+    )
 
-    # the dev scores of the runs with a conversion, under the new method
-    new_methods = transformed[["run_id", "method"]].drop_duplicates()
+    # a run has many numbers, but was converted to one method
+    new_method_of_run = renamed[["run_id", "method"]].drop_duplicates()
     dev = trained[trained["part"] == "dev"].drop(columns="method")
-    copied_dev = dev.merge(new_methods, on="run_id")
-    return pd.concat([trained, copied_dev, transformed], ignore_index=True)
+    copied_dev = dev.merge(new_method_of_run, on="run_id")
+    return pd.concat([trained, copied_dev, renamed], ignore_index=True)

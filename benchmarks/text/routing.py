@@ -19,7 +19,7 @@ from benchmarks.harness.report.common import Outcomes, average_over_seeds
 from benchmarks.harness.report.presentation import Figure
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.content import Usage
-from benchmarks.harness.results.statistics import PERMUTATIONS, information_numbers
+from benchmarks.harness.results.statistics import PERMUTATIONS, information_metrics
 from benchmarks.text.definition import TaskEntry
 from benchmarks.text.outcomes import CELL, HEADINGS, TextOutcomes
 from benchmarks.text.traces import NUMBERS, layer_traces, trace_numbers
@@ -35,7 +35,12 @@ _KEYS_OF_RUN = [*CELL, "seed"]
 _MOST_PANEL_ROWS = 4  # rows of panels with our traces, in the figure of traces
 _PUBLISHED_WINDOW = 100  # steps of a window in the paper's traces
 
-UsagePanel = tuple[str, Usage]  # the title of a panel, and the expert use that it shows
+
+class UsagePanel(NamedTuple):
+    """One panel of a figure of expert use."""
+
+    title: str
+    usage: Usage
 
 
 def draw_usage_by_set(outcomes: TextOutcomes, path: Path) -> None:
@@ -67,7 +72,7 @@ def _usage_panels(outcomes: TextOutcomes) -> list[UsagePanel]:
         if model_and_task != first_model_and_task or has_panel:
             continue
         title = f"{record.method_title}, {record.model_title}, trained on {record.task_title}"
-        panels[record.method] = (title, _with_first_set(metrics.usage, record.task))
+        panels[record.method] = UsagePanel(title, _with_first_set(metrics.usage, record.task))
     return list(panels.values())
 
 
@@ -87,23 +92,28 @@ def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> 
     if not panels:
         plots.placeholder_figure(path)
         return
-    heights = [_count_lines(usage, with_classes=True) for _, usage in panels]
+    heights = [_count_lines(panel.usage, with_classes=True) for panel in panels]
     shows_classes = sum(heights) <= _MOST_LINES
     if not shows_classes:
-        heights = [_count_lines(usage, with_classes=False) for _, usage in panels]
+        heights = [_count_lines(panel.usage, with_classes=False) for panel in panels]
 
     # inches: each line, the title of each panel, and the label and legend below the last one
     lines_height = 0.16 * sum(heights)
     titles_height = 0.7 * len(panels)  # with the numbers of the experts
     size = (plots.WIDTH, lines_height + titles_height + 0.5)
-    with plots.panel_figure(path, len(panels), 1, size, plots.HEATMAP, height_ratios=heights) as (
-        figure,
-        axes,
-    ):
-        for axis, (title, usage) in zip(axes[:, 0], panels, strict=True):
-            lines = _use_lines(outcomes, usage, with_classes=shows_classes)
-            _draw_use(axis, usage, lines)
-            axis.set_title(title, fontsize=7.5)
+    figure_of_panels = plots.panel_figure(
+        path,
+        rows=len(panels),
+        columns=1,
+        size=size,
+        style=plots.HEATMAP,
+        height_ratios=heights,
+    )
+    with figure_of_panels as (figure, axes):
+        for axis, panel in zip(axes[:, 0], panels, strict=True):
+            lines = _use_lines(outcomes, panel.usage, with_classes=shows_classes)
+            _draw_use(axis, panel.usage, lines)
+            axis.set_title(panel.title, fontsize=7.5)
         figure.colorbar(
             plots.USE, ax=axes, shrink=0.6, label="use ÷ mean use over sets", extend="max"
         )
@@ -207,7 +217,7 @@ def usage_table(outcomes: TextOutcomes) -> Table:
     row per model, training task and method, with means over seeds.
     """
     # for the data set and for the class: the information, and its mean and quantile by chance
-    information_names = information_numbers("task", "class")
+    information_names = information_metrics("task", "class")
     numbers = [*information_names, "specialised_experts", "shared_experts"]
     by_run = pd.DataFrame(_usage_rows(outcomes, information_names), columns=[*CELL, *numbers])
     means = average_over_seeds(by_run, cell_columns=CELL, numbers=numbers)
@@ -413,13 +423,15 @@ def _draw_trace_row(axes: Sequence[Any], row: Sequence[_TraceGroup], panel_width
     ``panel_width`` is in inches.
     """
     first_axes = []  # of each group
-    column = 0
+    first_column = 0  # of the group
     for group in row:
-        first_axes.append(axes[column])
-        for panel in group.panels:
-            _draw_trace(axes[column], panel, panel_width)
-            column += 1
-        _label_steps(axes[column - len(group.panels) : column], group)
+        end_column = first_column + len(group.panels)
+        group_axes = axes[first_column:end_column]
+        for axis, panel in zip(group_axes, group.panels, strict=True):
+            _draw_trace(axis, panel, panel_width)
+        _label_steps(group_axes, group)
+        first_axes.append(group_axes[0])
+        first_column = end_column
     # only the first axis of a row names the steps, because labels between panels take their room
     axes[0].set_ylabel("step")
 
@@ -461,13 +473,13 @@ def _our_trace_groups(outcomes: TextOutcomes) -> list[_TraceGroup]:
     first = of_methods.drop_duplicates(CELL)  # the first seed and layer
     titled = first.assign(group_title=first["model_title"] + ", " + first["task_title"])
     definition = outcomes.benchmark.definition.published_traces
-    if definition is not None:
-        # the key is False for the paper's task, and False comes before True
-        titled = titled.sort_values(
-            "task", key=lambda tasks: tasks != definition.task, kind="stable"
-        )
+    if definition is None:
+        in_order = titled
+    else:
+        is_of_paper = titled["task"] == definition.task
+        in_order = pd.concat([titled[is_of_paper], titled[~is_of_paper]])
     groups = []
-    for title, rows in titled.groupby("group_title", sort=False):
+    for title, rows in in_order.groupby("group_title", sort=False):
         groups.append(_trace_group(str(title), rows))
     return groups
 
@@ -479,15 +491,16 @@ def _trace_group(title: str, rows: pd.DataFrame) -> _TraceGroup:
         title: The model and the task.
         rows: The rows of :func:`traces`, one for each panel.
     """
-    layers = list(rows["layer"].unique())
-    panel_titles = rows["method_title"]
-    if len(layers) == 1:
-        title = f"{title}, layer {layers[0]}"
-    else:
-        panel_titles = panel_titles + ", layer " + rows["layer"]
-    named_traces = zip(panel_titles, rows["trace"], strict=True)
-    panels = [_TracePanel(panel_title, trace) for panel_title, trace in named_traces]
-    return _TraceGroup(title, panels)
+    layers = rows["layer"].unique()
+    has_one_layer = len(layers) == 1
+    panels = []
+    for row in rows.itertuples():
+        panel_title = row.method_title
+        if not has_one_layer:
+            panel_title = f"{row.method_title}, layer {row.layer}"
+        panels.append(_TracePanel(panel_title, cast(pd.DataFrame, row.trace)))
+    group_title = f"{title}, layer {layers[0]}" if has_one_layer else title
+    return _TraceGroup(group_title, panels)
 
 
 def _draw_trace(axis: Any, panel: _TracePanel, width: float) -> None:

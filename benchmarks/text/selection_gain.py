@@ -38,25 +38,8 @@ def selection_gains(outcomes: TextOutcomes) -> pd.DataFrame:
         - ``baseline_luck``: the same for the baseline, if it had as many choices as the row
     """
     tried = _tried_choices(outcomes)
-    rows = []
-    for names, of_row in tried.groupby(_KEYS_OF_ROW, sort=False):
-        scores = of_row["mean"]
-        deviation = _pooled_deviation(of_row)
-        # The score of a choice is a mean over n seeds, so its variance is 1/n of that of a seed.
-        # Choices may have different n, so 1/n is averaged.
-        variance_factor = (1 / of_row["n"]).mean()
-        row = {
-            **dict(zip(_KEYS_OF_ROW, names, strict=True)),
-            "num_choices": len(of_row),
-            "best_gain": scores.max() - scores.mean(),
-            "deviation": deviation,
-            # standard error of a choice's mean score
-            "error": deviation * math.sqrt(variance_factor),
-        }
-        rows.append(row)
-    numbers = ["num_choices", "best_gain", "deviation", "error"]
-    gains = pd.DataFrame(rows, columns=[*_KEYS_OF_ROW, *numbers])
-
+    gains = _gains_by_row(tried)
+    # put the baseline's standard error beside each row of the same group
     is_baseline = gains["method"] == outcomes.baseline
     with_baseline = with_numbers(
         gains,
@@ -68,6 +51,7 @@ def selection_gains(outcomes: TextOutcomes) -> pd.DataFrame:
         luck=_gain_by_luck(with_baseline["num_choices"], with_baseline["error"]),
         baseline_luck=_gain_by_luck(with_baseline["num_choices"], with_baseline["baseline_error"]),
     )
+    # beside each row: the most choices that a method of its group has
     most_choices = with_luck.groupby(_KEYS_OF_GROUP)["num_choices"].transform("max")
     shown = with_luck[most_choices > 1].drop(columns=["error", "baseline_error"])
     counts = format_counts(tried, _KEYS_OF_ROW)
@@ -86,6 +70,34 @@ def _tried_choices(outcomes: TextOutcomes) -> pd.DataFrame:
     tried = pd.concat(tables, ignore_index=True)
     first_protocol = tried.groupby(["model", "task"])["protocol"].transform("first")
     return tried[tried["protocol"] == first_protocol]
+
+
+def _gains_by_row(tried: pd.DataFrame) -> pd.DataFrame:
+    """Compute ``num_choices``, ``best_gain`` and ``deviation`` of each row of the table.
+
+    A further column is ``error``, the standard error of a choice's mean score.
+
+    Args:
+        tried: The choices from :func:`_tried_choices`.
+    """
+    rows = []
+    for names, of_row in tried.groupby(_KEYS_OF_ROW, sort=False):
+        scores = of_row["mean"]
+        deviation = _pooled_deviation(of_row)
+        # The score of a choice is a mean over n seeds, so its variance is 1/n of that of a seed.
+        # Choices may have different n, so 1/n is averaged.
+        variance_factor = (1 / of_row["n"]).mean()
+        row = {
+            **dict(zip(_KEYS_OF_ROW, names, strict=True)),
+            "num_choices": len(of_row),
+            "best_gain": scores.max() - scores.mean(),
+            "deviation": deviation,
+            "error": deviation * math.sqrt(variance_factor),
+        }
+        rows.append(row)
+    # the columns are named, so that they exist even without rows
+    numbers = ["num_choices", "best_gain", "deviation", "error"]
+    return pd.DataFrame(rows, columns=[*_KEYS_OF_ROW, *numbers])
 
 
 def _pooled_deviation(choices_of_row: pd.DataFrame) -> float:

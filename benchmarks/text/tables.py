@@ -339,7 +339,7 @@ def _differences_text(differences: pd.DataFrame) -> str:
     parts = [f"{mean:+z.1f} on average"]  # z: no minus sign for a number that rounds to 0
     for verdict in ("better", "worse", "within noise", "equal"):
         scopes = differences.loc[differences["verdict"] == verdict, "scope"]
-        if not len(scopes):
+        if scopes.empty:
             continue
         # for a clear verdict, the sets are named; for other verdicts, they are counted
         if verdict in ("better", "worse"):
@@ -361,9 +361,12 @@ def _metric_note(outcomes: TextOutcomes, *domains: str) -> str:
         text = _metrics_text(outcomes, domain)
         if text:
             texts_by_domain[domain] = text
-    scores = ", ".join(texts_by_domain.values())
+    if not texts_by_domain:
+        return "Scores are in %."
     if len(texts_by_domain) > 1:
         scores = f"{texts_by_domain[ID]} in domain, and {texts_by_domain[OOD]} out of domain"
+    else:
+        (scores,) = texts_by_domain.values()
     return f"Scores are {scores}, in %."
 
 

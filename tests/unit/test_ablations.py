@@ -16,7 +16,7 @@ from benchmarks.harness.config.method_specs import remove_settings, setting_text
 from benchmarks.harness.config.methods import ABLATION
 from benchmarks.harness.report.presentation import present
 from benchmarks.harness.results.records import Record
-from benchmarks.text.ablations import ablation_rows, draw_differences
+from benchmarks.text.ablations import ablation_rows, ablation_table, draw_differences
 from benchmarks.text.data import TextSplit
 from benchmarks.text.outcomes import TextOutcomes
 from tests import fake_runs
@@ -138,6 +138,7 @@ def test_without_runs_the_tables_have_their_columns_and_no_row_of_ours(
 ) -> None:
     shown = present(load_benchmark(benchmark), [])
     assert all(len(table.frame) == 0 for table in shown.tables[:2])
+    assert all("Scores are , in" not in table.caption for table in shown.tables)
     assert shown.verdicts == []
     assert len(shown.outcomes.claim_numbers()) == 0
 
@@ -181,6 +182,31 @@ def test_rows_with_equal_settings_have_different_titles(here: Path) -> None:
     assert not ours.duplicated(["protocol", "scope", "method_title"]).any()
 
 
+def test_a_main_row_lists_its_runs_on_the_ablated_tasks_only(here: Path) -> None:
+    runs = plan(["glue_lora"], "full")
+    fake_runs.write_runs(runs)
+    table = ablation_table(TextOutcomes(LORA, fake_runs.records(runs)), "settings")
+    assert table.origins is not None
+    # LoRA and EMoE were also trained on CoLA
+    assert set(table.origins["task"]) == {"sst2"}
+
+
+def test_rows_without_a_shared_seed_keep_their_differences(finished: list[Record]) -> None:
+    seeds = {"lora_not_top": [0, 1, 2], "lora_bottom": [3, 4]}
+    kept = []
+    for record in finished:
+        run = record.run
+        if run.model == "minilm" and run.seed in seeds.get(run.method, [run.seed]):
+            kept.append(record)
+    rows = ablation_rows(TextOutcomes(LORA, kept), LORA.definition.ablations["selection"])
+    ours = rows[rows["is_ours"]].set_index("method")
+    assert (ours["n"] == 0).all()
+    assert ours["mean"].isna().all()
+    pairs = ours["pairs"].to_dict()
+    assert (pairs["lora_emoe"], pairs["lora_not_top"], pairs["lora_bottom"]) == (5, 3, 2)
+    assert ours.loc[["lora_emoe", "lora_not_top", "lora_bottom"], "delta"].notna().all()
+
+
 # figures
 
 
@@ -194,6 +220,8 @@ def test_rows_with_equal_settings_have_different_titles(here: Path) -> None:
         ("Llast-quarter:4", "every fourth layer of the last quarter"),
         ("Llast-half:5", "every 5th layer of the last half"),
         ("L3+5", "layers 3, 5"),
+        ("L-1", "layer -1"),
+        ("L-2+-1", "layers -2, -1"),
         ("L28::2", "layers 28::2"),
     ],
 )
@@ -339,3 +367,28 @@ def test_a_step_is_compared_with_the_row_above(adapted: TextOutcomes) -> None:
         assert rows.loc[after, "delta"] == pytest.approx(
             (seeds[after] - seeds[before]).dropna().mean()
         )
+
+
+def test_a_step_with_several_settings_is_compared_with_the_row_above_in_the_table(
+    finished: list[Record],
+) -> None:
+    edits = {"ablations.settings.steps": True, "ablations.settings.paper": None}
+    benchmark = edited_benchmark("glue_lora", edits)
+    # the runs of N 32 come before those of N 16, but the table is sorted by number
+    outcomes = TextOutcomes(benchmark, finished[::-1])
+    rows = ablation_rows(outcomes, benchmark.definition.ablations["settings"])
+    ours = rows[(rows["model"] == "minilm") & (rows["domain"] == "id")]
+    seeds = outcomes.ablated.seeds
+    is_clean = (seeds["model"] == "minilm") & (seeds["protocol"] == "clean")
+    scores = seeds[is_clean].set_index(["method", "seed"])["value"]
+    in_order = ours["method"].tolist()
+    assert in_order[2:4] == ["lora_emoe_settings|N16-k0.5", "lora_emoe_settings|N32-k0.25"]
+    for before, after in itertools.pairwise(in_order):
+        shown = ours.set_index("method").loc[after, "delta"]
+        assert shown == pytest.approx((scores[after] - scores[before]).mean())
+
+
+def test_steps_of_a_single_row_have_no_differences(finished: list[Record]) -> None:
+    benchmark = edited_benchmark("glue_lora", {"ablations.steps.rows": ["lora"]})
+    outcomes = TextOutcomes(benchmark, finished)
+    assert ablation_rows(outcomes, benchmark.definition.ablations["steps"]).empty

@@ -127,6 +127,18 @@ def test_saved_sets_of_glue_x_are_read_whole(
     assert load_whole_part(task(name), "test").labels == labels
 
 
+def test_a_saved_set_without_the_split_names_a_similar_one(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(root, "rte", [0, 1], "saved", monkeypatch)
+    read = task("rte")
+    misnamed = read.splits.model_copy(update={"dev": "validatoin"})
+    with pytest.raises(
+        DataError, match=r"RTE has no split 'validatoin'; did you mean 'validation'"
+    ):
+        load_whole_part(read.model_copy(update={"splits": misnamed}), "dev")
+
+
 # texts
 
 
@@ -231,6 +243,9 @@ def test_a_split_is_read_once_and_as_a_whole(root: Path) -> None:
     (root / "RTE" / piece.format(1)).unlink()
     with pytest.raises(DataError, match="RTE lacks a piece of the split 'validation'"):
         load_whole_part(task("rte"), "dev")
+    (root / "RTE/train/0000.parquet").rename(root / "RTE/train/0001.parquet")
+    with pytest.raises(DataError, match=r"RTE/train lacks the piece 0000\.parquet"):
+        load_whole_part(task("rte"), "train")
 
 
 def test_local_files_need_no_network_and_copy_no_rows(
@@ -295,6 +310,40 @@ def test_one_csv_holds_all_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         DataError, match=r"rows\.csv has no row of the split 'dev'; choose from train"
     ):
         texts("sentence,label,split", "a,1,train")
+
+
+def joined_task(**source: str) -> RunTask:
+    """Return a task with two classes whose training split is the splits dev and test."""
+    splits = {"train": "dev+test", "dev": "dev", "test": "test"}
+    changes = {"source": TextSource(**source).model_dump(), "splits": splits, "fields": ["text"]}
+    return RunTask.model_validate({**task("sst2").spec(), **changes})
+
+
+def test_a_joined_split_of_a_csv_has_the_rows_of_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "ROOT", tmp_path)
+    file = tmp_path / "rows.csv"
+    file.write_text("text,label,split\na,1,test\nb,0,train\nc,0,dev\n")
+    joined = load_whole_part(joined_task(csv="rows.csv"), "train")
+    assert (joined.texts, joined.labels) == ([("c",), ("a",)], [0, 1])
+    assert joined.source == str(file)
+    file.write_text("text,label,split\na,1,test\n")
+    with pytest.raises(DataError, match=r"rows\.csv has no row of the split 'dev'"):
+        load_whole_part(joined_task(csv="rows.csv"), "train")
+
+
+def test_a_joined_split_of_the_sentiment_set_has_the_rows_of_both(workdir: Path) -> None:
+    read = joined_task(vader_sentiment="tweets")
+    joined = load_whole_part(read, "train")
+    dev = load_whole_part(read, "dev")
+    test = load_whole_part(read, "test")
+    assert joined.texts == dev.texts + test.texts
+    assert joined.labels == [*dev.labels, *test.labels]
+    assert joined.dropped == dev.dropped + test.dropped
+    unknown = read.model_copy(update={"splits": read.splits.model_copy(update={"dev": "tests"})})
+    with pytest.raises(DataError, match="no VADER split 'tests'; did you mean 'test'"):
+        load_whole_part(unknown, "dev")
 
 
 # splits

@@ -78,7 +78,7 @@ def load_vader(domain: str, split: str, *, strength: bool = False) -> VaderSplit
             label of a strong sentence (absolute rating above 1.5) is 1.
 
     Raises:
-        DataError: The domain is unknown, or the archive is missing or damaged.
+        DataError: The domain or split is unknown, or the archive is missing or damaged.
     """
     if domain not in _FILES:
         raise DataError(f"there is no VADER domain '{domain}'{did_you_mean(domain, _FILES)}")
@@ -87,13 +87,18 @@ def load_vader(domain: str, split: str, *, strength: bool = False) -> VaderSplit
     for name in _names_in_split(documents, domain, split):
         sentences.extend(documents[name])
     random.Random(derive_seed("rated order", domain, split)).shuffle(sentences)
-    clear = [sentence for sentence in sentences if abs(sentence.rating) > _LARGEST_NEUTRAL]
-    texts = [sentence.text for sentence in clear]
-    if strength:
-        labels = [int(abs(sentence.rating) > _LARGEST_WEAK) for sentence in clear]
-    else:
-        labels = [int(sentence.rating > 0) for sentence in clear]
-    return VaderSplit(texts, labels, dropped=len(sentences) - len(clear))
+
+    texts = []
+    labels = []
+    for sentence in sentences:
+        if abs(sentence.rating) <= _LARGEST_NEUTRAL:
+            continue
+        is_strong = abs(sentence.rating) > _LARGEST_WEAK
+        is_positive = sentence.rating > 0
+        label = is_strong if strength else is_positive
+        texts.append(sentence.text)
+        labels.append(int(label))
+    return VaderSplit(texts, labels, dropped=len(sentences) - len(texts))
 
 
 def _read_documents(domain: str) -> dict[str, list[_Sentence]]:
@@ -123,6 +128,8 @@ def _names_in_split(documents: Iterable[str], domain: str, split: str) -> list[s
         "dev": names[end_of_test:end_of_dev],
         "train": names[end_of_dev:],
     }
+    if split not in names_by_split:
+        raise DataError(f"there is no VADER split '{split}'{did_you_mean(split, names_by_split)}")
     return names_by_split[split]
 
 
