@@ -42,13 +42,13 @@ _MARKS_GAP = 0.06  # between the marks of two methods, as a part of the space be
 _STEPS_HEIGHT = 1.5  # inches of a panel of curves
 
 
-def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
+def draw_accuracy(outcomes: DomainOutcomes, data_set: str, path: Path) -> None:
     """Draw the mean accuracies of one image set under training-domain validation.
 
     There is a panel for each model, and a line for each held-out environment. The figure is a
     placeholder if no run holds out one environment alone.
     """
-    is_of_set = outcomes.cells["task"] == name
+    is_of_set = outcomes.cells["task"] == data_set
     is_selected = outcomes.cells["selection"] == _SELECTION
     cells = outcomes.cells[is_of_set & is_selected]
     if cells.empty:
@@ -59,7 +59,7 @@ def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     means = our_means(cells.set_index(mark)["value"], mark)
     rows = outcomes.order(means, ["model", "method"])
     styles = distinct_styles((method, outcomes.style(method)) for method in rows["method"])
-    lines = [f"{outcomes.env_title(name, env_name)} held out" for env_name in rows["eval_task"]]
+    lines = [f"{outcomes.env_title(data_set, env_name)} held out" for env_name in rows["eval_task"]]
     # the columns that draw_forest reads; it draws ``delta``, which usually is a difference
     drawn = rows.assign(
         panel=rows["model_title"],
@@ -100,7 +100,7 @@ _STEP_ROWS = (
 )
 
 
-def step_values(outcomes: DomainOutcomes, name: str) -> pd.DataFrame:
+def step_values(outcomes: DomainOutcomes, data_set: str) -> pd.DataFrame:
     """Collect the loss and the accuracies of the runs on an image set at each evaluated step.
 
     Only runs that hold out one environment alone are used. If a method has several settings, each
@@ -118,54 +118,98 @@ def step_values(outcomes: DomainOutcomes, name: str) -> pd.DataFrame:
           The loss is nan if the model diverged.
     """
     rows = []
-    for run, held_out in _chosen_alone(outcomes, name):
-        environment = outcomes.environments(name)[held_out]
-        keys = {
-            "model": run.model,
-            "method": run.method,
-            "run_id": run.id,
-            "environment": environment,
-            "trial": run.seed,
-            "pair": f"{environment}, trial {run.seed}",
-        }
+    for run, env in _chosen_runs(outcomes, data_set):
+        env_name = outcomes.environments(data_set)[env]
         for record in outcomes.finished[run.id].metrics.records or ():
-            for quantity, value in _values_at_step(record, held_out).items():
-                rows.append({**keys, "step": record.step, "quantity": quantity, "value": value})
-    key_columns = ["model", "method", "run_id", "environment", "trial", "pair"]
-    columns = [*key_columns, "step", "quantity", "value"]
+            for quantity, value in _values_at_step(record, env).items():
+                row = {
+                    "model": run.model,
+                    "method": run.method,
+                    "run_id": run.id,
+                    "environment": env_name,
+                    "trial": run.seed,
+                    "pair": f"{env_name}, trial {run.seed}",
+                    "step": record.step,
+                    "quantity": quantity,
+                    "value": value,
+                }
+                rows.append(row)
+    # named, so that they exist even without rows
+    columns = [
+        "model",
+        "method",
+        "run_id",
+        "environment",
+        "trial",
+        "pair",
+        "step",
+        "quantity",
+        "value",
+    ]
     values = pd.DataFrame(rows, columns=columns).astype({"value": float})
     return outcomes.order(values, ["model", "method"])
 
 
-def _chosen_alone(outcomes: DomainOutcomes, name: str) -> Iterator[tuple[Run, int]]:
-    """Yield the runs on an image set that training-domain validation chooses.
+class _RunKey(NamedTuple):
+    """The settings that tell the runs on an image set apart, if each holds out one environment."""
 
-    Each run comes with the number of its held-out environment.
-    """
-    is_of_set = outcomes.cells["task"] == name
+    model: str
+    method: str
+    variant: str
+    env_name: str
+    seed: int
+    hparams_seed: int
+
+
+class _SingleRun(NamedTuple):
+    """A run that holds out one environment alone, and the number of this environment."""
+
+    run: Run
+    env: int
+
+
+def _chosen_runs(outcomes: DomainOutcomes, data_set: str) -> Iterator[_SingleRun]:
+    """Yield the runs on an image set that training-domain validation chooses."""
+    is_of_set = outcomes.cells["task"] == data_set
     is_selected = outcomes.cells["selection"] == _SELECTION
-    keys = ["model", "method", "eval_task", "seed", "hparams_seed", "variant"]
-    chosen = outcomes.cells.loc[is_of_set & is_selected, keys]
-    chosen_keys = set(chosen.itertuples(index=False, name=None))
-    for run, env in _runs_holding_out_one(outcomes, name):
-        env_name = outcomes.environments(name)[env]
-        hparams_seed = outcomes.specs[run.id].hparams_seed
-        # a value for each of ``keys``, in the same order
-        key = (run.model, run.method, env_name, run.seed, hparams_seed, run.method_variant)
+    chosen_keys = set()
+    for cell in outcomes.cells[is_of_set & is_selected].itertuples():
+        chosen_key = _RunKey(
+            model=cell.model,
+            method=cell.method,
+            variant=cell.variant,
+            env_name=cell.eval_task,
+            seed=cell.seed,
+            hparams_seed=cell.hparams_seed,
+        )
+        chosen_keys.add(chosen_key)
+    for single in _single_runs(outcomes, data_set):
+        run = single.run
+        key = _RunKey(
+            model=run.model,
+            method=run.method,
+            variant=run.method_variant,
+            env_name=outcomes.environments(data_set)[single.env],
+            seed=run.seed,
+            hparams_seed=outcomes.specs[run.id].hparams_seed,
+        )
         if key in chosen_keys:
-            yield run, env
+            yield single
 
 
 def _values_at_step(record: StepRecord, env: int) -> dict[str, float]:
     """Return the value of each drawn quantity. ``env`` is the held-out environment."""
     accuracies = record.numbers()
-    of_training = []
+    in_domain = []
     for key, accuracy in accuracies.items():
         if key.endswith("_out_acc") and key != f"env{env}_out_acc":
-            of_training.append(accuracy)
+            in_domain.append(accuracy)
+    loss = record.loss
+    if loss is None:  # the model diverged
+        loss = math.nan
     return {
-        _LOSS: math.nan if record.loss is None else record.loss,
-        _IN_DOMAIN: float(np.mean(of_training)),
+        _LOSS: loss,
+        _IN_DOMAIN: float(np.mean(in_domain)),
         _HELD_OUT: accuracies[f"env{env}_in_acc"],
     }
 
@@ -198,7 +242,7 @@ def step_differences(outcomes: DomainOutcomes, values: pd.DataFrame) -> pd.DataF
     return outcomes.order(differences.drop(columns=["p", "values"]), cell)
 
 
-def draw_steps(outcomes: DomainOutcomes, name: str, path: Path) -> None:
+def draw_steps(outcomes: DomainOutcomes, data_set: str, path: Path) -> None:
     """Draw the training loss and the accuracies on one image set over the steps of the training.
 
     There is a column of panels for each model, and a line for each method. Lines are means over the
@@ -207,7 +251,7 @@ def draw_steps(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     model is left out if its runs have fewer than two evaluations after the first. The figure is a
     placeholder if there is nothing to draw.
     """
-    values = step_values(outcomes, name)
+    values = step_values(outcomes, data_set)
     # a line needs two steps besides the first, which has no differences
     num_steps = values.groupby("model")["step"].transform("nunique")
     drawn = values[num_steps > 2]
@@ -216,10 +260,11 @@ def draw_steps(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     # empty without the baseline
     differences = step_differences(outcomes, drawn)
 
+    # rows of panels without any values are left out
     panel_rows = []
     for panel_row in _STEP_ROWS:
-        shown = differences if panel_row.is_difference else shared
-        if not shown.empty:
+        panel_values = differences if panel_row.is_difference else shared
+        if not panel_values.empty:
             panel_rows.append(panel_row)
     if not panel_rows:
         plots.placeholder_figure(path)
@@ -316,11 +361,18 @@ def _draw_differences(
 
 
 class _Panel(NamedTuple):
-    """The use of experts in one layer of one run."""
+    """The use of experts in one layer of one run.
+
+    Attributes:
+        title: The title of the panel.
+        class_loads: The choices of experts by class, ``[classes, experts]``.
+        env_loads: The choices of experts by environment, ``[environments, experts]``.
+        chance: The mutual information of experts and shuffled labels.
+    """
 
     title: str
-    loads: NDArray[np.int64]
-    """The choices of experts, ``[environments, classes, experts]``."""
+    class_loads: NDArray[np.int64]
+    env_loads: NDArray[np.int64]
     chance: Chance
 
 
@@ -335,24 +387,28 @@ class _FirstRuns(NamedTuple):
     """The runs, by name of the method."""
 
 
-def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
+def draw_routing(outcomes: DomainOutcomes, data_set: str, path: Path) -> None:
     """Draw the use of experts by class and by environment of one image set.
 
     There is a panel for each method and converted layer. It shows the first trial of the first
     model with the first held-out environment. A panel has two heatmaps, one above the other. The
     figure is a placeholder if none of these runs has experts.
     """
-    first = _first_runs(outcomes, name)
+    first = _first_runs(outcomes, data_set)
     if first is None:
         plots.placeholder_figure(path)
         return
-    panels, classes = _routing_panels(outcomes, first)
+    panels = _routing_panels(outcomes, first)
     if not panels:
         plots.placeholder_figure(path)
         return
-    env_titles = [outcomes.env_title(name, env_name) for env_name in outcomes.environments(name)]
+    # all runs are on one image set, so they have the same classes
+    any_run = next(iter(first.by_method.values()))
+    classes = outcomes.finished[any_run.id].metrics.classes or []
+    env_names = outcomes.environments(data_set)
+    env_titles = [outcomes.env_title(data_set, env_name) for env_name in env_names]
     title = (
-        f"{outcomes.title('task', name)}, {outcomes.title('model', first.model)}, "
+        f"{outcomes.title('task', data_set)}, {outcomes.title('model', first.model)}, "
         f"{env_titles[first.env]} held out, first trial"
     )
     _draw_panels(path, title, panels, classes, env_titles)
@@ -374,35 +430,36 @@ def _draw_panels(
         classes: The names of the classes.
         env_titles: The titles of the environments.
     """
+    # panels are in lines of several columns
     columns = _count_columns(len(panels))
-    lines_of_panels = math.ceil(len(panels) / columns)
-    # the heights of a panel's two heatmaps, in lines of text; many classes get less than one each
-    heatmap_heights = [min(len(classes), _MOST_LABELS), len(env_titles)]
-    panel_height = _TEXT_HEIGHT * sum(heatmap_heights) + _PANEL_TITLES_HEIGHT
-    height = panel_height * lines_of_panels + _FIGURE_TITLE_HEIGHT
+    num_lines = math.ceil(len(panels) / columns)
     width = min(_COLUMN_WIDTH * columns + _SIDE_WIDTH, plots.WIDTH)
+    # the heights of a panel's two heatmaps, in lines of text; many classes get less than one each
+    class_height = min(len(classes), _MOST_LABELS)
+    env_height = len(env_titles)
+    panel_height = _TEXT_HEIGHT * (class_height + env_height) + _PANEL_TITLES_HEIGHT
+    height = panel_height * num_lines + _FIGURE_TITLE_HEIGHT
     figure_of_panels = plots.panel_figure(
         path,
-        rows=2 * lines_of_panels,  # one heatmap above the other
+        rows=2 * num_lines,  # one heatmap above the other
         columns=columns,
         size=(width, height),
         style=plots.HEATMAP,
-        height_ratios=heatmap_heights * lines_of_panels,  # repeats the two heights
+        height_ratios=[class_height, env_height] * num_lines,  # repeats the two heights
     )
     with figure_of_panels as (figure, axes):
         for number, panel in enumerate(panels):
             line, column = divmod(number, columns)
-            by_class = axes[2 * line, column]
-            by_environment = axes[2 * line + 1, column]
-            # sums over environments, and over classes
-            _draw_use(by_class, panel.loads.sum(0))
-            _draw_use(by_environment, panel.loads.sum(1))
-            _label_panel(by_class, by_environment, panel)
+            class_axis = axes[2 * line, column]
+            env_axis = axes[2 * line + 1, column]
+            _draw_use(class_axis, panel.class_loads)
+            _draw_use(env_axis, panel.env_loads)
+            _label_panel(class_axis, env_axis, panel)
             # only the left panels name classes and environments
             if column == 0:
-                by_environment.set_yticks(range(len(env_titles)), env_titles)
+                env_axis.set_yticks(range(len(env_titles)), env_titles)
                 if len(classes) <= _MOST_LABELS:
-                    by_class.set_yticks(range(len(classes)), classes)
+                    class_axis.set_yticks(range(len(classes)), classes)
         figure.colorbar(
             plots.USE, ax=axes, shrink=0.6, label="use ÷ mean use of the expert", extend="max"
         )
@@ -430,101 +487,95 @@ def _fill_of_last_line(num_panels: int, columns: int) -> float:
     return in_last_line / columns
 
 
-def _first_runs(outcomes: DomainOutcomes, name: str) -> _FirstRuns | None:
+def _first_runs(outcomes: DomainOutcomes, data_set: str) -> _FirstRuns | None:
     """Return the first run of each method on an image set.
 
     Only runs of the first model that hold out one environment alone are considered. All returned
     runs hold out the same environment: the one with the lowest number. The result is None if there
     is no such run.
     """
-    alone = _runs_holding_out_one(outcomes, name)
-    if not alone:
+    single_runs = _single_runs(outcomes, data_set)
+    if not single_runs:
         return None
     # the first in the order of the grid
-    first_run, _ = alone[0]
-    model = first_run.model
-    first_env = min(env for run, env in alone if run.model == model)
+    model = single_runs[0].run.model
+    of_model = [single for single in single_runs if single.run.model == model]
+    first_env = min(single.env for single in of_model)
     by_method: dict[str, Run] = {}
-    for run, env in alone:
-        if run.model == model and env == first_env:
+    for run, env in of_model:
+        if env == first_env:
             by_method.setdefault(run.method, run)  # keeps the first run
     return _FirstRuns(model, first_env, by_method)
 
 
-def _runs_holding_out_one(outcomes: DomainOutcomes, name: str) -> list[tuple[Run, int]]:
-    """Return the runs on an image set that hold out one environment alone, with its number."""
-    alone = []
+def _single_runs(outcomes: DomainOutcomes, data_set: str) -> list[_SingleRun]:
+    """Return the runs on an image set that hold out one environment alone."""
+    single_runs = []
     for run in outcomes.runs:
         test_envs = outcomes.specs[run.id].test_envs
-        if run.task == name and len(test_envs) == 1:
-            (env,) = test_envs
-            alone.append((run, env))
-    return alone
+        if run.task == data_set and len(test_envs) == 1:
+            single_runs.append(_SingleRun(run, test_envs[0]))
+    return single_runs
 
 
-def _routing_panels(
-    outcomes: DomainOutcomes, first: _FirstRuns
-) -> tuple[list[_Panel], Sequence[str]]:
-    """Return a panel for each method and converted layer, and the names of the classes.
-
-    Dense models have no panel.
-    """
+def _routing_panels(outcomes: DomainOutcomes, first: _FirstRuns) -> list[_Panel]:
+    """Return a panel for each method and converted layer. Dense models have no panel."""
     panels = []
-    classes: Sequence[str] = []
     for method, run in first.by_method.items():
-        metrics = outcomes.finished[run.id].metrics
-        # all runs are on one image set, so they have the same classes
-        classes = metrics.classes or []
+        routing = outcomes.finished[run.id].metrics.routing
         # needed only by mypy: the loads of a dense model are empty
-        if metrics.routing is None:
+        if routing is None:
             continue
         # layers are texts, because they are keys of a JSON object
-        for layer in sorted(metrics.routing.loads, key=int):
-            title = f"{outcomes.title('method', method)}, block {layer}"
-            loads = np.array(metrics.routing.loads[layer])
-            panels.append(_Panel(title, loads, metrics.routing.chance[layer]))
-    return panels, classes
+        for layer in sorted(routing.loads, key=int):
+            loads = np.array(routing.loads[layer])  # [environments, classes, experts]
+            panel = _Panel(
+                title=f"{outcomes.title('method', method)}, block {layer}",
+                class_loads=loads.sum(axis=0),
+                env_loads=loads.sum(axis=1),
+                chance=routing.chance[layer],
+            )
+            panels.append(panel)
+    return panels
 
 
-def _draw_use(axis: Any, counts: NDArray[np.int64]) -> None:
+def _draw_use(axis: Any, loads: NDArray[np.int64]) -> None:
     """Draw a heatmap of expert choices without labels.
 
-    ``counts`` is ``[classes or environments, experts]``. The colour shows the share of an expert in
+    ``loads`` is ``[classes or environments, experts]``. The colour shows the share of an expert in
     the choices of a class (or environment), divided by the mean of the expert's shares.
     """
     # at least 1, so that a class without choices has shares of 0
-    num_choices = np.maximum(counts.sum(1, keepdims=True), 1)
-    shares = counts / num_choices
+    num_choices = np.maximum(loads.sum(1, keepdims=True), 1)
+    shares = loads / num_choices
     mean_shares = shares.mean(0, keepdims=True)
     plots.show_use(axis, plots.divide_by_mean(shares, mean_shares))
     axis.set_xticks([])
     axis.set_yticks([])
 
 
-def _label_panel(by_class: Any, by_environment: Any, panel: _Panel) -> None:
+def _label_panel(class_axis: Any, env_axis: Any, panel: _Panel) -> None:
     """Write a panel's title, the mutual information of both heatmaps, and the experts' numbers."""
-    loads = panel.loads
-    _, _, num_experts = loads.shape
     title = plots.wrap_text(panel.title, inches=_PANEL_WIDTH, size=7)
-    # sums over environments, and over classes
-    class_text = _information("class", loads.sum(0), panel.chance.by_class)
-    env_text = _information("environment", loads.sum(1), panel.chance.environment)
-    by_class.set_title(f"{title}\n{class_text}", fontsize=7)
-    by_environment.set_title(env_text, fontsize=7)
-    plots.number_experts(by_environment, num_experts, _PANEL_WIDTH)
+    class_text = _information_text("class", panel.class_loads, panel.chance.by_class)
+    env_text = _information_text("environment", panel.env_loads, panel.chance.environment)
+    class_axis.set_title(f"{title}\n{class_text}", fontsize=7)
+    env_axis.set_title(env_text, fontsize=7)
+    num_experts = panel.env_loads.shape[1]
+    plots.number_experts(env_axis, num_experts, _PANEL_WIDTH)
 
 
-def _information(name: str, counts: NDArray[np.int64], chance: list[float]) -> str:
-    """Describe the mutual information of experts and a kind of label, beside its value by chance.
+def _information_text(label: str, loads: NDArray[np.int64], chance: list[float]) -> str:
+    """Describe the mutual information of experts and labels, beside its value by chance.
 
     Args:
-        name: ``class`` or ``environment``.
-        counts: The choices ``[classes or environments, experts]``.
-        chance: The mean and the 95 % quantile of the information by chance.
+        label: The kind of label: ``class`` or ``environment``.
+        loads: The choices of experts, ``[classes or environments, experts]``.
+        chance: The mean and the 95 % quantile of the information by chance, in bits.
     """
-    mean, high = chance
-    bits = mutual_information(counts)
-    return f"{name} {bits:.3f} bit\nchance {mean:.3f}, {high:.3f}"
+    mean, quantile = chance
+    bits = mutual_information(loads)
+    return f"{label} {bits:.3f} bit\nchance {mean:.3f}, {quantile:.3f}"
 
 
 SET_FIGURES = {

@@ -79,19 +79,20 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
             check_names(where.at("model"), block.model, model_names("image"))
             check_names(where.at("task"), block.task, self.tasks)
             check_names(where.at("method"), block.method, methods)
-            training = {
+            # the training settings, with the suite's changes for each model
+            training_of_model = {
                 model: self.settings("training", part, model=model) for model in block.model
             }
-            for model, name, method in itertools.product(block.model, block.task, block.method):
-                if name in exclude:
+            for model, data_set, method in itertools.product(block.model, block.task, block.method):
+                if data_set in exclude:
                     continue
-                names = {"model": model, "task": name, "method": method}
-                for settings in self._combinations(block, name, where):
-                    point = {**names, **settings}
-                    yield self._spec(part, training[model], methods, point, where)
+                names = {"model": model, "task": data_set, "method": method}
+                for values in self._combinations(block, data_set, where):
+                    point = {**names, **values}
+                    yield self._spec(part, training_of_model[model], methods, point, where)
 
     def _combinations(
-        self, block: ImageBlock, name: str, where: Location
+        self, block: ImageBlock, data_set: str, where: Location
     ) -> Iterator[dict[str, Any]]:
         """Yield every combination of a block's values on one image set.
 
@@ -100,7 +101,7 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         """
         lists = block.model_dump()
         # replace the names of held-out environments by their numbers, which depend on the set
-        environments = list(self.tasks[name].environments)
+        environments = list(self.tasks[data_set].environments)
         lists["test_envs"] = _test_env_tuples(block.test_envs, environments, where.at("test_envs"))
         # keys that the block leaves out are not in its dump
         keys = [key for key in _AXES if key in lists]

@@ -99,9 +99,9 @@ def open_image(file: Path | bytes, where: str, truncated: str) -> Image.Image:
     """
     # this setting of Pillow is global, so it is set again before every image
     ImageFile.LOAD_TRUNCATED_IMAGES = truncated == "load"
-    opened = io.BytesIO(file) if isinstance(file, bytes) else file
+    path_or_stream = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
-        with Image.open(opened) as image:
+        with Image.open(path_or_stream) as image:
             # Pillow's modes of integers and floats, such as "I;16" and "F"
             if image.mode.startswith(("I", "F")):
                 raise ValueError("it has 16 or 32 bits per channel; convert it to 8")
@@ -148,6 +148,7 @@ def _from_disk(task: RunImageSet, root: Path, truncated: str) -> ImageSet:
     classes = _folders(folders[0])
     environments = []
     for (name, _), folder in zip(task.environments, folders, strict=True):
+        # the classes that only this environment has, or only the first one
         unshared = set(_folders(folder)).symmetric_difference(classes)
         if unshared:
             raise DataError(
@@ -257,30 +258,41 @@ def _from_hub(task: RunImageSet, truncated: str) -> ImageSet:
     if missing:
         raise DataError(f"{where} has no column '{min(missing)}'")
 
-    # the class and the domain of every row, as names
-    labels = _column_texts(rows, "label")
-    domains = _column_texts(rows, "domain")
-    classes = sorted(set(labels))
-    ordered_domains = _in_domainbeds_order(sorted(set(domains)), task, where)
     # without decoding, the column has the bytes of the files; each image is decoded when it is read
     images = rows.cast_column("image", datasets.Image(decode=False))
+    class_names = _column_texts(rows, "label")
+    domains = _column_texts(rows, "domain")
+    classes = sorted(set(class_names))
+    ordered_domains = _in_domainbeds_order(sorted(set(domains)), task, where)
     environments = []
     for (name, _), domain in zip(task.environments, ordered_domains, strict=True):
         in_domain = [index for index in range(len(rows)) if domains[index] == domain]
         # a stable sort: within a class, rows stay in the order of the hub
-        indices = sorted(in_domain, key=lambda index: labels[index])
-        labels_in_domain = [labels[index] for index in indices]
-        absent = set(classes).difference(labels_in_domain)
-        if absent:
-            raise DataError(
-                f"{where}: the domain '{domain}' has no image of the class '{min(absent)}'"
-            )
-        class_numbers = [classes.index(label) for label in labels_in_domain]
-        # takes an index of the environment, and opens the image when it is needed
+        indices = sorted(in_domain, key=lambda index: class_names[index])
+        labels = [classes.index(class_names[index]) for index in indices]
+        _check_all_classes(labels, classes, f"{where}: the domain '{domain}'")
+        # takes a row of the environment, and opens the image when it is needed
         open_row = partial(_open_row, images, indices, where, truncated)
-        environments.append(Environment(name, class_numbers, open_row))
+        environments.append(Environment(name, labels, open_row))
     source = hub_name(where, task.source.revision, commit_of(splits))
     return ImageSet(environments, classes, f"hub {source}")
+
+
+def _check_all_classes(labels: Sequence[int], classes: Sequence[str], where: str) -> None:
+    """Check that an environment has images of every class.
+
+    Args:
+        labels: The class number of each image.
+        classes: The names of the classes, in the order of their numbers.
+        where: The environment, for the message.
+
+    Raises:
+        DataError: A class has no image.
+    """
+    present = set(labels)
+    for number, class_name in enumerate(classes):
+        if number not in present:
+            raise DataError(f"{where} has no image of the class '{class_name}'")
 
 
 def _load_hub_splits(task: RunImageSet) -> Any:

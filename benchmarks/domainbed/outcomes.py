@@ -126,16 +126,16 @@ class DomainOutcomes(Outcomes):
                 names.append(run.task)
         return names
 
-    def environments(self, name: str) -> list[str]:
+    def environments(self, data_set: str) -> list[str]:
         """Return the names of the environments of an image set, in DomainBed's order."""
-        return list(self.benchmark.tasks[name].environments)
+        return list(self.benchmark.tasks[data_set].environments)
 
-    def env_title(self, name: str, env_name: str) -> str:
+    def env_title(self, data_set: str, env_name: str) -> str:
         """Return the title of an environment: its name on disk, with blanks for underscores.
 
         An environment of digits is not on disk. Its title is its short name and the unit.
         """
-        image_set = self.benchmark.tasks[name]
+        image_set = self.benchmark.tasks[data_set]
         name_on_disk = image_set.environments[env_name]
         if isinstance(name_on_disk, str):
             return name_on_disk.replace("_", " ")
@@ -247,7 +247,7 @@ class DomainOutcomes(Outcomes):
         accuracies = self.cells.assign(domain="held_out", metric="accuracy")
         return join_claim_numbers(accuracies, parameter_counts(self.records))
 
-    def num_held_out(self, name: str) -> int:
+    def num_held_out(self, data_set: str) -> int:
         """Return the number of environments of an image set that were held out."""
-        of_set = self.cells[self.cells["task"] == name]
+        of_set = self.cells[self.cells["task"] == data_set]
         return int(of_set["eval_task"].nunique())

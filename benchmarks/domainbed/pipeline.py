@@ -135,6 +135,7 @@ def _count_note(spec: ImageSpec, image_set: ImageSet) -> str | None:
     """
     name = spec.task.name
     entry = load_benchmark(spec.benchmark).tasks.get(name)
+    # the file of sets may lack the set of an older run
     if entry is None:
         return None
     return SetPart(name, ALL, image_set.num_images, expected=entry.images).note

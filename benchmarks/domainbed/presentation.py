@@ -67,13 +67,13 @@ _TRIALS_COVER = (
 )
 
 
-def results(outcomes: DomainOutcomes, name: str) -> Table:
+def results(outcomes: DomainOutcomes, data_set: str) -> Table:
     """Make the table of accuracies on one image set in DomainBed's layout.
 
     It has a row for each model, selection and method. It has a column for each held-out
     environment, their average, and the difference to the baseline.
     """
-    accuracies, columns = _with_accuracies(outcomes, name)
+    accuracies, columns = _with_accuracies(outcomes, data_set)
     differences = outcomes.differences[[*CELL, "delta", "low", "high"]]
     with_differences = common.with_numbers(accuracies, on=CELL, numbers=differences)
     delta = Column(
@@ -84,8 +84,8 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
         signed=True,
     )
     return Table(
-        title=f"{outcomes.title('task', name)}: accuracy by held-out environment",
-        caption=_results_caption(outcomes, name),
+        title=f"{outcomes.title('task', data_set)}: accuracy by held-out environment",
+        caption=_results_caption(outcomes, data_set),
         keys={**_HEADINGS_OF_SET, "n": "n"},
         columns=[*columns, delta],
         frame=outcomes.order(with_differences, _ORDER_OF_SET),
@@ -94,21 +94,21 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
     )
 
 
-def _with_accuracies(outcomes: DomainOutcomes, name: str) -> tuple[pd.DataFrame, list[Column]]:
+def _with_accuracies(outcomes: DomainOutcomes, data_set: str) -> tuple[pd.DataFrame, list[Column]]:
     """Average the accuracies on each held-out environment of an image set over trials.
 
     Returns:
         - a row for each selection, model and method, with the number of trials ``n``.
         - the printed columns: one for each held-out environment, and their average.
     """
-    cells = outcomes.shared[outcomes.shared["task"] == name]
+    cells = outcomes.shared[outcomes.shared["task"] == data_set]
     by_environment = cells.groupby([*CELL, "eval_task"], sort=False)["value"]
     means = by_environment.agg(mean="mean", error=_domainbed_error).reset_index()
 
     trials = cells.groupby(CELL, sort=False).agg(n=("seed", "nunique")).reset_index()
     held_out = set(cells["eval_task"])
-    env_names = [env_name for env_name in outcomes.environments(name) if env_name in held_out]
-    headings = {env_name: outcomes.env_title(name, env_name) for env_name in env_names}
+    env_names = [env_name for env_name in outcomes.environments(data_set) if env_name in held_out]
+    headings = {env_name: outcomes.env_title(data_set, env_name) for env_name in env_names}
     with_envs, env_columns = common.spread_over_columns(
         trials,
         on=CELL,
@@ -121,29 +121,29 @@ def _with_accuracies(outcomes: DomainOutcomes, name: str) -> tuple[pd.DataFrame,
     return common.with_average(with_envs, env_columns, metric="accuracy")
 
 
-def _results_caption(outcomes: DomainOutcomes, name: str) -> str:
+def _results_caption(outcomes: DomainOutcomes, data_set: str) -> str:
     """Return the caption of :func:`results`."""
     return _sentences(
         "Accuracy on the in split of the held-out environment (80 % of its images"
-        f"{_limit_note(outcomes, name)}). Mean over n trials. {_ERROR_NOTE}.",
+        f"{_limit_note(outcomes, data_set)}). Mean over n trials. {_ERROR_NOTE}.",
         outcomes.shared_note,
-        _held_out_note(outcomes, [name]),
+        _held_out_note(outcomes, [data_set]),
         "A dash: the row lacks the environment. The average needs a row with all environments.",
-        _selections_note(outcomes, [name]),
-        _experts_note(outcomes, [name]),
+        _selections_note(outcomes, [data_set]),
+        _experts_note(outcomes, [data_set]),
         "Δ is paired by trial, with a 95 % confidence interval (Student's t), not corrected "
         f"for multiple tests. {_TRIALS_COVER} Bold marks the best method, without controls.",
     )
 
 
-def choices(outcomes: DomainOutcomes, name: str) -> Table:
+def choices(outcomes: DomainOutcomes, data_set: str) -> Table:
     """Make the table of the steps and hyper-parameters that selections chose on one image set.
 
     It has a row for each model, selection, method, held-out environment and trial.
     """
-    of_set = outcomes.cells[outcomes.cells["task"] == name]
+    of_set = outcomes.cells[outcomes.cells["task"] == data_set]
     ordered = outcomes.order(of_set, _ORDER_OF_SET)
-    env_titles = [outcomes.env_title(name, env_name) for env_name in ordered["eval_task"]]
+    env_titles = [outcomes.env_title(data_set, env_name) for env_name in ordered["eval_task"]]
     # hparams_seed 0 stands for the default hyper-parameters
     draws = ordered["hparams_seed"].astype(str).replace("0", "defaults")
     frame = ordered.assign(eval_task_title=env_titles, draw=draws)
@@ -159,8 +159,8 @@ def choices(outcomes: DomainOutcomes, name: str) -> Table:
     if frame["variant"].any():
         keys["variant"] = "Variant"
     return Table(
-        title=f"{outcomes.title('task', name)}: choices",
-        caption=_choices_caption(outcomes, name),
+        title=f"{outcomes.title('task', data_set)}: choices",
+        caption=_choices_caption(outcomes, data_set),
         keys=keys,
         columns=[
             Column("accuracy", "chosen_by", "Chosen by"),
@@ -172,13 +172,13 @@ def choices(outcomes: DomainOutcomes, name: str) -> Table:
     )
 
 
-def _choices_caption(outcomes: DomainOutcomes, name: str) -> str:
+def _choices_caption(outcomes: DomainOutcomes, data_set: str) -> str:
     """Return the caption of :func:`choices`."""
     return _sentences(
         "Step and draw of hyper-parameters (DomainBed's hparams_seed) that each selection chose, "
         "by held-out environment and trial; the selection's value, and the reported accuracy on "
         "the held-out environment.",
-        _selections_note(outcomes, [name]),
+        _selections_note(outcomes, [data_set]),
     )
 
 
@@ -195,8 +195,8 @@ def summary(outcomes: DomainOutcomes) -> Table:
 
     # a row for each selection, model and method, and a column for each image set
     counts = common.format_counts(means, keys)
-    headings = {name: outcomes.title("task", name) for name in outcomes.sets}
-    frame, columns = common.spread_over_columns(
+    headings = {data_set: outcomes.title("task", data_set) for data_set in outcomes.sets}
+    with_sets, set_columns = common.spread_over_columns(
         counts,
         on=keys,
         numbers=numbers,
@@ -205,9 +205,12 @@ def summary(outcomes: DomainOutcomes) -> Table:
         metric="accuracy",
         std="error",
     )
-    # one set needs no average
-    if len(columns) > 1:
-        frame, columns = common.with_average(frame, columns, metric="accuracy")
+    if len(set_columns) > 1:
+        frame, columns = common.with_average(with_sets, set_columns, metric="accuracy")
+    else:
+        # one set needs no average
+        frame = with_sets
+        columns = set_columns
     return Table(
         title="Accuracy on held-out environments, by set",
         caption=_summary_caption(outcomes),
@@ -356,9 +359,9 @@ TABLES = {"summary": summary, "tests": tests_table, "cost": cost, "paper": paper
 SET_TABLES = {"results": results, "choices": choices}
 
 
-def _runs_on(outcomes: DomainOutcomes, names: list[str]) -> list[Run]:
+def _runs_on(outcomes: DomainOutcomes, data_sets: list[str]) -> list[Run]:
     """Return the runs on some image sets."""
-    return [run for run in outcomes.runs if run.task in names]
+    return [run for run in outcomes.runs if run.task in data_sets]
 
 
 def _sentences(*texts: str) -> str:
@@ -366,10 +369,10 @@ def _sentences(*texts: str) -> str:
     return " ".join(text for text in texts if text)
 
 
-def _limit_note(outcomes: DomainOutcomes, name: str) -> str:
+def _limit_note(outcomes: DomainOutcomes, data_set: str) -> str:
     """Return a clause on the number of evaluated images (``eval_rows``); empty if all are used."""
     limits: set[int] = set()
-    for run in _runs_on(outcomes, [name]):
+    for run in _runs_on(outcomes, [data_set]):
         limit = outcomes.specs[run.id].training.eval_rows
         if limit is not None:
             limits.add(limit)
@@ -378,10 +381,10 @@ def _limit_note(outcomes: DomainOutcomes, name: str) -> str:
     return f", of which {counts} are used" if counts else ""
 
 
-def _selections_note(outcomes: DomainOutcomes, names: list[str]) -> str:
+def _selections_note(outcomes: DomainOutcomes, data_sets: list[str]) -> str:
     """Return sentences on the selections, and on the augmentation of validation images, if any."""
     val_augments = set()
-    for run in _runs_on(outcomes, names):
+    for run in _runs_on(outcomes, data_sets):
         spec = outcomes.specs[run.id]
         # MNIST's digits are never augmented
         if spec.hparams.data_augmentation and not spec.task.source.mnist:
@@ -390,14 +393,14 @@ def _selections_note(outcomes: DomainOutcomes, names: list[str]) -> str:
     return _sentences(_SELECTIONS_NOTE, *validation)
 
 
-def _experts_note(outcomes: DomainOutcomes, names: list[str]) -> str:
+def _experts_note(outcomes: DomainOutcomes, data_sets: list[str]) -> str:
     """Return a sentence on the experts per token and the converted blocks of each method.
 
     The text is empty if no method has experts.
     """
     # the distinct settings of a method's runs, by title of the method
     settings_by_title: dict[str, list[str]] = {}
-    for run in _runs_on(outcomes, names):
+    for run in _runs_on(outcomes, data_sets):
         if not run.config:  # a dense model
             continue
         settings = settings_by_title.setdefault(outcomes.title("method", run.method), [])
@@ -424,14 +427,14 @@ def _experts_setting(config: Mapping[str, Any]) -> str:
     return f"{config['top_k']} of {config['num_experts']} in {layers}"
 
 
-def _held_out_note(outcomes: DomainOutcomes, names: list[str]) -> str:
+def _held_out_note(outcomes: DomainOutcomes, data_sets: list[str]) -> str:
     """Return a sentence for each image set of which only some environments were held out."""
     sentences = []
-    for name in names:
-        num_held_out = outcomes.num_held_out(name)
-        num_environments = len(outcomes.environments(name))
+    for data_set in data_sets:
+        num_held_out = outcomes.num_held_out(data_set)
+        num_environments = len(outcomes.environments(data_set))
         if num_held_out < num_environments:
-            title = outcomes.title("task", name)
+            title = outcomes.title("task", data_set)
             sentences.append(
                 f"Of {title} {num_held_out} of {num_environments} environments were held out."
             )
@@ -465,13 +468,13 @@ def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
     """
     outcomes = DomainOutcomes(benchmark, records)
     presentations_of_sets = {}
-    for name in outcomes.sets:
-        presentations_of_sets[name] = Presentation(
+    for data_set in outcomes.sets:
+        presentations_of_sets[data_set] = Presentation(
             benchmark=benchmark,
             table_functions=SET_TABLES,
             figure_functions=SET_FIGURES,
             outcomes=outcomes,
-            data_set=name,
+            data_set=data_set,
         )
     return Presentation(
         benchmark=benchmark,

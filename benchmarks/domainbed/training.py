@@ -101,27 +101,30 @@ class DomainTrainer(RoutedTrainer):
         progress: Progress,
     ) -> None:
         training = spec.training
-        hparams = spec.hparams
         self._splits = dict(splits)
-        self._batch_size = training.eval_batch_size
-        self._seed = derive_seed("chance", spec.seed)
-        self._stopwatch = Stopwatch()
-        probe = Probe()
+        self._eval_batch_size = training.eval_batch_size
+        self._shuffle_seed = derive_seed("chance", spec.seed)
         self._warn = progress.warn
         self._precision = available_precision(training.precision)
-        # never None here, because a run's spec has the image set's number instead of null
-        eval_every = cast(int, training.eval_every)
+        self._stopwatch = Stopwatch()
+
         images_per_step = len(draws) // training.steps
         arguments = _arguments(spec, folder, images_per_step, self._precision)
+        # never None here, because a run's spec has the image set's number instead of null
+        eval_every = cast(int, training.eval_every)
+
         # the probe compares machines, so any fixed images will do
         first_split = next(iter(splits.values()))
-        probe.observe(classifier.model, default_collate(fixed_rows(first_split)))
+        fixed_images = default_collate(fixed_rows(first_split))
+        probe = Probe()
+        probe.observe(classifier.model, fixed_images)
+
         super().__init__(
             args=arguments,
             order=draws,
             trainable=classifier,
             lora=training.lora,
-            optimizer_cls_and_kwargs=(torch.optim.Adam, {"lr": hparams.lr}),
+            optimizer_cls_and_kwargs=(torch.optim.Adam, {"lr": spec.hparams.lr}),
             probe=probe,
             train_dataset=train,
             eval_dataset=self._splits,
@@ -165,22 +168,25 @@ class DomainTrainer(RoutedTrainer):
         """
         checkpoint = resume(self, origin, self._warn)
         self.train(resume_from_checkpoint=checkpoint)
-        # Trainer logs the loss and each split in separate entries; a record joins those of a step
-        records: dict[int, dict[str, Any]] = {}
-        evaluated_steps = set()
+        # Trainer logs the loss and each split of a step in separate entries
+        log_of_step: dict[int, dict[str, Any]] = {}
         for entry in self.state.log_history:
             step = int(entry["step"])
-            # Trainer counts steps from 1, DomainBed from 0
-            record = records.setdefault(step, {"step": step - 1})
-            if "loss" in entry:
-                record["loss"] = finite_or_none(entry["loss"])
+            log_of_step.setdefault(step, {}).update(entry)
+
+        records = []
+        for step, logged in log_of_step.items():
+            accuracies = {}
             for name in self._splits:
                 key = f"eval_{name}_{ACCURACY}"
-                if key in entry:
-                    record[f"{name}_acc"] = entry[key]
-                    evaluated_steps.add(step)
-        # only evaluated steps are records; Trainer also logs a summary at the end
-        return [record for step, record in records.items() if step in evaluated_steps]
+                if key in logged:
+                    accuracies[f"{name}_acc"] = logged[key]
+            # a step without accuracies was not evaluated
+            if accuracies:
+                loss = finite_or_none(logged["loss"])
+                # Trainer counts steps from 1, DomainBed from 0
+                records.append({"step": step - 1, "loss": loss, **accuracies})
+        return records
 
     def predict_splits(
         self, splits: Sequence[EvaluationRows], num_classes: int
@@ -193,11 +199,12 @@ class DomainTrainer(RoutedTrainer):
         """
         if not emoe.is_converted(self._module):
             return self._confusion(splits, num_classes), {}
-        # the label of an image is its number, counted from 0 over all splits
-        labels = torch.arange(sum(len(rows) for rows in splits))
+        # the record tells images apart by their number, counted from 0 over all splits
+        num_images = sum(len(rows) for rows in splits)
+        image_numbers = torch.arange(num_images)
         with (
             emoe.record_routing(self._module) as record,
-            label_rows(self._module, record, labels),
+            label_rows(self._module, record, image_numbers),
         ):
             confusion = self._confusion(splits, num_classes)
         return confusion, self._routing(splits, num_classes, record)
@@ -211,7 +218,7 @@ class DomainTrainer(RoutedTrainer):
         device = next(model.parameters()).device
         confusion = np.zeros((len(splits), num_classes, num_classes), dtype=np.int64)
         for env, rows in enumerate(splits):
-            for batch in DataLoader(rows, self._batch_size, num_workers=reading_workers()):
+            for batch in DataLoader(rows, self._eval_batch_size, num_workers=reading_workers()):
                 labels = batch.pop("labels")
                 inputs = {name: values.to(device) for name, values in batch.items()}
                 with torch.inference_mode(), self.compute_loss_context_manager():
@@ -240,28 +247,31 @@ class DomainTrainer(RoutedTrainer):
         # how often each image chooses each expert: [images, layers, experts]
         num_images = len(classes)
         loads_of_layers = [loads_by_row(layer, num_images) for layer in record.layers.values()]
-        loads = np.stack(loads_of_layers, axis=1)
+        image_loads = np.stack(loads_of_layers, axis=1)
 
         # Classes are shuffled within each environment, and environments within each class, so that
         # chance includes what one label tells about the other. Both results are
         # [1 + shuffles, layers]; the first row is of the true labels.
-        class_bits = shuffled_information(loads, classes, environments, self._seed)
-        environment_bits = shuffled_information(loads, environments, classes, self._seed)
+        class_bits = shuffled_information(image_loads, classes, environments, self._shuffle_seed)
+        environment_bits = shuffled_information(
+            image_loads, environments, classes, self._shuffle_seed
+        )
+
+        # the sums over the images with the same environment and class:
+        # [environments, classes, layers, experts]
+        _, num_layers, num_experts = image_loads.shape
+        loads = np.zeros((len(splits), num_classes, num_layers, num_experts), dtype=np.int64)
+        # `+=` would add only one of these images, `add.at` adds all
+        np.add.at(loads, (environments, classes), image_loads)
+
+        loads_by_layer = {}
         chance_by_layer = {}
         for index, layer in enumerate(record.layers):
+            loads_by_layer[str(layer)] = loads[:, :, index].tolist()
             chance_by_layer[str(layer)] = {
                 "class": list(shuffle_statistics(class_bits[:, index])),
                 "environment": list(shuffle_statistics(environment_bits[:, index])),
             }
-
-        # Sum the loads of all images with the same environment and class. `+=` would add only one
-        # of these images, `add.at` adds all.
-        _, num_layers, num_experts = loads.shape
-        sums = np.zeros((len(splits), num_classes, num_layers, num_experts), dtype=np.int64)
-        np.add.at(sums, (environments, classes), loads)
-        loads_by_layer = {}
-        for index, layer in enumerate(record.layers):
-            loads_by_layer[str(layer)] = sums[:, :, index].tolist()
         return {
             **record.summary(),
             **MutualInformation.averaged(class_bits).numbers("class"),

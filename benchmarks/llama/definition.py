@@ -267,12 +267,34 @@ class InstructionDefinition(MethodsDefinition):
     """Settings of the evaluation; a suite may change them."""
 
 
+def _check_once(placeholder: str, text: str) -> None:
+    """Raise an error if a template's text does not have the placeholder exactly once."""
+    count = text.count(placeholder)
+    if count != 1:
+        raise refusal(f"it needs {placeholder} exactly once, but has it {count} times")
+
+
+def _check_with_input(text: str) -> str:
+    """Return the text of a template unchanged, or raise an error if a placeholder is wrong."""
+    _check_once("{instruction}", text)
+    _check_once("{input}", text)
+    return text
+
+
+def _check_without_input(text: str) -> str:
+    """Return the text of a template unchanged, or raise an error if a placeholder is wrong."""
+    _check_once("{instruction}", text)
+    if "{input}" in text:
+        raise refusal("it has {input}, but its rows have no input")
+    return text
+
+
 class PromptTemplate(Strict):
     """The texts of a prompt, with placeholders for the instruction and its input."""
 
-    with_input: str
+    with_input: Annotated[str, AfterValidator(_check_with_input)]
     """Prompt of rows with an input, with the placeholders {instruction} and {input}."""
-    without_input: str
+    without_input: Annotated[str, AfterValidator(_check_without_input)]
     """Prompt of rows without an input, with the placeholder {instruction}."""
 
 

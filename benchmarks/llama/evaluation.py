@@ -70,43 +70,51 @@ def load_task(entry: EvaluationTask) -> LoadedTask:
             the group share no metric.
         DataError: The data of the task cannot be loaded.
     """
-    name = entry.task
-    written_tasks = write_tasks(name)  # None: lm-eval's own task is evaluated
-    folder = None
-    if written_tasks is not None:
-        folder = written_tasks.path
-    manager = _manager(folder)
-    where = f"'evaluation.tasks' names '{name}'"
-    if name not in manager.all_tasks:
-        raise DefinitionError(
-            f"{where}, which lm-eval does not have{did_you_mean(name, manager.all_tasks)}"
-        )
-    try:
-        loaded: dict[str, Any] = manager.load([name])
-    except Exception as error:  # the hub, parsers and the task's own code raise many types
-        raise DataError(f"lm-eval cannot load '{name}': {first_line(error)}") from error
+    where = f"'evaluation.tasks' names '{entry.task}'"  # the beginning of error messages
+    written = write_tasks(entry.task)  # None: lm-eval's own task is evaluated
+    manager = _manager(written.path if written else None)
+    content = _load_content(entry.task, manager, where)
     # in a group, each subject is a task of its own
-    tasks: dict[str, Any] = loaded["tasks"]
-    metrics_of_tasks = []
+    tasks: dict[str, Any] = content["tasks"]
     for subject, task in tasks.items():
         _check_subject(entry, subject, task, where)
-        metrics_of_tasks.append(list(task.aggregation()))
+    metrics_of_tasks = [list(task.aggregation()) for task in tasks.values()]
     if _shared_metric(metrics_of_tasks) is None:
         raise DefinitionError(
             f"{where}, whose tasks are scored by different metrics; name them one by one"
         )
 
-    if written_tasks is None:
+    if written is None:
         sources = _hub_sources(tasks)
         note = None
     else:
-        sources = [written_tasks.source]
-        note = written_tasks.note
+        sources = [written.source]
+        note = written.note
     drawn = None
     if entry.draw is not None:
         drawn = _draw(entry.draw, tasks, where)
         sources.append(_describe_draw(drawn, tasks))
-    return LoadedTask(content=loaded, tasks=tasks, drawn=drawn, sources=sources, note=note)
+    return LoadedTask(content=content, tasks=tasks, drawn=drawn, sources=sources, note=note)
+
+
+def _load_content(name: str, manager: TaskManager, where: str) -> dict[str, Any]:
+    """Load a task or group by name with lm-eval's task manager.
+
+    ``where`` is the beginning of an error message, which names the setting.
+
+    Raises:
+        DefinitionError: The manager has no such task.
+        DataError: The data of the task cannot be loaded.
+    """
+    if name not in manager.all_tasks:
+        raise DefinitionError(
+            f"{where}, which lm-eval does not have{did_you_mean(name, manager.all_tasks)}"
+        )
+    try:
+        content: dict[str, Any] = manager.load([name])
+    except Exception as error:  # the hub, parsers and the task's own code raise many types
+        raise DataError(f"lm-eval cannot load '{name}': {first_line(error)}") from error
+    return content
 
 
 def _draw(count: int, tasks: Mapping[str, Any], where: str) -> dict[str, list[int]]:
@@ -125,7 +133,7 @@ def _draw(count: int, tasks: Mapping[str, Any], where: str) -> dict[str, list[in
     """
     sizes = {name: len(task.eval_docs) for name, task in tasks.items()}
     available = sum(sizes.values())
-    if not len(tasks) <= count <= available:
+    if count < len(tasks) or count > available:
         raise DefinitionError(
             f"{where} with 'draw: {count}', but it takes {len(tasks)} (one for each task) to "
             f"{available} questions"
@@ -169,15 +177,16 @@ def _check_subject(entry: EvaluationTask, subject: str, task: Any, where: str) -
         raise DefinitionError(
             f"{where} with {shots} shots, but '{subject}' has none in lm-eval; set 0"
         )
-    # other tasks may draw examples from a whole training split, which would take long to list
-    if not is_mmlu_dev(entry.task) and not is_mmlu(entry.task):
-        return
-    available = len(list(task.fewshot_docs()))
-    noun = "few-shot questions"
     if is_mmlu_dev(entry.task):
         # the few-shot examples are the subject's questions, without the evaluated question
-        available -= 1
+        available = len(list(task.fewshot_docs())) - 1
         noun = "other questions"
+    elif is_mmlu(entry.task):
+        available = len(list(task.fewshot_docs()))
+        noun = "few-shot questions"
+    else:
+        # other tasks may draw examples from a whole training split, which would take long to list
+        return
     if shots > available:
         raise DefinitionError(f"{where} with {shots} shots, but '{subject}' has {available} {noun}")
 
@@ -370,12 +379,13 @@ def _summarise_categories(
     for group in members_of_group:
         # a set, because a task in two subgroups is listed twice
         listed = set(_leaves(group, members_of_group))
-        leaves = [task for task in subjects.counts if task in listed]
-        has_all_tasks = len(leaves) == len(subjects.counts)
-        if leaves and not has_all_tasks:
+        # each task once, in the order of the result
+        members = [task for task in subjects.counts if task in listed]
+        has_all_tasks = len(members) == len(subjects.counts)
+        if members and not has_all_tasks:
             categories[_title(result, group)] = {
-                metric: subjects.mean(metric, leaves),
-                "questions": subjects.count(leaves),
+                metric: subjects.mean(metric, members),
+                "questions": subjects.count(members),
             }
     return categories
 
@@ -473,14 +483,12 @@ def nats_per_byte(samples: Sequence[Mapping[str, Any]]) -> list[float | None] | 
         return None
     nats = []
     for sample in in_order:
-        right = sample["target"]
+        right = sample["target"]  # the index of the right choice
         _, right_answer = sample["arguments"][right]
         log_likelihood, _ = sample["filtered_resps"][right]
-        value = -float(log_likelihood) / _bytes(right_answer)
-        rounded = None
-        if math.isfinite(value):
-            rounded = round(value, 6)
-        nats.append(rounded)
+        value = -float(log_likelihood) / _count_bytes(right_answer)
+        # JSON has no numbers that are not finite
+        nats.append(round(value, 6) if math.isfinite(value) else None)
     return nats
 
 
@@ -508,15 +516,15 @@ def _is_choice(sample: Mapping[str, Any]) -> bool:
         return False
     # the right answer must have a byte, because its likelihood is divided by its bytes
     _, right_answer = requests[right]
-    return _bytes(right_answer) > 0
+    return _count_bytes(right_answer) > 0
 
 
 def _answers_are_letters(sample: Mapping[str, Any]) -> bool:
     """Return True if each answer of a sample is one ASCII character, such as ``A``."""
-    return all(_bytes(answer) == 1 for _, answer in sample["arguments"])
+    return all(_count_bytes(answer) == 1 for _, answer in sample["arguments"])
 
 
-def _bytes(answer: str) -> int:
+def _count_bytes(answer: str) -> int:
     """Count the bytes of an answer without surrounding blanks."""
     return len(answer.strip().encode())
 

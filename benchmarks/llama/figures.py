@@ -30,10 +30,12 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
     styles = outcomes.styles_by_title(titled)
     with plots.curve_figure(path, titles, labels, _PANEL_HEIGHT) as axes:
         for column, (_, group) in enumerate(groups):
-            for axis, label in zip(axes[:, column], labels, strict=True):
-                plots.draw_means(axis, group[group["panel"] == label], styles)
-            seeds = group.groupby("method_title")["run_id"].nunique()
-            plots.label_steps(axes[-1, column], f"step; means of {plots.count_text(seeds)}")
+            axes_of_group = axes[:, column]
+            for axis, label in zip(axes_of_group, labels, strict=True):
+                points_of_panel = group[group["panel"] == label]
+                plots.draw_means(axis, points_of_panel, styles)
+            num_seeds = group.groupby("method_title")["run_id"].nunique()
+            plots.label_steps(axes_of_group[-1], f"step; means of {plots.count_text(num_seeds)}")
 
 
 def _column_title(outcomes: InstructionOutcomes, model: str, task: str, tuning: str) -> str:

@@ -98,9 +98,9 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
                 continue
             tuning = tunings[point["finetuning"]]
             model = load_models()[point["model"]].spec(point["model"])
-            method = method_spec(methods, point, point["seed"], lora=None, where=where)
-            # replaced, because the fine-tuning decides what is trained, not the method
-            method["tune"] = tuning.tune_spec()
+            own_method = method_spec(methods, point, point["seed"], lora=None, where=where)
+            # the fine-tuning decides what is trained, not the method
+            method = {**own_method, "tune": tuning.tune_spec()}
             # such as `lora`, or `lora-N16` if the block varies settings of the method
             variant = point["finetuning"]
             if method["variant"]:

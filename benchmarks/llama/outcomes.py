@@ -24,7 +24,7 @@ from benchmarks.harness.results.statistics import (
     shared_pairs,
     with_verdicts,
 )
-from benchmarks.llama.definition import HELD_OUT, NATS, QUESTIONS, RANDOM, InstructionSpec
+from benchmarks.llama.definition import HELD_OUT, NATS, QUESTIONS, RANDOM
 
 # the columns that identify a group of comparable cells
 GROUP = ["model", "task", "tuning"]
@@ -78,7 +78,7 @@ class InstructionOutcomes(Outcomes):
         super().__init__(benchmark, runs, [*GROUP, "method"], task=sets, tuning=tunings)
         self.records = _tabulate_by_cell(self.chosen)
         self.several_sets = self.records["task"].nunique() > 1
-        self.draws_templates = any(_spec_of(run).data.template == RANDOM for run in runs)
+        self.draws_templates = any(run.spec["data"]["template"] == RANDOM for run in runs)
         self.shared = shared_pairs(
             self.records, within=GROUP, compared=["method", "variant"], pair="seed"
         )
@@ -87,7 +87,8 @@ class InstructionOutcomes(Outcomes):
         self.questions = self.collect_rows(
             ["eval_task", "metric", "question", "value"], _question_values
         )
-        # the names in which the cell that a cell is compared with differs from it
+        # each cell is compared with two references, which are cells that differ from it only in
+        # these columns
         self._references = {
             BASELINE: {"method": self.baseline, "variant": ""},
             UNTUNED: {"tuning": _untuned_name(runs)},
@@ -110,25 +111,26 @@ class InstructionOutcomes(Outcomes):
         rows = []
         for record in self.chosen:
             run = record.run
+            # the values of the first columns: ``run_id``, those of CELL, and ``seed``
             run_values = (run.id, *cell_of(run).values(), run.seed)
-            for row in read(record.metrics):
-                rows.append((*run_values, *row))
+            for read_values in read(record.metrics):
+                rows.append((*run_values, *read_values))
         # dtype object, because pandas sums floats in another order, which rounds differently
         return pd.DataFrame(rows, columns=["run_id", *CELL, "seed", *columns], dtype=object)
 
-    def numbers(self, part: str, metric: str, name: str | None = None) -> pd.Series[float]:
+    def numbers(self, part: str, metric: str, eval_task: str | None = None) -> pd.Series[float]:
         """Return the values of a metric for the shared seeds, indexed by cell and seed.
 
         Args:
             part: The part of the scores: ``dev`` (held-out loss) or ``test`` (tasks of lm-eval).
             metric: The name of the metric.
-            name: The evaluated task; None if the part has only one.
+            eval_task: The evaluated task; None if the part has only one.
         """
         is_part = self.shared["part"] == part
         is_metric = self.shared["metric"] == metric
         numbers = self.shared[is_part & is_metric]
-        if name is not None:
-            numbers = numbers[numbers["eval_task"] == name]
+        if eval_task is not None:
+            numbers = numbers[numbers["eval_task"] == eval_task]
         return numbers.set_index([*CELL, "seed"])["value"]
 
     def cells(self) -> pd.DataFrame:
@@ -147,28 +149,33 @@ class InstructionOutcomes(Outcomes):
         """Compute the frame of :attr:`tests` for one metric, in the order of the tasks."""
         is_metric = self.questions["metric"] == metric
         values = self.questions[is_metric].drop(columns=["run_id", "metric"])
-        differences = []
-        for against in self._references:
-            # the answers of an untuned model do not depend on the seed, so every seed is compared
-            # with it; tasks of lm-eval do not use the template
-            averaged = ["seed"] if against == UNTUNED else []
-            compared = paired_differences(
-                values,
-                cell_columns=[*CELL, "eval_task"],
-                reference=self._references[against],
-                pair="question",
-                averaged=averaged,
-            )
-            differences.append(compared.assign(against=against))
-        # ``n`` counts pairs, and here a pair is a question
-        tests = pd.concat(differences, ignore_index=True).rename(columns={"n": "questions"})
-        # ``values`` counts the answers of all seeds, and every seed answers every question
-        tests["seeds"] = tests["values"] // tests["questions"]
+        cell_columns = [*CELL, "eval_task"]
+        to_baseline = paired_differences(
+            values, cell_columns, reference=self._references[BASELINE], pair="question"
+        )
+        # the answers of an untuned model do not depend on the seed, so every seed is compared with
+        # it; tasks of lm-eval do not use the template
+        to_untuned = paired_differences(
+            values,
+            cell_columns,
+            reference=self._references[UNTUNED],
+            pair="question",
+            averaged=["seed"],
+        )
+        differences = pd.concat(
+            [to_baseline.assign(against=BASELINE), to_untuned.assign(against=UNTUNED)],
+            ignore_index=True,
+        )
+        # ``n`` counts pairs, and here a pair is a question; ``values`` counts the answers of all
+        # seeds, and every seed answers every question
+        tests = differences.assign(
+            questions=differences["n"], seeds=differences["values"] // differences["n"]
+        )
 
-        # sort by the place of the task, not by its name
-        places = {task: place for place, task in enumerate(self.eval_tasks)}
+        # in the order of the tasks, not of their names
+        position_of_task = {task: position for position, task in enumerate(self.eval_tasks)}
         in_order = tests.sort_values(
-            "eval_task", key=lambda tasks: tasks.map(places), kind="stable"
+            "eval_task", key=lambda tasks: tasks.map(position_of_task), kind="stable"
         )
         columns = [*CELL, "against", "eval_task", "questions", "seeds", *Difference.COLUMNS]
         return with_verdicts(in_order[columns], lower_is_better=metric == NATS)
@@ -246,15 +253,10 @@ def cell_of(run: Run) -> dict[str, str]:
     return {
         "model": run.model,
         "task": run.task,
-        "tuning": _spec_of(run).finetuning,
+        "tuning": str(run.spec["finetuning"]),
         "method": run.method,
         "variant": run.method_variant,
     }
-
-
-def _spec_of(run: Run) -> InstructionSpec:
-    """Return the spec of a run with types."""
-    return InstructionSpec.model_validate(run.spec)
 
 
 def format_task(task: str) -> str:
@@ -276,15 +278,16 @@ def _best_rate_runs(finished: Sequence[Record]) -> list[Record]:
     losses = pd.DataFrame(rows, columns=[*CELL, "rate", "loss"]).astype({"loss": float})
     # a row per cell and learning rate, with the mean over seeds
     mean_losses = losses.groupby([*CELL, "rate"], sort=False)["loss"].mean().reset_index()
-    # the index of the lowest loss of each cell; idxmin returns the first of equal losses
-    best = mean_losses.groupby(CELL, sort=False)["loss"].idxmin()
-    best_rates = mean_losses.loc[best, [*CELL, "rate"]]
-    chosen = set(best_rates.itertuples(index=False, name=None))
-    return [record for record in finished if _cell_and_rate(record.run) in chosen]
+    # the row with the lowest loss of each cell; idxmin returns the first of equal losses
+    best_rows = mean_losses.groupby(CELL, sort=False)["loss"].idxmin()
+    best_rates = mean_losses.loc[best_rows, [*CELL, "rate"]]
+    # tuples like those of _cell_and_rate
+    cells_and_best_rates = set(best_rates.itertuples(index=False, name=None))
+    return [record for record in finished if _cell_and_rate(record.run) in cells_and_best_rates]
 
 
 def _cell_and_rate(run: Run) -> Row:
-    """Return the cell of a run, as in :data:`CELL`, and its learning rate."""
+    """Return a value for each column of :data:`CELL`, and the learning rate."""
     return (*cell_of(run).values(), run.learning_rate)
 
 

@@ -112,6 +112,7 @@ def _with_losses(
     columns = [Column("loss", "loss", "Held-out loss", std="loss std", marks_best=True)]
     for against, title in _reference_titles(outcomes).items():
         differences = outcomes.loss_differences(against).drop(columns="p")
+        # adds the columns ``<against> delta``, ``<against> low`` and ``<against> high``
         frame = common.with_numbers(frame, on=CELL, numbers=differences, prefix=f"{against} ")
         column = Column(
             "loss",
@@ -339,13 +340,13 @@ def paper_table(outcomes: InstructionOutcomes) -> Table:
         suffixes=("_published", "_ours"),  # both sides have N and k
     )
     # rows that only the paper has lack our task and our variant
-    named = merged.fillna({"eval_task_title": "MMLU (shots unknown)", "variant": ""})
+    filled = merged.fillna({"eval_task_title": "MMLU (shots unknown)", "variant": ""})
     # other tasks, such as "MMLU-dev (…)", have other questions, so they get no difference
-    is_mmlu = named["eval_task_title"].str.startswith("MMLU (")
-    is_comparable = is_mmlu & _has_published_experts(named)
-    difference = (named["ours"] - named["value"]).where(is_comparable)
+    is_mmlu = filled["eval_task_title"].str.startswith("MMLU (")
+    is_comparable = is_mmlu & _has_published_experts(filled)
+    difference = (filled["ours"] - filled["value"]).where(is_comparable)
     # the training set of the paper's rows is unknown, so it is left empty in our rows too
-    compared = named.assign(difference=difference, task="")
+    compared = filled.assign(difference=difference, task="")
     return common.published_table(
         title="The paper's MMLU accuracies beside ours",
         caption=f"{_PAPER_CAPTION} {outcomes.shared_note} {common.SEEDS_COVER}",
@@ -410,13 +411,14 @@ def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
         gain_text = _gain_text(outcomes, row, gains)
         if gain_text:
             findings.append(gain_text)
-        findings += _test_texts(outcomes, row)
+        findings.extend(_test_texts(outcomes, row))
+        findings_text = "; ".join(findings)
         # the titles of model, set (if there are several) and tuning
         group_columns = [name for name in _key_headings(outcomes) if name != "method_title"]
         group_text = ", ".join(row[column] for column in group_columns)
         yield (
             f"{group_text}, against {outcomes.baseline_title}: {row['method_title']}: "
-            f"{'; '.join(findings)}."
+            f"{findings_text}."
         )
 
 

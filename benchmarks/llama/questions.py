@@ -153,18 +153,15 @@ def _describe_split(split: str) -> SetPart:
 
     If the split is missing or damaged, the description has the reason or the way to get it.
     """
-    expected = MMLU_ROWS[split]
     folder = local_path(MMLU, _FOLDER)
-    if folder is None:
-        try:
-            return _describe_hub(split)
-        except DataError:
-            return SetPart(MMLU, split, rows=None, expected=expected, advice=_advice())
     try:
+        if folder is None:
+            return _describe_hub(split)
         return _describe_questions(folder, split, _read_questions(folder, split))
     except DataError as error:
-        problem = f"{MMLU}: {first_line(error)}"
-        return SetPart(MMLU, split, rows=None, expected=expected, advice=problem)
+        # without a folder, the hub's error helps less than the ways to get MMLU
+        advice = _advice() if folder is None else f"{MMLU}: {first_line(error)}"
+        return SetPart(MMLU, split, rows=None, expected=MMLU_ROWS[split], advice=advice)
 
 
 def draw_by_subject(sizes: Mapping[str, int], count: int) -> dict[str, list[int]]:
@@ -180,24 +177,34 @@ def draw_by_subject(sizes: Mapping[str, int], count: int) -> dict[str, list[int]
     Returns:
         The indices of each subject's drawn questions, in ascending order, by the name of the task.
     """
+    drawn = {}
+    for name, drawn_count in _share_draw(sizes, count).items():
+        # the order does not depend on the count, so that a larger draw contains a smaller one
+        order = list(range(sizes[name]))
+        random.Random(derive_seed("drawn questions", _without_form(name))).shuffle(order)
+        drawn[name] = sorted(order[:drawn_count])
+    return drawn
+
+
+def _share_draw(sizes: Mapping[str, int], count: int) -> dict[str, int]:
+    """Share the drawn questions among the subjects with Webster's method, at least one each.
+
+    The arguments are those of :func:`draw_by_subject`.
+
+    Returns:
+        The number of questions to draw of each subject, by the name of the subject's task.
+    """
     # sorted without the form, so that ties end in the same way for both forms
     names = sorted(sizes, key=_without_form)
     counts = dict.fromkeys(names, 1)
     num_left = count - len(names)
     for _ in range(num_left):
-        # Webster's method: the subject with the lowest (2n + 1) / size gets the next question,
-        # where n is its count so far
+        # the subject with the lowest (2n + 1) / size gets the next question, where n is its count
+        # so far; `min` returns the first of equal quotients
         quotients = {name: (2 * counts[name] + 1) / sizes[name] for name in names}
-        next_name = min(names, key=quotients.__getitem__)
+        next_name = min(names, key=lambda name: quotients[name])
         counts[next_name] += 1
-
-    drawn = {}
-    for name in names:
-        # the order does not depend on the count, so that a larger draw contains a smaller one
-        order = list(range(sizes[name]))
-        random.Random(derive_seed("drawn questions", _without_form(name))).shuffle(order)
-        drawn[name] = sorted(order[: counts[name]])
-    return drawn
+    return counts
 
 
 def _without_form(task: str) -> str:
@@ -348,13 +355,14 @@ def _write_mmlu(folder: Path, questions: Mapping[str, Mapping[str, Sequence[Ques
 
     ``questions`` has the questions by split and subject.
     """
+    splits = {"test_split": "test", "fewshot_split": "dev"}
     for subject in _subjects():
-        files = {}
+        files = {}  # by split
         for split, by_subject in questions.items():
+            rows = [question.model_dump() for question in by_subject[subject]]
             file = folder / f"{subject}_{split}.jsonl"
-            _write_rows(file, [question.model_dump() for question in by_subject[subject]])
+            _write_rows(file, rows)
             files[split] = file
-        splits = {"test_split": "test", "fewshot_split": "dev"}
         _write_subject(folder, MMLU, subject, files, splits)
     _write_groups(folder, MMLU)
 
@@ -401,20 +409,25 @@ def _write_dev(folder: Path) -> None:
     Raises:
         DataError: The installed lm-eval has other questions than lm-eval 0.4.13.
     """
-    files = sorted((_lm_eval_folder() / "flan_cot_fewshot").glob("mmlu_*.yaml"))
-    samples = {
-        file.name: _read_renamed(file, MMLU_DEV)["fewshot_config"]["samples"] for file in files
-    }
+    # the few-shot examples of each subject, by name of lm-eval's file
+    samples: dict[str, list[dict[str, str]]] = {}
+    for file in sorted((_lm_eval_folder() / "flan_cot_fewshot").glob("mmlu_*.yaml")):
+        task = _read_renamed(file, MMLU_DEV)
+        samples[file.name] = task["fewshot_config"]["samples"]
     digest = hashlib.sha256(json.dumps(samples).encode()).hexdigest()
     if digest != _SHA256:
         raise DataError(
             f"the questions inside lm-eval {version('lm-eval')} are not those of lm-eval 0.4.13, "
             "from which MMLU-dev is made"
         )
-    for task_file, subject_samples in samples.items():
-        subject = task_file.removeprefix("mmlu_").removesuffix(".yaml")
+    for file_name, samples_of_subject in samples.items():
+        subject = file_name.removeprefix("mmlu_").removesuffix(".yaml")
+        rows = []
+        for sample in samples_of_subject:
+            # a question with five choices does not fit MMLU's form
+            if _FIFTH not in sample["question"]:
+                rows.append(_convert(sample))
         questions = folder / f"{subject}.jsonl"
-        rows = [_convert(sample) for sample in subject_samples if _FIFTH not in sample["question"]]
         _write_rows(questions, rows)
         # the few-shot examples are the other questions of the subject, because lm-eval omits the
         # evaluated question
@@ -493,9 +506,8 @@ def _convert(sample: Mapping[str, str]) -> dict[str, Any]:
     # the digest of all questions guarantees that both patterns match
     match = cast(re.Match[str], _QUESTION.fullmatch(sample["question"].strip()))
     answer = cast(re.Match[str], _ANSWER.search(sample["target"].strip()))
-    question, *choices = (text.strip() for text in match.groups())
-    letter = answer[1]
-    return {"question": question, "choices": choices, "answer": "ABCD".index(letter)}
+    texts = [text.strip() for text in match.groups()]
+    return {"question": texts[0], "choices": texts[1:], "answer": "ABCD".index(answer[1])}
 
 
 def _write_yaml(path: Path, content: Mapping[str, Any]) -> None:

@@ -50,25 +50,29 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
         lm-eval calls this method, whose arguments it defines.
         """
-        questions = _group_by_prompt(requests)
-        shared = [question for question in questions if self._can_share_prompt(question)]
         answers: dict[int, Answer] = {}  # by index of the request
-        states = self._states(shared)
-        for row, question in enumerate(shared):
+        questions = [
+            question for question in _group_by_prompt(requests) if self._can_share_prompt(question)
+        ]
+        states = self._states(questions)
+        for row, question in enumerate(questions):
             frozen_output = {}
             if states is not None:
                 frozen_output[STATES] = states[row][None]  # a batch of one row
-            question_answers = self._answers(question, frozen_output)
-            answers.update(zip(question.numbers, question_answers, strict=True))
+            answers_of_choices = self._answers(question, frozen_output)
+            for index, answer in zip(question.request_indices, answers_of_choices, strict=True):
+                answers[index] = answer
 
         # lm-eval's own code answers the rest
-        rest = [number for number in range(len(requests)) if number not in answers]
+        rest = [index for index in range(len(requests)) if index not in answers]
         if rest:
-            rest_answers = super()._loglikelihood_tokens(
-                [requests[number] for number in rest], disable_tqdm, override_bs
+            requests_of_rest = [requests[index] for index in rest]
+            answers_of_rest = super()._loglikelihood_tokens(
+                requests_of_rest, disable_tqdm, override_bs
             )
-            answers.update(zip(rest, rest_answers, strict=True))
-        return [answers[number] for number in range(len(requests))]
+            for index, answer in zip(rest, answers_of_rest, strict=True):
+                answers[index] = answer
+        return [answers[index] for index in range(len(requests))]
 
     def _can_share_prompt(self, question: _Question) -> bool:
         """Return True if the choices of a question can share its prompt.
@@ -79,12 +83,12 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         is_on_cpu = self.device.type == "cpu"
         # other implementations of attention take no mask for each row
         takes_mask = config._attn_implementation == "sdpa"
-        limit = self.max_length
+        window = self.max_length  # in tokens
         sliding_window = getattr(config, "sliding_window", None)
         if sliding_window:
-            limit = min(limit, sliding_window)
+            window = min(window, sliding_window)
         longest_choice = max(len(choice) for choice in question.choices)
-        fits = len(question.prompt) + longest_choice <= limit
+        fits = len(question.prompt) + longest_choice <= window
         return is_on_cpu and takes_mask and fits
 
     def _states(self, questions: Sequence[_Question]) -> PrefixStates | None:
@@ -94,20 +98,21 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         """
         if self._prefix is None or not questions:
             return None
-        tokens = [question.tokens for question in questions]
-        lengths = [len(row) for row in tokens]
-        sizes: list[int] = []
+        tokens_of_rows = [question.tokens for question in questions]
+        sizes: list[int] = []  # the segments of all questions, one after the other
         for question in questions:
             sizes.extend(question.sizes)
         # outputs are kept on disk for other runs; the file name depends on this digest of the rows
-        columns = {"tokens": np.concatenate(tokens), "parts": np.asarray(sizes)}
-        digest = columns_digest(columns)
+        digest = columns_digest(
+            {"tokens": np.concatenate(tokens_of_rows), "parts": np.asarray(sizes)}
+        )
 
-        def batch(rows: Sequence[int]) -> dict[str, Tensor]:
+        def make_inputs(rows: Sequence[int]) -> dict[str, Tensor]:
             """Make the model inputs of the questions with these indices."""
             return _inputs([questions[row] for row in rows])
 
-        return PrefixStates(self._prefix, digest, lengths, batch)
+        lengths = [len(tokens) for tokens in tokens_of_rows]
+        return PrefixStates(self._prefix, digest, lengths, make_inputs)
 
     @torch.inference_mode()
     def _answers(self, question: _Question, frozen_output: dict[str, Tensor]) -> list[Answer]:
@@ -118,23 +123,24 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             frozen_output: The model input that replaces the frozen layers, by name; empty if no
                 layer is frozen.
         """
-        # the last token of the prompt, and the tokens of the choices, predict tokens of choices
-        keep = len(question.tokens) - len(question.prompt) + 1
+        # only the last token of the prompt, and the tokens after it, predict tokens of choices
+        num_predicting = len(question.tokens) - len(question.prompt) + 1
         inputs = _inputs([question])
         output = cast(Any, self.model)(
-            **inputs, **frozen_output, logits_to_keep=keep, use_cache=False
+            **inputs, **frozen_output, logits_to_keep=num_predicting, use_cache=False
         )
-        logits = output.logits[0]  # [keep, vocabulary]
+        logits = output.logits[0]  # [predicting tokens, vocabulary]
         log_probabilities = torch.log_softmax(logits.float(), dim=-1)
 
         # the last token of the prompt predicts the first token of every choice
-        first = log_probabilities[:1]
-        # each token of a choice, except the last, predicts the next token
-        later = log_probabilities[1:].split([len(choice) - 1 for choice in question.choices])
+        of_prompt = log_probabilities[:1]
+        # each token of a choice, except the last, predicts the next token of its choice
+        predicting_by_choice = [len(choice) - 1 for choice in question.choices]
+        of_choices = log_probabilities[1:].split(predicting_by_choice)
         answers = []
-        for choice, later_of_choice in zip(question.choices, later, strict=True):
-            # [tokens of the choice, vocabulary]
-            predictions = torch.cat([first, later_of_choice])
+        for choice, of_choice in zip(question.choices, of_choices, strict=True):
+            # the predictions of all tokens of the choice: [tokens of the choice, vocabulary]
+            predictions = torch.cat([of_prompt, of_choice])
             tokens = torch.tensor(choice)
             log_likelihood = predictions.gather(1, tokens[:, None]).sum()
             is_greedy = (predictions.argmax(dim=-1) == tokens).all()
@@ -149,23 +155,23 @@ class _Question:
     Attributes:
         prompt: The tokens of the prompt.
         choices: The tokens of each choice.
-        numbers: For each choice, the index of the request that asks for it.
+        request_indices: For each choice, the index of the request that asks for it.
         choice_tokens: The number of tokens of all choices.
     """
 
     prompt: tuple[int, ...]
     choices: list[list[int]] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
+    request_indices: list[int] = field(default_factory=list)
     choice_tokens: int = 0
 
     def has_room(self, choice: Sequence[int]) -> bool:
         """Return True if the row can take another choice."""
         return self.choice_tokens + len(choice) <= MAX_CHOICE_TOKENS
 
-    def add(self, choice: list[int], number: int) -> None:
+    def add(self, choice: list[int], request_index: int) -> None:
         """Add a choice, and the index of the request that asks for it."""
         self.choices.append(choice)
-        self.numbers.append(number)
+        self.request_indices.append(request_index)
         self.choice_tokens += len(choice)
 
     @property
@@ -204,14 +210,14 @@ def _group_by_prompt(requests: Sequence[Request]) -> list[_Question]:
     """
     questions: list[_Question] = []
     latest: dict[tuple[int, ...], _Question] = {}  # the last question of each prompt
-    for number, (_, prompt_tokens, choice) in enumerate(requests):
+    for index, (_, prompt_tokens, choice) in enumerate(requests):
         prompt = tuple(prompt_tokens)
         question = latest.get(prompt)
         if question is None or not question.has_room(choice):
             question = _Question(prompt)
             latest[prompt] = question
             questions.append(question)
-        question.add(choice, number)
+        question.add(choice, index)
     return questions
 
 
@@ -220,14 +226,15 @@ def _inputs(questions: Sequence[_Question]) -> dict[str, Tensor]:
 
     Rows are padded on the right. Padding attends only to itself.
     """
-    token_lists = [question.tokens for question in questions]
     num_rows = len(questions)
-    longest = max(len(tokens) for tokens in token_lists)
+    longest = max(len(question.tokens) for question in questions)
     input_ids = torch.zeros(num_rows, longest, dtype=torch.long)
-    mask = torch.eye(longest, dtype=torch.bool).repeat(num_rows, 1, 1)  # [rows, tokens, tokens]
+    # with an identity matrix, each token attends to itself only: [rows, tokens, tokens]
+    mask = torch.eye(longest, dtype=torch.bool).repeat(num_rows, 1, 1)
     for row, question in enumerate(questions):
-        size = len(token_lists[row])
-        input_ids[row, :size] = torch.tensor(token_lists[row])
+        tokens = question.tokens
+        size = len(tokens)
+        input_ids[row, :size] = torch.tensor(tokens)
         mask[row, :size, :size] = question.mask()
     # a token's position is the number of tokens before it that it attends to, so that every
     # choice starts after the prompt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,11 +41,10 @@ class Template:
         if self.text is None:
             return self._render([_question(row)], add_generation_prompt=True)
         form = self.text.with_input if row.input else self.text.without_input
-        # str.format would interpret other braces in the template; the instruction is inserted last,
-        # so that "{input}" inside an instruction is not replaced
-        before, _, after = form.partition("{instruction}")
-        after_with_input = after.replace("{input}", row.input)
-        return before + row.instruction + after_with_input
+        values = {"{instruction}": row.instruction, "{input}": row.input}
+        # One pass replaces all placeholders, so those inside an inserted text stay as they are.
+        # str.format would also interpret other braces of the template.
+        return re.sub(r"\{instruction\}|\{input\}", lambda match: values[match[0]], form)
 
     def response(self, row: Instruction) -> str:
         """Return the response that the model learns for a row.

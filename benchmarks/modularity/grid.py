@@ -40,10 +40,10 @@ class ModularityBenchmark(TextSets[ModularityDefinition, ModularityPart]):
             settings = method.given()
             is_emoe = method.kind == "emoe"
             # avg-k, the usual router, follows from the weights
-            has_other_router = settings.get("router", "avg_k") != "avg_k"
-            # this partition is calibrated on rows
-            needs_rows = settings.get("partition") == "coactivation"
-            if not is_emoe or has_other_router or needs_rows:
+            has_avg_k = settings.get("router", "avg_k") == "avg_k"
+            # the partition "coactivation" is calibrated on rows
+            has_experts_of_weights = settings.get("partition") != "coactivation"
+            if not (is_emoe and has_avg_k and has_experts_of_weights):
                 raise DefinitionError(
                     f"{file}: 'methods.{key}' must be an EMoE with avg-k and experts from the "
                     "weights"

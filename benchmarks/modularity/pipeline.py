@@ -63,7 +63,7 @@ def run(spec: ModularitySpec, _folder: Path, progress: Progress) -> dict[str, An
     magnitudes_by_task = {}
     for name, read in read_batches.items():
         magnitudes_by_task[name] = dense_magnitudes(model, layer, read())
-    token_counts = {name: len(of_task) for name, of_task in magnitudes_by_task.items()}
+    token_counts = {name: len(tokens) for name, tokens in magnitudes_by_task.items()}
 
     report = apply_method_(model, spec.method, spec.seed)
     assert report is not None  # noqa: S101 -- all methods are EMoEs
@@ -72,9 +72,10 @@ def run(spec: ModularitySpec, _folder: Path, progress: Progress) -> dict[str, An
     progress.say("reading them again with experts")
     routing = _read_with_experts(model, layer, splits, read_batches)
 
-    # the neurons of an expert become neighbours, [tokens of all tasks, d]
+    # the neurons of an expert become neighbours
     order = permutations(model)[layer]
-    magnitudes = torch.cat([of_task[:, order] for of_task in magnitudes_by_task.values()])
+    sorted_magnitudes = [tokens[:, order] for tokens in magnitudes_by_task.values()]
+    magnitudes = torch.cat(sorted_magnitudes)  # [tokens of all tasks, d]
     active = active_mask(magnitudes, spec.reading.active_share)
     information, usage = describe_usage(routing.loads)
     measured = {
@@ -198,8 +199,8 @@ def neurons_used(model: nn.Module, layer: int, batches: Batches, selection: Sele
     activation = routed.activation
     assert isinstance(config, EMoEConfig)  # noqa: S101 -- the grid refuses other methods
     changed = dataclasses.replace(config, selection=selection)
-    # until the model is restored, the layer uses the selected experts, and all activations are 1;
-    # so the out-projection gets 0 from all neurons except those of these experts
+    # The layer now uses the selected experts, and all activations are 1. So the out-projection gets
+    # 1 from the neurons of these experts, and 0 from all others.
     routed.config = changed
     routed.router.config = changed
     routed.activation = _Ones()

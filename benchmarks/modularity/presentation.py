@@ -19,7 +19,7 @@ from benchmarks.harness.report.style import EMOE
 from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.content import Matrix
 from benchmarks.harness.results.records import Record
-from benchmarks.harness.results.statistics import PERMUTATIONS, information_numbers
+from benchmarks.harness.results.statistics import PERMUTATIONS, information_metrics
 from benchmarks.modularity.definition import EXPERTS, ModularitySpec
 from benchmarks.text.routing import UsagePanel, draw_usage
 
@@ -54,17 +54,15 @@ class ModularityOutcomes(Outcomes):
         rows = [_to_row(record) for record in finished]
         self.rows = self.order(pd.DataFrame(rows), [*CELL, "seed"])
         self.records = self.rows  # the base class finds the runs behind the rows of a table with it
-        numbers: list[str] = []
-        if finished:
-            numbers = list(_measured(finished[0]))  # the same for all runs
+        numbers = list(_measured(finished[0]))  # the same for all runs
         self.means = self.with_titles(average_over_seeds(self.rows, CELL, numbers))
 
     def panels(self) -> Iterator[tuple[str, pd.DataFrame]]:
         """Yield for every model a title and the rows of its first layer."""
         for model, rows in self.rows.groupby("model", sort=False):
-            layer = rows["layer"].iloc[0]
-            title = f"{self.title('model', str(model))}, layer {layer}"
-            yield title, rows[rows["layer"] == layer]
+            first_layer = rows["layer"].iloc[0]
+            model_title = self.title("model", str(model))
+            yield f"{model_title}, layer {first_layer}", rows[rows["layer"] == first_layer]
 
 
 def _measured(record: Record) -> Mapping[str, float]:
@@ -179,7 +177,7 @@ _USAGE_CAPTION = (
 
 def usage_table(outcomes: ModularityOutcomes) -> Table:
     """Make the table of the mutual information of experts with task and class, beside chance."""
-    metrics = [*information_numbers("task", "class"), "specialised_experts", "shared_experts"]
+    metrics = [*information_metrics("task", "class"), "specialised_experts", "shared_experts"]
     # the headings and the cell share columns, such as ``layer``
     other_columns = [column for column in CELL if column not in _HEADINGS]
     # reindex adds missing columns: tasks without classes have no class information
@@ -202,24 +200,24 @@ def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
     Each row of panels shows the first layer of a model. It has one panel for each method, which
     constructs the experts in its own way.
     """
-    titles = []
-    runs_by_model = []  # for each model, one run of each method
+    # by the title of each model, one run of each method
+    runs_by_title = {}
     for title, rows in outcomes.panels():
-        titles.append(title)
-        runs_by_model.append(list(_first_runs(rows).itertuples()))
-    columns = max(len(runs) for runs in runs_by_model)
-    size = (plots.WIDTH, 3.0 * len(titles) + 0.4)  # inches
+        runs_by_title[title] = list(_first_runs(rows).itertuples())
+    num_models = len(runs_by_title)
+    most_methods = max(len(runs) for runs in runs_by_title.values())
+    size = (plots.WIDTH, 3.0 * num_models + 0.4)  # inches
     figure_of_panels = plots.panel_figure(
         path,
-        rows=len(titles),
-        columns=columns,
+        rows=num_models,
+        columns=most_methods,
         size=size,
         style=plots.HEATMAP,
         sharex="row",
         sharey="row",
     )
     with figure_of_panels as (_, axes):
-        for axes_of_model, title, runs in zip(axes, titles, runs_by_model, strict=True):
+        for axes_of_model, (title, runs) in zip(axes, runs_by_title.items(), strict=True):
             # a model may have fewer methods than there are columns
             for axis, run in zip(axes_of_model, runs, strict=False):
                 _draw_matrix(axis, run.matrix, run.num_experts)
@@ -312,9 +310,10 @@ def _first_runs(rows: pd.DataFrame) -> pd.DataFrame:
 
     If no row has this number, rows with the largest number are returned.
     """
-    is_like_paper = rows["num_experts"] == _PAPERS_N
-    is_largest = rows["num_experts"] == rows["num_experts"].max()
-    candidates = rows[is_like_paper] if is_like_paper.any() else rows[is_largest]
+    num_experts = _PAPERS_N
+    if _PAPERS_N not in rows["num_experts"].to_numpy():
+        num_experts = rows["num_experts"].max()
+    candidates = rows[rows["num_experts"] == num_experts]
     return candidates.drop_duplicates("method")
 
 
@@ -325,12 +324,12 @@ def draw_experts(outcomes: ModularityOutcomes, path: Path) -> None:
     """
     panels: list[UsagePanel] = []
     for title, rows in outcomes.panels():
-        of_baseline = rows[rows["method"] == outcomes.baseline]
-        ordered = of_baseline.sort_values("num_experts", kind="stable")
-        if ordered.empty:
+        baseline_runs = rows[rows["method"] == outcomes.baseline]
+        if baseline_runs.empty:
             continue
-        run = next(ordered.itertuples())
-        panels.append((f"{title}, N = {run.num_experts}", run.usage))
+        by_size = baseline_runs.sort_values("num_experts", kind="stable")
+        run = next(by_size.itertuples())
+        panels.append(UsagePanel(f"{title}, N = {run.num_experts}", run.usage))
     draw_usage(panels, outcomes, path)
 
 

@@ -43,10 +43,16 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
     def load(cls, name: str, content: object, file: Path) -> Self:
         definition = parse(content, MultitaskDefinition, str(file))
         tasks = read(file.parent / definition.tasks, TaskFile).tasks
-        titles = {key: mixture.title for key, mixture in definition.mixtures.items()}
-        benchmark = cls(name, definition, tasks, _DOMAINS, task_titles=titles)
+        mixture_titles = {key: mixture.title for key, mixture in definition.mixtures.items()}
+        benchmark = cls(name, definition, tasks, _DOMAINS, task_titles=mixture_titles)
         check_names(Location(file, "prefixes"), definition.prefixes, tasks)
         for key, mixture in definition.mixtures.items():
+            # a grid names both mixtures and single tasks in its key `mixture`
+            if key in tasks:
+                raise DefinitionError(
+                    f"{file}: 'mixtures.{key}' has the name of a task in {definition.tasks}; "
+                    "give the mixture another name"
+                )
             check_names(
                 Location(file, f"mixtures.{key}.tasks"), mixture.tasks, benchmark.trainable()
             )
@@ -62,24 +68,25 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
 
     def trainable(self) -> list[str]:
         """Return the tasks that a run can learn: they have classes, a train and a dev split."""
-        return [
-            name
-            for name, task in self.tasks.items()
-            if task.labels and task.splits.train and task.splits.dev
-        ]
+        trainable = []
+        for name, task in self.tasks.items():
+            if task.labels and task.splits.train and task.splits.dev:
+                trainable.append(name)
+        return trainable
 
     def specs(
         self, part: Part[MultitaskPart], exclude: Collection[str], others: Sequence[Run]
     ) -> Iterator[dict[str, Any]]:
         methods = self.methods(part)
         # a task that is learned alone is a mixture of one
-        tasks_of_mixture = {
-            **{name: [name] for name in self.trainable()},
-            **{name: mixture.tasks for name, mixture in self.definition.mixtures.items()},
-        }
+        tasks_of_mixture = {name: [name] for name in self.trainable()}
+        for name, mixture in self.definition.mixtures.items():
+            tasks_of_mixture[name] = mixture.tasks
+        # the names that a grid may give for these keys
         names = {"model": model_names("seq2seq"), "mixture": tasks_of_mixture, "method": methods}
         axes = (*names, *VARIANT_KEYS, "learning_rate", "seed")
-        # computed once for each model, because a suite may change the settings of single models
+        # A suite may change the settings of single models. The settings of a model are merged once,
+        # and not for each of its runs.
         training_settings = functools.cache(functools.partial(self.settings, "training", part))
         for where, point in part.grid_points(names, axes):
             tasks = tasks_of_mixture[point["mixture"]]

@@ -62,9 +62,14 @@ def run(spec: MultitaskSpec, folder: Path, progress: Progress) -> dict[str, Any]
     Raises:
         DataError: Data or the model are missing, or two classes of a task have the same tokens.
     """
-    load = partial(load_part, entries=load_benchmark(spec.benchmark).tasks, warn=progress.warn)
-    splits = {task.name: _splits(task, spec.training, load) for task in spec.task.tasks}
-    ood = {other.name: load(other, "test", spec.training.eval_rows) for other in spec.ood}
+    task_entries = load_benchmark(spec.benchmark).tasks
+    load = partial(load_part, entries=task_entries, warn=progress.warn)
+    splits = {}
+    for task in spec.task.tasks:
+        splits[task.name] = _load_splits_of_task(task, spec.training, load)
+    ood = {}
+    for other in spec.ood:
+        ood[other.name] = load(other, "test", spec.training.eval_rows)
 
     tokenizer = load_tokenizer(spec.model)
     trainable = build_seq2seq(spec)
@@ -99,10 +104,16 @@ def run(spec: MultitaskSpec, folder: Path, progress: Progress) -> dict[str, Any]
     }
 
 
-def _splits(
+def _load_splits_of_task(
     task: LearnedTask, training: MultitaskTraining, load: Callable[..., TextSplit]
 ) -> dict[str, TextSplit]:
-    """Load the splits of a task with ``load``: ``train``, ``dev`` (for selection) and ``test``."""
+    """Load the splits of a task: ``train``, ``dev`` (selects epoch and settings) and ``test``.
+
+    Args:
+        task: The task.
+        training: The training settings of the run, with the limits of the splits.
+        load: The function that loads one part of a data set.
+    """
     splits = load_splits(
         task,
         load,
@@ -129,12 +140,14 @@ def as_text(split: TextSplit, task: LearnedTask) -> TextSplit:
 
     A text has the task's prefix and the named fields: ``mnli premise: He ran. hypothesis: …``
     """
-    formatted: list[tuple[str, ...]] = []
+    rows_of_one_text: list[tuple[str, ...]] = []
     for row in split.texts:
-        fields = [f"{field}: {text}" for field, text in zip(task.fields, row, strict=True)]
-        text = " ".join([task.prefix, *fields])
-        formatted.append((text,))  # a row of one field
-    return replace(split, texts=formatted)
+        words = [task.prefix]
+        for field, text in zip(task.fields, row, strict=True):
+            words.append(f"{field}: {text}")
+        formatted = " ".join(words)
+        rows_of_one_text.append((formatted,))
+    return replace(split, texts=rows_of_one_text)
 
 
 def tokenise_answers(tokenizer: PreTrainedTokenizerBase, task: LearnedTask) -> Answers:
@@ -204,8 +217,10 @@ class MixedOrder(EpochOrder):
         self._lengths_by_task = lengths_by_task
         self._rows_per_epoch = {}
         for name, lengths in lengths_by_task.items():
-            num_rows = len(lengths)
-            self._rows_per_epoch[name] = num_rows if most is None else min(num_rows, most)
+            rows_per_epoch = len(lengths)
+            if most is not None:
+                rows_per_epoch = min(rows_per_epoch, most)
+            self._rows_per_epoch[name] = rows_per_epoch
 
     def __len__(self) -> int:
         return sum(self._rows_per_epoch.values())
@@ -248,7 +263,7 @@ def log_likelihoods(
 ) -> Tensor:
     """Compute the log-likelihood of every answer for every row.
 
-    The encoder reads each row only once.
+    The encoder reads each row only once. The decoder then reads every pair of a row and an answer.
 
     Args:
         model: The encoder-decoder.
@@ -267,21 +282,27 @@ def log_likelihoods(
     for answer in answers:
         padding = [_IGNORED] * (longest - len(answer))
         padded.append([*answer, *padding])
-    # The decoder gets every pair of a row and an answer: all answers of the first row, then all of
-    # the second. So the list of answers is repeated as a whole: [rows * answers, longest].
-    labels = torch.tensor(padded, device=batch["input_ids"].device).repeat(num_rows, 1)
-    encoded = encoder_decoder.get_encoder()(**batch).last_hidden_state
-    # each encoded row is repeated in its place
+    answer_labels = torch.tensor(padded, device=batch["input_ids"].device)  # [answers, longest]
+    encoder = encoder_decoder.get_encoder()
+    encoded = encoder(**batch).last_hidden_state  # [rows, tokens, width]
+
+    # The pairs are all answers of the first row, then all answers of the second row, and so on. So
+    # the answers are repeated as a whole, and each encoded row is repeated in its place.
+    labels = answer_labels.repeat(num_rows, 1)  # [pairs, longest]
+    encoded_of_pairs = encoded.repeat_interleave(num_answers, 0)
+    mask_of_pairs = batch["attention_mask"].repeat_interleave(num_answers, 0)
     logits = encoder_decoder(
-        encoder_outputs=(encoded.repeat_interleave(num_answers, 0),),
-        attention_mask=batch["attention_mask"].repeat_interleave(num_answers, 0),
+        encoder_outputs=(encoded_of_pairs,),
+        attention_mask=mask_of_pairs,
         decoder_input_ids=encoder_decoder.prepare_decoder_input_ids_from_labels(labels),
-    ).logits
+    ).logits  # [pairs, longest, vocabulary]
+
     # the loss of a token is its negative log-likelihood
-    losses = F.cross_entropy(
+    token_losses = F.cross_entropy(
         logits.flatten(0, 1).float(), labels.flatten(), ignore_index=_IGNORED, reduction="none"
     )
-    return -losses.view(num_rows, num_answers, longest).sum(-1)
+    answer_losses = token_losses.view(num_rows, num_answers, longest).sum(-1)
+    return -answer_losses
 
 
 class MultitaskTrainer(RoutedTrainer):
@@ -336,11 +357,7 @@ class MultitaskTrainer(RoutedTrainer):
         lengths = {name: task_rows.lengths for name, task_rows in learned.items()}
         # the tasks are concatenated in the order in which MixedOrder counts their rows
         rows: ConcatDataset[dict[str, Any]] = ConcatDataset(learned.values())
-        # the epochs of a checkpoint were trained and scored on these rows
-        self._origin = {"weights": trainable.weights_id}
-        for name, task_rows in learned.items():
-            self._origin[f"training rows of {name}"] = task_rows.digest
-            self._origin[f"dev rows of {name}"] = splits[name]["dev"].digest
+        self._origin = self._find_origin(trainable, learned)
         collate = DataCollatorForSeq2Seq(tokenizer, model=network)
         # observe the model before training, on the same rows in every run
         probe.observe(network, collate(fixed_rows(rows)))
@@ -366,6 +383,24 @@ class MultitaskTrainer(RoutedTrainer):
             data_collator=collate,
             callbacks=[progress, self._stopwatch],
         )
+
+    def _find_origin(
+        self, trainable: Trainable, learned: Mapping[str, LearnedRows]
+    ) -> dict[str, str]:
+        """Return the digests of the weights and rows that determine the checkpoints of this run.
+
+        A checkpoint of other weights or rows is not resumed.
+
+        Args:
+            trainable: The model.
+            learned: The training rows of each task.
+        """
+        origin = {"weights": trainable.weights_id}
+        for name, task_rows in learned.items():
+            origin[f"training rows of {name}"] = task_rows.digest
+            # their scores select the epoch
+            origin[f"dev rows of {name}"] = self._splits[name]["dev"].digest
+        return origin
 
     def _learned_rows(self) -> dict[str, LearnedRows]:
         """Format and tokenise the training rows of each task."""
@@ -395,10 +430,11 @@ class MultitaskTrainer(RoutedTrainer):
         """
         checkpoint = resume(self, self._origin, self._warn)
         self.train(resume_from_checkpoint=checkpoint)
-        # Trainer's log has an entry for each evaluation, and entries of other kinds
-        evaluations = [entry for entry in self.state.log_history if f"eval_{_MEAN}" in entry]
         epochs: list[Epoch] = []
-        for entry in evaluations:
+        for entry in self.state.log_history:
+            # Trainer also logs other entries, such as the losses of training steps
+            if f"eval_{_MEAN}" not in entry:
+                continue
             scores = {name: entry[f"eval_{name}"] for name in (_MEAN, *self._tasks)}
             epochs.append({"epoch": entry["epoch"], **scores})
         return epochs, kept_epoch(epochs, best=self._selection_metric)
@@ -424,9 +460,11 @@ class MultitaskTrainer(RoutedTrainer):
 
     def score_tasks(self, part: str) -> dict[str, dict[str, float | None]]:
         """Score the ``dev`` or ``test`` split of every learned task, by task and metric."""
-        return {
-            name: self.score(self._splits[name][part], task) for name, task in self._tasks.items()
-        }
+        scores = {}
+        for name, task in self._tasks.items():
+            split = self._splits[name][part]
+            scores[name] = self.score(split, task)
+        return scores
 
     def score(self, split: TextSplit, task: LearnedTask | OtherTask) -> dict[str, float | None]:
         """Score a split of a task, or an OOD set, by the most likely answer to each row.
@@ -437,11 +475,12 @@ class MultitaskTrainer(RoutedTrainer):
             The scores by metric, and losses if the set has as many classes as the task.
         """
         start = time.perf_counter()
+        # `learned` is the task whose prefix and answers the model knows
         if isinstance(task, OtherTask):
             learned = self._tasks[task.read_as]
             metrics = task.ood_metrics
         else:
-            learned = self._tasks[task.name]
+            learned = task
             metrics = [task.metric]
         rows = TokenisedRows(
             as_text(split, learned),

@@ -50,7 +50,7 @@ class MultitaskOutcomes(TextOutcomes):
         seeds = super()._collect_seeds()
         learned = seeds[seeds["domain"] == ID]
         together = self.select_mixtures(learned)
-        # a task that is learned alone is its own training task
+        # in a run that learns a task alone, `task` is this task and not a mixture
         alone = learned[learned["task"] == learned["eval_task"]]
 
         # one mean for each run, over the tasks of its mixture
@@ -134,41 +134,68 @@ def _gains_caption(outcomes: MultitaskOutcomes) -> str:
 
 
 def _gain_rows(outcomes: MultitaskOutcomes) -> pd.DataFrame:
-    """Compute the rows of :func:`gains`, not yet in order."""
-    rows = outcomes.select_mixtures(outcomes.rows)
-    # the means over sets; their domain is replaced with the domain of the averaged sets
-    numbers = ["mean", "std", "n", "delta", "low", "high"]
-    is_mean = rows["domain"].isin(_MEANS)
-    means = rows[is_mean].replace({"domain": _MEANS})
-    pairs = common.format_counts(means, _KEYS_OF_GAIN, count="pairs")
-    # the number of sets in each row, and the set with the largest gain
-    sets = rows[rows["domain"].isin(DOMAIN_TITLES)]
-    set_counts = sets.groupby(_KEYS_OF_GAIN, sort=False).size().rename("sets").reset_index()
-    best_sets = _best_sets(sets)
-    published = common.read_published(outcomes.benchmark)[[*_KEYS_OF_GAIN, "value"]]
+    """Compute the rows of :func:`gains`, not yet in order.
 
-    with_pairs = common.with_numbers(
-        means[[*_KEYS_OF_GAIN, *numbers]], on=_KEYS_OF_GAIN, numbers=pairs
-    )
-    with_counts = common.with_numbers(with_pairs, on=_KEYS_OF_GAIN, numbers=set_counts)
-    with_best_sets = common.with_numbers(
-        with_counts, on=_KEYS_OF_GAIN, numbers=best_sets, prefix="best_"
-    )
+    Each row has the mean score of a method over the sets of a domain, and joined numbers: the
+    number of seeds of its gain (``pairs``), the number of sets (``sets``), the set with the largest
+    gain (columns ``best_…``), and the paper's gain (``paper``, as a share of 1).
+    """
+    rows = outcomes.select_mixtures(outcomes.rows)
+    means = _mean_rows(rows)
+    single_sets = rows[rows["domain"].isin(DOMAIN_TITLES)]
+
+    # four frames with one row for each key, to be joined to the means
+    seed_counts = common.format_counts(means, _KEYS_OF_GAIN, count="pairs")
+    sets_of_rows = single_sets.groupby(_KEYS_OF_GAIN, sort=False)
+    set_counts = sets_of_rows.size().rename("sets").reset_index()
+    best_sets = _best_sets(single_sets)
+    published = common.read_published(outcomes.benchmark)
+    published_gains = published[[*_KEYS_OF_GAIN, "value"]]
+
+    # `seed_counts` brings `pairs` as text, in place of the column with numbers
+    means_without_pairs = means.drop(columns="pairs")
+    with_seed_counts = common.with_numbers(means_without_pairs, _KEYS_OF_GAIN, seed_counts)
+    with_set_counts = common.with_numbers(with_seed_counts, _KEYS_OF_GAIN, set_counts)
+    with_best_sets = common.with_numbers(with_set_counts, _KEYS_OF_GAIN, best_sets, prefix="best_")
     with_paper = common.with_numbers(
-        with_best_sets, on=_KEYS_OF_GAIN, numbers=published, prefix="paper_"
+        with_best_sets, _KEYS_OF_GAIN, published_gains, prefix="paper_"
     )
-    return with_paper.assign(
-        where=with_paper["domain"].map(DOMAIN_TITLES),
-        paper=with_paper["paper_value"].astype(float) / 100,
-        best_set=with_paper["best_eval_task_title"].fillna(MISSING),
-    )
+
+    where = with_paper["domain"].map(DOMAIN_TITLES)
+    gain_in_points = with_paper["paper_value"].astype(float)
+    # the baseline has no gain, and so no best set
+    best_set = with_paper["best_eval_task_title"].fillna(MISSING)
+    return with_paper.assign(where=where, paper=gain_in_points / 100, best_set=best_set)
+
+
+def _mean_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows with means over sets, with the domain of the averaged sets.
+
+    So a mean can be joined with numbers of the sets: the domain ``id_mean`` becomes ``id``, and
+    ``ood_mean`` becomes ``ood``.
+
+    Args:
+        rows: Rows of :attr:`MultitaskOutcomes.rows`, of single sets and of means.
+    """
+    means = rows[rows["domain"].isin(_MEANS)]
+    domain_of_sets = means["domain"].map(_MEANS)
+    with_domain_of_sets = means.assign(domain=domain_of_sets)
+    return with_domain_of_sets[
+        [*_KEYS_OF_GAIN, "mean", "std", "n", "delta", "low", "high", "pairs"]
+    ]
 
 
 def _best_sets(sets: pd.DataFrame) -> pd.DataFrame:
-    """Return the set with the largest difference to the baseline, for each row of :func:`gains`."""
-    compared = sets[sets["delta"].notna()]  # the baseline has no difference to itself
-    best_index = compared.groupby(_KEYS_OF_GAIN, sort=False)["delta"].idxmax()
-    return compared.loc[best_index, [*_KEYS_OF_GAIN, "delta", "low", "high", "eval_task_title"]]
+    """Return the set with the largest difference to the baseline, for each row of :func:`gains`.
+
+    Args:
+        sets: The results on single sets. The baseline has no difference to itself.
+    """
+    compared = sets[sets["delta"].notna()]
+    differences = compared.groupby(_KEYS_OF_GAIN, sort=False)["delta"]
+    index_of_largest = differences.idxmax()
+    best = compared.loc[index_of_largest]
+    return best[[*_KEYS_OF_GAIN, "delta", "low", "high", "eval_task_title"]]
 
 
 def transfer(outcomes: MultitaskOutcomes) -> Table:
@@ -178,10 +205,12 @@ def transfer(outcomes: MultitaskOutcomes) -> Table:
     """
     differences = outcomes.of(TRANSFER, CLEAN)
     keys = [*CELL, "eval_task"]
-    pairs = common.format_counts(differences, keys, count="pairs")
-    rows = differences.drop(columns=["scope", "pairs"])
-    with_pairs = common.with_numbers(rows, on=keys, numbers=pairs)
-    run_folders = _compared_runs(outcomes, with_pairs)
+    # brings `pairs` as text, in place of the column with numbers
+    seed_counts = common.format_counts(differences, keys, count="pairs")
+    # `scope` only repeats the titles of the mixture and the task
+    without_counts = differences.drop(columns=["scope", "pairs"])
+    rows = common.with_numbers(without_counts, keys, seed_counts)
+    run_folders = _folders_of_compared_runs(outcomes, rows)
     return Table(
         title="Learned together against learned alone",
         caption=_transfer_caption(outcomes),
@@ -197,7 +226,7 @@ def transfer(outcomes: MultitaskOutcomes) -> Table:
             ),
         ],
         # each row links to the runs that it compares
-        frame=with_pairs.assign(**{RUNS_COLUMN: run_folders}),
+        frame=rows.assign(**{RUNS_COLUMN: run_folders}),
     )
 
 
@@ -216,20 +245,27 @@ def _transfer_caption(outcomes: MultitaskOutcomes) -> str:
     )
 
 
-def _compared_runs(outcomes: MultitaskOutcomes, frame: pd.DataFrame) -> pd.Series[str]:
-    """Return for each row the folders of the compared runs, separated by blanks.
+def _folders_of_compared_runs(outcomes: MultitaskOutcomes, rows: pd.DataFrame) -> pd.Series[str]:
+    """Return the folders of the runs that each row of :func:`transfer` compares.
 
-    The runs of the mixture come first, then the runs that learn the row's task alone.
+    A text has the folders of one row, separated by blanks. The runs that learn the whole mixture
+    come first, then the runs that learn only the row's task.
     """
-    origins = outcomes.origins[["model", "method", "task", "run_id"]].drop_duplicates()
-    folder = outcomes.name + "/" + origins["run_id"]
-    # the runs of each model, method, and mixture (or task that is learned alone)
-    by_cell = origins.assign(folders=folder).groupby(["model", "method", "task"])
-    folders = by_cell["folders"].agg(" ".join)
-    together = frame.join(folders, on=["model", "method", "task"])["folders"]
-    # a task that is learned alone is its own training task
-    alone = frame.join(folders, on=["model", "method", "eval_task"])["folders"]
-    return together + " " + alone
+    # the folders of all runs, by model, method and what they learn: a mixture or a single task
+    folders: dict[tuple[str, str, str], list[str]] = {}
+    runs = outcomes.origins[["model", "method", "task", "run_id"]].drop_duplicates()
+    for run in runs.itertuples():
+        folders_of_cell = folders.setdefault((run.model, run.method, run.task), [])
+        folders_of_cell.append(f"{outcomes.name}/{run.run_id}")
+
+    folders_of_rows = []
+    for row in rows.itertuples():
+        together = folders[row.model, row.method, row.task]
+        # a run that learns a single task has the name of this task in place of a mixture's
+        alone = folders[row.model, row.method, row.eval_task]
+        folders_of_rows.append(" ".join([*together, *alone]))
+    # the type is given, because pandas cannot infer it if there are no rows
+    return pd.Series(folders_of_rows, rows.index, dtype=str)
 
 
 TABLES = {

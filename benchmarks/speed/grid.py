@@ -58,8 +58,9 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
             clusterings = self.definition.measures["partition"].settings.given()["candidates"]
         if measure == "partition":
             return clusterings
-        others = {"dense", *clusterings}
-        return [name for name in self.definition.candidates if name not in others]
+        # the dense model is measured in any case
+        excluded = {"dense", *clusterings}
+        return [name for name in self.definition.candidates if name not in excluded]
 
     def _specs_of_block(self, part: Part[MeasurementPart], number: int) -> Iterator[dict[str, Any]]:
         """Yield a spec for every model and every combination of a block's settings.

@@ -15,10 +15,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import emoe
 from benchmarks.harness.base import BENCHMARKS, DATA_ROOT, DataError, DefinitionError
 from benchmarks.harness.config.catalogue import ModelSpec
-from benchmarks.harness.config.yaml import read
+from benchmarks.harness.config.yaml import parse, read
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.sources.packages import find_package
-from benchmarks.llama.definition import CHAT, RANDOM, Instruction, InstructionSource, TemplateFile
+from benchmarks.llama.definition import (
+    CHAT,
+    RANDOM,
+    Instruction,
+    InstructionSource,
+    PromptTemplate,
+    TemplateFile,
+)
 from benchmarks.llama.encoding import (
     IGNORED,
     EncodedRow,
@@ -142,6 +149,37 @@ def test_templates_put_instruction_and_input_in_as_they_are(
     assert without.startswith("Below is an instruction that describes a task. Write")
     assert without.endswith("### Instruction:\nAdd.\n\n### Response:")
     assert "### Input:\n1 and 2\n\n### Response:" in alpaca.prompt(ROW)
+
+
+def test_a_template_may_have_the_input_before_the_instruction(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    texts = PromptTemplate(
+        with_input="{input}\n{instruction}\n", without_input="{instruction}\n{x}\n"
+    )
+    template = find_template("own", {"own": texts}, tokenizer, 0)
+    row = Instruction(
+        instruction="Repeat {input} and {instruction}.", input="an {instruction}", output="done"
+    )
+    assert template.prompt(row) == "an {instruction}\nRepeat {input} and {instruction}.\n"
+    without_input = row.model_copy(update={"input": ""})
+    assert template.prompt(without_input) == "Repeat {input} and {instruction}.\n{x}\n"
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "message"),
+    [
+        ("with_input", "{instruction}", "it needs {input} exactly once, but has it 0 times"),
+        ("with_input", "{instrction}{input}", "it needs {instruction} exactly once, but .* 0 "),
+        ("with_input", "{input}{instruction}{input}", "it needs {input} exactly once, .* 2 times"),
+        ("without_input", "Do it.", "it needs {instruction} exactly once, but has it 0 times"),
+        ("without_input", "{input}{instruction}", "it has {input}, but its rows have no input"),
+    ],
+)
+def test_a_template_has_each_placeholder_once(form: str, text: str, message: str) -> None:
+    texts = {"with_input": "{instruction}{input}", "without_input": "{instruction}", form: text}
+    with pytest.raises(DefinitionError, match=rf"x\.yaml: 'templates\.own\.{form}': {message}"):
+        parse({"templates": {"own": texts}}, TemplateFile, "x.yaml")
 
 
 def test_a_random_template_is_drawn_by_the_seed(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -169,6 +169,11 @@ def test_the_papers_runs_train_and_read_other_sets_as_the_task_that_names_them(
             {"mixtures.six.tasks": ["snli", "rte"]},
             r"six\.tasks' is 'snli'",
         ),  # it has no training rows
+        # else the runs of the task alone could not be planned, and tables would mix up the titles
+        (
+            {"mixtures.rte": {"title": "RTE and MNLI", "tasks": ["rte", "mnli"]}},
+            r"benchmark\.yaml: 'mixtures\.rte' has the name of a task",
+        ),
         (
             {"methods": {"vanilla": {}, "block": {"layers": [1]}}},
             "methods.block' must train everything",
