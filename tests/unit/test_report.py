@@ -244,6 +244,29 @@ def test_a_heading_sorts_by_the_number_and_the_keyboard_lists_runs(
     assert listed.count() == 0
 
 
+def test_a_column_with_thousands_is_sorted_by_number(browser: Browser, page_file: Path) -> None:
+    page, _ = opened(browser, page_file)
+    # made-up runs take no thousand minutes, so the cells get other numbers
+    cells = "[...document.querySelectorAll('#costs tbody tr')].map((row) => row.cells[2])"
+    page.evaluate(
+        f"{cells}.forEach((cell, i) => (cell.textContent = ['1,234.5', '12.0', '7.0'][i]))"
+    )
+    page.locator("#costs thead button", has_text="All runs (min)").click()
+    assert page.evaluate(f"{cells}.map((cell) => cell.textContent)") == ["7.0", "12.0", "1,234.5"]
+
+
+@pytest.mark.parametrize("fragment", ["%", "%E0%A4%A", "nowhere"])
+def test_a_damaged_link_leaves_the_page_working(
+    fragment: str, browser: Browser, page_file: Path
+) -> None:
+    page, messages = opened(browser, page_file)
+    page.goto("about:blank")
+    page.goto(f"{page_file.as_uri()}#{fragment}")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("details:not([open])").count() == 0
+    assert messages == []
+
+
 def test_a_link_opens_its_folded_table_and_prints_are_white_and_complete(
     browser: Browser, page_file: Path
 ) -> None:

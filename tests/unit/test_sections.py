@@ -94,6 +94,22 @@ def test_a_limit_that_only_some_runs_have_is_a_whole_number(suite: Suite) -> Non
     assert values["train_rows"] == "–, 640"
 
 
+def test_an_unknown_fact_on_a_machine_is_a_dash(suite: Suite) -> None:
+    records = read_records(suite, "glue")
+    unknown = {"git_commit": None, "git_dirty": None, "code": None, "cores": None}
+    changed = []
+    for record in records:
+        environment = record.metrics.environment.model_copy(update=unknown)
+        metrics = record.metrics.model_copy(update={"environment": environment})
+        changed.append(replace(record, metrics=metrics))
+    section = make_section(present(load_benchmark("glue"), changed), changed, [], "mini")
+    facts = section.machines[0].facts
+    for name in ("git commit", "git dirty", "code", "cores"):
+        assert facts[name] == "–"
+    # the machine is known to have no GPU
+    assert facts["gpus"] == "none"
+
+
 def with_digest(record: Record, key: str, digest: str) -> Record:
     """Return the record of a run that read other rows of a split."""
     data = dict(record.metrics.data or {})

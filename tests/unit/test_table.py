@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import pandas as pd
+import pytest
 
+from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.report.table import Column, Table, escape_markdown
 
 TABLE = Table(
@@ -78,3 +81,15 @@ def test_markdown_escapes_what_would_end_a_cell_or_begin_a_tag() -> None:
     assert "N \\| M" in heading
     assert row.startswith("| a \\| b # c \\<script>x\\</script> |")
     assert caption == "p < 0.05 \\| `ab`\\<br>"
+
+
+def test_two_columns_with_the_same_heading_are_refused() -> None:
+    frame = pd.DataFrame({"name": ["x", "y"], "a": [0.1, 0.2], "b": [0.3, 0.4]})
+    columns = [Column("accuracy", "a", "IMDB"), Column("accuracy", "b", "IMDB")]
+    table = Table("Scores", "", {"name": "Name"}, columns, frame)
+    problem = "two columns of the table 'Scores' have the heading 'IMDB (%)'"
+    with pytest.raises(DefinitionError, match=re.escape(problem)):
+        table.markdown()
+    # a column without numbers is not printed
+    without_numbers = replace(table, frame=frame.assign(b=math.nan))
+    assert list(without_numbers.texts()) == ["Name", "IMDB (%)"]

@@ -388,23 +388,17 @@ def _margin(
     """Return the largest negligible difference in the unit of the row; nan for equal counts.
 
     If a number is claimed to be higher or lower, the margin is below ``effects``: the paper's
-    effect, and the difference that is the paper's share of our errors.
+    effect, and the difference that is the paper's share of our errors. Unknown effects are nan.
     """
     if comparison.direction == "equal":
         return math.nan
     margin = metric.margin(evidence.reference_mean) * comparison.scale
-    if comparison.direction in ("higher", "lower"):
-        return _margin_below(margin, effects)
-    return margin
-
-
-def _margin_below(margin: float, effects: Sequence[float]) -> float:
-    """Return the margin, or half of the smallest of some effects if that is less.
-
-    An equivalent difference is then always smaller than the paper's effect, in points and as a
-    share of the errors. Effects of nan are unknown.
-    """
-    halves = [abs(effect) / 2 for effect in effects if not math.isnan(effect)]
+    if comparison.direction not in ("higher", "lower"):
+        return margin
+    # An equivalent difference must be smaller than the paper's effect, in points and as a share of
+    # the errors. So the margin is at most half of each.
+    known_effects = [effect for effect in effects if not math.isnan(effect)]
+    halves = [abs(effect) / 2 for effect in known_effects]
     return min([margin, *halves])
 
 
@@ -514,11 +508,12 @@ def _error_shares(
     our_errors = math.nan
     if metric.unit == "%":
         our_errors = 100 - reference
-    # a model without errors has no share
-    share_of_a_point = math.nan
-    if our_errors != 0:
-        share_of_a_point = 1 / our_errors  # nan if the metric has no errors
-    our_share = difference.scaled(share_of_a_point)
+    if our_errors == 0:
+        # without errors, there is no share of them
+        our_share = difference.scaled(math.nan)
+    else:
+        our_share = difference.scaled(1 / our_errors)
+
     if paper_effect.reference is None:
         return ErrorShares(ours=our_share, of_paper=math.nan, expected=math.nan)
     paper_share = effect / (100 - paper_effect.reference)
@@ -570,14 +565,17 @@ def _remark(evidence: Evidence, pair: str, benchmark: AnyBenchmark) -> str:
     """
     models = [model_title(name) for name in evidence.models]
     tasks = [benchmark.task_titles.get(name, name) for name in evidence.tasks]
-    texts = [name_or_count(models, "models"), name_or_count(tasks, "tasks")]
+    texts = [name_or_count(models, "models")]
+    tasks_text = name_or_count(tasks, "tasks")
+    # a comparison of times has no tasks
+    if tasks_text:
+        texts.append(tasks_text)
     unfinished = evidence.incomplete - evidence.diverged
     if unfinished:
         texts.append(f"{_with_noun(unfinished, pair)} left out as incomplete")
     if evidence.diverged:
         texts.append(f"{_with_noun(evidence.diverged, pair)} left out because training diverged")
-    # a comparison of times has no tasks, so their text is empty and is skipped
-    return "; ".join(text for text in texts if text)
+    return "; ".join(texts)
 
 
 def _with_noun(count: int, noun: str) -> str:

@@ -18,7 +18,7 @@ from benchmarks.harness.report.style import MethodStyle, distinct_styles, style_
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.statistics import (
     confidence_interval,
-    information_numbers,
+    information_metrics,
 )
 
 # separates a row's name from its setting, if each setting is a separate row
@@ -38,7 +38,7 @@ COMPARED = [
     "question",
     "value",
 ]
-_COST_TABLE_METRICS = (*COST, *MODEL, *LOADS, *information_numbers("class", "environment"))
+_COST_TABLE_METRICS = (*COST, *MODEL, *LOADS, *information_metrics("class", "environment"))
 
 
 # what intervals over seeds cover, for captions
@@ -378,7 +378,8 @@ def our_means(values: pd.Series[float], cell_columns: Sequence[str]) -> pd.DataF
     lows = []
     highs = []
     for _, cell_values in by_cell:
-        low, high = math.nan, math.nan
+        low = math.nan
+        high = math.nan
         if len(cell_values) > 1:
             low, high = confidence_interval(cell_values.to_numpy())
         lows.append(low)

@@ -138,26 +138,17 @@ def _compare_pairs(
         others: The scores of the reference method.
         chance: The score of a guess; None if it is unknown.
     """
-    # Average first, so that repeated numbers count once. The reference is also averaged over its
-    # settings, because every setting of the method is compared with the same score.
-    shared_columns = [*_COMPARED_COLUMNS, *_PAIR_COLUMNS]
-    our_columns = [*_COMPARED_COLUMNS, "setting", *_PAIR_COLUMNS]
-    # the mean with a run that diverged is nan
-    our_means = ours.groupby(our_columns, sort=False)["value"].mean(skipna=False)
-    other_means = others.groupby(shared_columns, sort=False)["value"].mean(skipna=False)
-    our_scores = our_means.rename("our_score").reset_index()
-    other_scores = other_means.rename("other_score").reset_index()
-    both = our_scores.merge(other_scores, on=shared_columns)
+    both = _scores_side_by_side(ours, others)
     if both.empty:
         return None
 
-    # a complete pair has a score for every model, task, set and setting
+    # a complete pair has a score for every cell: every model, task, set and setting
     cells = both[[*_COMPARED_COLUMNS, "setting"]].drop_duplicates()
     has_diverged = both[["our_score", "other_score"]].isna().any(axis=1)
     by_pair = both.assign(has_diverged=has_diverged).groupby(_PAIR_COLUMNS, sort=True)
     pair_diverged = by_pair["has_diverged"].any()
-    # `both` has one row for each pair and cell, because the scores were averaged above
-    is_complete = (by_pair.size() == len(cells)) & ~pair_diverged
+    has_all_cells = by_pair.size() == len(cells)  # a pair has one row per cell
+    is_complete = has_all_cells & ~pair_diverged
     mean_scores = by_pair[["our_score", "other_score"]].mean()
     complete = mean_scores[is_complete].astype(float)
 
@@ -171,6 +162,24 @@ def _compare_pairs(
         models=list(both["model"].unique()),
         tasks=list(both["task"].unique()),
     )
+
+
+def _scores_side_by_side(ours: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
+    """Match the scores of two methods.
+
+    Returns one row for each pair, model, task, set, tuning and setting that both methods have, with
+    ``our_score`` and ``other_score``. The score is nan if training diverged.
+    """
+    # Average first, so that repeated numbers count once. The reference is also averaged over its
+    # settings, because every setting of the method is compared with the same score.
+    shared_columns = [*_COMPARED_COLUMNS, *_PAIR_COLUMNS]
+    our_columns = [*_COMPARED_COLUMNS, "setting", *_PAIR_COLUMNS]
+    # the mean with a run that diverged is nan
+    our_means = ours.groupby(our_columns, sort=False)["value"].mean(skipna=False)
+    other_means = others.groupby(shared_columns, sort=False)["value"].mean(skipna=False)
+    our_scores = our_means.rename("our_score").reset_index()
+    other_scores = other_means.rename("other_score").reset_index()
+    return our_scores.merge(other_scores, on=shared_columns)
 
 
 def _are_at_chance(scores: pd.DataFrame, chance: float) -> bool:
@@ -312,9 +321,12 @@ def compare_gains(
 ) -> str:
     """Say if our gain is smaller or larger than the paper's.
 
-    A gain is a difference in the claimed direction; for claims without a direction it is the
-    difference itself. The word needs two facts. The gap is significant, and our interval excludes
-    the paper's gain as a share of the errors.
+    A gain is a difference in the claimed direction. If the claim has no direction, it is the
+    difference itself. Smaller or larger needs two facts:
+
+    - Our difference differs significantly from the paper's.
+    - Our whole interval lies on one side of ``expected``, the side on which our difference lies
+      next to the paper's.
 
     Args:
         comparison: The comparison.
@@ -327,19 +339,24 @@ def compare_gains(
     Returns:
         ``smaller``, ``larger``, or ``not shown`` if one fact is missing.
     """
-    is_significant = p_holm < SIGNIFICANCE  # nan is not
-    # our interval must exclude the expected difference on the side of the gap; nan is not excluded
-    is_below_paper = gap < 0
-    is_below_expected = difference.high < expected
-    is_above_expected = difference.low > expected
-    excludes_expected = is_below_expected if is_below_paper else is_above_expected
-    if not is_significant or not excludes_expected:
+    # the first fact; an unknown p, which is nan, is not significant
+    is_significant = p_holm < SIGNIFICANCE
+    if not is_significant:
         return "not shown"
 
-    # if the claim is a lower number, the lower difference is the larger gain
+    # the second fact; an unknown `expected`, which is nan, is never excluded
+    is_below_paper = gap < 0
+    excludes_expected = difference.low > expected
+    if is_below_paper:
+        excludes_expected = difference.high < expected
+    if not excludes_expected:
+        return "not shown"
+
+    is_larger_gain = not is_below_paper
+    # if a lower number is claimed, the lower difference is the larger gain
     if comparison.direction == "lower":
-        return "larger" if is_below_paper else "smaller"
-    return "smaller" if is_below_paper else "larger"
+        is_larger_gain = is_below_paper
+    return "larger" if is_larger_gain else "smaller"
 
 
 def judge(comparison: Comparison, evidence: Evidence, p: float, margin: float) -> Verdict:

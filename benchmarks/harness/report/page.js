@@ -2,6 +2,7 @@
 // Everything is readable without this: it sorts tables, names runs, and opens what is folded where a link or the printer needs it.
 const { runsFolder, suite } = document.body.dataset;
 const runNames = JSON.parse(document.getElementById("run-names").textContent); // by folder
+const collator = new Intl.Collator("en", { numeric: true }); // "N 8" comes before "N 16"
 
 function addButton(cell, act) {
   const button = document.createElement("button");
@@ -12,25 +13,45 @@ function addButton(cell, act) {
   return button;
 }
 
+// Sort the rows of a table by the column of a heading. A second click reverses the order.
 function sortBy(heading) {
   const body = heading.closest("table").tBodies[0];
-  const sign = heading.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+  const isDescending = heading.getAttribute("aria-sort") === "ascending";
   for (const other of heading.parentElement.cells) other.removeAttribute("aria-sort");
-  heading.setAttribute("aria-sort", sign < 0 ? "descending" : "ascending");
-  body.querySelectorAll("button[aria-expanded=true]").forEach((button) => button.click());
-  const rows = [...body.rows].map((row) => {
-    const cell = row.cells[heading.cellIndex];
-    return { row, key: cell.dataset.sort ?? cell.textContent.trim() };
+  heading.setAttribute("aria-sort", isDescending ? "descending" : "ascending");
+
+  // open lists of runs are rows too, but have no cell in the column
+  for (const button of body.querySelectorAll("button[aria-expanded=true]")) button.click();
+
+  const filled = [];
+  const empty = [];
+  for (const row of body.rows) {
+    const key = sortKey(row.cells[heading.cellIndex]);
+    if (key === "" || key === "–") empty.push(row);
+    else filled.push({ row, key });
+  }
+  filled.sort((one, other) => {
+    const order = compareKeys(one.key, other.key);
+    return isDescending ? -order : order;
   });
-  const isEmpty = (key) => key === "" || key === "–"; // last in both directions
-  const collate = new Intl.Collator("en", { numeric: true }).compare;
-  rows.sort(({ key: a }, { key: b }) => {
-    if (isEmpty(a) || isEmpty(b)) return isEmpty(a) - isEmpty(b);
-    return sign * (isNaN(a - b) ? collate(a, b) : a - b);
-  });
-  body.append(...rows.map(({ row }) => row));
+  for (const { row } of filled) body.append(row);
+  for (const row of empty) body.append(row); // last in both directions
 }
 
+// Return the text that a cell is sorted by. The printed numbers of most columns are rounded, so their cells have the exact ones.
+function sortKey(cell) {
+  if (cell.dataset.sort !== undefined) return cell.dataset.sort;
+  const text = cell.textContent.trim();
+  return text.replace(/(\d),(?=\d{3})/g, "$1"); // 1,234 becomes 1234
+}
+
+function compareKeys(key, otherKey) {
+  const difference = Number(key) - Number(otherKey);
+  const areNumbers = !Number.isNaN(difference);
+  return areNumbers ? difference : collator.compare(key, otherKey);
+}
+
+// List the runs of a cell in a new row below it, or remove that row.
 function listRuns(cell, button) {
   const row = cell.parentElement;
   const isOpen = button.getAttribute("aria-expanded") === "true";
@@ -39,13 +60,20 @@ function listRuns(cell, button) {
     row.nextElementSibling.remove();
     return;
   }
-  const items = cell.dataset.runs.split(" ").map((run) => {
-    const links = { numbers: "metrics.json", settings: "run.json", log: "log.txt" };
-    const parts = Object.entries(links).map(([name, file]) => `<a href='${runsFolder}/${run}/${file}'>${name}</a>`);
-    parts.push(`<code>snakemake --cores 1 results/runs/${run}/metrics.json --config suite=${suite}</code>`);
-    return `<li>${runNames[run]}: ${parts.join(" · ")}</li>`;
-  });
-  row.insertAdjacentHTML("afterend", `<tr class="runs"><td colspan="${row.cells.length}"><ul>${items.join("")}</ul></td></tr>`);
+  const items = cell.dataset.runs.split(" ").map(describeRun).join("");
+  row.insertAdjacentHTML("afterend", `<tr class="runs"><td colspan="${row.cells.length}"><ul>${items}</ul></td></tr>`);
+}
+
+// Return a list item with the name of a run, the links to its files, and the command that makes it.
+function describeRun(run) {
+  const folder = `${runsFolder}/${run}`;
+  const parts = [
+    `<a href='${folder}/metrics.json'>numbers</a>`,
+    `<a href='${folder}/run.json'>settings</a>`,
+    `<a href='${folder}/log.txt'>log</a>`,
+    `<code>snakemake --cores 1 results/runs/${run}/metrics.json --config suite=${suite}</code>`,
+  ];
+  return `<li>${runNames[run]}: ${parts.join(" · ")}</li>`;
 }
 
 for (const cell of document.querySelectorAll("td[data-runs]:not([data-runs=''])")) {
@@ -62,14 +90,34 @@ for (const box of document.querySelectorAll(".wide")) {
   // what scrolls can be reached and scrolled by keyboard
   box.tabIndex = 0;
   box.setAttribute("role", "region");
-  box.setAttribute("aria-label", box.querySelector("img")?.alt ?? box.closest("figure")?.querySelector("b")?.textContent ?? box.closest("section").querySelector("h2").textContent);
+  box.setAttribute("aria-label", labelOfBox(box));
 }
 
+// Return the label of a box for screen readers: that of its image, else the title of its table or section.
+function labelOfBox(box) {
+  const image = box.querySelector("img");
+  if (image) return image.alt;
+  const title = box.closest("figure")?.querySelector("b");
+  if (title) return title.textContent;
+  return box.closest("section").querySelector("h2").textContent;
+}
+
+// Open everything that hides the target of a link, such as a table at report.html#glue_tests.
 function unfold() {
-  const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  const target = findTarget();
   if (!target) return;
-  for (let outer = target; (outer = outer.parentElement?.closest("details")); ) outer.open = true;
+  for (const item of document.querySelectorAll("details")) {
+    if (item.contains(target)) item.open = true;
+  }
   target.scrollIntoView();
+}
+
+function findTarget() {
+  try {
+    return document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  } catch {
+    return null; // the address is damaged, such as report.html#%
+  }
 }
 addEventListener("hashchange", unfold);
 unfold();
@@ -77,6 +125,8 @@ unfold();
 let folded = [];
 addEventListener("beforeprint", () => {
   folded = [...document.querySelectorAll("details:not([open])")];
-  folded.forEach((item) => (item.open = true));
+  for (const item of folded) item.open = true;
 });
-addEventListener("afterprint", () => folded.forEach((item) => (item.open = false)));
+addEventListener("afterprint", () => {
+  for (const item of folded) item.open = false;
+});

@@ -219,6 +219,10 @@ class _Page:
         # one row per test
         rows = read_claim_rows(self.suite.name, _CLAIM_COLUMNS)
 
+        sentences: list[str] = []
+        if not is_random:
+            sentences = verdict_sentences(pd.DataFrame(rows))
+
         # the page has one group of rows per claim
         tests_by_claim: dict[str, list[dict[str, str]]] = {}
         for row in rows:
@@ -228,7 +232,7 @@ class _Page:
         narrow = figures / CLAIMS.stem(NARROW)
         main_caption = load_paper().items[main_item()].caption or ""
         return {
-            "sentences": [] if is_random else verdict_sentences(pd.DataFrame(rows)),
+            "sentences": sentences,
             "tests": tests_by_claim,
             "table": self.table(CLAIMS.name, "Every test"),
             "figure": self.drawn_figure(figures / CLAIMS.name, CAPTION, narrow),
@@ -332,7 +336,8 @@ def _cost_cells(name: str, sections: Sequence[Section]) -> dict[str, str]:
 def _cost_text(sections: Sequence[Section]) -> str:
     """Write the number of runs and their time, such as ``15 runs, 2 h 5 min of computing``."""
     num_runs = sum(len(section.job_seconds) for section in sections)
-    seconds = sum(sum(section.job_seconds) for section in sections)
+    seconds_of_sections = [sum(section.job_seconds) for section in sections]
+    seconds = sum(seconds_of_sections)
     noun = "run" if num_runs == 1 else "runs"
     return f"{num_runs:,} {noun}, {duration_text(seconds)} of computing"
 

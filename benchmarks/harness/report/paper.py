@@ -201,13 +201,17 @@ def _line_title(
 
     If the methods have other tasks or other numbers of pairs, each method is described apart.
     """
-    texts = {}
+    compared_texts = []
+    texts_with_method = []
     for method, evidence in evidence_by_method.items():
-        texts[_MAIN_TITLES[method]] = _compared_text(average, evidence)
-    if len(set(texts.values())) == 1:
-        compared = next(iter(texts.values()))
-    else:
-        compared = ";\n".join(f"{title}: {text}" for title, text in texts.items())
+        text = _compared_text(average, evidence)
+        compared_texts.append(text)
+        texts_with_method.append(f"{_MAIN_TITLES[method]}: {text}")
+
+    compared = ";\n".join(texts_with_method)
+    are_all_the_same = len(set(compared_texts)) == 1
+    if are_all_the_same:
+        compared = compared_texts[0]
     return f"{model_title(model)}\n({compared})"
 
 

@@ -189,16 +189,19 @@ def check_source(source: PaperSource, where: Location) -> None:
     """
     check_names(where.at("benchmark"), [source.benchmark], benchmark_names())
     benchmark = load_benchmark(source.benchmark)
-    # a source has one of the three kinds; benchmark.yaml lists their names under `tables`,
-    # `set_tables` and `figures`
-    for kind in ("table", "set_table", "figure"):
-        name = getattr(source, kind)
-        known = getattr(benchmark.definition, f"{kind}s", ())
+    definition = benchmark.definition
+    set_tables = getattr(definition, "set_tables", ())  # only some kinds of benchmarks have them
+    # a source has one of these keys; the others are None
+    for key, name, known in (
+        ("table", source.table, definition.tables),
+        ("set_table", source.set_table, set_tables),
+        ("figure", source.figure, definition.figures),
+    ):
         if name and name not in known:
             # If benchmark.yaml lists a table that does not exist, this check reports that mistake
             # instead. Known names skip it, because it imports the presentation for a second.
             benchmark.checked_presentation()
-            check_names(where.at(kind), [name], known)
+            check_names(where.at(key), [name], known)
     check_names(where.at("rows"), source.rows or (), benchmark.row_titles)
 
 

@@ -217,7 +217,8 @@ def draw_forest(
     with drawing as (figure, axes):
         column = axes[:, 0]
         last_group = ""
-        for axis, ((group, title), panel) in zip(column, panels, strict=True):
+        for axis, (names, panel) in zip(column, panels, strict=True):
+            group, title = names
             # only the first panel of a group has the heading
             heading = ""
             if group != last_group:

@@ -368,17 +368,24 @@ def _environment_texts(environment: Environment) -> dict[str, str]:
     for key, value in sorted(environment):
         # the fingerprint is only for the command `check`
         if key != "fingerprint":
-            texts[key.replace("_", " ")] = _fact_text(value) or "none"
+            texts[key.replace("_", " ")] = _fact_text(value)
     return texts
 
 
 def _fact_text(value: object) -> str:
-    """Format a fact of an environment: versions by package, a list of GPUs, or a single value."""
+    """Format a fact of an environment: versions by package, a list of GPUs, or a single value.
+
+    An unknown fact is a dash. A machine without packages or GPUs has ``none``.
+    """
+    if value is None:
+        return MISSING
     if isinstance(value, dict):
-        return ", ".join(f"{name} {version}" for name, version in value.items())
-    if isinstance(value, list):
-        return ", ".join(value)
-    return str(value)
+        texts = [f"{name} {version}" for name, version in value.items()]
+    elif isinstance(value, list):
+        texts = value
+    else:
+        texts = [str(value)]
+    return ", ".join(texts) or "none"
 
 
 def section_title(artifacts: Artifacts) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -163,15 +163,29 @@ class Table:
         return [column for column in self.columns if self.frame[column.value].notna().any()]
 
     def texts(self) -> pd.DataFrame:
-        """Format all cells as text. The columns of the result are the printed headings."""
-        cells = {}
+        """Format all cells as text. The columns of the result are the printed headings.
+
+        Raises:
+            DefinitionError: Two printed columns have the same heading, such as the title of a task.
+        """
+        columns: dict[str, pd.Series] = {}
+        for heading, cells in self._printed_cells():
+            if heading in columns:
+                raise DefinitionError(
+                    f"two columns of the table '{self.title}' have the heading '{heading}'; the "
+                    "titles of tasks and the labels of metrics must differ"
+                )
+            columns[heading] = cells
+        return pd.DataFrame(columns).reset_index(drop=True)
+
+    def _printed_cells(self) -> Iterator[tuple[str, pd.Series]]:
+        """Yield the heading and the texts of each printed column, from left to right."""
         for key, heading in self.keys.items():
-            cells[heading] = self.frame[key].astype(str)
+            yield heading, self.frame[key].astype(str)
         for column in self.printed:
-            cells[column.heading] = self.frame.apply(column.text, axis=1)
+            yield column.heading, self.frame.apply(column.text, axis=1)
         for key, heading in self.notes.items():
-            cells[heading] = self.frame[key].astype(str)
-        return pd.DataFrame(cells).reset_index(drop=True)
+            yield heading, self.frame[key].astype(str)
 
     def best_cells(self) -> pd.DataFrame:
         """Return a boolean mask of the printed cells that have the best number of their group."""
@@ -258,24 +272,38 @@ class Table:
         constants = self._constant_texts(texts)
         varying = texts.drop(columns=list(constants))
 
-        sort_values = {}
-        for column in self.printed:
-            sort_values[column.heading] = [_sort_value(value) for value in self.frame[column.value]]
+        best = self.best_cells().to_dict("records")
+        sort_values = self._sort_values()
+        rows = []
+        for number, texts_of_row in enumerate(varying.to_dict("records")):
+            cells = []
+            for heading, text in texts_of_row.items():
+                sort_value = ""
+                if heading in sort_values:
+                    sort_value = sort_values[heading][number]
+                is_best = best[number][heading]
+                cells.append(_HtmlCell(text=text, is_best=is_best, sort_value=sort_value))
+            rows.append(cells)
 
         runs = []
         if RUNS_COLUMN in self.frame:
             runs = list(self.frame[RUNS_COLUMN])
 
-        text = TEMPLATES.get_template("table.html.j2").render(
+        figure = TEMPLATES.get_template("table.html.j2").render(
             table=self,
             headings=list(varying),
-            rows=varying.to_dict("records"),
-            best=self.best_cells().to_dict("records"),
-            sort_values=sort_values,
+            rows=rows,
             runs=runs,
             sentence=_sentence_on(constants),
         )
-        return text + "\n"
+        return figure + "\n"
+
+    def _sort_values(self) -> dict[str, list[str]]:
+        """Map the heading of each column of numbers to the values that sort it, one per row."""
+        values = {}
+        for column in self.printed:
+            values[column.heading] = [_sort_value(number) for number in self.frame[column.value]]
+        return values
 
     def _constant_texts(self, texts: pd.DataFrame) -> dict[str, str]:
         """Return the texts that are the same in all rows, by heading, to print them only once.
@@ -316,6 +344,22 @@ class Table:
         write_text(folder / f"{self.name}.md", self.markdown())
         write_text(folder / f"{self.name}.tex", self.latex())
         write_text(folder / f"{self.name}.html", self.html())
+
+
+@dataclass(frozen=True)
+class _HtmlCell:
+    """A cell of a table in HTML.
+
+    Attributes:
+        text: The printed text.
+        is_best: True if its number is the best of its group.
+        sort_value: The number with all its digits, by which the page sorts the column. It is empty
+            if the number is nan, and in columns of text.
+    """
+
+    text: str
+    is_best: bool
+    sort_value: str
 
 
 def _sentence_on(constants: Mapping[str, str]) -> str:

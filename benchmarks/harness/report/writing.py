@@ -44,12 +44,12 @@ def write_tables(suite: Suite, benchmark: str, data_set: str | None = None) -> s
     if not found.records:
         raise DefinitionError(found.note)
     of_benchmark = present(load_benchmark(benchmark), found.records)
-    written = of_benchmark
+    without_note = of_benchmark
     if data_set:
-        written = of_benchmark.presentations_of_sets[data_set]
+        without_note = of_benchmark.presentations_of_sets[data_set]
     mixed_sets = find_mixed_sets(found.records)
     note = _join_notes(benchmark, found.note, mixed_sets)
-    presentation = replace(written, caption_note=note)
+    presentation = replace(without_note, caption_note=note)
 
     folder = RESULTS / suite.name
     for table in presentation.tables:
@@ -63,6 +63,7 @@ def write_tables(suite: Suite, benchmark: str, data_set: str | None = None) -> s
     # claims compare numbers of all sets, so they are not written for a single set
     has_numbers = data_set is None and benchmark in claimed_benchmarks(suite)
 
+    # the note says which runs are missing
     is_complete = not found.note
     if not is_complete:
         # pages and files of numbers would not say which records they are made from
