@@ -26,6 +26,8 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "true")
 
 _PATH = click.Path(path_type=Path)
+# a relative path is resolved before a command changes to the checkout
+_ABSOLUTE_PATH = click.Path(path_type=Path, resolve_path=True)
 _suite = click.option("--suite", default="mini", show_default=True, help="A file in config/.")
 _threads = click.option(
     "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="CPU threads."
@@ -50,7 +52,10 @@ def cli(context: click.Context) -> None:
     import benchmarks.kinds  # noqa: F401  (registers the kinds of benchmarks)
     from benchmarks.harness.config.methods import import_plugins
 
-    import_plugins()
+    # `data --check` first sets a variable that plugins may read, and then imports plugins with the
+    # suite
+    if context.invoked_subcommand != "data":
+        import_plugins()
 
 
 class _ListCommand(click.Command):
@@ -177,14 +182,16 @@ def export(spec: Path, output: Path, form: str) -> None:
 
 
 _benchmark = click.option("--benchmark", required=True, help="The benchmark.")
-_part = click.option("--part", help="Only this set, if each set has its own tables.")
+_data_set = click.option(
+    "--part", "data_set", help="Only this set, if each set has its own tables."
+)
 
 
 @cli.command()
 @_suite
 @_benchmark
-@_part
-def collect(suite: str, benchmark: str, part: str | None) -> None:
+@_data_set
+def collect(suite: str, benchmark: str, data_set: str | None) -> None:
     """Collect the records of a benchmark's runs.
 
     They are written to one file, or to one file for each set that has its own tables.
@@ -192,18 +199,20 @@ def collect(suite: str, benchmark: str, part: str | None) -> None:
     from benchmarks.harness.results.records import check_finished
     from benchmarks.harness.results.records import collect as collect_records
 
-    loaded = _load_suite_with(suite, benchmark, part)
-    runs = loaded.runs_of(benchmark, part)
+    loaded = _load_suite(suite)
+    _check_suite_has(loaded, benchmark, data_set)
+    runs = loaded.runs_of(benchmark, data_set)
     check_finished(runs, f"of the suite {suite}", f"make run SUITE={suite}")
-    for file in collect_records(loaded, benchmark, part):
+    files = collect_records(loaded, benchmark, data_set)
+    for file in files:
         click.echo(f"wrote {file}", err=True)
 
 
 @cli.command()
 @_suite
 @_benchmark
-@_part
-def tables(suite: str, benchmark: str, part: str | None) -> None:
+@_data_set
+def tables(suite: str, benchmark: str, data_set: str | None) -> None:
     """Write the tables and figures of a benchmark.
 
     It reads the finished runs, or the blessed records if no run is finished here. If all runs are
@@ -213,15 +222,17 @@ def tables(suite: str, benchmark: str, part: str | None) -> None:
     from benchmarks.harness.base import RESULTS
     from benchmarks.harness.report.writing import write_tables
 
-    loaded = _load_suite_with(suite, benchmark, part)
-    note = write_tables(loaded, benchmark, part)
+    loaded = _load_suite(suite)
+    _check_suite_has(loaded, benchmark, data_set)
+    note = write_tables(loaded, benchmark, data_set)
     if note:
         click.echo(note, err=True)
     folder = RESULTS / suite
     click.echo(f"wrote tables to {folder}/tables/, figures to {folder}/figures/", err=True)
-    other_parts = loaded.sets_with_tables(benchmark)
-    if part is None and other_parts:
-        options = ", ".join(f"--part {name}" for name in other_parts)
+    # the tables of single data sets are written only if the user asks for them
+    sets_with_tables = loaded.sets_with_tables(benchmark)
+    if data_set is None and sets_with_tables:
+        options = ", ".join(f"--part {name}" for name in sets_with_tables)
         click.echo(f"each set has its own tables and figures: {options}", err=True)
 
 
@@ -262,12 +273,7 @@ def claims(suite: str, write: bool) -> None:
 
 @cli.command()
 @_suite
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path, resolve_path=True),
-    required=True,
-    help="The HTML page.",
-)
+@click.option("--output", type=_ABSOLUTE_PATH, required=True, help="The HTML page.")
 @click.option("--benchmark", help="Only this benchmark.")
 def report(suite: str, output: Path, benchmark: str | None) -> None:
     """Write the page of a suite, or of one benchmark.
@@ -276,13 +282,17 @@ def report(suite: str, output: Path, benchmark: str | None) -> None:
     """
     from benchmarks.harness.report.page import write_report
 
-    loaded = _load_suite_with(suite, benchmark) if benchmark else _load_suite(suite)
+    loaded = _load_suite(suite)
+    if benchmark:
+        _check_suite_has(loaded, benchmark)
     write_report(loaded, output, benchmark)
 
 
 @cli.command()
 @_suite
-@click.option("--output", type=_PATH, help="File for the summary that is printed otherwise.")
+@click.option(
+    "--output", type=_ABSOLUTE_PATH, help="File for the summary that is printed otherwise."
+)
 def mirror(suite: str, output: Path | None) -> None:
     """Mirror the finished runs to MLflow."""
     from benchmarks.harness.base import DefinitionError, write_text
@@ -296,19 +306,22 @@ def mirror(suite: str, output: Path | None) -> None:
             # MLflow also gets the files of the run, which its collected record may outlive
             if record.run.metrics_file.exists():
                 records.append(record)
-    num_missing = len(loaded.runs) - len(records)
-    missing = missing_text(loaded, num_missing, len(loaded.runs))
+
+    num_runs = len(loaded.runs)
+    num_missing = num_runs - len(records)
+    missing = missing_text(loaded, num_missing, num_runs)
     if not records:
         raise DefinitionError(missing)
     if num_missing:
         click.echo(missing, err=True)
+
     counts = mirror_records(records, loaded.tracking_uri)
-    described_counts = [f"{count} {word}" for word, count in counts.items()]
-    text = "MLflow: " + ", ".join(described_counts)
+    described_counts = [f"{count} {state}" for state, count in counts.items()]  # "3 added"
+    summary = "MLflow: " + ", ".join(described_counts)
     if output:
-        write_text(output, text + "\n")
+        write_text(output, summary + "\n")
     else:
-        click.echo(text)
+        click.echo(summary)
 
 
 @cli.command()
@@ -323,9 +336,10 @@ def ui(suite: str, port: int) -> None:
     from benchmarks.harness.results.mlflow import run_links
 
     uri = _load_suite(suite).tracking_uri
-    # a server has its own page
+    # the store may be a server of MLflow, which has its own page
     is_server = uri.startswith("http")
-    links = run_links(uri, uri if is_server else f"http://127.0.0.1:{port}")
+    page = uri if is_server else f"http://127.0.0.1:{port}"
+    links = run_links(uri, page)
     if not links:
         raise RunError(
             f"no run is in MLflow yet: `python -m benchmarks mirror --suite {suite}` adds the "
@@ -365,12 +379,14 @@ def check(suite: str, benchmarks: tuple[str, ...], elsewhere: bool) -> None:
     from benchmarks.harness.results.suite_check import check as check_suite
 
     loaded = _load_suite(suite)
-    comparison = check_suite(loaded, _chosen(loaded, benchmarks), elsewhere=elsewhere)
+    chosen = _choose_benchmarks(loaded, benchmarks)
+    comparison = check_suite(loaded, chosen, elsewhere=elsewhere)
     click.echo(comparison)
     claims_check = check_claims(loaded, comparison.finished)
     if claims_check.num_compared:
         click.echo(claims_check)
-    raise click.exceptions.Exit(not comparison.passed or bool(claims_check.moved))
+    if claims_check.moved or not comparison.passed:
+        raise click.exceptions.Exit(1)
 
 
 @cli.command()
@@ -402,7 +418,8 @@ def verify(suite: str, count: int, seed: int | None) -> None:
         seed = secrets.randbelow(2**31)
     result = verify_runs(loaded, count, seed, click.echo)
     click.echo(str(result))
-    raise click.exceptions.Exit(not result.passed)
+    if not result.passed:
+        raise click.exceptions.Exit(1)
 
 
 @cli.command()
@@ -419,7 +436,8 @@ def bless(suite: str, benchmarks: tuple[str, ...]) -> None:
 
     loaded = _load_suite(suite)
     _use_job_environment(loaded)
-    files = bless_suite(loaded, _chosen(loaded, benchmarks), click.echo)
+    chosen = _choose_benchmarks(loaded, benchmarks)
+    files = bless_suite(loaded, chosen, click.echo)
     for file in files:
         click.echo(f"wrote {file}")
 
@@ -435,12 +453,12 @@ def bless(suite: str, benchmarks: tuple[str, ...]) -> None:
 )
 @click.option(
     "--data-root",
-    type=click.Path(exists=True, file_okay=False),
+    type=click.Path(exists=True, file_okay=False, resolve_path=True),
     help="Folder with data; else the suite's.",
 )
 def data(suite: str, check: bool, open_images: bool, data_root: str | None) -> None:
     """Fetch a suite's data, and show available and missing sets."""
-    # huggingface_hub reads this variable when it is imported
+    # huggingface_hub reads this variable when it is imported, for example by a plugin
     if check:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -453,10 +471,12 @@ def data(suite: str, check: bool, open_images: bool, data_root: str | None) -> N
         os.environ[DATA_ROOT] = data_root
     if not check:
         sets.fetch_packaged(loaded)
-    parts = list(sets.read_sets(loaded.runs, open_images=open_images))
-    click.echo(sets.describe_sets(parts))
-    is_incomplete = any(part.rows is None for part in parts)
-    raise click.exceptions.Exit(is_incomplete)
+    # a split of a data set, an environment, or a whole set
+    parts_of_sets = list(sets.read_sets(loaded.runs, open_images=open_images))
+    click.echo(sets.describe_sets(parts_of_sets))
+    missing = [part_of_set for part_of_set in parts_of_sets if part_of_set.rows is None]
+    if missing:
+        raise click.exceptions.Exit(1)
 
 
 @cli.command()
@@ -560,25 +580,23 @@ def _load_suite(suite: str) -> Suite:
     return suite_of_job(suite)
 
 
-def _load_suite_with(suite: str, benchmark: str, part: str | None = None) -> Suite:
-    """Load a suite for a command, and check that it runs a benchmark or data set.
+def _check_suite_has(suite: Suite, benchmark: str, data_set: str | None = None) -> None:
+    """Check that a suite runs a benchmark or data set.
 
     Args:
-        suite: The name of the suite.
+        suite: The suite.
         benchmark: The name of the benchmark.
-        part: The name of a data set with its own tables; None for the whole benchmark.
+        data_set: The name of a data set with its own tables; None for the whole benchmark.
 
     Raises:
         DefinitionError: The suite does not run the benchmark or data set.
     """
     from benchmarks.harness.config.yaml import Location, check_names
 
-    loaded = _load_suite(suite)
-    source = f"suite {suite}"
-    check_names(Location(source, "benchmark"), [benchmark], loaded.settings.benchmarks)
-    if part:
-        check_names(Location(source, "part"), [part], loaded.sets_with_tables(benchmark))
-    return loaded
+    source = f"suite {suite.name}"
+    check_names(Location(source, "benchmark"), [benchmark], suite.settings.benchmarks)
+    if data_set:
+        check_names(Location(source, "part"), [data_set], suite.sets_with_tables(benchmark))
 
 
 def _use_job_environment(suite: Suite) -> None:
@@ -591,8 +609,12 @@ def _use_job_environment(suite: Suite) -> None:
     os.environ.update(job_environment(suite))
 
 
-def _chosen(suite: Suite, benchmarks: tuple[str, ...]) -> list[str]:
-    """Return the chosen benchmarks of a suite, in the suite's order; all if none is given.
+def _choose_benchmarks(suite: Suite, benchmarks: tuple[str, ...]) -> list[str]:
+    """Return benchmarks of a suite in the suite's order.
+
+    Args:
+        suite: The suite.
+        benchmarks: The names of the benchmarks; empty for all.
 
     Raises:
         DefinitionError: The suite does not run one of them.
@@ -624,7 +646,7 @@ def _run_command(arguments: list[str]) -> int:
     started = time.time()
     try:
         exit_status = cli(arguments, standalone_mode=False, obj=started)
-        return int(exit_status or 0)
+        return int(exit_status or 0)  # a command without an exit status returns None
     except click.Abort as stop:
         if isinstance(stop.__cause__, EOFError):  # click treats EOFError as an interrupted prompt
             raise stop.__cause__ from None

@@ -79,14 +79,14 @@ class RunError(EMoEError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message.
+    """Return the first line of an error's message that is not blank.
 
-    If the message is empty, return the name of the error's class.
+    If there is no such line, return the name of the error's class.
     """
-    lines = str(error).splitlines()
-    if not lines:
-        return type(error).__name__
-    return lines[0]
+    for line in str(error).splitlines():
+        if line.strip():
+            return line
+    return type(error).__name__
 
 
 _WHOLE_FILE = "the file"  # stands for the key of a problem that belongs to no key
@@ -287,7 +287,7 @@ class _Loader(SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Make a dictionary from a YAML mapping, and refuse a key that occurs twice."""
-        # "<<" inserts the keys of another mapping; it may occur several times
+        # leave out the key "<<", which inserts another mapping and may occur several times
         key_nodes = [key for key, _ in node.value if key.tag != _MERGE_TAG]
         names = [self.construct_object(key, deep=True) for key in key_nodes]
         for key_node, name in zip(key_nodes, names, strict=True):

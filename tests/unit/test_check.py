@@ -458,6 +458,17 @@ def test_a_benchmark_that_is_not_blessed_is_listed_while_the_others_are_compared
         call(*words, "glue")
 
 
+def test_all_numbers_are_new_if_the_csv_has_only_its_heading(suite: Suite) -> None:
+    csv = reference_file("smoke", "glue", "csv")
+    count = compared_numbers("glue")
+    heading = csv.read_text().splitlines()[0]
+    csv.write_text(f"{heading}\n")
+    checked = check_benchmarks(suite, ["glue"])
+    assert not checked.passed
+    assert set(differences(checked)["status"]) == {"new"}
+    assert len(differences(checked)) == count
+
+
 def compared_numbers(benchmark: str) -> int:
     """Count the blessed numbers of a benchmark that have a tolerance."""
     metrics = read_reference("smoke", benchmark).rows["metric"]

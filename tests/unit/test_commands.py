@@ -13,6 +13,7 @@ from filelock import FileLock
 
 from benchmarks.__main__ import cli as suite_cli
 from benchmarks.__main__ import main
+from benchmarks.harness import base
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import suite_names
@@ -219,3 +220,37 @@ def test_commands_work_in_the_checkout_from_a_folder_without_results(
     assert f"there is no results/ here; working in {ROOT}" in result.output
     assert Path.cwd() == ROOT
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def folder_of_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make a checkout with finished runs of the smoke suite, and work in a folder beside it."""
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    monkeypatch.chdir(checkout)
+    fake_runs.write_runs(plan(["glue"], "smoke"))
+    # only now, because the plan reads csv files of the real checkout
+    monkeypatch.setattr(base, "ROOT", checkout)
+    folder = tmp_path / "user"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_a_mirror_writes_its_summary_in_the_folder_of_the_user(
+    folder_of_user: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks.harness.results import mlflow
+
+    # a real mirror takes many seconds
+    monkeypatch.setattr(mlflow, "mirror", lambda records, uri: {"added": len(records)})
+    call("mirror", "--suite", "smoke", "--output", "summary.txt")
+    assert Path.cwd() == base.ROOT
+    assert (folder_of_user / "summary.txt").read_text() == "MLflow: 15 added\n"
+
+
+def test_a_data_root_is_relative_to_the_folder_of_the_user(folder_of_user: Path) -> None:
+    (folder_of_user / "sets").mkdir()
+    shown = call("data", "--check", "--suite", "full", "--data-root", "sets", status=1)
+    assert Path.cwd() == base.ROOT
+    assert f"{folder_of_user}/sets/" in shown

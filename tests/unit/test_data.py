@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.harness.base import DATA_ROOT, DataError
+from benchmarks.harness.base import BENCHMARKS, DATA_ROOT, DataError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.suite import load_suite, plain_suite
 from benchmarks.harness.run.data import missing_sets
@@ -179,3 +181,29 @@ def test_nothing_of_a_package_runs_before_its_hash_is_checked(
     right = sha256(root / "demo-1.0.tar.gz")
     PackageFile("sdist", "demo", "1.0", right).fetch(fetched)
     assert sha256(fetched) == right
+
+
+def test_a_check_is_offline_before_plugins_are_imported(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plugin may import huggingface_hub, which reads the variable only then."""
+    definitions = (BENCHMARKS / "methods.yaml").read_text()
+    assert definitions.count("\nplugins: []\n") == 1
+    with_plugin = definitions.replace("\nplugins: []\n", "\nplugins: [noting]\n")
+    (root / "methods.yaml").write_text(with_plugin)
+    (root / "noting.py").write_text(
+        "import os\nprint('HF_HUB_OFFLINE:', os.environ.get('HF_HUB_OFFLINE'))\n"
+    )
+    program = f"""
+import pathlib, sys
+from benchmarks.__main__ import cli
+from benchmarks.harness.config import methods
+methods.BENCHMARKS = pathlib.Path({str(root)!r})
+sys.path.append({str(root)!r})
+cli(["data", "--check", "--suite", "smoke"])
+"""
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert "HF_HUB_OFFLINE: 1" in done.stdout.splitlines(), done.stderr

@@ -238,6 +238,11 @@ def test_missing_file_names_its_neighbour_and_numbers_may_have_no_point(tmp_path
             "metric' is 'accuracy', which cannot score a regression; choose from pearson_spearman",
         ),
         (
+            "cola",
+            {"metric": "pearson_spearman"},
+            "metric' is 'pearson_spearman', which cannot score 2 classes; choose from accuracy,",
+        ),
+        (
             "mnli",
             {"ood": ["mnli"], "ood_metrics": ["accuracy", "f1"]},
             "ood': 'ood_metrics' of 'mnli' is 'f1', which cannot score 3 classes; choose from acc",
@@ -375,7 +380,11 @@ def test_a_spec_is_read_back_as_it_is_hashed(benchmark: str, spec: type[Strict])
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("brokne", "No module named 'brokne'"), ("broken", "No module named 'no_such_package'")],
+    [
+        ("brokne", "No module named 'brokne'"),
+        ("broken", "No module named 'no_such_package'"),
+        ("no_code", "a folder without __init__.py"),
+    ],
 )
 def test_a_plugin_that_cannot_be_imported_is_named(
     name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -383,6 +392,7 @@ def test_a_plugin_that_cannot_be_imported_is_named(
     content = yaml.safe_load((BENCHMARKS / "methods.yaml").read_text())
     (tmp_path / "methods.yaml").write_text(yaml.safe_dump(content | {"plugins": [name]}))
     (tmp_path / "broken.py").write_text("import no_such_package\n")
+    (tmp_path / "no_code").mkdir()
     monkeypatch.setattr(methods, "BENCHMARKS", tmp_path)
     monkeypatch.setattr(methods, "ROOT", tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -390,3 +400,16 @@ def test_a_plugin_that_cannot_be_imported_is_named(
         DefinitionError, match=rf"/methods\.yaml: 'plugins' names '{name}', .*{message}"
     ):
         load_methods.__wrapped__()
+
+
+def test_a_mistake_of_a_model_and_a_task_together_is_named_by_the_key_of_the_task() -> None:
+    edits = {
+        "training.by_model": {"minilm": {"lora": None}},
+        # valid with the other keys of the suite's LoRA, but this model has none
+        "training.by_task": {"tweets": {"lora": {"rank": 4}}},
+    }
+    with pytest.raises(
+        DefinitionError,
+        match=r"mini\.yaml: 'benchmarks\.glue_lora\.training\.by_task\.tweets\.lora\.alpha': Field required",
+    ):
+        specs(load_benchmark("glue_lora"), edited_part("glue_lora", "mini", edits))

@@ -19,6 +19,7 @@ from benchmarks.harness.base import (
     DataError,
     DefinitionError,
     atomic_write,
+    first_line,
     hide_passwords,
     is_held,
     read_json,
@@ -66,6 +67,20 @@ def test_a_full_disk_names_the_file_that_was_to_be_written(tmp_path: Path) -> No
     with pytest.raises(OSError, match=r"encoder error.*table\.csv"), atomic_write(path):
         raise OSError("encoder error")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("no such set\nand more", "no such set"),
+        # as transformers writes it if a package is missing
+        ("\nT5Tokenizer requires SentencePiece\nand more", "T5Tokenizer requires SentencePiece"),
+        ("", "OSError"),
+        ("\n \n", "OSError"),
+    ],
+)
+def test_an_error_is_described_by_its_first_line_with_text(message: str, line: str) -> None:
+    assert first_line(OSError(message)) == line
 
 
 def test_files_of_killed_writers_are_removed_after_a_day(tmp_path: Path) -> None:

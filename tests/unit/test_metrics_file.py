@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.harness.base import DataError, DefinitionError
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, read_run
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.results.content import Metrics
@@ -86,6 +87,20 @@ def test_a_damaged_file_is_named(
     assert message in str(damaged.value)
     assert str(damaged.value).startswith(str(path))
     assert "\n" not in str(damaged.value)
+
+
+@pytest.mark.parametrize(
+    "section", ["transformed", "epochs", "curve", "dev_curve", "held_out_curve"]
+)
+def test_a_section_that_is_empty_by_default_may_be_demanded(
+    section: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RUN["glue"]
+    fake_runs.write_runs([run])
+    fake_runs.edit(run, lambda content: content.pop(section, None))
+    monkeypatch.setattr(type(load_benchmark("glue")), "recorded", (section,))
+    with pytest.raises(DataError, match=rf"'{section}' is missing"):
+        read_record(run)
 
 
 def test_a_run_without_a_file_is_not_finished(here: Path) -> None:

@@ -255,6 +255,20 @@ def test_runs_with_several_processes_or_gpus_are_left_out(
     assert usual - {run.folder for run in repeated} == {folder, *evaluations_of(folder, suite)}
 
 
+def test_a_trained_run_that_is_not_blessed_is_run_but_not_compared(repeated: list[Run]) -> None:
+    suite = plain_suite("smoke")
+    evaluation = suite.runs_of("glue_ood")[0]
+    (folder,) = evaluation.spec["candidates"]
+    trained = suite.runs_by_folder[folder]
+    # the numbers of the other runs of its benchmark stay blessed
+    fake_runs.bless(suite, leave_out=[trained])
+    lines: list[str] = []
+    result = verify.verify(suite, 1000, 0, lines.append)
+    assert trained in repeated
+    assert f"also {trained.name}, because {evaluation.name} evaluates it" in lines
+    assert result.passed, str(result)
+
+
 def evaluations_of(folder: str, suite: Suite) -> list[str]:
     """Return the folders of the runs that evaluate only this trained run."""
     return [run.folder for run in suite.runs if run.spec.get("candidates") == [folder]]
@@ -324,6 +338,12 @@ def test_bless_refuses_a_tree_with_changes_except_blessed_numbers(checkout: Path
     assert len(clean_commit()) == 40
     (checkout / "code.py").write_text("x = 1")
     with pytest.raises(DefinitionError, match=r"1 files are not committed, the first is code\.py"):
+        clean_commit()
+
+
+def test_bless_names_a_changed_file_with_a_blank_in_its_path(checkout: Path) -> None:
+    (checkout / "two words.py").write_text("x = 1")
+    with pytest.raises(DefinitionError, match=r'the first is "two words\.py"$'):
         clean_commit()
 
 

@@ -182,7 +182,8 @@ class Part(Generic[P]):
             present_axes = [key for key in axes if key in lists]
             lists_of_axes = [lists[key] for key in present_axes]
             for values in itertools.product(*lists_of_axes):
-                yield where, dict(zip(present_axes, values, strict=True))
+                point = dict(zip(present_axes, values, strict=True))
+                yield where, point
 
 
 @dataclass(frozen=True)
@@ -342,9 +343,9 @@ class Benchmark(ABC, Generic[D, E, P]):
     def presentation(self) -> ModuleType:
         """Import and return the kind's module that makes the tables and figures of finished runs.
 
-        The module has the dictionaries ``TABLES`` and ``FIGURES``, with a function for each name.
-        If each data set has its own tables, it also has ``SET_TABLES`` and ``SET_FIGURES``. Its
-        function ``present(benchmark, records)`` makes a
+        The module has the dictionary ``TABLES``, with a function for each name, and ``FIGURES`` if
+        the kind has figures. If each data set has its own tables, it also has ``SET_TABLES`` and
+        ``SET_FIGURES``. Its function ``present(benchmark, records)`` makes a
         :class:`~benchmarks.harness.report.presentation.Presentation`.
         """
         return importlib.import_module(f"{self.package}.presentation")
@@ -356,12 +357,21 @@ class Benchmark(ABC, Generic[D, E, P]):
             DefinitionError: benchmark.yaml names a table or figure that does not exist.
         """
         module = self.presentation()
-        ablations = getattr(self.definition, "ablations", {})
-        # the last two keys exist only for kinds with separate tables for each data set
-        for key in ("tables", "figures", "set_tables", "set_figures"):
-            named = getattr(self.definition, key, ())
-            of_kind = getattr(module, key.upper(), ())
-            check_names(Location(self.file, key), named, [*of_kind, *ablations])
+        definition = self.definition
+        # some kinds also make a table and a figure for each ablation that benchmark.yaml defines
+        ablations = getattr(definition, "ablations", {})
+        valid_tables = [*module.TABLES, *ablations]
+        # some kinds have no figures
+        valid_figures = [*getattr(module, "FIGURES", {}), *ablations]
+        check_names(Location(self.file, "tables"), definition.tables, valid_tables)
+        check_names(Location(self.file, "figures"), definition.figures, valid_figures)
+        # only kinds with separate tables for each data set have these keys
+        if hasattr(definition, "set_tables"):
+            check_names(Location(self.file, "set_tables"), definition.set_tables, module.SET_TABLES)
+        if hasattr(definition, "set_figures"):
+            check_names(
+                Location(self.file, "set_figures"), definition.set_figures, module.SET_FIGURES
+            )
         return module
 
     def methods(self, part: Part[Any] | None = None) -> dict[str, Method]:
@@ -404,18 +414,23 @@ class Benchmark(ABC, Generic[D, E, P]):
             model: The name of the model whose ``by_model`` is applied; None applies none.
             task: The name of the task whose ``by_task`` is applied; None applies none.
         """
-        # Defaults are left out. So the merged settings still tell given values from defaults.
         section: Strict = getattr(self.definition, key)
+        # without defaults, so that the merged settings still tell given values from defaults
         of_benchmark = section.model_dump(exclude_unset=True)
-        in_suite = merge(of_benchmark, getattr(part.settings, key))
-        layers = [in_suite]
-        keys = ["benchmarks", self.name, key]  # the key path of the last layer, for messages
-        for changes_key, name in (("by_model", model), ("by_task", task)):
-            changes = _changes_for(name, in_suite.get(changes_key))
-            if changes is not None:
-                layers.append(changes)
-                keys += [changes_key, str(name)]
-        return parse(merge(*layers), type(section), part.file, *keys)
+        of_suite = getattr(part.settings, key)
+        in_suite = merge(of_benchmark, of_suite)
+        of_model = _changes_for(model, in_suite.get("by_model"))
+        of_task = _changes_for(task, in_suite.get("by_task"))
+        merged = merge(in_suite, of_model, of_task)
+
+        # The file has no key path of merged settings. Messages name the last settings that changed
+        # them, because the settings before were valid.
+        keys = ["benchmarks", self.name, key]
+        if of_task:
+            keys += ["by_task", str(task)]
+        elif of_model:
+            keys += ["by_model", str(model)]
+        return parse(merged, type(section), part.file, *keys)
 
     @property
     def evaluated_benchmark(self) -> str | None:
@@ -452,16 +467,16 @@ class Benchmark(ABC, Generic[D, E, P]):
 
 def _changes_for(
     name: str | None, changes_by_name: Mapping[str, dict[str, Any]] | None
-) -> dict[str, Any] | None:
-    """Return the changes of a section for one model or task; None if there are none.
+) -> dict[str, Any]:
+    """Return the changes of a section for one model or task; empty if there are none.
 
     Args:
         name: The name of the model or task; None applies no changes.
         changes_by_name: The section's ``by_model`` or ``by_task``; None if it has no such key.
     """
-    if name is None or not changes_by_name:
-        return None
-    return changes_by_name.get(name)
+    if name is None or changes_by_name is None:
+        return {}
+    return changes_by_name.get(name, {})
 
 
 AnyBenchmark = Benchmark[Any, Any, Any]

@@ -154,7 +154,9 @@ def _layers_text(request: str, layers: Iterable[str]) -> str:
     if not listed and request.startswith(("all", "last")):
         return _request_in_words(request)
     text = listed or request.replace("+", ", ")
-    if text.isdigit():  # a single layer
+    # a negative number counts from the last layer
+    is_single_layer = re.fullmatch(r"-?\d+", text) is not None
+    if is_single_layer:
         return f"layer {text}"
     return f"layers {text}"
 
@@ -169,15 +171,17 @@ def _request_in_words(request: str) -> str:
     """
     if request == "all":
         return "all layers"
-    # such as "last-half" and "2"
-    place, number = request.split(":")
-    if place == "last":
-        return "last layer" if number == "1" else f"last {number} layers"
-    part = place.replace("-", " ")
+    # "last:2" counts layers; "last-half:2" has a share of the layers, and the step between two
+    which, number = request.split(":")
+    if which == "last" and number == "1":
+        return "last layer"
+    if which == "last":
+        return f"last {number} layers"
+    share = which.replace("-", " ")  # "last half"
     if number == "1":
-        return f"{part} of the layers"
+        return f"{share} of the layers"
     ordinal = _ORDINALS.get(number, f"{number}th")
-    return f"every {ordinal} layer of the {part}"
+    return f"every {ordinal} layer of the {share}"
 
 
 def remove_settings(variant: str, usual: Collection[str]) -> str:
@@ -240,11 +244,11 @@ def _tune(method: Method, lora: LoRA | None, where: str) -> dict[str, Any] | Non
     if method.tune == "blocks" and method.layers is None:
         raise DefinitionError(f"{where} sets 'tune: blocks' but no 'layers', which it needs")
     trains_all = lora is None and method.tune is None
-    if trains_all and method.also_train is not None:
+    if not trains_all:
+        return tuning_spec(method.tune, layers=method.layers, also=method.also_train or ())
+    if method.also_train is not None:
         raise DefinitionError(f"{where} sets 'also_train', which needs training.lora or 'tune'")
-    if trains_all:
-        return None
-    return tuning_spec(method.tune, layers=method.layers, also=method.also_train or ())
+    return None
 
 
 def _varied_settings(method: Method, point: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,11 +256,15 @@ def _varied_settings(method: Method, point: Mapping[str, Any]) -> dict[str, Any]
 
     Other settings of the point have no effect on the method.
     """
-    keys: tuple[str, ...] = VARIANT_KEYS
-    if method.kind == "dense":
-        # `layers` matters to a dense model only if it chooses the trained parameters; otherwise
-        # all points share one run
-        keys = () if method.tune is None else ("layers",)
+    keys: tuple[str, ...]
+    if method.kind != "dense":
+        keys = VARIANT_KEYS
+    elif method.tune is not None:
+        # in a dense model, `layers` chooses the trained parameters
+        keys = ("layers",)
+    else:
+        # no setting changes the model, so all points share one run
+        keys = ()
     return {key: point[key] for key in keys if key in point}
 
 
@@ -374,12 +382,12 @@ def check_frozen(
     """
     if not num_frozen:
         return
-    used_layers: list[tuple[str, Any]] = []  # a verb and the layers that it applies to
+    layers_by_verb: dict[str, str | list[int] | None] = {}
     if method.config is not None:
-        used_layers.append(("converts", method.config.get("layers")))
+        layers_by_verb["converts"] = method.config.get("layers")
     if method.tune is not None:
-        used_layers.append(("trains", method.tune.selected_layers))
-    for verb, request in used_layers:
+        layers_by_verb["trains"] = method.tune.selected_layers
+    for verb, request in layers_by_verb.items():
         lowest = _lowest_layer(request, num_layers)
         if lowest is not None and lowest < num_frozen:
             raise DefinitionError(

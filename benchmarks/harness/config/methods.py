@@ -279,13 +279,17 @@ def import_plugins() -> None:
     if names and str(ROOT) not in sys.path:  # a job may have another working directory
         sys.path.append(str(ROOT))
     for name in names:
+        where = f"{BENCHMARKS / 'methods.yaml'}: 'plugins' names '{name}'"
         try:
-            importlib.import_module(name)
+            module = importlib.import_module(name)
         except Exception as error:  # a module may raise anything
-            file = BENCHMARKS / "methods.yaml"
+            raise DefinitionError(f"{where}, which cannot be imported: {error!r}") from error
+        # Python imports such a folder without an error, but runs none of its files
+        if module.__file__ is None:
             raise DefinitionError(
-                f"{file}: 'plugins' names '{name}', which cannot be imported: {error!r}"
-            ) from error
+                f"{where}, a folder without __init__.py; add that file, or name a module in the "
+                "folder"
+            )
 
 
 def plugin_files() -> list[Path]:

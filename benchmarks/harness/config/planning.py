@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import Part, load_benchmark
-from benchmarks.harness.config.runs import Run, run_from_spec
+from benchmarks.harness.config.runs import Run, all_sets, run_from_spec
 from benchmarks.harness.sources.packages import find_package, packages_of_dataset, sha256
 
 
@@ -61,7 +61,9 @@ def _runs_of(
     resources = part.settings.resources.model_dump()
     runs = []
     for spec in benchmark.specs(part, exclude, evaluated_runs):
-        run = _add_files(spec)
+        # the content of the data is part of the run's id
+        complete_spec = {**spec, "files": _file_digests(spec)}
+        run = run_from_spec(complete_spec)
         reserved = _resources_for(run, resources)
         runs.append(replace(run, resources=reserved))
     if not runs:
@@ -70,13 +72,6 @@ def _runs_of(
         )
     planned[name] = runs
     return runs
-
-
-def _add_files(spec: Mapping[str, Any]) -> Run:
-    """Make the run of a spec that still lacks ``files``."""
-    # the id depends on `files`, so this draft has none
-    draft = Run(id="", spec=dict(spec))
-    return run_from_spec({**spec, "files": _file_digests(draft)})
 
 
 def _resources_for(run: Run, resources: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,19 +91,24 @@ def _resources_for(run: Run, resources: Mapping[str, Any]) -> dict[str, Any]:
     return reserved
 
 
-def _file_digests(run: Run) -> dict[str, str]:
+def _file_digests(spec: Mapping[str, Any]) -> dict[str, str]:
     """Return the sha256 of the packages and csv files that a run's data and model come from.
 
-    The keys are the names of packages' files, and the paths of csv files in the checkout.
+    Args:
+        spec: The spec of the run, which still lacks ``files``.
+
+    Returns:
+        The digests. The keys are the names of package files, and the paths of csv files in the
+        checkout.
     """
     digests: dict[str, str] = {}
     # a rebuilt model is made of the files in a package
-    rebuilt = run.model_spec.get("rebuilt")
+    rebuilt = spec["model"].get("rebuilt")
     if rebuilt:
         package = find_package(rebuilt)
         digests[package.name] = package.sha256
-    for task in run.all_sets:
-        source = task.get("source", {})
+    for data_set in all_sets(spec):
+        source = data_set.get("source", {})
         for package in packages_of_dataset(source):
             digests[package.name] = package.sha256
         if "csv" in source:

@@ -92,10 +92,7 @@ class Run:
 
         Each is a section of the spec, as plain values.
         """
-        if "tasks" in self.task_spec:  # a mixture
-            sets: list[dict[str, Any]] = self.task_spec["tasks"]
-            return sets
-        return [self.task_spec]
+        return trained_sets(self.spec)
 
     @property
     def ood_sets(self) -> list[dict[str, Any]]:
@@ -106,7 +103,7 @@ class Run:
     @property
     def all_sets(self) -> list[dict[str, Any]]:
         """Return the data sets that the run is trained or evaluated on, as plain values."""
-        return [*self.trained_sets, *self.ood_sets]
+        return all_sets(self.spec)
 
     @property
     def files(self) -> dict[str, str]:
@@ -212,6 +209,23 @@ class Run:
     def to_json(self) -> str:
         """Return the spec as canonical JSON, which is hashed, written and compared."""
         return canonical_json(self.spec)
+
+
+def trained_sets(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the data sets of a spec that the run is trained on: one, or several of a mixture."""
+    task = spec["task"]
+    if "tasks" in task:  # a mixture
+        sets: list[dict[str, Any]] = task["tasks"]
+        return sets
+    return [task]
+
+
+def all_sets(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the data sets of a spec that the run is trained or evaluated on.
+
+    Unlike :attr:`Run.all_sets`, it also takes a spec that still lacks ``files``, and so has no id.
+    """
+    return [*trained_sets(spec), *spec["ood"]]
 
 
 def canonical_json(value: object) -> str:

@@ -72,14 +72,16 @@ class SetPart:
         scores_as_many_as_paper = published is not None and published.rows == self.rows
         if scores_as_many_as_paper:  # then the number of the makers does not matter
             return None
-        found = f"{self.name} ({self.part}): {self.rows:,} rows"
+        rows = f"{self.name} ({self.part}): {self.rows:,} rows"
         if not self.as_expected:
-            if self.dropped:
-                found += f" and {self.dropped:,} dropped"
-            return f"{found}, its makers count {self.expected:,}: another version, or not all of it"
+            dropped = f" and {self.dropped:,} dropped" if self.dropped else ""
+            return (
+                f"{rows}{dropped}, its makers count {self.expected:,}: "
+                "another version, or not all of it"
+            )
         if published:
-            other = f"{published.rows:,} by {published.of}: {published.why}"
-            return f"{found} are scored, but {other}"
+            by_authors = f"{published.rows:,} by {published.of}: {published.why}"
+            return f"{rows} are scored, but {by_authors}"
         return None
 
 

@@ -33,7 +33,7 @@ from emoe.errors import did_you_mean
 DEFAULT_SUITE = "mini"
 DEFAULT_TRACKING_URI = "sqlite:///results/mlflow.db"
 _NumSeeds = Annotated[int, Field(ge=1, le=10_000)]  # more would fill the memory
-_USUAL_SUITES = ("mini", "full", "smoke", "paper")  # searched first
+_SUITES_LISTED_FIRST = ("mini", "full", "smoke", "paper")  # the most used ones
 
 
 class SuiteSettings(Strict):
@@ -65,29 +65,31 @@ class SuiteSettings(Strict):
 def suite_names() -> list[str]:
     """Return the names of the suites (files in ``config/``), the most used ones first."""
     names = sorted(path.stem for path in paths.CONFIG.glob("*.yaml"))
-    usual = [name for name in _USUAL_SUITES if name in names]
-    others = [name for name in names if name not in _USUAL_SUITES]
-    return [*usual, *others]
+    first = [name for name in _SUITES_LISTED_FIRST if name in names]
+    others = [name for name in names if name not in _SUITES_LISTED_FIRST]
+    return [*first, *others]
 
 
 def _as_list(given: Any) -> Any:
-    """Turn a single name into a list of one name, and return a list of names as it is.
+    """Return a list of names as it is, and a single name as a list of one name.
 
     Refuse any other value.
     """
-    names = [given] if isinstance(given, str) else given
-    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    if not is_list:
-        raise refusal(f"{given!r:.100} is neither a name nor a list of names like [first,second]")
-    return names
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given, list) and all(isinstance(name, str) for name in given):
+        return given
+    shown = repr(given)[:100]  # the value may be long
+    raise refusal(f"{shown} is neither a name nor a list of names like [first,second]")
 
 
-def _check_chosen(names: list[str]) -> list[str]:
+def _refuse_empty(benchmarks: list[str]) -> list[str]:
     """Refuse an empty list of benchmarks."""
-    if not names:
-        choices = did_you_mean("", benchmark_names())
-        raise refusal(f"it names no benchmark; leave it out to run all{choices}")
-    return names
+    if benchmarks:
+        return benchmarks
+    # no name is near the empty one, so this lists all names: "; choose from domainbed, ..."
+    choices = did_you_mean("", benchmark_names())
+    raise refusal(f"it names no benchmark; leave it out to run all{choices}")
 
 
 OneOrMore = Annotated[list[str], BeforeValidator(_as_list)]
@@ -103,7 +105,7 @@ class CommandLine(Strict):
     suite: str = DEFAULT_SUITE
     """Name of a file in config/."""
     benchmarks: Annotated[
-        list[str] | None, AfterValidator(_check_chosen), BeforeValidator(_as_list)
+        list[str] | None, AfterValidator(_refuse_empty), BeforeValidator(_as_list)
     ] = None
     """Benchmarks of the suite to run, one or a list."""
     exclude: OneOrMore | None = None
@@ -133,7 +135,7 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
         DefinitionError: There is no such suite, or a key or value is wrong. The error names the
             file and the nearest valid value.
     """
-    # before the other values, because it selects the file
+    # checked before the other values, because the suite selects the file
     name = overrides.get("suite", DEFAULT_SUITE)
     if name not in suite_names():
         near = did_you_mean(name, suite_names())
@@ -143,9 +145,8 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
     file = paths.CONFIG / f"{name}.yaml"
     check_name(name, file)
     # the source of the settings, for messages
-    where = str(file)
-    if given.keys() - {"suite"}:  # the command line also gives settings
-        where = f"{file} with --config"
+    gives_settings = any(key != "suite" for key in given)
+    where = f"{file} with --config" if gives_settings else str(file)
     settings = _read_settings(file, where, command_line)
     parts = _read_parts(name, file, settings)
     _check_settings(settings, where, parts)
@@ -160,14 +161,8 @@ def _read_settings(file: Path, where: str, command_line: CommandLine) -> SuiteSe
         where: The source of the values, for messages.
         command_line: The values of the command line.
     """
-    content = read_yaml(file)
-    if isinstance(content, dict):
-        replaced = command_line.values()
-        # these two keys do not replace values: they choose the file, and benchmarks in it
-        replaced.pop("suite", None)
-        replaced.pop("benchmarks", None)
-        content = {**content, **replaced}
-    settings = parse(content, SuiteSettings, where)
+    merged = _replace_values(read_yaml(file), command_line)
+    settings = parse(merged, SuiteSettings, where)
     check_names(Location(file, "benchmarks"), settings.benchmarks, benchmark_names())
     _check_exclude(settings, where)
     if not command_line.benchmarks:
@@ -176,6 +171,21 @@ def _read_settings(file: Path, where: str, command_line: CommandLine) -> SuiteSe
     check_names(Location(where, "benchmarks"), command_line.benchmarks, settings.benchmarks)
     chosen = {name: settings.benchmarks[name] for name in command_line.benchmarks}
     return settings.model_copy(update={"benchmarks": chosen})
+
+
+def _replace_values(content: object, command_line: CommandLine) -> object:
+    """Replace values of a suite's file by those of the command line.
+
+    Content of a wrong type is returned as it is, because its validation follows.
+    """
+    if not isinstance(content, dict):
+        return content
+    replacing = {}
+    for key, value in command_line.values().items():
+        # these two keys replace no value: they choose the file, and benchmarks in it
+        if key not in ("suite", "benchmarks"):
+            replacing[key] = value
+    return {**content, **replacing}
 
 
 def _check_exclude(settings: SuiteSettings, where: str) -> None:
@@ -228,10 +238,11 @@ def _check_settings(settings: SuiteSettings, where: str, parts: Mapping[str, Par
     """
     # a benchmark that evaluates runs of another benchmark needs this other benchmark in the suite
     for benchmark in parts:
-        other = load_benchmark(benchmark).evaluated_benchmark
-        if other and other not in parts:
+        evaluated = load_benchmark(benchmark).evaluated_benchmark
+        if evaluated and evaluated not in parts:
             raise DefinitionError(
-                f"{where}: 'benchmarks' has '{benchmark}', which evaluates '{other}'; name that too"
+                f"{where}: 'benchmarks' has '{benchmark}', which evaluates '{evaluated}'; "
+                "name that too"
             )
 
     for key in ("data_root", "model_root"):
@@ -329,14 +340,14 @@ class Suite:
 
         Otherwise the list is empty. No runs are planned here, because planning takes time.
         """
-        loaded = load_benchmark(benchmark)
-        if not loaded.has_set_tables:
+        if not load_benchmark(benchmark).has_set_tables:
             return []
         if benchmark not in self.benchmark_parts:
             return []
         names: list[str] = []
         for block in self.benchmark_parts[benchmark].settings.grid:
             for name in block.task:
+                # several blocks may have the same data set
                 if name not in names and name not in self.settings.exclude:
                     names.append(name)
         return names

@@ -333,13 +333,17 @@ def _slow_parameters(model: nn.Module, groups: Groups) -> frozenset[str]:
     # The groups have the parameters' names in the network. But the network may be a submodule of
     # the model, in which the same parameters have longer names. So this compares the parameters
     # themselves, by `id`.
-    slow_ids: set[int] = set()
+    slow_ids = set()
     for group, members in groups.items():
-        if group not in FAST:
-            slow_ids.update(id(parameter) for _, parameter in members)
-    return frozenset(
-        name for name, parameter in model.named_parameters() if id(parameter) in slow_ids
-    )
+        if group in FAST:
+            continue
+        for _, parameter in members:
+            slow_ids.add(id(parameter))
+    names = []
+    for name, parameter in model.named_parameters():
+        if id(parameter) in slow_ids:
+            names.append(name)
+    return frozenset(names)
 
 
 def _describe_group(members: Sequence[tuple[str, nn.Parameter]]) -> dict[str, Any]:
@@ -385,8 +389,11 @@ def _embedding_parameters(model: nn.Module) -> int:
     if isinstance(model, PreTrainedModel):
         output_head = model.get_output_embeddings()
     head_weight = getattr(output_head, "weight", None)
-    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    return sum(table.numel() for table in tables if table is not head_weight)
+    count = 0
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.weight is not head_weight:
+            count += module.weight.numel()
+    return count
 
 
 def permutations(model: nn.Module) -> dict[int, torch.Tensor]:

@@ -201,6 +201,7 @@ def _load_timm_backbone(model: ModelSpec, drop_path: float) -> Any:
     is_random = model.random is not None
     comes_from_hub = not is_random and user_folder is None
     options: dict[str, Any] = {"num_classes": 0, "drop_path_rate": drop_path}  # 0: no head
+    # timm downloads the newest weights unless the name of the repository ends with a revision
     if model.revision and user_folder is None:
         options["pretrained_cfg_overlay"] = {"hf_hub_id": f"timm/{model.timm}@{model.revision}"}
     with loading_errors(model):

@@ -97,7 +97,10 @@ def loading_errors(model: ModelSpec) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # a damaged file raises anything
-        reason = str(error) if isinstance(error, CheckpointError) else class_and_message(error)
+        reason = class_and_message(error)
+        if isinstance(error, CheckpointError):
+            reason = str(error)  # already one line, with the name of the file
+        # the folder or repository that was read; other models have only a name
         place = user_model_folder(model.name) or model.hub or model.name
         raise DataError(
             f"could not load the model '{place}': {reason}; "
@@ -301,7 +304,8 @@ def _four_bit(model: ModelSpec) -> BitsAndBytesConfig:
         network = AutoModelForCausalLM.from_config(load_config(model))
     unquantised = []  # paths of modules
     for ffn in _ffns_of(network, layers=model.whole):
-        unquantised += [f"{ffn.name}.{path}" for path, _ in ffn.projections()]
+        for path, _ in ffn.projections():
+            unquantised.append(f"{ffn.name}.{path}")
     unquantised.append("lm_head")
     return BitsAndBytesConfig(
         load_in_4bit=True,

@@ -146,16 +146,34 @@ class Prefix:
         self._model.to(device)
         started = time.perf_counter()
         moved_inputs = {name: value.to(device) for name, value in inputs.items()}
-        # the hook of the last frozen layer raises _Stopped, so the layers above do not run
+        try:
+            states = self._run_to_last_frozen_layer(moved_inputs, device)
+            return states.float().cpu()
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    def _run_to_last_frozen_layer(
+        self, inputs: Mapping[str, Tensor], device: torch.device
+    ) -> Tensor:
+        """Call the model, end the call after the last frozen layer, and return its output.
+
+        Args:
+            inputs: The arguments of the model, on the device.
+            device: The device of the model.
+
+        Raises:
+            RuntimeError: The model ran to its end without calling the last frozen layer.
+        """
+        # This hook runs after the last frozen layer, and raises _Stopped with its output. So the
+        # layers above do not run.
         hook = self._frozen_layers[-1].register_forward_hook(_stop)
         try:
             with self._no_autocast(device):
-                self._model(**moved_inputs)
+                self._model(**inputs)
         except _Stopped as stopped:
-            return stopped.states.float().cpu()
+            return stopped.states
         finally:
             hook.remove()
-            self.seconds += time.perf_counter() - started
         raise RuntimeError(
             f"{type(self._network).__name__} does not call its layers one after the other"
         )
@@ -164,16 +182,19 @@ class Prefix:
     def _no_autocast(self, device: torch.device) -> Iterator[None]:
         """Run the model without autocast in this block, even if accelerate has wrapped it.
 
-        States are kept for all runs, and some are computed before the model is wrapped.
+        The files of states are shared by all runs, so a state must not depend on whether the model
+        was wrapped already.
         """
-        # accelerate's wrapper is an attribute of the model, which hides the method of its class
-        wrapper = vars(self._model).pop("forward", None)
+        # Accelerate sets the attribute `forward` of the model to a function that enables autocast.
+        # The attribute hides the class's method `forward`. This block needs the method.
+        model = cast(Any, self._model)
+        wrapped_forward = vars(model).pop("forward", None)
         try:
             with torch.autocast(device.type, enabled=False):
                 yield
         finally:
-            if wrapper is not None:
-                cast(Any, self._model).forward = wrapper
+            if wrapped_forward is not None:
+                model.forward = wrapped_forward
 
     def _take_states(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -290,25 +311,35 @@ class PrefixStates:
         make_inputs: MakeInputs,
         folder: Path = PREFIXES,
     ) -> None:
-        # the file has the tokens of all rows, one row after the other; a row's tokens end here
-        ends = np.cumsum(np.asarray(lengths, dtype=np.int64))
+        num_tokens = int(np.sum(lengths, dtype=np.int64))
         key = _states_key(prefix.digest, rows_digest)
         file = folder / f"{key}.npy"
         folder.mkdir(parents=True, exist_ok=True)
-        num_tokens = int(ends[-1])
+        # only one run computes the file; the others wait for it here
         with FileLock(folder / f".{key}.lock"):
             if not _is_intact(file, num_tokens):
-                _write_states(file, prefix, ends, lengths, make_inputs)
+                _write_states(file, prefix, lengths, make_inputs)
         self._values = _open_states(file)  # [tokens of all rows, width]
-        self._ends = ends
+        self._starts = _first_tokens(lengths)
         self._lengths = lengths
 
     def __getitem__(self, row: int) -> Tensor:
         """Return the states of a row: ``[tokens, width]``."""
-        end = int(self._ends[row])
-        start = end - int(self._lengths[row])
+        start = int(self._starts[row])
+        end = start + int(self._lengths[row])
         states = np.array(self._values[start:end])  # copies from the file
         return torch.from_numpy(states)
+
+
+def _first_tokens(lengths: Sequence[int]) -> NDArray[np.int64]:
+    """Return the index of each row's first token, if the tokens of all rows are joined: ``[rows]``.
+
+    Args:
+        lengths: The number of tokens of each row.
+    """
+    tokens_of_rows = np.asarray(lengths, dtype=np.int64)
+    tokens_up_to_row = np.cumsum(tokens_of_rows)
+    return tokens_up_to_row - tokens_of_rows
 
 
 def _open_states(file: Path) -> np.memmap[Any, Any]:
@@ -370,7 +401,8 @@ def collate_states(
     def collate_with_states(rows: list[Row]) -> dict[str, Any]:
         """Collate rows, and treat their prefix states like their tokens: pad them or pack them."""
         states = [row[STATES] for row in rows if STATES in row]  # [tokens, width] each
-        batch = dict(collate([_without_states(row) for row in rows]))
+        other_columns = [_without_states(row) for row in rows]
+        batch = dict(collate(other_columns))
         if not states:
             return batch
         sequences, tokens = batch["input_ids"].shape
@@ -405,54 +437,50 @@ def columns_digest(columns: Mapping[str, NDArray[Any]]) -> str:
 
 
 def _write_states(
-    file: Path,
-    prefix: Prefix,
-    ends: NDArray[np.int64],
-    lengths: Sequence[int],
-    make_inputs: MakeInputs,
+    file: Path, prefix: Prefix, lengths: Sequence[int], make_inputs: MakeInputs
 ) -> None:
     """Compute the prefix states of all rows; write them as one array ``[all tokens, width]``.
 
     Args:
         file: The file to write.
         prefix: The prefix of the model.
-        ends: For each row, the place in the array after its last token.
         lengths: The number of tokens of each row.
         make_inputs: A function that returns the model's inputs for rows, given their numbers.
 
     Raises:
         OSError: The disk has no space for the file; names the file.
     """
-    values: Any = None
+    num_tokens = int(np.sum(lengths, dtype=np.int64))
+    starts = _first_tokens(lengths)
+    values: Any = None  # the file's array, as soon as its width is known
     with atomic_write(file) as temporary:
         for rows in _similar_rows(lengths):
-            outputs = prefix.output(make_inputs(rows)).numpy()  # [rows, tokens, width]
-            if values is None:  # the width is only known from the first output
+            inputs = make_inputs(rows)
+            outputs = prefix.output(inputs).numpy()  # [rows, tokens of the longest row, width]
+            if values is None:
                 width = outputs.shape[2]
-                shape = (int(ends[-1]), width)
-                values = np.lib.format.open_memmap(
-                    temporary, mode="w+", dtype=np.float32, shape=shape
-                )
-                _reserve(temporary)
+                values = _create_states(temporary, num_tokens, width)
             for row, output in zip(rows, outputs, strict=True):
+                start = starts[row]
                 length = lengths[row]
-                end = ends[row]
-                values[end - length : end] = output[:length]  # without the padding
+                values[start : start + length] = output[:length]  # without the padding
         values.flush()
 
 
-def _reserve(file: Path) -> None:
-    """Reserve disk space for the whole size of a new file.
-
-    A new memory map has a size, but no space. If the space runs out when numbers are written to the
-    map, the system kills the process.
+def _create_states(file: Path, num_tokens: int, width: int) -> np.memmap[Any, Any]:
+    """Create a file for prefix states ``[num_tokens, width]``, and map it into memory for writing.
 
     Raises:
         OSError: The disk or the user's quota has no space for the file.
     """
+    shape = (num_tokens, width)
+    values = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+    # The new file has a size, but no disk space yet. If the space ran out when numbers are written
+    # to the map, the system would kill the process. So reserve the space now.
     size = file.stat().st_size
     with file.open("r+b") as opened:
         os.posix_fallocate(opened.fileno(), 0, size)
+    return values
 
 
 def _similar_rows(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -113,11 +113,14 @@ def load_trained_state_(model: nn.Module, state: Mapping[str, Tensor], source: s
         DataError: The tensors belong to another model.
     """
     names = _trained_names(model)
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name in names}
+    expected_shapes = {}
+    for name, tensor in model.state_dict().items():
+        if name in names:
+            expected_shapes[name] = tensor.shape
     shapes = {name: tensor.shape for name, tensor in state.items()}
-    if shapes != expected:
+    if shapes != expected_shapes:
         # (name, shape) pairs that only one side has
-        differences = shapes.items() ^ expected.items()
+        differences = shapes.items() ^ expected_shapes.items()
         first_name = min(name for name, _ in differences)
         raise DataError(f"{source} belongs to another model: they differ in '{first_name}'")
     # each process of a sharded model takes its shard of the whole tensors

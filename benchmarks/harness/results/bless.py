@@ -40,11 +40,11 @@ def bless(suite: Suite, benchmarks: Sequence[str], say: Say) -> list[Path]:
     check_finished(runs, f"of the suite '{suite.name}'", f"make run SUITE={suite.name}")
 
     records: dict[str, list[Record]] = {}
-    repeated: list[Record] = []
+    to_repeat: list[Record] = []
     for name in benchmarks:
         records[name] = [read_record(run) for run in suite.runs_of(name)]
-        repeated += _fastest_of_each_code(records[name])
-    _check_repeatable(suite, repeated, say)
+        to_repeat += _fastest_of_each_code(records[name])
+    _check_repeatable(suite, to_repeat, say)
 
     files: list[Path] = []
     for name in benchmarks:
@@ -59,8 +59,9 @@ def _fastest_of_each_code(records: Sequence[Record]) -> list[Record]:
         environment = record.metrics.environment
         # older versions recorded no digest, so their runs are told apart by the commit
         code = environment.code or environment.git_commit
-        other = fastest.get(code)
-        if other is None or record.metrics.cost.job_seconds < other.metrics.cost.job_seconds:
+        seconds = record.metrics.cost.job_seconds
+        fastest_so_far = fastest.get(code)
+        if fastest_so_far is None or seconds < fastest_so_far.metrics.cost.job_seconds:
             fastest[code] = record
     return list(fastest.values())
 
@@ -107,9 +108,9 @@ def clean_commit() -> str:
         DefinitionError: Another file has changes that are not committed.
     """
     status = git(ROOT, "status", "--porcelain", "--", ".", ":(exclude)results/reference")
-    # one line per file, which ends with its path
+    # one line per file: letters for the kind of change, a blank, and the path
     changed = status.splitlines()
     if changed:
-        first = changed[0].split()[-1]
+        _letters, first = changed[0].split(maxsplit=1)
         raise DefinitionError(f"{len(changed)} files are not committed, the first is {first}")
     return git(ROOT, "rev-parse", "HEAD")

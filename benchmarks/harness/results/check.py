@@ -184,25 +184,35 @@ def compare(
     """
     joined = _join_numbers(before, after, suite_name)
 
-    # the same code on the same machine repeats every digit, so there is no tolerance
-    repeats_digits = before.code == after.code and not elsewhere
-    must_be_equal = (joined["machine_before"] == joined["machine_after"]) & repeats_digits
-    rows = joined.assign(tolerance=joined["tolerance"].mask(must_be_equal, 0.0))
+    # the same code on the same machine repeats every digit, so these numbers have no tolerance
+    is_same_machine = joined["machine_before"] == joined["machine_after"]
+    is_same_code = before.code == after.code
+    must_be_equal = is_same_machine & (is_same_code and not elsewhere)
+    tolerance = joined["tolerance"].mask(must_be_equal, 0.0)
+    rows = joined.assign(tolerance=tolerance)
 
     agrees = _rows_agree(rows)
-    disagreeing = rows[~agrees].rename(columns={"value_before": "before", "value_after": "after"})
-    # a number that was compared and does not agree has changed
-    differences = disagreeing.replace({"status": {"compared": "changed"}})
-    is_on_both_sides = rows["status"] == "compared"
-    shown = ["status", "benchmark", *KEY_COLUMNS, "before", "after", "tolerance"]
+    equal = rows.loc[agrees, "benchmark"].value_counts().to_dict()
+    has_both_numbers = rows["status"] == "compared"
+    is_exact = bool(must_be_equal[has_both_numbers].all())
     return CheckResult(
-        differences=differences[shown],
-        equal=rows.loc[agrees, "benchmark"].value_counts().to_dict(),
+        differences=_differences(rows[~agrees]),
+        equal=equal,
         shifts=find_shifts(rows),
         machine_sentences=_machine_sentences(rows, before, after, elsewhere=elsewhere),
-        is_exact=bool(must_be_equal[is_on_both_sides].all()),
+        is_exact=is_exact,
         failures=failures,
     )
+
+
+def _differences(disagreeing: pd.DataFrame) -> pd.DataFrame:
+    """Return :attr:`CheckResult.differences` for rows of :func:`_join_numbers` that disagree."""
+    # a number that was compared and does not agree has changed
+    status = disagreeing["status"].replace({"compared": "changed"})
+    differences = disagreeing.assign(
+        status=status, before=disagreeing["value_before"], after=disagreeing["value_after"]
+    )
+    return differences[["status", "benchmark", *KEY_COLUMNS, "before", "after", "tolerance"]]
 
 
 def _join_numbers(before: Numbers, after: Numbers, suite_name: str) -> pd.DataFrame:
@@ -284,27 +294,43 @@ def collect_numbers(records: Iterable[Record]) -> Numbers:
     Raises:
         DefinitionError: Two runs have the same name.
     """
-    numbers: list[tuple[object, ...]] = []
+    rows = []
     machines: dict[str, Mapping[str, str]] = {}
     for record in records:
-        run = record.run
         fingerprint = record.metrics.environment.fingerprint
         machine = _machine_name(fingerprint)
         machines[machine] = fingerprint
-        name = name_without_seed(run)
-        for part, data_set, metric, value in _numbers_of(record):
-            numbers.append((name, run.seed, part, data_set, metric, value, machine))
-    # a frame without rows would not have this type
-    rows = pd.DataFrame(numbers, columns=COLUMNS).astype({"seed": int})
+        name = name_without_seed(record.run)
+        for number in _numbers_of(record):
+            row = {
+                "run": name,
+                "seed": record.run.seed,
+                "part": number.part,
+                "eval_task": number.data_set,
+                "metric": number.metric,
+                "value": number.value,
+                "machine": machine,
+            }
+            rows.append(row)
+    # without rows, pandas would give the seeds another type
+    frame = pd.DataFrame(rows, columns=COLUMNS).astype({"seed": int})
+    _check_unique(frame)
+    in_order = frame.sort_values(KEY_COLUMNS, kind="stable", ignore_index=True)
+    return Numbers(in_order, machines, code_digest())
 
-    # the comparison would join the numbers of two runs with the same keys
+
+def _check_unique(rows: pd.DataFrame) -> None:
+    """Check that no two rows of numbers have the same :data:`KEY_COLUMNS`.
+
+    Raises:
+        DefinitionError: Two rows have the same keys, so a comparison would mix up two runs.
+    """
     repeated = rows[rows.duplicated(KEY_COLUMNS)]
-    if len(repeated):
-        first = " ".join(str(repeated.iloc[0][key]) for key in KEY_COLUMNS)
-        raise DefinitionError(f"two finished runs have the same number '{first}'")
-
-    sorted_rows = rows.sort_values(KEY_COLUMNS, kind="stable", ignore_index=True)
-    return Numbers(sorted_rows, machines, code_digest())
+    if repeated.empty:
+        return
+    first = repeated.iloc[0]
+    keys = [str(first[column]) for column in KEY_COLUMNS]
+    raise DefinitionError(f"two finished runs have the same number '{' '.join(keys)}'")
 
 
 def _machine_name(fingerprint: Mapping[str, str]) -> str:
@@ -315,11 +341,14 @@ def _machine_name(fingerprint: Mapping[str, str]) -> str:
 
 def name_without_seed(run: Run) -> str:
     """Join the settings of a run in one text. The seed is left out."""
+    settings = settings_of_run(run)
     texts = []
-    for key, value in settings_of_run(run).items():
+    for key in GROUP_KEYS:
+        value = settings[key]
         if key == "learning_rate":
             texts.append(f"{value:g}")
-        elif key in GROUP_KEYS and value:
+        # a measurement has no method, for example
+        elif value:
             texts.append(str(value))
     return " ".join(texts)
 
@@ -337,18 +366,21 @@ def _numbers_in_tables(run: Run, metrics: Metrics) -> Iterator[RunNumber]:
 
     Costs and the best epoch on the dev split are not compared.
     """
-    for part, data_set, metric, number in run_numbers(run, metrics):
-        is_known = metric in load_metrics()
+    for number in run_numbers(run, metrics):
+        is_known = number.metric in load_metrics()
         # costs vary from run to run
-        if is_known and part not in ("cost", "dev_best"):
-            yield RunNumber(part, data_set, metric, _number_text(metric, float(number)))
+        if is_known and number.part not in ("cost", "dev_best"):
+            text = _number_text(number.metric, float(number.value))
+            yield RunNumber(number.part, number.data_set, number.metric, text)
 
 
 def _number_text(metric: str, value: float) -> str:
     """Format a number with all its digits, and a count without a decimal point."""
     # counts are whole numbers that are compared exactly
     is_count = value.is_integer() and load_metrics()[metric].tolerance == 0
-    return repr(int(value)) if is_count else repr(value)
+    if is_count:
+        return repr(int(value))
+    return repr(value)
 
 
 def _other_numbers(run: Run, metrics: Metrics) -> Iterator[RunNumber]:
@@ -376,8 +408,9 @@ def _probe_numbers(probe: Probe, logits_metric: str) -> Iterator[RunNumber]:
     for step, loss in enumerate(probe.losses, start=1):
         yield RunNumber("probe", "", f"loss_{step}", loss)
     if probe.logits:
-        # four numbers in one text, in the order of the fields
-        digits = [repr(value) for _, value in probe.logits]
+        logits = probe.logits
+        values = [logits.deviation, logits.mean, logits.projection, logits.rms]
+        digits = [repr(value) for value in values]
         yield RunNumber("probe", "", logits_metric, " ".join(digits))
     for layer, loads in probe.loads.items():
         counts = [str(count) for count in loads]

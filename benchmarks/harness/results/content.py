@@ -103,10 +103,7 @@ class Environment(Recorded):
 
 
 class Logits(Recorded):
-    """A summary of logits.
-
-    `check` compares the four numbers as one text, so the order of the fields must stay.
-    """
+    """A summary of logits."""
 
     deviation: float
     """Standard deviation."""

@@ -326,9 +326,9 @@ def _numbers(record: Record, time: int) -> Iterator[Metric]:
     single steps.
     """
     metrics = record.metrics
-    for part, data_set, metric, value in run_numbers(record.run, metrics):
-        name = _number_name(part, data_set, metric)
-        yield Metric(name, float(value), time, 0)
+    for number in run_numbers(record.run, metrics):
+        name = _number_name(number.part, number.data_set, number.metric)
+        yield Metric(name, float(number.value), time, 0)
     for point in metrics.records or ():
         numbers = {"epoch": point.epoch, "loss": point.loss, **point.numbers()}
         yield from _point("record", point.step, numbers, time)

@@ -49,7 +49,7 @@ from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.config.yaml import Strict
 from benchmarks.harness.results.content import Metrics, Recorded, Scores, rerun_advice
 from benchmarks.harness.results.files import records_file
-from benchmarks.harness.results.statistics import information_numbers
+from benchmarks.harness.results.statistics import information_metrics
 
 RUN_KEYS = ["benchmark", "model", "task", "method", "protocol", "variant", "learning_rate", "seed"]
 GROUP_KEYS = [key for key in RUN_KEYS if key != "seed"]
@@ -57,7 +57,7 @@ AS = " as "  # in names of parts, it stands before the method that the model was
 # these metrics are null if the model diverged
 MAY_DIVERGE = ("loss", "loss_calibrated", "nats_per_byte")
 _ROUNDING = 1e-6  # a number may be outside its range by this much
-ROUTING = (*LOADS, *information_numbers("class", "environment", "task"))
+ROUTING = (*LOADS, *information_metrics("class", "environment", "task"))
 
 
 @dataclass(frozen=True)
@@ -351,7 +351,9 @@ def _check_sections(run: Run, metrics: Metrics) -> None:
     """
     needed = load_benchmark(run.benchmark).recorded
     for section in needed:
-        if getattr(metrics, section, None) is None:
+        # a missing section may have an empty default, so the value alone does not show it
+        is_given = section in metrics.model_fields_set
+        if not is_given or getattr(metrics, section) is None:
             raise ValueError(f"'{section}' is missing")
     if "scores" in needed:
         scores = metrics.scores or {}
@@ -371,20 +373,21 @@ def tabulate_numbers(records: Iterable[Record]) -> pd.DataFrame:
     for record in records:
         run = record.run
         main_metrics = _main_metrics(run)
-        for part, data_set, metric, value in run_numbers(run, record.metrics):
+        for number in run_numbers(run, record.metrics):
             # a part such as "test as emoe" has the main metrics of "test"
-            part_before_conversion, _, _method = part.partition(AS)
+            part_before_conversion, _separator, _method = number.part.partition(AS)
             # numbers without a main metric are costs and the like, or the mean over the sets out
             # of domain, which is a score
-            is_main = metric == main_metrics.get((part_before_conversion, data_set))
+            main_metric = main_metrics.get((part_before_conversion, number.data_set))
+            is_main = number.metric == main_metric
             is_ood_mean = part_before_conversion == OOD_MEAN
             row = {
                 **settings_of_run(run),
                 "run_id": run.id,
-                "part": part,
-                "eval_task": data_set,
-                "metric": metric,
-                "value": value,
+                "part": number.part,
+                "eval_task": number.data_set,
+                "metric": number.metric,
+                "value": number.value,
                 "is_score": is_main or is_ood_mean,
             }
             rows.append(row)
@@ -478,11 +481,12 @@ def _score_numbers(run: Run, scores: Scores, suffix: str = "") -> Iterator[RunNu
         yield RunNumber(OOD_MEAN + suffix, "", "score", mean)
 
 
-def scores_of(records: pd.DataFrame, part: str) -> pd.DataFrame:
+def scores_of(numbers: pd.DataFrame, part: str) -> pd.DataFrame:
     """Select the main score of each data set in a part such as ``test``.
 
-    ``records`` are rows of :func:`tabulate_numbers`. The metric of the selected rows is renamed to
+    ``numbers`` are rows of :func:`tabulate_numbers`. The metric of the selected rows is renamed to
     ``score``.
     """
-    is_part = records["part"] == part
-    return records[is_part & records["is_score"]].assign(metric="score")
+    is_of_part = numbers["part"] == part
+    scores = numbers[is_of_part & numbers["is_score"]]
+    return scores.assign(metric="score")

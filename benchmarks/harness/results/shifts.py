@@ -55,14 +55,14 @@ def find_shifts(rows: pd.DataFrame) -> pd.DataFrame:
     numbers = _read_numbers(rows[is_compared])
     of_runs = numbers.assign(group=numbers["run"])
     of_methods = numbers.assign(group=numbers["benchmark"] + ", all runs of " + numbers["method"])
-    # with the same settings in all runs, the group would be one of the above
-    has_settings = of_methods.groupby("group")["run"].transform("nunique") > 1
+    # with the same settings in all runs, the group would be one of `of_runs`
+    has_several_settings = of_methods.groupby("group")["run"].transform("nunique") > 1
     differences = _differences_of_methods(numbers)
 
     means = pd.concat(
         [
             _group_means(of_runs),
-            _group_means(of_methods[has_settings]),
+            _group_means(of_methods[has_several_settings]),
             _group_means(differences),
         ],
         ignore_index=True,
@@ -124,16 +124,17 @@ def _scatter(numbers: pd.DataFrame) -> pd.Series[float]:
     It is the standard deviation over the seeds, pooled over a benchmark's numbers of the same part
     and metric. A shift of all seeds does not enlarge it.
     """
-    frame = numbers.assign(difference=numbers["after"] - numbers["before"])
-    over_seeds = frame.groupby(["run", "part", "eval_task", "metric"])["difference"]
-    from_mean = frame["difference"] - over_seeds.transform("mean")
+    with_difference = numbers.assign(difference=numbers["after"] - numbers["before"])
+    over_seeds = with_difference.groupby(["run", "part", "eval_task", "metric"])["difference"]
+    deviation = with_difference["difference"] - over_seeds.transform("mean")
     num_seeds = over_seeds.transform("size")
     # n seeds have n - 1 degrees of freedom, because their mean is estimated. Each of the n rows
     # gets an equal share, (n - 1) / n, so the sum over a pool is the freedom of all its groups.
-    terms = frame.assign(square=from_mean**2, freedom=1 - 1 / num_seeds)
-    pool = terms.groupby(["benchmark", "part", "metric"])
-    variance = pool["square"].transform("sum") / pool["freedom"].transform("sum")
-    return np.sqrt(variance)
+    terms = numbers.assign(square=deviation**2, freedom=1 - 1 / num_seeds)
+    pools = terms.groupby(["benchmark", "part", "metric"])
+    sum_of_squares = pools["square"].transform("sum")
+    degrees_of_freedom = pools["freedom"].transform("sum")
+    return np.sqrt(sum_of_squares / degrees_of_freedom)
 
 
 def _differences_of_methods(numbers: pd.DataFrame) -> pd.DataFrame:
@@ -147,8 +148,8 @@ def _differences_of_methods(numbers: pd.DataFrame) -> pd.DataFrame:
         ``method_other``, and the numbers of the second one in columns that end in ``_other``.
     """
     columns = ["before", "after", "tolerance", "scatter"]
-    of_methods = numbers.groupby([*_PAIRED, "method"], as_index=False)[columns].mean()
-    ordered_pairs = of_methods.merge(of_methods, on=_PAIRED, suffixes=("", "_other"))
+    method_means = numbers.groupby([*_PAIRED, "method"], as_index=False)[columns].mean()
+    ordered_pairs = method_means.merge(method_means, on=_PAIRED, suffixes=("", "_other"))
     # every two methods once, and no method with itself
     pairs = ordered_pairs[ordered_pairs["method"] < ordered_pairs["method_other"]]
     return pairs.assign(
@@ -162,25 +163,30 @@ def _differences_of_methods(numbers: pd.DataFrame) -> pd.DataFrame:
 
 
 def _group_means(numbers: pd.DataFrame) -> pd.DataFrame:
-    """Return the means of each group with at least two seeds, and how far they may shift.
+    """Return the old and the new mean of each group, and how far the mean may shift.
 
-    The columns are :data:`SHIFT_COLUMNS`. A mean is over the means of the seeds.
+    The columns are :data:`SHIFT_COLUMNS`. Groups with one seed are left out.
     """
-    # one row per group and seed
+    # seeds may have different counts of numbers, so the mean of a group is that of its seeds' means
     seed_means = numbers.groupby([*_GROUP, "seed"])[["before", "after"]].mean()
-    seeds_by_group = seed_means.groupby(_GROUP)
-    numbers_by_group = numbers.groupby(_GROUP)
-    counts = numbers_by_group.size()  # of numbers, not of seeds
-    error_of_shift = numbers_by_group["scatter"].mean() / np.sqrt(counts)
+    seed_means_by_group = seed_means.groupby(_GROUP)
+    num_seeds = seed_means_by_group.size()
+    group_means = seed_means_by_group.mean()
 
-    # the three rules of find_shifts
+    # the three rules of find_shifts, one value per group
+    numbers_by_group = numbers.groupby(_GROUP)
+    num_numbers = numbers_by_group.size()
+    standard_error_of_mean = seed_means_by_group["before"].sem()
+    standard_error_of_shift = numbers_by_group["scatter"].mean() / np.sqrt(num_numbers)
+    tolerance_of_one_number = numbers_by_group["tolerance"].mean()
     limits = pd.DataFrame(
         {
-            "error of the mean": seeds_by_group["before"].sem(),
-            "errors of the shift": _ERRORS * error_of_shift,
-            "one number": numbers_by_group["tolerance"].mean() / counts,
+            "error of the mean": standard_error_of_mean,
+            "errors of the shift": _ERRORS * standard_error_of_shift,
+            "one number": tolerance_of_one_number / num_numbers,
         }
     )
-    described = seeds_by_group.mean().assign(numbers=counts, limit=limits.max(axis=1))
-    has_several_seeds = seeds_by_group.size() > 1
-    return described[has_several_seeds].reset_index()
+    largest_limit = limits.max(axis=1)
+
+    groups = group_means.assign(numbers=num_numbers, limit=largest_limit)
+    return groups[num_seeds > 1].reset_index()

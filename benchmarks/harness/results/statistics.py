@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -17,17 +17,20 @@ SIGNIFICANCE = 0.05  # a smaller p is significant
 PERMUTATIONS = 500  # shuffles that estimate the mutual information by chance
 
 
-def information_numbers(*names: str) -> list[str]:
-    """List the metric names of the mutual information of experts and labels, three per label.
+def information_metrics(*labels: str) -> list[str]:
+    """List the metrics of the mutual information of experts and labels, three per kind of label.
 
-    For the label ``task`` they are ``task_information``, and ``task_information_chance`` and
-    ``task_information_chance_95``: the mean and the 95 % quantile over shuffled labels.
+    The metrics of the label ``task`` are
+
+    - ``task_information``: the mutual information,
+    - ``task_information_chance``: its mean over shuffled labels, and
+    - ``task_information_chance_95``: its 95 % quantile over shuffled labels.
     """
     metrics = []
-    for name in names:
-        metrics.append(f"{name}_information")
-        metrics.append(f"{name}_information_chance")
-        metrics.append(f"{name}_information_chance_95")
+    for label in labels:
+        metrics.append(f"{label}_information")
+        metrics.append(f"{label}_information_chance")
+        metrics.append(f"{label}_information_chance_95")
     return metrics
 
 
@@ -157,10 +160,11 @@ def paired_differences(
 
     rows = []
     for names, means_of_cell in means.groupby(list(cell_columns), sort=False):
+        cell = dict(zip(cell_columns, names, strict=True))
         differences = means_of_cell["value"] - means_of_cell["reference_score"]
         difference = mean_difference(differences.to_numpy(dtype=float))
         row = {
-            **dict(zip(cell_columns, names, strict=True)),
+            **cell,
             **difference.columns(),
             "values": means_of_cell["num_scores"].sum(),
         }
@@ -181,11 +185,14 @@ def shared_pairs(
         pair: The column that pairs the scores of different methods, such as ``seed``.
     """
     is_shared = np.zeros(len(scores), dtype=bool)
-    for places in scores.groupby(list(within), sort=False).indices.values():
-        of_group = scores.iloc[places]
-        seeds_by_method = of_group.groupby(list(compared), sort=False)[pair].agg(set)
-        shared_seeds = set.intersection(*seeds_by_method)
-        is_shared[places] = of_group[pair].isin(shared_seeds)
+    row_numbers_by_group = scores.groupby(list(within), sort=False).indices
+    for row_numbers in row_numbers_by_group.values():
+        group = scores.iloc[row_numbers]
+        seeds_of_methods = []
+        for _method, scores_of_method in group.groupby(list(compared), sort=False):
+            seeds_of_methods.append(set(scores_of_method[pair]))
+        shared_seeds = set.intersection(*seeds_of_methods)
+        is_shared[row_numbers] = group[pair].isin(shared_seeds)
     return scores[is_shared]
 
 
@@ -207,28 +214,40 @@ def with_verdicts(
 ) -> pd.DataFrame:
     """Add the columns ``p_holm`` (corrected p) and ``verdict`` to rows of differences.
 
-    p is corrected over all rows, or within each group of rows that are equal in the columns
-    ``family``. The verdict is ``equal`` if all differences are 0 (p is then nan). Otherwise it is
-    ``better``, ``worse`` or ``within noise``, and empty without a p.
+    Args:
+        rows: The differences, with the columns :attr:`Difference.COLUMNS`.
+        family: p is corrected within each group of rows that are equal in these columns. Without
+            columns, all rows are one group.
+        lower_is_better: True if a negative difference is an improvement.
     """
     if family and len(rows):
         p_holm = rows.groupby(list(family), sort=False)["p"].transform(holm)
     else:
         p_holm = holm(rows["p"])
 
-    is_better = rows["delta"] > 0
+    verdicts = []
+    for row in rows.assign(p_holm=p_holm).to_dict("records"):
+        verdicts.append(_verdict(row, lower_is_better=lower_is_better))
+    return rows.assign(p_holm=p_holm, verdict=pd.Series(verdicts, rows.index, dtype=str))
+
+
+def _verdict(row: Mapping[Hashable, Any], *, lower_is_better: bool) -> str:
+    """Return the verdict on a row with :attr:`Difference.COLUMNS` and the corrected p, ``p_holm``.
+
+    It is ``equal`` if all differences are 0 (p is then nan). Otherwise it is ``better``, ``worse``
+    or ``within noise``, and empty without a p.
+    """
+    if row["low"] == 0 and row["high"] == 0:
+        return "equal"
+    if math.isnan(row["p_holm"]):
+        return ""
+    if row["p_holm"] >= SIGNIFICANCE:
+        return "within noise"
+
+    is_better = row["delta"] > 0
     if lower_is_better:
-        is_better = rows["delta"] < 0
-    is_equal = (rows["low"] == 0) & (rows["high"] == 0)
-    # the first condition that is true decides; a significant row that is not better is worse
-    conditions = {
-        "equal": is_equal,
-        "": p_holm.isna(),
-        "within noise": p_holm >= SIGNIFICANCE,
-        "better": is_better,
-    }
-    verdicts = np.select(list(conditions.values()), list(conditions.keys()), default="worse")
-    return rows.assign(p_holm=p_holm, verdict=verdicts)
+        is_better = row["delta"] < 0
+    return "better" if is_better else "worse"
 
 
 def friedman_ranks(scores: pd.DataFrame) -> tuple[pd.Series[float], float]:
@@ -381,11 +400,13 @@ class MutualInformation:
         chance, chance_95 = shuffle_statistics(means)
         return cls(bits=float(means[0]), chance=chance, chance_95=chance_95)
 
-    def numbers(self, name: str) -> dict[str, float]:
-        """Return the numbers by metric name; ``name`` is the kind of label, such as ``task``."""
-        metric, metric_of_chance, metric_of_chance_95 = information_numbers(name)
+    def numbers(self, label: str) -> dict[str, float]:
+        """Return the numbers by metric, see :func:`information_metrics`.
+
+        ``label`` is the kind of label, such as ``task``.
+        """
         return {
-            metric: self.bits,
-            metric_of_chance: self.chance,
-            metric_of_chance_95: self.chance_95,
+            f"{label}_information": self.bits,
+            f"{label}_information_chance": self.chance,
+            f"{label}_information_chance_95": self.chance_95,
         }

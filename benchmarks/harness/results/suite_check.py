@@ -170,14 +170,15 @@ def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -
     old_and_new = {}
     stale = []
     for name, before in blessed.items():
-        found = find_finished(suite, name).records
+        found = find_finished(suite, name)
         # a run whose metrics.json was deleted may still have a collected record
-        records = [record for record in found if record.run.metrics_file.exists()]
+        records = [record for record in found.records if record.run.metrics_file.exists()]
         finished[name] = records
-        runs_of_records = [record.run for record in records]
         after = collect_numbers(records)
-        old_and_new[name] = OldAndNew(rows_of_runs(before, runs_of_records), after)
+        before_of_finished = rows_of_runs(before, [record.run for record in records])
+        old_and_new[name] = OldAndNew(before_of_finished, after)
         for record in records:
+            # `after.code` is the digest of this checkout's code
             if record.metrics.environment.code != after.code:
                 stale.append(name_and_seed(record.run))
     results = compare_benchmarks(suite, old_and_new.values(), elsewhere=elsewhere)
@@ -269,8 +270,10 @@ def names_and_seeds(numbers: Numbers) -> list[NameAndSeed]:
 def rows_of_runs(numbers: Numbers, runs: Iterable[Run]) -> Numbers:
     """Return only the numbers of some runs."""
     wanted = {name_and_seed(run) for run in runs}
-    is_of_runs = [run_of_row in wanted for run_of_row in names_and_seeds(numbers)]
-    return replace(numbers, rows=numbers.rows[is_of_runs])
+    is_wanted = [run_of_row in wanted for run_of_row in names_and_seeds(numbers)]
+    # with a type, because pandas would take an empty list for a list of columns
+    mask = pd.Series(is_wanted, numbers.rows.index, dtype=bool)
+    return replace(numbers, rows=numbers.rows[mask])
 
 
 def _group_lines(what: str, runs: Sequence[NameAndSeed]) -> list[str]:

@@ -172,8 +172,10 @@ def _is_repeatable(suite: Suite, run: Run) -> bool:
     # a measurement has no method
     if not run.method or len(trained) > 1:
         return False
-    needed = [run, *(suite.runs_by_folder[folder] for folder in trained)]
-    return not any(_is_parallel(each) for each in needed)
+    needed = [run]
+    for folder in trained:
+        needed.append(suite.runs_by_folder[folder])
+    return not any(_is_parallel(needed_run) for needed_run in needed)
 
 
 def _is_parallel(run: Run) -> bool:
@@ -208,7 +210,7 @@ def _plan_reruns(
             trained = suite.runs_by_folder[folder]
             if trained not in chosen:
                 say(f"also {trained.name}, because {run.name} evaluates it")
-            # a benchmark can be blessed without the one that it evaluates
+            # an evaluation can be blessed without the trained run that it evaluates
             trained_threads = threads_by_run.get(name_and_seed(trained), threads)
             reruns.setdefault(folder, Rerun(trained, trained_threads))
         reruns.setdefault(run.folder, Rerun(run, threads))
@@ -321,11 +323,13 @@ def run_again(
     """
     records: list[Record] = []
     failures: list[Failure] = []
-    for number, (run, threads) in enumerate(reruns, start=1):
+    for number, rerun in enumerate(reruns, start=1):
+        run = rerun.run
         say(f"running {run.name} ({number} of {len(reruns)})")
         spec_file = runs_folder / run.folder / "run.json"
         write_text(spec_file, run.to_json())
-        problem = _run_command(["run", str(spec_file), "--threads", threads], directory)
+        arguments = ["run", str(spec_file), "--threads", rerun.threads]
+        problem = _run_command(arguments, directory)
         if problem is None:
             records.append(read_record(run, runs_folder))
         else:
@@ -371,6 +375,8 @@ def _compare_with_blessed(
 ) -> VerifyResult:
     """Compare the records of repeated runs with the blessed numbers.
 
+    Runs without blessed numbers are not compared.
+
     Args:
         suite: The suite.
         blessed: The blessed numbers by the name of the benchmark.
@@ -379,7 +385,13 @@ def _compare_with_blessed(
     """
     old_and_new = []
     for name, numbers in blessed.items():
-        repeated = [record for record in records if record.run.benchmark == name]
+        blessed_runs = set(names_and_seeds(numbers))
+        repeated = []
+        for record in records:
+            # a trained run that is repeated only for an evaluation may have no blessed numbers
+            is_blessed = name_and_seed(record.run) in blessed_runs
+            if record.run.benchmark == name and is_blessed:
+                repeated.append(record)
         failed = [failure.text for failure in failures if failure.run.benchmark == name]
         if repeated or failed:
             before = rows_of_runs(numbers, [record.run for record in repeated])

@@ -79,8 +79,9 @@ def _cells(part: SetPart) -> list[str]:
         return [part.name, part.part, "missing", "", "", ""]
     rows = f"{part.rows:,}"
     if not part.as_expected:
-        rows = f"{rows} of {part.expected:,}"
-    return [part.name, part.part, rows, f"{part.dropped:,}", part.labels, part.source]
+        rows = f"{part.rows:,} of {part.expected:,}"
+    dropped_rows = f"{part.dropped:,}"
+    return [part.name, part.part, rows, dropped_rows, part.labels, part.source]
 
 
 def fetch_packaged(suite: Suite) -> None:

@@ -49,7 +49,9 @@ def reserve_devices(count: int, name: str, processes: int = 1) -> ExitStack:
     devices = visible_devices()
     if not devices:
         return locks
-    if count < processes or count > len(devices):
+    too_few_requested = count < processes
+    too_few_visible = len(devices) < count
+    if too_few_requested or too_few_visible:
         raise RunError(
             f"{name} asks for {count} accelerators for {processes} process(es), "
             f"and {len(devices)} are visible; give it more (`--resources gpu=N`), "
@@ -109,19 +111,23 @@ def _lock_devices(locks: ExitStack, devices: list[str], count: int, name: str) -
     # Only one process chooses at a time. Otherwise two processes could each hold a device that the
     # other one needs, and wait forever.
     with FileLock(folder / "choice.lock"):
-        locked = _lock_free(locks, folder, devices, count)
+        locked = _lock_available(locks, folder, devices, count)
         if len(locked) < count:
             sys.stderr.write(f"[{name}] waiting for {count} of {len(devices)} accelerators\n")
         while len(locked) < count:
             time.sleep(_PAUSE)
-            # a device that is locked once stays locked while this waits for the others
+            # this process keeps the devices that it has locked, and tries only the others
             others = [device for device in devices if device not in locked]
-            locked += _lock_free(locks, folder, others, count - len(locked))
+            missing = count - len(locked)
+            newly_locked = _lock_available(locks, folder, others, missing)
+            locked.extend(newly_locked)
     return locked
 
 
-def _lock_free(locks: ExitStack, folder: Path, devices: list[str], count: int) -> list[str]:
-    """Lock up to ``count`` of the devices without waiting, and return their ids.
+def _lock_available(locks: ExitStack, folder: Path, devices: list[str], count: int) -> list[str]:
+    """Lock up to ``count`` devices that no process has locked, and return their ids.
+
+    Does not wait. The result has fewer than ``count`` ids if other processes hold too many devices.
 
     Args:
         locks: The stack of locks to which the new ones are added.
@@ -153,7 +159,7 @@ def _lock_folder() -> Path:
 
 
 def _try_lock(locks: ExitStack, folder: Path, device: str) -> bool:
-    """Try to lock a device; return False if another process has locked it.
+    """Try to lock a device without waiting; return False if another process has locked it.
 
     Args:
         locks: The stack of locks to which the new one is added.

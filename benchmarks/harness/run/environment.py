@@ -149,8 +149,13 @@ def _processor() -> _Processor:
     text = Path("/proc/cpuinfo").read_text()
     # such as "model name : AMD EPYC 7763"
     model_line = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
-    name = platform.machine() if model_line is None else model_line[1].strip()
+    name = platform.machine()  # for example on ARM, where this line may be missing
+    if model_line is not None:
+        name = model_line[1].strip()
     # the supported instructions: x86 calls them "flags", and ARM calls them "Features"
     flags_line = re.search(r"^(?:flags|Features)\s*: (.*)", text, re.MULTILINE)
-    flags = [] if flags_line is None else sorted(flags_line[1].split())
-    return _Processor(name, flags_digest=short_digest(" ".join([name, *flags]), _DIGITS))
+    flags = []
+    if flags_line is not None:
+        flags = sorted(flags_line[1].split())
+    name_and_flags = " ".join([name, *flags])
+    return _Processor(name, flags_digest=short_digest(name_and_flags, _DIGITS))

@@ -82,14 +82,15 @@ def execute(
     benchmark.check_processes(run.spec, world_size(), parallel)
 
     # the first process locks the run for all of them; each writes its own log
-    lock: AbstractContextManager[Any] = nullcontext()
-    own_log = log
     if is_main():
-        lock = _lock_run(folder, run.name)
+        lock: AbstractContextManager[Any] = _lock_run(folder, run.name)
+        own_log = log
     else:
+        lock = nullcontext()
         own_log = log.with_name(f"{log.stem}-{rank()}{log.suffix}")
 
     with lock:  # it is held already; the end of the block releases it
+        # the other processes wait here until the first one has locked the run
         init_process_group()
         # while this process waited for the lock, another one may have finished the run
         if broadcast(output.exists()):
@@ -202,12 +203,25 @@ def launch_distributed(
     run = read_run(path)
     benchmark = load_benchmark(run.benchmark)
     benchmark.check_processes(run.spec, processes, parallel)
-    torchrun = [sys.executable, "-m", "torch.distributed.run"]
-    torchrun += ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
-    torchrun += ["-m", "--"]  # without the dashes, torchrun parses the module's options
     threads_each = max(threads // processes, 1)
-    command = ["benchmarks", "run", str(path)]
-    command += ["--threads", str(threads_each), "--log", str(log), "--parallel", parallel]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        f"--nproc-per-node={processes}",
+        "-m",
+        "--",  # without the dashes, torchrun parses the options of the command
+    ]
+    command = [
+        "benchmarks",
+        "run",
+        str(path),
+        f"--threads={threads_each}",
+        f"--log={log}",
+        f"--parallel={parallel}",
+    ]
     # each process ends itself when this one has ended, see _end_with_launcher
     variables = {**os.environ, _LAUNCHER: str(os.getpid())}
     result = subprocess.run([*torchrun, *command], env=variables, check=False)

@@ -219,7 +219,8 @@ def _run_for_caller(
         with caller.makefile() as content:
             request = json.loads(content.readline())
         if not _fits(request["environment"]) or not is_current():
-            os._exit(0)  # without the answer of the block `finally`
+            # decline: end here, without an answer, and so without the block `finally`
+            os._exit(0)
         caller.sendall(_ACCEPTED)
         _become_like_caller(streams, request["folder"], request["environment"])
         # if the caller is killed, this fork ends too
@@ -258,10 +259,7 @@ def _become_like_caller(
 
 
 def _fits(environment: Mapping[str, str]) -> bool:
-    """Return True if a caller's environment fits the server's.
-
-    It may differ only in the variables that a fork copies from its caller.
-    """
+    """Return True if a caller's environment differs only in variables that a fork copies."""
     # (name, value) pairs that only one side has: changed values and missing variables
     differences = environment.items() ^ _ENVIRONMENT.items()
     return all(name in _CALLERS_VARIABLES for name, _ in differences)

@@ -59,12 +59,13 @@ def describe_runs(suite: Suite) -> str:
     counts = [state_counts(name, statuses) for name in suite.settings.benchmarks]
     running = [str(status) for status in statuses if status.state == "running"]
     failed = [str(status) for status in statuses if status.state == "failed"]
-    closing = []
-    if all(status.state == "finished" for status in statuses):
-        closing = closing_lines(suite)
+    lines = [format_rows(counts), *running, *failed]
+
     if all(status.state == "missing" for status in statuses):
-        closing = [f"No run has started. Run the suite: make run SUITE={suite.name}"]
-    return "\n".join([format_rows(counts), *running, *failed, *closing])
+        lines.append(f"No run has started. Run the suite: make run SUITE={suite.name}")
+    elif all(status.state == "finished" for status in statuses):
+        lines.extend(closing_lines(suite))
+    return "\n".join(lines)
 
 
 def run_status(run: Run) -> RunStatus:
@@ -114,10 +115,12 @@ def state_counts(
         A row of the table: ``benchmark``, a count for each state, and ``median_seconds``, which is
         None without finished runs.
     """
-    of_benchmark = [status for status in statuses if status.run.benchmark == benchmark]
-    num_runs = Counter(status.state for status in of_benchmark)
-    job_seconds = []
-    for status in of_benchmark:
+    num_runs: Counter[State] = Counter()  # by state
+    job_seconds = []  # of the finished runs
+    for status in statuses:
+        if status.run.benchmark != benchmark:
+            continue
+        num_runs[status.state] += 1
         if status.state == "finished":
             file = status.run.metrics_file
             metrics = read_json(file, Metrics, rerun_advice(file))

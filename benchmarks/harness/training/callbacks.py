@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from benchmarks.harness.base import derive_seed
 from benchmarks.harness.training.checkpoints import SavedCallback
 from benchmarks.harness.training.processes import is_sharded, world_size
 from emoe.modes import restored_modes
+from emoe.records import RoutingRecord
 
 _FIRST_BATCHES = 8  # number of training batches whose loss is recorded
 # number of rows in the batch that Probe.observe gets
@@ -147,8 +148,9 @@ def summarise_logits(logits: Tensor) -> dict[str, float]:
     # random integers are the same on all processors; normal numbers are not
     integers = torch.randint(-1000, 1001, (len(flat),), generator=generator)
     direction = integers.double() / _INTEGERS_DEVIATION
-    # the root of the number of logits is about the length of the direction
-    projection = flat @ direction / max(len(flat), 1) ** 0.5
+    # about the length of the direction, because its elements have a standard deviation of about 1
+    length = max(len(flat), 1) ** 0.5
+    projection = flat @ direction / length
     return {
         "mean": float(flat.mean()),
         "deviation": float(flat.std(correction=0)),
@@ -194,11 +196,14 @@ class Probe(SavedCallback):
         device = next(model.parameters()).device
         without_labels = {name: value for name, value in batch.items() if name != "labels"}
         inputs = send_to_device(without_labels, device)
-        # a dense model has no experts to record: `record` is None
-        recording = emoe.record_routing(model) if emoe.is_converted(model) else nullcontext()
+        # a dense model has no experts, so `record` is None for it
+        recording: AbstractContextManager[RoutingRecord | None] = nullcontext()
+        if emoe.is_converted(model):
+            recording = emoe.record_routing(model)
         with restore_rng_and_modes(model), recording as record:
             model.eval()
             logits = model(**inputs)["logits"]
+        # how often the tokens chose each expert, by layer
         loads = {}
         if record is not None:
             for number, layer in record.layers.items():

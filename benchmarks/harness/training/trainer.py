@@ -138,9 +138,11 @@ class RoutedTrainer(Trainer):
         # appends groups.
         for group in list(optimizer.param_groups):
             slow_parameters = [parameter for parameter in group["params"] if parameter in slow]
+            others = [parameter for parameter in group["params"] if parameter not in slow]
             if not slow_parameters:
                 continue
-            group["params"] = [parameter for parameter in group["params"] if parameter not in slow]
+            group["params"] = others
+            # a copy of the group, with the same weight decay and other settings
             learning_rate = group["lr"] * self._base_lr_ratio
             optimizer.add_param_group({**group, "params": slow_parameters, "lr": learning_rate})
         return optimizer

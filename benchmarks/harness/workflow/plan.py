@@ -207,6 +207,7 @@ def weights_by_benchmark(suite: Suite, *, in_job: bool) -> dict[str, dict[str, b
         for run in suite.runs:
             kept_by_benchmark[run.benchmark][run.id] = run.keeps_weights
         return kept_by_benchmark
+
     file = _plan_file(suite)
     for row in _read_rows(file, _RunRow):
         benchmark, _, run_id = row.folder.partition("/")
@@ -265,10 +266,11 @@ def _read_rows(path: Path, row_model: type[_Row]) -> Iterator[_Row]:
     """
     columns = list(row_model.model_fields)
     text = read_text(path, _ADVICE)
-    lines = text.split("\n")
-    if lines.pop():  # a whole file ends with a line end
+    if text and not text.endswith("\n"):
         raise DataError(f"{path} is damaged: the last line is cut off; {_ADVICE}")
-    if not lines or lines[0].split("\t") != columns:
+    # not splitlines(), which also splits at other signs
+    lines = text.removesuffix("\n").split("\n")
+    if lines[0].split("\t") != columns:
         raise DataError(f"{path} is damaged: line 1 must name {', '.join(columns)}; {_ADVICE}")
     for number, line in enumerate(lines[1:], start=2):
         cells = line.split("\t")

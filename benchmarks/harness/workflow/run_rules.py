@@ -75,7 +75,8 @@ def _rules_of_benchmark(
     none_keeps = not any(keeps_weights.values())
     if all_keep or none_keeps:
         return [RunRule(name, benchmark, keeps_weights=all_keep, ids=RUN_ID, priority=priority)]
-    without_weights = "|".join(run for run, keeps in keeps_weights.items() if not keeps)
+    ids_without_weights = [run_id for run_id, keeps in keeps_weights.items() if not keeps]
+    without_weights = "|".join(ids_without_weights)
     with_weights_rule = RunRule(
         name,
         benchmark,

@@ -108,12 +108,12 @@ def _folders_of_kind(name: str) -> set[str]:
     Their modules define the class of the benchmark and its base classes. The harness is left out.
     """
     folders = set()
-    for cls in type(load_benchmark(name)).__mro__:
-        # "benchmarks.text.grid" has the folder "text"
-        package, _, path_in_package = cls.__module__.partition(".")
-        folder, _, _module = path_in_package.partition(".")
-        if package == BENCHMARKS.name and folder != "harness":
-            folders.add(folder)
+    kind = type(load_benchmark(name))
+    for cls in kind.__mro__:
+        # such as "benchmarks", "text" and "grid"
+        package, *path_in_package = cls.__module__.split(".")
+        if package == BENCHMARKS.name and path_in_package[0] != "harness":
+            folders.add(path_in_package[0])
     return folders
 
 

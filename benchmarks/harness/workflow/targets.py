@@ -102,7 +102,8 @@ def sets_by_record_file(suite: Suite) -> dict[str, tuple[str, str | None]]:
     sets_by_file: dict[str, tuple[str, str | None]] = {}
     for benchmark in suite.settings.benchmarks:
         for data_set in suite.sets_with_records(benchmark):
-            sets_by_file[artifacts_of(benchmark, data_set).name] = (benchmark, data_set)
+            file_name = artifacts_of(benchmark, data_set).name
+            sets_by_file[file_name] = (benchmark, data_set)
     return sets_by_file
 
 
@@ -111,9 +112,10 @@ def record_files(
 ) -> list[str]:
     """Return the files of collected runs: of all benchmarks, of one, or of one data set."""
     files = []
-    for of_benchmark, of_set in sets_by_record_file(suite).values():
-        if _is_wanted(of_benchmark, benchmark) and _is_wanted(of_set, data_set):
-            files.append(str(records_file(suite.name, of_benchmark, of_set)))
+    for recorded_benchmark, recorded_set in sets_by_record_file(suite).values():
+        if _is_wanted(recorded_benchmark, benchmark) and _is_wanted(recorded_set, data_set):
+            file = records_file(suite.name, recorded_benchmark, recorded_set)
+            files.append(str(file))
     return files
 
 
@@ -168,13 +170,14 @@ def output_files(
 
     The files of all benchmarks include the table and figures of the paper's claims.
     """
-    files = []
-    wanted = _matching_artifacts(suite, benchmark, data_set)
+    wanted = []
     if benchmark is None and claimed_benchmarks(suite):
-        wanted.insert(0, claim_artifacts(suite))
+        wanted.append(claim_artifacts(suite))
+    wanted += _matching_artifacts(suite, benchmark, data_set)
+    files = []
     for artifacts in wanted:
-        files.extend(artifacts.table_files(suite.name))
-        files.extend(artifacts.figure_files(suite.name))
+        files += artifacts.table_files(suite.name)
+        files += artifacts.figure_files(suite.name)
     return files
 
 
@@ -222,11 +225,13 @@ def explain_missing_target(target: str, suite: Suite) -> str:
     # another table or figure of the paper
     items = load_paper().items
     if target in items:
-        return _hint(target, item_benchmarks(items[target]), suite)
+        return _explain_not_run(target, item_benchmarks(items[target]), suite)
     # a benchmark, or one of its data sets
     for artifacts in all_artifacts():
         if target == artifacts.name:
-            return _hint(target, [artifacts.benchmark], suite, data_set=artifacts.data_set)
+            return _explain_not_run(
+                target, [artifacts.benchmark], suite, data_set=artifacts.data_set
+            )
     if target in suite_names():
         return f"'{target}' is a suite: `snakemake --cores all --config suite={target}`"
     known = ["all", "tables", *benchmark_names(), *items, *suite_names()]
@@ -242,7 +247,9 @@ def explain_file_of_other_suite(other: str, file: str, suite: Suite) -> str:
     )
 
 
-def _hint(target: str, benchmarks: list[str], suite: Suite, data_set: str | None = None) -> str:
+def _explain_not_run(
+    target: str, benchmarks: list[str], suite: Suite, data_set: str | None = None
+) -> str:
     """Explain that a suite does not run what a target needs, and list the suites that do.
 
     Args:
