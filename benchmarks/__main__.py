@@ -50,12 +50,6 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
         return
     import benchmarks.kinds  # noqa: F401  (registers the kinds of benchmarks)
-    from benchmarks.harness.config.methods import import_plugins
-
-    # `data --check` first sets a variable that plugins may read, and then imports plugins with the
-    # suite
-    if context.invoked_subcommand != "data":
-        import_plugins()
 
 
 class _ListCommand(click.Command):
@@ -536,8 +530,11 @@ def partition(spec: str, output: Path, threads: int) -> None:
 
     SPEC is JSON with the model and the configuration of its experts.
     """
+    from benchmarks.harness.config.methods import import_plugins
     from benchmarks.harness.models.build import partition_to_cache
 
+    # other commands import plugins with a benchmark; a plugin may register the model's architecture
+    import_plugins()
     partition_to_cache(spec, output, threads=threads)
     click.echo(f"wrote {output}", err=True)
 

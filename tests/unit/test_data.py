@@ -183,10 +183,8 @@ def test_nothing_of_a_package_runs_before_its_hash_is_checked(
     assert sha256(fetched) == right
 
 
-def test_a_check_is_offline_before_plugins_are_imported(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A plugin may import huggingface_hub, which reads the variable only then."""
+def run_with_plugin(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command with a plugin that prints the variable HF_HUB_OFFLINE when it is imported."""
     definitions = (BENCHMARKS / "methods.yaml").read_text()
     assert definitions.count("\nplugins: []\n") == 1
     with_plugin = definitions.replace("\nplugins: []\n", "\nplugins: [noting]\n")
@@ -200,10 +198,24 @@ from benchmarks.__main__ import cli
 from benchmarks.harness.config import methods
 methods.BENCHMARKS = pathlib.Path({str(root)!r})
 sys.path.append({str(root)!r})
-cli(["data", "--check", "--suite", "smoke"])
+cli({list(arguments)!r})
 """
-    monkeypatch.delenv("HF_HUB_OFFLINE")
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
+
+
+def test_a_check_is_offline_before_plugins_are_imported(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plugin may import huggingface_hub, which reads the variable only then."""
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    done = run_with_plugin(root, "data", "--check", "--suite", "smoke")
     assert "HF_HUB_OFFLINE: 1" in done.stdout.splitlines(), done.stderr
+
+
+def test_plugins_are_imported_before_a_partition_is_computed(root: Path) -> None:
+    """A plugin may register the architecture of the model."""
+    done = run_with_plugin(root, "partition", "{}", "--output", str(root / "partition"))
+    assert "HF_HUB_OFFLINE: " in done.stdout, done.stderr
+    assert "Error" in done.stderr  # of the specification, which is empty

@@ -330,7 +330,7 @@ class MethodFile(Strict):
     plugins: list[str] = Field([])
     """Python modules that register routers (emoe.register_router) or tunings (register_tuning).
 
-    Every process of the suite imports them.
+    They are imported with the first benchmark that a process loads.
     """
     methods: dict[Key, Method]
     """The methods, by name."""

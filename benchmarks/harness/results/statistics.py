@@ -405,8 +405,9 @@ class MutualInformation:
 
         ``label`` is the kind of label, such as ``task``.
         """
+        bits_metric, chance_metric, chance_95_metric = information_metrics(label)
         return {
-            f"{label}_information": self.bits,
-            f"{label}_information_chance": self.chance,
-            f"{label}_information_chance_95": self.chance_95,
+            bits_metric: self.bits,
+            chance_metric: self.chance,
+            chance_95_metric: self.chance_95,
         }
