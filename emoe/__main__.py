@@ -236,16 +236,17 @@ def _layer_table(experts: Experts, tensors: dict[str, torch.Tensor]) -> str:
     Then the table lacks two columns: the neurons of the layer, and those of an expert (``size``).
     """
     num_experts = experts.config.num_experts
-    rows = []
+    if not tensors:
+        rows = [(layer, num_experts) for layer in experts.layers]
+        return tabulate(rows, headers=["layer", "experts"], tablefmt="simple")
+
+    rows_with_neurons = []
     for layer in experts.layers:
-        row = {"layer": layer, "experts": num_experts}
-        if tensors:
-            # one key norm per neuron
-            neurons = len(tensors.get(f"key_norms.{layer}", ()))
-            row["neurons"] = neurons
-            row["size"] = neurons // num_experts
-        rows.append(row)
-    return tabulate(rows, headers="keys", tablefmt="simple")
+        # one key norm per neuron
+        neurons = len(tensors.get(f"key_norms.{layer}", ()))
+        rows_with_neurons.append((layer, num_experts, neurons, neurons // num_experts))
+    headers = ["layer", "experts", "neurons", "size"]
+    return tabulate(rows_with_neurons, headers=headers, tablefmt="simple")
 
 
 def _file_table(folder: Path) -> str:

@@ -288,11 +288,9 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
     given_config = options.get("config")
     stored_quantization = files.read_settings(folder).get(QUANTIZATION_CONFIG)
     given_quantization = getattr(given_config, QUANTIZATION_CONFIG, None)
-    if (
-        _is_quantised(stored_quantization)
-        or _is_quantised(given_quantization)
-        or options.get(QUANTIZATION_CONFIG)
-    ):
+    describes_quantised = _is_quantised(stored_quantization) or _is_quantised(given_quantization)
+    asks_for_quantised = bool(options.get(QUANTIZATION_CONFIG))
+    if describes_quantised or asks_for_quantised:
         return _load_quantised(loader, folder, experts, options)
 
     if given_config is None and is_ours(stored_quantization):
@@ -352,20 +350,20 @@ def _dense_arguments(folder: Path, options: Mapping[str, Any]) -> _LoaderArgumen
     other_options = dict(options)
     given = other_options.pop("config", None)
     if given is None:
-        read = _read_auto_config(folder, other_options)
+        arguments = _read_auto_config(folder, other_options)
     elif isinstance(given, str | os.PathLike):
         # the folder or hub id of another configuration
-        read = _read_auto_config(Path(given), other_options)
+        arguments = _read_auto_config(Path(given), other_options)
     else:
-        read = _LoaderArguments(copy.deepcopy(given), other_options)
+        arguments = _LoaderArguments(copy.deepcopy(given), other_options)
 
-    config = read.config
+    config = arguments.config
     if is_ours(getattr(config, QUANTIZATION_CONFIG, None)):
         delattr(config, QUANTIZATION_CONFIG)
     if hasattr(config, SEPARATE_KEY):
         delattr(config, SEPARATE_KEY)
     # None replaces the configuration's value, with which transformers would refuse the folder
-    return _LoaderArguments(config, {**read.options, IMPLEMENTATION_KEY: None})
+    return _LoaderArguments(config, {**arguments.options, IMPLEMENTATION_KEY: None})
 
 
 def _read_auto_config(folder: Path, options: Mapping[str, Any]) -> _LoaderArguments:
@@ -560,8 +558,8 @@ def read_order_(layers: Sequence[RoutedActivation], folder: Path) -> None:
     # key norms are stored for every converted layer
     expected = {f"key_norms.{layer.ffn.index}" for layer in layers}
     stored = {name for name in tensors if name.startswith("key_norms.")}
-    first, *_ = layers
-    if stored != expected or _stored_num_experts(tensors) != first.config.num_experts:
+    num_experts = layers[0].config.num_experts
+    if stored != expected or _stored_num_experts(tensors) != num_experts:
         raise CheckpointError(
             f"{path} describes other layers or numbers of experts than the configuration; "
             f"{_LOADS_WITHOUT_FILE}"
@@ -597,10 +595,9 @@ def _check_key_norms(ffn: FFN, saved: Tensor, path: Path) -> None:
         if is_never_loaded:
             return
         norms = _key_norms(ffn)
-    matches = norms.shape == saved.shape and torch.allclose(
-        norms, saved, rtol=_NORM_TOLERANCE, atol=1e-6
-    )
-    if not matches:
+    have_same_shape = norms.shape == saved.shape
+    # allclose needs equal shapes
+    if not have_same_shape or not torch.allclose(norms, saved, rtol=_NORM_TOLERANCE, atol=1e-6):
         raise CheckpointError(
             f"{path} does not match the weights of {ffn.name}; {_LOADS_WITHOUT_FILE}"
         )

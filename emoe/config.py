@@ -171,8 +171,9 @@ class RoutingConfig:
         # a newer release may have added the unknown fields
         version = values.get("version")
         if isinstance(version, int) and version > CONFIG_VERSION:
-            newer = f"{_describe(version)}; a newer release of emoe wrote it"
-            raise ConfigError(f"{cls.__name__}.version is {newer}")
+            raise ConfigError(
+                f"{cls.__name__}.version is {_describe(version)}; a newer release of emoe wrote it"
+            )
 
         names = [field.name for field in dataclasses.fields(cls)]
         for name in values:
@@ -253,12 +254,16 @@ class RoutingConfig:
         if isinstance(value, int) and value > _LARGEST_INTEGER:
             raise self._error(field.name, f"at most {_LARGEST_INTEGER}")
 
-        number_types = (int,) if field.type is int else (int, float)
+        if field.type is int:
+            is_right_kind = isinstance(value, int)
+            kind = "a whole number"
+        else:
+            is_right_kind = isinstance(value, int | float)
+            kind = "a number"
         # Python's booleans are whole numbers too
-        is_number = isinstance(value, number_types) and not isinstance(value, bool)
+        is_number = is_right_kind and not isinstance(value, bool)
         if not is_number or not bounds.contain(value):
-            number = "a whole number" if field.type is int else "a number"
-            wanted = f"{number} {bounds.describe()}"
+            wanted = f"{kind} {bounds.describe()}"
             if allows_none:
                 wanted = f"{wanted}, or null"
             raise self._error(field.name, wanted)
@@ -413,10 +418,11 @@ class EMoEConfig(RoutingConfig):
     def _check_router(self) -> None:
         """Check that the router exists, and that the other fields fit it."""
         if not isinstance(self.router, str) or self.router not in ROUTERS:
-            given = _describe(self.router)
-            unknown = "which no emoe.register_router call added"
             near = _suggest(self.router, ROUTERS)
-            raise ConfigError(f"EMoEConfig.router is {given}, {unknown}{near}")
+            raise ConfigError(
+                f"EMoEConfig.router is {_describe(self.router)}, "
+                f"which no emoe.register_router call added{near}"
+            )
 
         with_router = f"with router='{self.router}'"
         if self.router != "avg_k" and self.score != "keys":

@@ -345,6 +345,7 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
             original_order = torch.argsort(cast(Tensor, layer.permutation))
             layer.ffn.permute_(original_order)
     remove_argument_hooks(model)
+    _remove_state_hooks(model)
     update_description_(model)
     return model
 
@@ -389,6 +390,8 @@ def finish_conversion_(model: nn.Module) -> None:
     """
     copy_config_(model)
     describe_experts_(model)
+    # if only a part of the model was folded back, hooks of the earlier conversion are left
+    _remove_state_hooks(model)
     model.register_load_state_dict_pre_hook(_check_state)
     for part in _parts_with_experts(model):
         part.register_load_state_dict_pre_hook(_check_state_of_part)
@@ -416,6 +419,17 @@ def _parts_with_experts(model: nn.Module) -> list[nn.Module]:
                 paths.add(parent)
                 parent, _, _ = parent.rpartition(".")
     return [model.get_submodule(path) for path in sorted(paths)]
+
+
+def _remove_state_hooks(model: nn.Module) -> None:
+    """Remove the hooks that check state dicts from a model, which may be a deep copy."""
+    # search for the hooks, because a copy does not have their handles
+    for module in model.modules():
+        hooks = module._load_state_dict_pre_hooks
+        for key, hook in list(hooks.items()):
+            # PyTorch wraps the functions that are registered
+            if getattr(hook, "hook", None) in (_check_state, _check_state_of_part):
+                del hooks[key]
 
 
 def _check_state_of_part(

@@ -549,8 +549,7 @@ def _load_with_transformers(
     names_of_other_shape = {name for name, *_shapes in info["mismatched_keys"]}
     mismatched = names_of_other_shape - stored_elsewhere
 
-    # The caller may accept a head that is new, or whose stored tensors have another shape. All
-    # other tensors must be stored in the model's shape.
+    # the caller may accept a head that is not stored
     new_head_names: set[str] = set()
     if new_head:
         new_head_names = _missing_head_names(model, missing, folder)
@@ -558,11 +557,16 @@ def _load_with_transformers(
     if find_stored_elsewhere and new_head_names:
         listed = ", ".join(sorted(new_head_names))
         logging.getLogger("emoe").warning("%s has no %s: train this new head", folder, listed)
+
+    # the caller may accept a head whose stored tensors have another shape
     reshaped_head_names: set[str] = set()
     if options.get("ignore_mismatched_sizes"):
         reshaped_head_names = _head_names(model, mismatched)
+
+    # all other tensors must be stored in the model's shape
     not_loaded = missing | mismatched
-    _check_complete(not_loaded - new_head_names - reshaped_head_names, folder)
+    accepted = new_head_names | reshaped_head_names
+    _check_complete(not_loaded - accepted, folder)
 
     # the folder has all of the model's tensors that are not missing, and some that the model lacks
     loaded = set(model.state_dict()) - missing

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from emoe.architectures import FFN, attribute_name, bias_of
 from emoe.compiled.build import kernels_for
@@ -29,6 +30,9 @@ from emoe.routing import (
     expert_weights,
 )
 from emoe.tokens import PaddingMaskHook, do_nothing
+
+# key in a pickled layer: the number that PyTorch would have given to the next hook
+_NEXT_HOOK_ID = "_next_hook_id"
 
 
 class _CallState:
@@ -478,11 +482,21 @@ class RoutedActivation(nn.Module):
         return chosen, kept
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy has no record and no tensors of a call
-        return {**self.__dict__, "_eager": None, "_traced": None, "record": None}
+        return {
+            **self.__dict__,
+            # a copy has no record and no tensors of a call
+            "_eager": None,
+            "_traced": None,
+            "record": None,
+            _NEXT_HOOK_ID: RemovableHandle.next_id,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         complete = {**state, "_eager": _ThreadState(), "_traced": _CallState()}
+        # A new process numbers hooks from 0. So a new hook could get the number of one of the
+        # model's hooks, and would replace it. Layers that emoe 0.1 pickled lack the number.
+        next_hook_id = complete.pop(_NEXT_HOOK_ID, 0)
+        RemovableHandle.next_id = max(RemovableHandle.next_id, next_hook_id)
         super().__setstate__(complete)
 
     def extra_repr(self) -> str:
@@ -524,12 +538,27 @@ def check_one_conversion(layers: Sequence[RoutedActivation], caller: str) -> Non
 
     This is so if two layers have the same number, or if layers have different configurations.
     """
-    numbers = {layer.ffn.index for layer in layers}
+    check_distinct_numbers(layers, caller)
     configs = {layer.config for layer in layers}
-    if len(numbers) < len(layers) or len(configs) > 1:
-        raise ConversionError(
-            f"{caller}: parts of the model were converted separately; handle each part by itself"
-        )
+    if len(configs) > 1:
+        raise _separate_parts_error(caller)
+
+
+def check_distinct_numbers(layers: Sequence[RoutedActivation], caller: str) -> None:
+    """Raise :class:`ConversionError` if two layers have the same number.
+
+    Then parts of the model were converted separately.
+    """
+    numbers = {layer.ffn.index for layer in layers}
+    if len(numbers) < len(layers):
+        raise _separate_parts_error(caller)
+
+
+def _separate_parts_error(caller: str) -> ConversionError:
+    """Return the error for a model whose parts were converted separately."""
+    return ConversionError(
+        f"{caller}: parts of the model were converted separately; handle each part by itself"
+    )
 
 
 def aux_loss(model: nn.Module) -> Tensor | float:

@@ -93,7 +93,12 @@ def _is_list_of_numbers(value: object) -> bool:
     """
     if not isinstance(value, list) or len(value) == 0:
         return False
-    return all(type(number) is int and number >= 0 for number in value)
+    for number in value:
+        # not isinstance(), for which booleans are whole numbers
+        is_whole_number = type(number) is int
+        if not is_whole_number or number < 0:
+            return False
+    return True
 
 
 def is_ours(quantization_config: Any) -> bool:
@@ -133,24 +138,47 @@ def _share_config_with_base_(model: Any) -> None:
     """
     base = getattr(model, "base_model", model)
     base_config = getattr(base, "config", None)
+    if base_config is model.config:
+        return
     # another kind of configuration has other fields
-    if base_config is not model.config and type(base_config) is type(model.config):
+    if type(base_config) is type(model.config):
         _replace_config_(base, base_config, model.config)
 
 
 def update_description_(model: nn.Module) -> None:
-    """Update each transformers configuration in a model that describes the model's experts.
+    """Update each transformers configuration in a model that describes experts.
 
-    It gets the experts' present settings. If the model has no experts left, the description is
-    removed.
+    It gets the present settings of the experts that it describes. If the model has no experts left,
+    the description is removed.
     """
-    layers = routed_layers(model)
+    has_experts = bool(routed_layers(model))
     for config in described_configs(model):
-        if not layers:
+        if not has_experts:
             _remove_description(config)
             continue
-        experts = Experts(layers[0].config, _stored_layers(config))
+        layer = _described_layer(model, config)
+        experts = Experts(layer.config, _stored_layers(config))
         _write_description(config, experts)
+
+
+def _described_layer(model: nn.Module, config: Any) -> RoutedActivation:
+    """Return one of the routed FFNs that a configuration describes.
+
+    Args:
+        model: converted model. It may contain several models that were converted separately.
+        config: transformers configuration in the model that describes experts.
+    """
+    # In a part of a model, such as its list of layers, only modules without experts may hold the
+    # configuration, such as the attention. Then it describes the experts of the whole part.
+    described = routed_layers(model)
+    for module in model.modules():
+        if vars(module).get("config") is config:
+            # A module around several models may also hold the configuration of one of them. So the
+            # innermost module is used, which comes last.
+            layers = routed_layers(module)
+            if layers:
+                described = layers
+    return described[0]
 
 
 def described_configs(model: nn.Module) -> list[Any]:

@@ -17,6 +17,10 @@ from emoe.errors import ConversionError
 from emoe.layer import RoutedActivation, check_one_conversion, routed_layers
 from emoe.tokens import LabelHook, PaddingMaskHook, is_recomputed, watch_padding
 
+# the printed table: its headers, and the widths of its columns
+_TABLE_HEADERS = ("layer", "tokens", "experts", "active", "dropped", "entropy", "max/mean")
+_TABLE_LINE = "{:>5}{:>10}{:>9}{:>9}{:>9}{:>9}{:>10}"
+
 
 class LayerRecord:
     """Counts of how often each expert of one layer was chosen, and statistics of these counts.
@@ -264,16 +268,19 @@ class RoutingRecord:
         return means
 
     def __str__(self) -> str:
-        head = (
-            f"{'layer':>5}{'tokens':>10}{'experts':>9}{'active':>9}"
-            f"{'dropped':>9}{'entropy':>9}{'max/mean':>10}"
-        )
+        head = _TABLE_LINE.format(*_TABLE_HEADERS)
         lines = [head, "-" * len(head)]
-        for index, record in self.layers.items():
-            counts = f"{index:>5}{record.tokens:>10}{record.experts_per_token:>9.2f}"
-            shares = f"{record.active_neurons:>9.1%}{record.drop_rate:>9.1%}"
-            balance = f"{record.entropy:>9.3f}{record.max_over_mean:>10.2f}"
-            lines.append(counts + shares + balance)
+        for number, record in self.layers.items():
+            cells = [
+                str(number),
+                str(record.tokens),
+                f"{record.experts_per_token:.2f}",
+                f"{record.active_neurons:.1%}",
+                f"{record.drop_rate:.1%}",
+                f"{record.entropy:.3f}",
+                f"{record.max_over_mean:.2f}",
+            ]
+            lines.append(_TABLE_LINE.format(*cells))
         return "\n".join(lines)
 
 

@@ -193,17 +193,9 @@ class Stamp:
         self._weight = weight
         self._version = _version(weight)
         self._address = weight.data_ptr()
-        # a view needs no comparison of elements
-        compared = weight.new_empty(0)
+        compared = weight.new_empty(0)  # a view needs no comparison of elements
         if has_copy:
-            rows, columns = weight.shape
-            num_rows = min(rows, _COMPARED_ELEMENTS)
-            # Each step goes down some rows and along some columns, because the neurons of an expert
-            # are rows, or columns in GPT-2's Conv1D.
-            rows_down = rows // num_rows
-            columns_along = max(columns // num_rows, 1)
-            step = rows_down * columns + columns_along
-            compared = weight.detach().view(-1)[::step]
+            compared = _compared_elements(weight)
         self._elements = compared  # a view of the weight: it shows later changes
         self._stored = compared.clone()
 
@@ -220,6 +212,18 @@ class Stamp:
             return False
         # without a copy of the weight, no elements are compared
         return len(self._stored) == 0 or torch.equal(self._elements, self._stored)
+
+
+def _compared_elements(weight: Tensor) -> Tensor:
+    """Return a view of some elements of a contiguous matrix, from rows and columns all over it."""
+    rows, columns = weight.shape
+    num_rows = min(rows, _COMPARED_ELEMENTS)
+    # Each step goes down some rows and along some columns, because the neurons of an expert are
+    # rows, or columns in GPT-2's Conv1D.
+    rows_down = rows // num_rows
+    columns_along = max(columns // num_rows, 1)
+    step = rows_down * columns + columns_along
+    return weight.detach().view(-1)[::step]
 
 
 def _version(weight: Tensor) -> int | None:
@@ -448,10 +452,11 @@ class AvgKRouter(Router):
             ConversionError: the configuration has a running gate, which needs the weight itself.
         """
         if self.gate is not None:
-            name = f"{self.ffn.name}.{self.ffn.spec.proj_in}.weight"
-            reason = "is not an ordinary floating-point parameter, which gate_momentum needs"
-            way_out = "merge or remove its adapter, or do not quantise it"
-            raise ConversionError(f"{name} {reason}: {way_out}")
+            raise ConversionError(
+                f"{self.ffn.name}.{self.ffn.spec.proj_in}.weight is not an ordinary floating-point "
+                "parameter, which gate_momentum needs: "
+                "merge or remove its adapter, or do not quantise it"
+            )
         scores = means_of_columns(z, self.config.num_experts)
         if self.config.score_bias:
             return scores

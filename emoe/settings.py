@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from emoe.compiled.build import prepare_kernels
 from emoe.convert import converted_layers
 from emoe.errors import ConfigError, ConversionError
-from emoe.layer import RoutedActivation, routed_layers
+from emoe.layer import RoutedActivation, check_distinct_numbers, routed_layers
 from emoe.model_config import update_description_
 from emoe.routers import FixedRouter
 from emoe.sparse.module import NOT_CALLED, SparseFFN, check_supported, install_, probe_output
@@ -180,10 +180,13 @@ def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> nn.Module:
         The same model.
 
     Raises:
-        ConversionError: the model is not converted or has another router, or counts are not valid.
+        ConversionError: the model is not converted or has another router, two of its layers have
+            the same number because its parts were converted separately, or counts are not valid.
             The model is unchanged.
     """
     layers = converted_layers(model, "fix_experts_")
+    # one layer's counts would be used for all layers with its number
+    check_distinct_numbers(layers, "fix_experts_")
     # check all counts before the first layer changes
     counts = [_read_usage(layer, usage) for layer in layers]
     for layer, count in zip(layers, counts, strict=True):
@@ -212,15 +215,22 @@ def _read_usage(layer: RoutedActivation, usage: Mapping[int, Tensor]) -> Tensor:
             f"{name} has the router '{config.router}': convert it with router='avg_k'"
         )
     number = layer.ffn.index
-    # missing counts become an empty tensor, which has a wrong shape
-    counts = torch.as_tensor(usage.get(number, ()))
-    has_right_shape = counts.shape == (config.num_experts,)
-    are_counts = has_right_shape and not counts.is_floating_point()
-    if not are_counts or not counts.any():
-        example = f"record.layers[{number}].loads"
-        wanted = f"{config.num_experts} counts, not all 0, such as {example}"
-        raise ConversionError(f"{name}: usage[{number}] must be {wanted}")
-    return counts
+    given = usage.get(number)
+    if given is not None:
+        counts = torch.as_tensor(given)
+        if _are_counts(counts, config.num_experts):
+            return counts
+    raise ConversionError(
+        f"{name}: usage[{number}] must be {config.num_experts} counts, not all 0, "
+        f"such as record.layers[{number}].loads"
+    )
+
+
+def _are_counts(tensor: Tensor, num_experts: int) -> bool:
+    """Check if a tensor has an integer for each expert, and they are not all 0."""
+    if tensor.shape != (num_experts,) or tensor.is_floating_point():
+        return False
+    return bool(tensor.any())
 
 
 def _configure_(model: nn.Module, layers: list[RoutedActivation], **changes: Any) -> None:

@@ -49,7 +49,9 @@ class TrainerCallback(transformers.TrainerCallback):
             describe_experts_(model)
         # an interrupted training has not removed its hooks
         _stop_adding(model)
-        if self.add_aux_loss and layers[0].config.aux_loss_coefficient > 0:
+        # parts of the model may have been converted separately, some without a balance loss
+        has_balance_loss = any(layer.config.aux_loss_coefficient > 0 for layer in layers)
+        if self.add_aux_loss and has_balance_loss:
             _check_checkpointing(args)
             _start_adding(model)
 

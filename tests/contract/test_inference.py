@@ -260,3 +260,20 @@ def test_unsuitable_counts_are_rejected(case: str) -> None:
     with pytest.raises(emoe.ConversionError, match=r"layer.0"):
         emoe.fix_experts_(model, unsuitable.get(case, counts))
     assert torch.equal(tiny_models.output(model, values), expected)
+
+
+def test_counts_of_parts_with_equal_layer_numbers_are_rejected() -> None:
+    first, second, x = net(), net(), inputs()
+    counts = count_usage(first, {"x": x})
+    expected = second(x)
+    with pytest.raises(emoe.ConversionError, match="fix_experts_: parts of the model"):
+        emoe.fix_experts_(nn.ModuleList([first, second]), counts)
+    assert torch.equal(second(x), expected)
+
+
+def test_counts_of_parts_with_different_layer_numbers_are_used() -> None:
+    parts = nn.ModuleList([converted.model("bert", layers=[number]) for number in (0, 2)])
+    values = tiny_models.inputs("bert")
+    first_counts, second_counts = (count_usage(part, values) for part in parts)
+    emoe.fix_experts_(parts, {**first_counts, **second_counts})
+    assert [emoe.config_of(part).router for part in parts] == ["fixed", "fixed"]

@@ -132,6 +132,41 @@ def test_changed_settings_are_saved_and_a_folded_model_is_dense(tmp_path: Path) 
     assert "experts" not in (tmp_path / "dense" / "config.json").read_text()
 
 
+class TwoTowers(nn.Module):
+    """Two transformers models, and the configuration of the second one for Trainer."""
+
+    def __init__(self, first: Any, second: Any) -> None:
+        super().__init__()
+        self.first = first
+        self.second = second
+        self.config = second.config
+
+
+def test_settings_of_models_inside_a_module_are_saved_with_each_model(tmp_path: Path) -> None:
+    models = {
+        "eight": converted.model("bert", num_experts=8, layers=[0, 2]),
+        "four": converted.model("bert", num_experts=4, layers=[1]),
+    }
+    towers = TwoTowers(*models.values())
+    emoe.set_top_k_(towers, 3)
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        again = AutoModel.from_pretrained(tmp_path / name)
+        assert emoe.config_of(again) == emoe.config_of(model)
+        assert emoe.config_of(again).top_k == 3
+    emoe.to_dense_(towers)
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / f"dense {name}")
+        assert not emoe.is_converted(AutoModel.from_pretrained(tmp_path / f"dense {name}"))
+
+
+def test_settings_of_a_list_of_layers_are_saved_with_the_model(tmp_path: Path) -> None:
+    model = converted.model("llama", layers=[1, 3])
+    emoe.set_top_k_(model.layers, 5)
+    model.save_pretrained(tmp_path)
+    assert emoe.config_of(AutoModel.from_pretrained(tmp_path)).top_k == 5
+
+
 def test_the_base_model_is_changed_after_the_whole_was_saved(tmp_path: Path) -> None:
     model = bert(None)
     emoe.convert_(model.bert, METHODS["emoe"])

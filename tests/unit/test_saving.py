@@ -6,6 +6,8 @@ import copy
 import json
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -442,6 +444,72 @@ def test_a_dense_state_is_named_if_the_original_order_is_unknown(
     loaded.load_state_dict(dense.state_dict())
     assert len(caplog.messages) == len(routed_layers(loaded))
     assert all("another order" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("folded_part", ["", "encoder"])
+def test_a_state_is_checked_once_after_a_second_conversion(
+    folded_part: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = converted.model("bert")
+    config = emoe.config_of(model)
+    emoe.to_dense_(model.get_submodule(folded_part), restore_order=True)
+    emoe.convert_(model, config)
+    # after the first check the order is unknown, and a second one would warn of another order
+    model.load_state_dict(converted.model("bert", partition="random").state_dict())
+    assert not caplog.messages
+    model.load_state_dict(tiny_models.build("bert").state_dict())
+    assert len(caplog.messages) == len(routed_layers(model))
+
+
+LOAD_WITHOUT_EMOE = """
+import sys
+import torch
+
+sys.modules["emoe"] = None  # an import raises an error
+torch.load(sys.argv[1], weights_only=False)
+"""
+
+
+def test_a_folded_model_is_pickled_without_emoe(tmp_path: Path) -> None:
+    model = emoe.to_dense_(converted.model("TransformerEncoder"))
+    torch.save(model, tmp_path / "model.pt")
+    command = [sys.executable, "-c", LOAD_WITHOUT_EMOE, str(tmp_path / "model.pt")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+# PyTorch numbers the hooks of a process from 0. New hooks must not get a number of an older hook.
+ADD_HOOKS = """
+import sys
+import torch
+import emoe
+
+net, x, mask, expected, dense_state = torch.load(sys.argv[1], weights_only=False)
+net.register_load_state_dict_pre_hook(lambda *_: None)
+for _ in range(20):
+    net.register_forward_pre_hook(lambda *_: None)
+torch.testing.assert_close(net(x, attention_mask=mask), expected)
+try:
+    net.load_state_dict(dense_state)
+except emoe.CheckpointError:
+    pass
+else:
+    raise SystemExit("a dense state was loaded")
+"""
+
+
+def test_new_hooks_on_an_unpickled_model_replace_none_of_its_own(tmp_path: Path) -> None:
+    net = converted.net(capacity_factor=1.0, gated=False)
+    dense_state = plain_net(16, 64).state_dict()
+    x = converted.inputs(12).view(3, 4, 16)
+    mask = torch.ones(3, 4)
+    mask[1:, 2:] = 0
+    pickled_net = tmp_path / "net.pt"
+    torch.save((net, x, mask, net(x, attention_mask=mask), dense_state), pickled_net)
+    command = [sys.executable, "-c", ADD_HOOKS, str(pickled_net)]
+    root = Path(__file__).resolve().parents[2]  # the pickled net is a class of the tests
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
+    assert result.returncode == 0, result.stderr
 
 
 def test_the_weights_of_another_model_leave_the_first_order_unknown() -> None:

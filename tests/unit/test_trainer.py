@@ -172,6 +172,11 @@ LOSSES: dict[str, tuple[Any, list[dict[str, torch.Tensor]], tuple[float, float]]
 }
 
 
+def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, atol=1e-6, rtol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("kind", LOSSES)
 def test_a_step_has_the_balance_loss_once_scaled_like_the_models_loss_and_moves_gates(
     kind: str, tmp_path: Path
@@ -192,13 +197,40 @@ def test_a_step_has_the_balance_loss_once_scaled_like_the_models_loss_and_moves_
             run.train()
     run = trainer(model, tmp_path, data=data, **passes, **BY_HAND)
     run.train()
-    for name, tensor in expected.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], tensor, atol=1e-6, rtol=1e-5, msg=name)
+    assert_close(model.state_dict(), expected.state_dict())
     # evaluation, and the model after training, have the task's loss alone
     with torch.no_grad():
         task = float(model.eval()(**batch(data)).loss)
     assert run.evaluate()["eval_loss"] == pytest.approx(task, rel=1e-4)
     assert float(model.train()(**batch(data)).loss.detach()) == pytest.approx(task, rel=1e-4)
+
+
+class TwoTowers(torch.nn.Module):
+    """Two models that were converted separately. The second one computes the loss."""
+
+    def __init__(self, first: Any, second: Any) -> None:
+        super().__init__()
+        self.first = first
+        self.second = second
+
+    def forward(self, **inputs: Any) -> Any:
+        self.first(**inputs)
+        return self.second(**inputs)
+
+
+def test_the_balance_loss_of_any_part_is_added(tmp_path: Path) -> None:
+    def build_towers() -> TwoTowers:
+        return TwoTowers(bert(METHODS["emoe"]), bert(METHODS["emoe-learn"]))
+
+    model = build_towers()
+    expected = without_dropout(build_towers())
+    data = rows(4)
+    (expected(**batch(data)).loss + emoe.aux_loss(expected)).backward()
+    torch.optim.SGD(expected.parameters(), lr=0.1).step()
+    # Trainer cannot see in `**inputs` which columns the model uses
+    one_step = {"max_steps": 1, "remove_unused_columns": False, **BY_HAND}
+    trainer(without_dropout(model), tmp_path, data=data, **one_step).train()
+    assert_close(model.state_dict(), expected.state_dict())
 
 
 def test_models_without_experts_are_errors(tmp_path: Path) -> None:
