@@ -228,7 +228,7 @@ def step_differences(outcomes: DomainOutcomes, values: pd.DataFrame) -> pd.DataF
     Returns:
         A row for each ``model``, ``quantity``, ``method`` and ``step``, with titles: the mean
         difference ``delta``, its 95 % interval from ``low`` to ``high``, and the count ``n`` of
-        trials.
+        trials. The difference of the loss is nan if one of the models has diverged.
     """
     after_first = values[values["step"] > values["step"].min()]
     cell = ["model", "quantity", "method", "step"]
@@ -342,7 +342,9 @@ def _draw_differences(
     # the marks of all methods are centred on their step
     methods = list(differences["method_title"].unique())
     middle = (len(methods) - 1) / 2
-    gap = _MARKS_GAP * np.diff(shown_steps).min()
+    gap = 0.0  # a single step has no space between steps
+    if len(shown_steps) > 1:
+        gap = _MARKS_GAP * np.diff(shown_steps).min()
     for number, method in enumerate(methods):
         rows = shown[shown["method_title"] == method]
         shift = gap * (number - middle)

@@ -507,6 +507,9 @@ def _is_choice(sample: Mapping[str, Any]) -> bool:
     requests = sample.get("arguments", ())
     if len(requests) < 2:
         return False
+    # lm-eval takes a target that is no choice for a wrong answer
+    if right not in range(len(requests)):
+        return False
     # each request must be a prompt and an answer; others have only a text, or also an image
     if any(len(request) != 2 for request in requests):
         return False

@@ -513,7 +513,8 @@ def _task_averages(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
     is_of_paper = rows["task"].isin(tasks_of_paper)
     has_score = rows["n"] > 0  # a row without shared seeds has none
     by_method = rows[is_of_paper & has_score].groupby(["model", "method"], sort=False)
-    averages = by_method[["mean", "delta"]].mean()
+    # a task without the baseline has no difference, and then the average has none
+    averages = by_method[["mean", "delta"]].mean(skipna=False)
     ran_all_tasks = by_method.size() == len(tasks_of_paper)
     return averages[ran_all_tasks].reset_index().assign(scope="average")
 

@@ -250,6 +250,21 @@ def test_the_papers_average_leaves_out_methods_without_a_seed_that_all_rows_have
     assert math.isnan(ours["kept"])
 
 
+def test_the_papers_average_has_no_difference_if_a_task_has_no_baseline(
+    paper: list[Record],
+) -> None:
+    def is_kept(record: Record) -> bool:
+        return (record.run.spec["task"]["name"], record.run.method) != ("cola", "lora")
+
+    kept = [record for record in paper if is_kept(record)]
+    by_row = paper_table(outcomes_of(kept, "glue_lora"), "id").frame.set_index(
+        ["model", "scope", "method"]
+    )
+    average = by_row.loc[("gpt2-xl", "average", "lora_emoe")]
+    assert not math.isnan(average["published"])
+    assert math.isnan(average["published_delta"])
+
+
 def test_captions_name_the_metrics_in_and_out_of_domain(evaluated: TextOutcomes) -> None:
     # CoLA has Matthews' correlation, and its set out of domain has the accuracy
     def sentence(outcomes: TextOutcomes) -> str:

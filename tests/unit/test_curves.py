@@ -223,6 +223,32 @@ def test_a_line_by_step_ends_where_a_run_diverges(here: Path, figures: list[Figu
     assert values == pytest.approx([1.1, 1.4, math.nan], nan_ok=True)
 
 
+def test_differences_of_the_loss_are_missing_where_a_run_diverges(image_runs: list[Run]) -> None:
+    """The other environment of the trial alone would give another mean."""
+
+    def diverge(content: dict[str, Any]) -> None:
+        content["records"][-1]["loss"] = None
+
+    diverged = next(run for run in image_runs if run.method == "emoe" and run.seed == 0)
+    fake_runs.edit(diverged, diverge)
+    outcomes = image_outcomes(image_runs)
+    differences = step_differences(outcomes, step_values(outcomes, "pacs"))
+    deltas = differences.set_index(["quantity", "step"])["delta"]
+    assert math.isnan(deltas["loss", 6])
+    assert deltas["loss", 3] == pytest.approx(-MEAN)
+    assert deltas["held_out", 6] == pytest.approx(MEAN)
+
+
+def test_differences_at_a_single_step_are_drawn(here: Path, figures: list[Figure]) -> None:
+    runs = [image_run("erm", [0], 0, 0.5), image_run("emoe", [0], 0, 0.6)]
+    fake_runs.edit(runs[0], lambda content: content["records"].pop())
+    draw_steps(image_outcomes(runs), "pacs", Path("steps"))
+    (container,) = figures[0].axes[-1].containers
+    marks, *_ = container.lines
+    assert list(marks.get_xdata()) == [3]
+    assert list(marks.get_ydata()) == pytest.approx([10])
+
+
 def test_a_single_evaluation_after_the_first_makes_a_placeholder(
     here: Path, figures: list[Figure]
 ) -> None:

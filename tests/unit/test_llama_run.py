@@ -299,6 +299,8 @@ def sample(number: int, choices: list[str], right: int, logs: list[float]) -> di
         ([sample(0, ["yes", "no"], 1, [0.0, -math.inf])], [None]),  # diverged
         ([sample(0, ["4", "5"], 0, [-1.0, -2.0])], [1.0]),  # short, but no letters
         ([{"doc_id": 0, "acc": 1.0}], None),
+        ([sample(0, ["4", "5"], 2, [-1.0, -2.0])], None),  # the target is no choice
+        ([sample(0, ["4", "5"], -1, [-1.0, -2.0])], None),
     ],
 )
 def test_nats_are_those_of_the_right_answer(

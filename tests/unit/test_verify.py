@@ -303,6 +303,20 @@ def test_relative_folders_of_data_and_models_are_those_of_the_working_directory(
     assert failures == [Failure(run, f"{run.name}: {own_reference / 'folder'}")]
 
 
+def test_the_failure_of_a_run_without_blessed_numbers_is_printed(
+    own_reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation may be blessed without the trained run that is repeated for it."""
+    program = own_reference / "program"
+    program.write_text("#!/bin/sh\necho 'the reason' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    run = plan(["glue"], "smoke")[0]
+    lines: list[str] = []
+    verify.run_again([Rerun(run, "1")], own_reference / RUNS, own_reference, lines.append)
+    assert lines[-1] == "failed: the reason"
+
+
 def test_missing_packages_and_partitions_are_made_first(
     own_reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

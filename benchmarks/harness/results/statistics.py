@@ -139,7 +139,8 @@ def paired_differences(
 
     Returns:
         One row per cell with matching reference scores: the columns ``cell_columns``,
-        :attr:`Difference.COLUMNS`, the count ``n`` of seeds and the count ``values`` of scores.
+        :attr:`Difference.COLUMNS`, the count ``n`` of seeds and the count ``values`` of scores. The
+        difference is nan if a score is nan, such as the loss of a diverged model.
     """
     is_reference = pd.Series(True, scores.index)
     for column, name in reference.items():
@@ -150,13 +151,16 @@ def paired_differences(
     may_differ = ("value", *reference, *averaged)
     must_agree = [column for column in scores if column not in may_differ]
     matching = scores[is_reference].groupby(must_agree, sort=False)
-    references = matching["value"].mean().rename("reference_score").reset_index()
+    # a mean without a missing score would be one over other scores, so the mean is nan
+    reference_means = matching["value"].mean(skipna=False)
+    references = reference_means.rename("reference_score").reset_index()
     # put the reference score beside each score; scores without one are left out
     both = scores[~is_reference].merge(references, on=must_agree)
 
     # one row per cell and seed: both mean scores, and how many scores they average
     by_pair = both.groupby([*cell_columns, pair], sort=False)
-    means = by_pair[["value", "reference_score"]].mean().assign(num_scores=by_pair.size())
+    mean_scores = by_pair[["value", "reference_score"]].mean(skipna=False)
+    means = mean_scores.assign(num_scores=by_pair.size())
 
     rows = []
     for names, means_of_cell in means.groupby(list(cell_columns), sort=False):

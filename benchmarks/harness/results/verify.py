@@ -333,6 +333,8 @@ def run_again(
         if problem is None:
             records.append(read_record(run, runs_folder))
         else:
+            # say it here, because the caller leaves out runs without blessed numbers
+            say(f"failed: {problem}")
             failures.append(Failure(run, f"{run.name}: {problem}"))
     return records, failures
 
