@@ -122,7 +122,7 @@ def status(suite: str) -> None:
 )
 @click.pass_obj
 def run(
-    started: float,
+    start_time: float,
     spec: Path,
     threads: int,
     log: Path | None,
@@ -135,7 +135,7 @@ def run(
     Writes metrics.json beside the file SPEC. Several machines: start
     `torchrun --nnodes 2 … -m -- benchmarks run SPEC --parallel fsdp` on each.
     """
-    # `started` is the time at which the process started, from _run_command
+    # `start_time` is the time at which the process started, from _run_command
     from benchmarks.harness.run.devices import reserve_devices
     from benchmarks.harness.run.execution import execute, launch_distributed
     from benchmarks.harness.training.processes import exit_worker
@@ -147,7 +147,7 @@ def run(
                 spec, threads=threads, log=log, processes=processes, parallel=parallel
             )
         else:
-            execute(spec, threads=threads, log=log, started=started, parallel=parallel)
+            execute(spec, threads=threads, log=log, start_time=start_time, parallel=parallel)
             # torchrun could mistake an ordinary exit for a failure
             exit_worker()
 
@@ -571,10 +571,10 @@ def _load_suite(suite: str) -> Suite:
     If the working directory has no results, the command changes to the checkout. In a job of the
     workflow, the suite has the values of the workflow's command line.
     """
-    from benchmarks.harness.workflow.environment import suite_of_job
+    from benchmarks.harness.workflow.environment import load_suite_from_environment
 
     _change_to_folder_with_results()
-    return suite_of_job(suite)
+    return load_suite_from_environment(suite)
 
 
 def _check_suite_has(suite: Suite, benchmark: str, data_set: str | None = None) -> None:
@@ -640,9 +640,9 @@ def _run_command(arguments: list[str]) -> int:
 
     An expected error is printed in one line, without a traceback.
     """
-    started = time.time()
+    start_time = time.time()
     try:
-        exit_status = cli(arguments, standalone_mode=False, obj=started)
+        exit_status = cli(arguments, standalone_mode=False, obj=start_time)
         return int(exit_status or 0)  # a command without an exit status returns None
     except click.Abort as stop:
         if isinstance(stop.__cause__, EOFError):  # click treats EOFError as an interrupted prompt

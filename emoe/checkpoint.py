@@ -440,7 +440,7 @@ def _load_plain(
     """Build a timm or plain model and its experts, then load their state."""
     model = files.build_without_weights(loader, folder, **options)
     layers = build_experts_(model, experts, folder)
-    stored = files.read_tensors(folder / files.WEIGHT_FILES[0])
+    stored = files.read_tensors(folder / files.WEIGHT_FILE)
     # load_extra_ sets these tensors
     loaded_later = _names_loaded_later(model, layers)
     dense_state = {name: tensor for name, tensor in stored.items() if name not in loaded_later}

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from emoe.errors import CheckpointError, ConversionError
 
 STOCK_CONFIG_FILE = "config.json"
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+WEIGHT_FILE = "model.safetensors"
+WEIGHT_INDEX_FILE = "model.safetensors.index.json"  # of weights in several files
 # suffixes of settings, tokenizers and templates
 _COMPANIONS = (".json", ".txt", ".model", ".jinja")
 DOWNLOADED = ["*.safetensors", *(f"*{suffix}" for suffix in _COMPANIONS)]
@@ -163,14 +164,13 @@ def weight_files(folder: Path) -> list[Path]:
     Raises :class:`CheckpointError` if the folder has no such files, or if the index of the shards
     is damaged.
     """
-    single_name, index_name = WEIGHT_FILES
-    single = folder / single_name
-    index = folder / index_name
+    single = folder / WEIGHT_FILE
+    index = folder / WEIGHT_INDEX_FILE
     if single.exists():
         return [single]
     if not index.exists():
         raise CheckpointError(
-            f"{folder} holds no {' or '.join(WEIGHT_FILES)}; other formats are not read"
+            f"{folder} holds no {WEIGHT_FILE} or {WEIGHT_INDEX_FILE}; other formats are not read"
         )
 
     file_of_tensor = read_object(index).get("weight_map")
@@ -365,7 +365,7 @@ def load_stock(
         return _load_with_timm(loader, folder, options)
 
     model = build_without_weights(loader, folder, **options)
-    stored = read_tensors(folder / WEIGHT_FILES[0])
+    stored = read_tensors(folder / WEIGHT_FILE)
     may_be_missing = requested_head_names(model, options)
     load_state_(model, stored, folder, may_be_missing)
     return model
@@ -767,7 +767,7 @@ def _save_plain_tensors(state: Mapping[str, Tensor], folder: Path) -> None:
         name: tensor.detach().clone(memory_format=torch.contiguous_format)
         for name, tensor in state.items()
     }
-    write_tensors(clones, folder / WEIGHT_FILES[0])
+    write_tensors(clones, folder / WEIGHT_FILE)
 
 
 def check_new(folder: Path) -> None:

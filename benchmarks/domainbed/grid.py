@@ -222,10 +222,19 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
             return
         for counts in count_images(image_set):
             yield SetPart(
-                name, counts.name, counts.images, labels=counts.labels, source=image_set.source
+                name,
+                counts.name,
+                rows=counts.images,
+                labels=counts.labels,
+                source=image_set.source,
             )
-        total = image_set.num_images
-        yield SetPart(name, ALL, total, expected=entry.images, source=image_set.source)
+        yield SetPart(
+            name,
+            ALL,
+            rows=image_set.num_images,
+            expected=entry.images,
+            source=image_set.source,
+        )
 
 
 def _check_not_augmented(hparams: Mapping[str, Any], task: SetEntry, where: Location) -> None:

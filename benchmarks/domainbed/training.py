@@ -172,7 +172,8 @@ class DomainTrainer(RoutedTrainer):
         log_of_step: dict[int, dict[str, Any]] = {}
         for entry in self.state.log_history:
             step = int(entry["step"])
-            log_of_step.setdefault(step, {}).update(entry)
+            joined_entry = log_of_step.setdefault(step, {})
+            joined_entry.update(entry)
 
         records = []
         for step, logged in log_of_step.items():

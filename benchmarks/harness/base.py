@@ -89,24 +89,31 @@ def first_line(error: BaseException) -> str:
     return type(error).__name__
 
 
-_WHOLE_FILE = "the file"  # stands for the key of a problem that belongs to no key
-
-
 def first_problem(error: ValidationError) -> str:
-    """Describe the first problem that pydantic found: the key and pydantic's message."""
+    """Describe the first problem that pydantic found: the key and pydantic's message.
+
+    The key of a problem of the whole file is "the file".
+    """
     first = error.errors(include_url=False)[0]
-    key = ".".join(str(step) for step in first["loc"])
-    if not key:
-        key = _WHOLE_FILE
+    key = _join_keys(first["loc"]) or "the file"
     return f"'{key}': {first['msg']}"
 
 
-def first_problem_of_row(error: ValidationError) -> str:
+def first_problem_in_row(error: ValidationError) -> str:
     """Describe the first problem of one row of a file, like :func:`first_problem`.
 
     A problem of the whole row is described without a key, because it is not one of the file.
     """
-    return first_problem(error).removeprefix(f"'{_WHOLE_FILE}': ")
+    first = error.errors(include_url=False)[0]
+    key = _join_keys(first["loc"])
+    if not key:
+        return first["msg"]
+    return f"'{key}': {first['msg']}"
+
+
+def _join_keys(keys: Iterable[str | int]) -> str:
+    """Join the keys that lead to a value: "cost.seconds"; empty for the whole content."""
+    return ".".join(str(key) for key in keys)
 
 
 def distinct(texts: Iterable[str]) -> list[str]:

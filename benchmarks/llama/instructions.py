@@ -12,7 +12,7 @@ from typing import IO, Any, cast
 
 from pydantic import ValidationError
 
-from benchmarks.harness.base import DATA_ROOT, DataError, first_line, first_problem_of_row
+from benchmarks.harness.base import DATA_ROOT, DataError, first_line, first_problem_in_row
 from benchmarks.harness.config.sets import ALL, SetPart
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.harness.sources.local import USER_SUFFIXES, user_file
@@ -153,7 +153,7 @@ def _split_usable(noun: str, rows: Iterable[Any], source: str) -> Instructions:
         try:
             instruction = _check_row(row)
         except ValidationError as error:
-            problem = first_problem_of_row(error)
+            problem = first_problem_in_row(error)
             broken.append(f"{position}: {problem}")
         else:
             usable.append(instruction.model_copy(update={"position": position}))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -35,6 +35,17 @@ BASELINE = "baseline"
 UNTUNED = "untuned"
 ACCURACY = "accuracy"
 Row = tuple[Any, ...]
+
+
+class QuestionValue(NamedTuple):
+    """The value of a metric for one question, in one run."""
+
+    eval_task: str
+    metric: str
+    question: str
+    value: float
+
+
 # the titles of lm-eval's tasks
 _TITLES = {
     "mmlu": "MMLU",
@@ -84,9 +95,7 @@ class InstructionOutcomes(Outcomes):
         )
         self.eval_tasks = _first_results(self.chosen)
         self._layers = _converted_layers(self.chosen)
-        self.questions = self.collect_rows(
-            ["eval_task", "metric", "question", "value"], _question_values
-        )
+        self.questions = self.collect_rows(QuestionValue._fields, _question_values)
         # each cell is compared with two references, which are cells that differ from it only in
         # these columns
         self._references = {
@@ -101,8 +110,8 @@ class InstructionOutcomes(Outcomes):
         """Collect rows from the metrics of all runs.
 
         Args:
-            columns: The names of the values in a row.
-            read: A function that yields rows from the metrics of a run.
+            columns: The names of the values in a row: the fields of a named tuple.
+            read: A function that yields such named tuples from the metrics of a run.
 
         Returns:
             The rows of all runs. The first columns are ``run_id``, those of :data:`CELL`, and
@@ -337,24 +346,21 @@ def _untuned_name(runs: Iterable[Run]) -> str:
     If every run trains, the result is empty. The empty name matches no tuning.
     """
     for run in runs:
-        if not run.is_trained:
+        if not run.trains_model:
             return cell_of(run)["tuning"]
     return ""
 
 
-def _question_values(metrics: Metrics) -> Iterator[Row]:
-    """Yield the evaluated task, the metric, the question and the value for every question.
-
-    The metrics are accuracy and nats per byte, if they are recorded.
-    """
+def _question_values(metrics: Metrics) -> Iterator[QuestionValue]:
+    """Yield the accuracy and the nats per byte of every question, if they are recorded."""
     results = metrics.tasks or {}
     for task, result in results.items():
         # a digit is 1 if the answer is right, else 0
         for question, digit in _numbered_questions(result.correct):
-            yield task, ACCURACY, question, float(digit)
+            yield QuestionValue(task, ACCURACY, question, float(digit))
         for question, value in _numbered_questions(result.nats_per_byte):
             if value is not None:  # None if the model diverged
-                yield task, NATS, question, float(value)
+                yield QuestionValue(task, NATS, question, float(value))
 
 
 def _numbered_questions(by_subject: Mapping[str, Sequence[Any]]) -> Iterator[tuple[str, Any]]:

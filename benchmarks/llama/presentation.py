@@ -24,7 +24,6 @@ from benchmarks.llama.outcomes import (
     GROUP,
     UNTUNED,
     InstructionOutcomes,
-    Row,
     format_task,
 )
 
@@ -227,7 +226,7 @@ def _tests_caption(metric: str, baseline: str) -> str:
 
 def answers(outcomes: InstructionOutcomes) -> Table:
     """Make a table of greedy answers to held-out instructions."""
-    all_seeds = outcomes.collect_rows(["number", "asked", "answer"], _short_answers)
+    all_seeds = outcomes.collect_rows(_ShortAnswer._fields, _short_answers)
     # rows are in the order of the runs, so the first row of a cell has its first seed
     first_seed = all_seeds.drop_duplicates([*CELL, "number"]).drop(columns=["run_id", "seed"])
     return Table(
@@ -241,14 +240,22 @@ def answers(outcomes: InstructionOutcomes) -> Table:
     )
 
 
-def _short_answers(metrics: Metrics) -> Iterator[Row]:
-    """Yield the number (from 1), the instruction and the answer for each generated answer.
+class _ShortAnswer(NamedTuple):
+    """A generated answer with its number and its instruction, as a table shows them."""
+
+    number: int
+    asked: str
+    answer: str
+
+
+def _short_answers(metrics: Metrics) -> Iterator[_ShortAnswer]:
+    """Yield each generated answer with its number, from 1, and its instruction.
 
     The instruction includes its input. Both texts are shortened.
     """
     for number, answer in enumerate(metrics.answers or (), start=1):
         instruction = f"{answer.instruction}\n{answer.input}"
-        yield number, _shorten(instruction), _shorten(answer.answer)
+        yield _ShortAnswer(number, _shorten(instruction), _shorten(answer.answer))
 
 
 def _shorten(text: str) -> str:
@@ -294,12 +301,13 @@ def _data_rows(outcomes: InstructionOutcomes) -> Iterator[dict[str, Any]]:
         run = record.run
         summaries = record.metrics.data or {}
         for part, summary in summaries.items():
-            if part == "train" and not run.is_trained:
+            if part == "train" and not run.trains_model:
                 continue  # these rows were read, but not learned
-            counts = summary.model_dump(exclude_unset=True)
-            sorted_counts = {name: counts[name] for name in sorted(counts)}
+            # the counts, and the source and the template of the rows
+            values = summary.model_dump(exclude_unset=True)
+            sorted_values = {name: values[name] for name in sorted(values)}
             part_title = part.replace("_", " ")
-            yield {"model": run.model, "task": run.task, "part": part_title, **sorted_counts}
+            yield {"model": run.model, "task": run.task, "part": part_title, **sorted_values}
 
 
 def cost(outcomes: InstructionOutcomes) -> Table:

@@ -35,7 +35,7 @@ from benchmarks.harness.base import (
     DataError,
     derive_seed,
     first_line,
-    first_problem_of_row,
+    first_problem_in_row,
     print_warning,
     read_bytes,
     read_json,
@@ -284,7 +284,7 @@ def _read_questions(data_folder: Path, split: str) -> dict[str, list[Question]]:
         try:
             question = Question.model_validate_json(line)
         except ValidationError as error:
-            problem = first_problem_of_row(error)
+            problem = first_problem_in_row(error)
             raise DataError(f"{where}: {problem}") from None
         if question.subject not in by_subject:
             near = did_you_mean(question.subject, by_subject)

@@ -98,7 +98,7 @@ class TextSets(Benchmark[D, TaskEntry, P]):
 
         # a run that trains nothing only evaluates
         parts = ["test"]
-        if run.is_trained:
+        if run.trains_model:
             parts = ["train", "dev", "test"]
         names_and_parts = []
         for task in run.trained_sets:
@@ -125,7 +125,7 @@ class TextSets(Benchmark[D, TaskEntry, P]):
             split = load_whole_part(task, part)
         except DataError as error:
             advice = _advice(name, task, first_line(error))
-            yield SetPart(name, part, None, expected=task.rows.get(part), advice=advice)
+            yield SetPart(name, part, rows=None, expected=task.rows.get(part), advice=advice)
         else:
             yield describe_rows(name, part, split, task)
 

@@ -181,6 +181,18 @@ def test_status_counts_runs_and_shows_the_last_line_of_those_that_run_or_failed(
     )  # whoever ran the first is gone
 
 
+def test_status_tells_a_missing_log_from_an_empty_one(here: Path) -> None:
+    without_log, with_empty_log = plan(["glue"], "smoke")[:2]
+    folders = [RUNS / run.folder for run in (without_log, with_empty_log)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    (folders[1] / "log.txt").touch()
+    with FileLock(folders[0] / ".lock"), FileLock(folders[1] / ".lock"):
+        lines = call("status", "--suite", "smoke").splitlines()
+    assert lines[-2] == f"running  {without_log.name}: it has no log yet"
+    assert lines[-1].startswith(f"running  {with_empty_log.name}: its log is empty (")
+
+
 def test_status_before_the_first_run_says_how_to_start(here: Path) -> None:
     RUNS.mkdir(parents=True)
     next_step = "No run has started. Run the suite: make run SUITE=smoke"

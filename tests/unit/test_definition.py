@@ -16,6 +16,7 @@ from benchmarks.harness import base as paths
 from benchmarks.harness.base import BENCHMARKS, ROOT, DefinitionError, read_yaml
 from benchmarks.harness.config import methods
 from benchmarks.harness.config.benchmark import KINDS, benchmark_names, load_benchmark
+from benchmarks.harness.config.catalogue import ModelEntry
 from benchmarks.harness.config.methods import Method, MethodFile, load_methods
 from benchmarks.harness.config.runs import canonical_json, run_from_spec
 from benchmarks.harness.config.yaml import Strict, parse, read
@@ -359,6 +360,12 @@ def test_a_method_takes_the_fields_of_a_configuration_with_their_bounds() -> Non
     ):
         with pytest.raises(DefinitionError, match=message):
             parse({"title": "A", "kind": "emoe", **changes}, Method, "f")
+
+
+def test_models_of_timm_are_of_images() -> None:
+    entry = {"title": "A", "modality": "language", "timm": "test_vit"}
+    with pytest.raises(DefinitionError, match="'timm' needs the modality 'image'"):
+        parse(entry, ModelEntry, "models.yaml", "models", "a")
 
 
 @pytest.mark.parametrize(

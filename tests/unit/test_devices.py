@@ -131,3 +131,15 @@ def test_devices_may_have_names_and_none_is_no_error(
     monkeypatch.setenv(VISIBLE, value)
     with reserve_devices(1, "a run"):
         assert os.environ[VISIBLE] == reserved
+
+
+@pytest.mark.parametrize("value", ["0,0", "0, 0"])
+def test_a_device_that_is_named_twice_is_one_device(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process would otherwise wait for a lock that it holds itself."""
+    monkeypatch.setenv(VISIBLE, value)
+    with pytest.raises(RunError, match="and 1 are visible"):
+        reserve_devices(2, "a run")
+    with reserve_devices(1, "a run"):
+        assert os.environ[VISIBLE] == "0"

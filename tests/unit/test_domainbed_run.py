@@ -235,6 +235,19 @@ def test_vit_large_is_trained_by_adapters(model_root: Path) -> None:
     )  # layers, projections, two factors of rank 32
 
 
+def test_timms_models_are_trained_by_adapters_and_in_some_blocks() -> None:
+    """timm's models have no configuration, so the names of their class and head are used."""
+    tune = {"blocks": [1, 3], "also": []}
+    lora = {"rank": 2, "alpha": 4, "dropout": 0.0, "targets": {"VisionTransformer": ["qkv"]}}
+    expected = {"adapters", "head", "blocks"}
+    for adapters, groups in ((None, expected - {"adapters"}), (lora, expected)):
+        run = with_model("test-vit", "gmoe", tune, image_size=32, lora=adapters)
+        trained = finish(prepare(run))["model"]["trained"]
+        assert set(trained) == groups | {"routers"}
+        # the weights and biases of the head: 64 values for each of three classes
+        assert trained["head"]["parameters"] == 3 * (64 + 1)
+
+
 TEST_VIT = model_spec("test-vit")
 
 

@@ -14,7 +14,7 @@ from benchmarks.harness.config import runs, suite
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.workflow.environment import suite_of_job
+from benchmarks.harness.workflow.environment import load_suite_from_environment
 from tests.planned import edited_project, plan
 
 
@@ -114,7 +114,7 @@ def test_a_wrong_environment_of_a_job_is_one_line(
     with pytest.raises(
         DefinitionError, match=r"the environment variable EMOE_OVERRIDES must hold .*; unset it"
     ) as error:
-        suite_of_job("mini")
+        load_suite_from_environment("mini")
     assert "\n" not in str(error.value)
 
 

@@ -12,7 +12,7 @@ from benchmarks.harness.config import suite as suites
 from benchmarks.harness.config.runs import refuse_old_folders, run_from_spec
 from benchmarks.harness.report.paper_items import missing_items
 from benchmarks.harness.workflow import plan, targets
-from benchmarks.harness.workflow.environment import job_environment, suite_of_job
+from benchmarks.harness.workflow.environment import job_environment, load_suite_from_environment
 from tests import fake_runs
 from tests.executed import prepare
 
@@ -23,8 +23,8 @@ def test_jobs_see_the_command_lines_values(monkeypatch: pytest.MonkeyPatch, tmp_
     chosen = suites.load_suite({"suite": "smoke", "data_root": str(tmp_path)})
     for name, value in job_environment(chosen).items():
         monkeypatch.setenv(name, value)
-    assert suite_of_job("smoke").settings == chosen.settings
-    assert suite_of_job("mini").settings.data_root is None
+    assert load_suite_from_environment("smoke").settings == chosen.settings
+    assert load_suite_from_environment("mini").settings.data_root is None
 
 
 def test_a_job_on_a_cluster_reads_what_the_main_process_planned(
@@ -40,8 +40,8 @@ def test_a_job_on_a_cluster_reads_what_the_main_process_planned(
     assert [plan.read_run_of_job(run.folder, job) for run in SMOKE.runs] == SMOKE.runs
     for name, partition in SMOKE.partitions.items():
         assert plan.read_partition_of_job(name, job) == partition
-    weights = plan.weights_by_benchmark(job, in_job=True)
-    assert weights == plan.weights_by_benchmark(SMOKE, in_job=False)
+    weights = plan.keeps_weights_by_run(job, in_job=True)
+    assert weights == plan.keeps_weights_by_run(SMOKE, in_job=False)
     assert set(weights["llama"].values()) == {True, False}  # the untuned models keep none
     with pytest.raises(
         DefinitionError, match=r"plan.tsv has no row 'glue/000000000000'; start the workflow again"
@@ -67,8 +67,8 @@ def test_workflows_of_one_suite_with_other_runs_have_their_own_plans(
         assert read == suite.runs
         for name, partition in suite.partitions.items():
             assert plan.read_partition_of_job(name, suite) == partition
-        weights = plan.weights_by_benchmark(suite, in_job=True)
-        assert weights == plan.weights_by_benchmark(suite, in_job=False)
+        weights = plan.keeps_weights_by_run(suite, in_job=True)
+        assert weights == plan.keeps_weights_by_run(suite, in_job=False)
     assert loaded[0].runs == SMOKE.runs
     assert plan.is_written(SMOKE)
     assert not plan.is_written(suites.load_suite({"suite": "smoke", "seeds": 1}))
@@ -95,7 +95,7 @@ def test_a_damaged_plan_is_one_line_with_the_way_out(
     path = write_damaged("plan.tsv", old, new)
     expected = f"^{path} is damaged: {problem}; start the workflow again$"
     with pytest.raises(DataError, match=expected) as error:
-        plan.weights_by_benchmark(SMOKE, in_job=True)
+        plan.keeps_weights_by_run(SMOKE, in_job=True)
     assert "\n" not in str(error.value)
 
 
@@ -210,9 +210,9 @@ def test_a_complete_suite_has_the_spec_of_each_finished_run(here: Path) -> None:
     )  # it is not finished yet: its job writes it
     prepare(finished, "results/runs")
     fake_runs.write_runs([finished])
-    assert targets.lost_spec_files(SMOKE) == []
+    assert targets.spec_files_to_restore(SMOKE) == []
     finished.spec_file.unlink()
-    assert targets.lost_spec_files(SMOKE) == [str(finished.spec_file)]
+    assert targets.spec_files_to_restore(SMOKE) == [str(finished.spec_file)]
 
 
 def test_folders_of_older_versions_are_refused_in_one_line(here: Path) -> None:

@@ -59,7 +59,7 @@ with one_line_errors():
         runs.refuse_old_folders()
     # By benchmark and id of the run, True if the run keeps its weights. This plans the
     # runs, so that errors in a grid are reported here.
-    KEPT_WEIGHTS = plan.weights_by_benchmark(SUITE, in_job=IN_JOB)
+    KEPT_WEIGHTS = plan.keeps_weights_by_run(SUITE, in_job=IN_JOB)
 
 RESULTS = f"results/{SUITE.name}"
 

@@ -415,20 +415,20 @@ class Benchmark(ABC, Generic[D, E, P]):
             task: The name of the task whose ``by_task`` is applied; None applies none.
         """
         section: Strict = getattr(self.definition, key)
-        # without defaults, so that the merged settings still tell given values from defaults
-        of_benchmark = section.model_dump(exclude_unset=True)
-        of_suite = getattr(part.settings, key)
-        in_suite = merge(of_benchmark, of_suite)
-        of_model = _changes_for(model, in_suite.get("by_model"))
-        of_task = _changes_for(task, in_suite.get("by_task"))
-        merged = merge(in_suite, of_model, of_task)
+        # only given values: the merged settings still tell them from those that pydantic fills in
+        defaults = section.model_dump(exclude_unset=True)
+        suite_changes = getattr(part.settings, key)
+        suite_settings = merge(defaults, suite_changes)
+        model_changes = _changes_for(model, suite_settings.get("by_model"))
+        task_changes = _changes_for(task, suite_settings.get("by_task"))
+        merged = merge(suite_settings, model_changes, task_changes)
 
         # The file has no key path of merged settings. Messages name the last settings that changed
         # them, because the settings before were valid.
         keys = ["benchmarks", self.name, key]
-        if of_task:
+        if task_changes:
             keys += ["by_task", str(task)]
-        elif of_model:
+        elif model_changes:
             keys += ["by_model", str(model)]
         return parse(merged, type(section), part.file, *keys)
 
@@ -504,9 +504,9 @@ def resolve_methods(
     resolved = {}
     for name, row in definition.methods.items():
         # several rows may name the same method of methods.yaml in `method`
-        in_catalogue = load_methods()[row.method or name]
-        in_suite = changes.get(name, Method())
-        own_layers = [in_catalogue, row, in_suite]
+        catalogue_method = load_methods()[row.method or name]
+        suite_changes = changes.get(name, Method())
+        own_layers = [catalogue_method, row, suite_changes]
         # the kind decides which defaults come before the method's own settings
         kind = merge_methods(*own_layers).kind
         default_layers = []

@@ -77,13 +77,18 @@ class ModelEntry(ModelSource):
         ("package", "sha256"),
         ("config", "tokenizer"),
         ("rebuilt", "modality"),
-        ("timm", "modality"),
         ("random", "timm"),
     )
     title: str
     """Label in tables."""
     neurons: Count | None = optional()
     """Width of one FFN (transformers' `intermediate_size`), which N has to divide."""
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Refuse a model of timm for anything except images."""
+        super().model_post_init(context)
+        if self.timm is not None and self.modality != "image":
+            raise refusal("'timm' needs the modality 'image'")
 
     def spec(self, name: str) -> dict[str, Any]:
         """Make the ``model`` section of a run's spec, without ``title`` and ``neurons``.

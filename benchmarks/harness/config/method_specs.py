@@ -151,14 +151,15 @@ def _layers_text(request: str, layers: Iterable[str]) -> str:
         layers: The layer numbers, which replace the request; empty if they are unknown.
     """
     listed = ", ".join(layers)
-    if not listed and request.startswith(("all", "last")):
-        return _request_in_words(request)
-    text = listed or request.replace("+", ", ")
+    if not listed:
+        if request.startswith(("all", "last")):
+            return _request_in_words(request)
+        listed = request.replace("+", ", ")
     # a negative number counts from the last layer
-    is_single_layer = re.fullmatch(r"-?\d+", text) is not None
+    is_single_layer = re.fullmatch(r"-?\d+", listed) is not None
     if is_single_layer:
-        return f"layer {text}"
-    return f"layers {text}"
+        return f"layer {listed}"
+    return f"layers {listed}"
 
 
 def _request_in_words(request: str) -> str:
@@ -241,11 +242,11 @@ def _tune(method: Method, lora: LoRA | None, where: str) -> dict[str, Any] | Non
     Raises:
         DefinitionError: ``tune: blocks`` has no layers, or ``also_train`` has no effect.
     """
-    if method.tune == "blocks" and method.layers is None:
-        raise DefinitionError(f"{where} sets 'tune: blocks' but no 'layers', which it needs")
-    trains_all = lora is None and method.tune is None
-    if not trains_all:
+    if lora is not None or method.tune is not None:
+        if method.tune == "blocks" and method.layers is None:
+            raise DefinitionError(f"{where} sets 'tune: blocks' but no 'layers', which it needs")
         return tuning_spec(method.tune, layers=method.layers, also=method.also_train or ())
+    # the run trains all parameters
     if method.also_train is not None:
         raise DefinitionError(f"{where} sets 'also_train', which needs training.lora or 'tune'")
     return None

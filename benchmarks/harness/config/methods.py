@@ -106,20 +106,9 @@ def _block_parameters(model: nn.Module, layers: Any) -> list[str]:
 
     ffns = find_ffns(model)
     selected = resolve_layers(layers, len(ffns))
-    blocks = [block_of(ffns[layer].name) for layer in selected]
+    # an FFN has the name of its block, such as "bert.encoder.layer.3"
+    blocks = [ffns[layer].name for layer in selected]
     return [name for name, _ in model.named_parameters() if is_below(name, blocks)]
-
-
-def block_of(ffn: str) -> str:
-    """Return the path of an FFN's block: the FFN's path up to its last number.
-
-    >>> block_of("bert.encoder.layer.3.output")
-    'bert.encoder.layer.3'
-    """
-    steps = ffn.split(".")
-    positions_of_numbers = [position for position, step in enumerate(steps) if step.isdigit()]
-    last_number = max(positions_of_numbers)
-    return ".".join(steps[: last_number + 1])
 
 
 register_tuning("blocks", _block_parameters)
@@ -250,7 +239,8 @@ class LoRA(Strict):
     dropout: Rate
     """Dropout before an adapter."""
     targets: Annotated[dict[str, Names], Field(min_length=1)]
-    """Names of the adapted layers, by the model's type."""
+    """Names of the adapted layers, by the model's type. For timm's models, it is the name of their
+    class, such as `VisionTransformer`."""
     base_lr_ratio: Positive = 0.1
     """Learning rate of the other trained parameters, divided by that of adapters and head."""
 

@@ -26,12 +26,12 @@ def plan_runs(parts: Mapping[str, Part[Any]], exclude: Collection[str]) -> list[
     # the place of the first grid, and with the resources of the last grid.
     runs_by_id: dict[str, Run] = {}
     for name in parts:
-        for run in _runs_of(name, parts, exclude, planned):
+        for run in _plan_benchmark(name, parts, exclude, planned):
             runs_by_id[run.id] = run
     return list(runs_by_id.values())
 
 
-def _runs_of(
+def _plan_benchmark(
     name: str,
     parts: Mapping[str, Part[Any]],
     exclude: Collection[str],
@@ -57,7 +57,7 @@ def _runs_of(
     # the specs of an evaluation name the runs that it evaluates
     evaluated_runs: list[Run] = []
     if benchmark.evaluated_benchmark:
-        evaluated_runs = _runs_of(benchmark.evaluated_benchmark, parts, exclude, planned)
+        evaluated_runs = _plan_benchmark(benchmark.evaluated_benchmark, parts, exclude, planned)
     resources = part.settings.resources.model_dump()
     runs = []
     for spec in benchmark.specs(part, exclude, evaluated_runs):
@@ -84,7 +84,7 @@ def _resources_for(run: Run, resources: Mapping[str, Any]) -> dict[str, Any]:
         resources: The resources that the suite sets for the runs of the benchmark.
     """
     reserved = dict(resources)
-    if not run.is_trained:
+    if not run.trains_model:
         for key in ("gpu", "processes"):
             if key in reserved:
                 reserved[key] = min(reserved[key], 1)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import DefinitionError, read_json, short_digest
+from benchmarks.harness.base import DefinitionError, distinct, read_json, short_digest
 from benchmarks.harness.config.catalogue import ModelSpec
 from benchmarks.harness.config.method_specs import MethodSpec
 from benchmarks.harness.config.yaml import Count, Number, Strict, Whole
@@ -160,7 +160,7 @@ class Run:
         has_no_test_split = "test" in splits and splits["test"] is None
         if has_no_test_split and self.protocol == "clean":
             parts.append("clean")
-        if self.is_trained:
+        if self.trains_model:
             parts.append(f"lr{self.learning_rate:g}")
         if self.method:  # a measurement has no seed
             parts.append(f"s{self.seed}")
@@ -170,14 +170,14 @@ class Run:
         return "-".join(given_parts)
 
     @property
-    def is_trained(self) -> bool:
+    def trains_model(self) -> bool:
         """Return True if the run trains a model; an evaluation has the learning rate 0."""
         return bool(self.learning_rate)
 
     @property
     def keeps_weights(self) -> bool:
         """Return True if the run keeps the weights that it trains."""
-        return self.is_trained and bool(self.spec.get("training", {}).get("keep_weights"))
+        return self.trains_model and bool(self.spec.get("training", {}).get("keep_weights"))
 
     @property
     def metrics_file(self) -> Path:
@@ -362,13 +362,12 @@ def run_inputs(run: Run) -> list[str]:
 
 def _packages_of_sets(run: Run) -> list[str]:
     """List the files of the packages that contain data sets of a run, each once."""
-    files: list[str] = []
+    files = []
     for task in run.all_sets:
         for package in packages_of_dataset(task.get("source", {})):
-            file = str(package.path)
-            if file not in files:  # several sets may come from one package
-                files.append(file)
-    return files
+            files.append(str(package.path))
+    # several sets may come from one package
+    return distinct(files)
 
 
 def _candidate_files(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import DefinitionError, read_yaml
+from benchmarks.harness.base import DefinitionError, distinct, read_yaml
 from benchmarks.harness.config.benchmark import Part, benchmark_names, load_benchmark, parse_part
 from benchmarks.harness.config.names import check_name
 from benchmarks.harness.config.planning import plan_runs
@@ -346,11 +346,9 @@ class Suite:
             return []
         names: list[str] = []
         for block in self.benchmark_parts[benchmark].settings.grid:
-            for name in block.task:
-                # several blocks may have the same data set
-                if name not in names and name not in self.settings.exclude:
-                    names.append(name)
-        return names
+            names += [name for name in block.task if name not in self.settings.exclude]
+        # several blocks may have the same data set
+        return distinct(names)
 
     def sets_with_records(self, benchmark: str) -> list[str | None]:
         """Return the names of the data sets whose runs are collected in separate files.

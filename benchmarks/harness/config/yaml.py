@@ -72,7 +72,9 @@ class Location:
         return f"{self.file}: '{self.key}'"
 
 
-def _explain(error: ValidationError, content: object, at: Sequence[str | int]) -> str:
+def _describe_first_mistake(
+    error: ValidationError, content: object, at: Sequence[str | int]
+) -> str:
     """Describe the first mistake that pydantic reports, in one line.
 
     The line names the key, the value, and pydantic's message or the nearest valid value.
@@ -113,7 +115,7 @@ def _keys(problem: Mapping[str, Any], content: Any) -> list[str | int]:
     keys: list[str | int] = []
     value = content  # at the keys found so far
     for step in problem["loc"]:
-        if _has_key(value, step):
+        if _has_key_or_index(value, step):
             keys.append(step)
             value = value[step]
     # the content lacks a missing key, so the loop leaves it out
@@ -122,7 +124,7 @@ def _keys(problem: Mapping[str, Any], content: Any) -> list[str | int]:
     return keys
 
 
-def _has_key(content: Any, key: str | int) -> bool:
+def _has_key_or_index(content: Any, key: str | int) -> bool:
     """Return True if the content is a dictionary with this key, or a list with this index."""
     if isinstance(content, dict):
         return key in content
@@ -296,7 +298,7 @@ def parse(content: object, model: type[Model], where: str, *at: str | int) -> Mo
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise DefinitionError(f"{where}: {_explain(error, content, at)}") from error
+        raise DefinitionError(f"{where}: {_describe_first_mistake(error, content, at)}") from error
 
 
 def read(path: Path, model: type[Model]) -> Model:

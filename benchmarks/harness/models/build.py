@@ -256,7 +256,7 @@ def _adapt_(
     if spec.method.tune is None:
         return None, {}
     return tune_(
-        cast(PreTrainedModel, network),
+        network,
         lora=getattr(spec.training, "lora", None),  # some kinds have no adapters
         tune=spec.method.tune,
         seed=spec.seed,

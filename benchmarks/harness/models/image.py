@@ -24,7 +24,7 @@ from benchmarks.harness.models.loading import (
 )
 from benchmarks.harness.sources.hub import cached_commit
 from benchmarks.harness.sources.local import user_model_folder
-from emoe.files import WEIGHT_FILES, read_tensors
+from emoe.files import WEIGHT_FILE, read_tensors
 
 # Standard deviation of random weights, as in timm. timm also cuts them off at 100 deviations, which
 # has no effect.
@@ -174,7 +174,7 @@ def _load_timm(
     """
     network = _load_timm_backbone(model, drop_path)
     repository = f"timm/{model.timm}"
-    commit = cached_commit(repository, WEIGHT_FILES[0], model.revision)
+    commit = cached_commit(repository, WEIGHT_FILE, model.revision)
     # computed first, because the next lines change the pre-trained weights
     source = {"from": source_text(model, commit), "weights": weights_digest(network)}
     if image_size is not None:
@@ -197,12 +197,12 @@ def _load_timm_backbone(model: ModelSpec, drop_path: float) -> Any:
     """
     import timm
 
-    user_folder = user_model_folder(model.name)
-    is_random = model.random is not None
-    comes_from_hub = not is_random and user_folder is None
     options: dict[str, Any] = {"num_classes": 0, "drop_path_rate": drop_path}  # 0: no head
+    is_random = model.random is not None
+    user_folder = user_model_folder(model.name)
+    comes_from_hub = not is_random and user_folder is None
     # timm downloads the newest weights unless the name of the repository ends with a revision
-    if model.revision and user_folder is None:
+    if comes_from_hub and model.revision:
         options["pretrained_cfg_overlay"] = {"hf_hub_id": f"timm/{model.timm}@{model.revision}"}
     with loading_errors(model):
         network = timm.create_model(cast(str, model.timm), pretrained=comes_from_hub, **options)
@@ -224,7 +224,7 @@ def _load_weights_(network: nn.Module, folder: Path, name: str) -> None:
     Raises:
         DataError: The file lacks weights of the network.
     """
-    tensors = read_tensors(folder / WEIGHT_FILES[0])
+    tensors = read_tensors(folder / WEIGHT_FILE)
     # not strict, because the file may also have a head
     missing, _ = network.load_state_dict(tensors, strict=False)
     if missing:

@@ -151,6 +151,13 @@ def load_config(model: ModelSpec) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(str(_model_folder(model)), trust_remote_code=False)
 
 
+def architecture_of(network: nn.Module) -> str:
+    """Return the ``model_type`` of a network; its class if it is of timm, such as ``Beit``."""
+    # models of timm have no configuration
+    config = getattr(network, "config", None)
+    return str(getattr(config, "model_type", type(network).__name__))
+
+
 def load_backbone(model: ModelSpec) -> PreTrainedModel:
     """Load a pre-trained text model without a head, to cluster its neurons.
 

@@ -57,6 +57,7 @@ def _read_cached(path: Path, layer: int) -> Partition | None:
     except CheckpointError as error:
         print_warning(f"{error}; it is computed again")
         return None
+    # each of these dictionaries must have this layer and no other
     for by_layer in (cached.permutations, cached.explained, cached.seconds):
         if list(by_layer) != [layer]:
             print_warning(f"{path} is not that of layer {layer}; it is computed again")

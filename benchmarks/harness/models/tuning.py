@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from benchmarks.harness.base import DefinitionError, derive_seed
 from benchmarks.harness.config.method_specs import TuneSpec
 from benchmarks.harness.config.methods import TUNINGS, LoRA, is_below
+from benchmarks.harness.models.loading import architecture_of
 from emoe.errors import did_you_mean
 from emoe.layer import RoutedActivation
 
@@ -25,7 +26,7 @@ Groups = dict[str, list[tuple[str, nn.Parameter]]]  # names and parameters by gr
 
 
 def tune_(
-    model: PreTrainedModel,
+    model: nn.Module,
     lora: LoRA | None,
     tune: TuneSpec,
     seed: int,
@@ -38,7 +39,7 @@ def tune_(
     methods.
 
     Args:
-        model: The classifier or language model, converted or dense.
+        model: The model of transformers or timm, converted or dense.
         lora: The ``training.lora`` of the spec; None adds no adapters.
         tune: The ``method.tune`` of the spec; ``head: false`` freezes the head.
         seed: The seed of the run. It determines the first weights of the adapters.
@@ -63,9 +64,7 @@ def tune_(
     return adapters, groups
 
 
-def trained_groups(
-    model: PreTrainedModel, tune: TuneSpec, frozen_names: Collection[str] = ()
-) -> Groups:
+def trained_groups(model: nn.Module, tune: TuneSpec, frozen_names: Collection[str] = ()) -> Groups:
     """Return the names and parameters that a model with adapters trains, by group.
 
     The groups are ``adapters``, ``head``, ``routers``, ``also``, and the name of the tuning for all
@@ -77,6 +76,7 @@ def trained_groups(
     parameters = dict(model.named_parameters())
     tuning = tune.selecting_tuning
     tuned_names = _names_of_tuning(model, tuning, tune.selected_layers, parameters)
+    head_names = _names_of_head(model)
     router_paths = _find_routers(model)
     also_paths = _find_modules(model, tune.also)
 
@@ -84,9 +84,7 @@ def trained_groups(
         """Return the first group that fits a parameter; None if the parameter is not trained."""
         if ".lora_" in name:
             return "adapters"
-        # the head is everything outside the base model
-        is_head = not name.startswith(f"{model.base_model_prefix}.")
-        if is_head and tune.head:
+        if name in head_names and tune.head:
             return "head"
         if is_below(name, router_paths):
             return "routers"
@@ -106,8 +104,20 @@ def trained_groups(
     return groups
 
 
+def _names_of_head(model: nn.Module) -> set[str]:
+    """Return the names of the parameters of a model's head."""
+    parameters = dict(model.named_parameters())
+    if isinstance(model, PreTrainedModel):
+        # the head is everything outside the base model
+        base = f"{model.base_model_prefix}."
+        return {name for name in parameters if not name.startswith(base)}
+    head = cast(Any, model).get_classifier()  # the method of timm's models
+    ids_in_head = {id(parameter) for parameter in head.parameters()}
+    return {name for name, parameter in parameters.items() if id(parameter) in ids_in_head}
+
+
 def _names_of_tuning(
-    model: PreTrainedModel, tuning: str | None, layers: Any, parameters: Collection[str]
+    model: nn.Module, tuning: str | None, layers: Any, parameters: Collection[str]
 ) -> set[str]:
     """Return the names of the parameters that a tuning selects; empty if ``tuning`` is None.
 
@@ -128,7 +138,7 @@ def _names_of_tuning(
     return names
 
 
-def _find_routers(model: PreTrainedModel) -> list[str]:
+def _find_routers(model: nn.Module) -> list[str]:
     """Return the paths of the routers of all converted FFNs."""
     paths = []
     for path, module in model.named_modules():
@@ -137,7 +147,7 @@ def _find_routers(model: PreTrainedModel) -> list[str]:
     return paths
 
 
-def _find_modules(model: PreTrainedModel, names: list[str]) -> list[str]:
+def _find_modules(model: nn.Module, names: list[str]) -> list[str]:
     """Return the paths of the modules that have one of the names as the last part of their path.
 
     Raises:
@@ -156,30 +166,30 @@ def _find_modules(model: PreTrainedModel, names: list[str]) -> list[str]:
 
 
 def _add_adapters_(
-    model: PreTrainedModel, lora: LoRA, seed: int, frozen_names: Collection[str]
+    model: nn.Module, lora: LoRA, seed: int, frozen_names: Collection[str]
 ) -> LoraModel:
     """Add adapters to a model in place, except to frozen layers, and return peft's wrapper of it.
 
     Raises:
         DefinitionError: ``lora`` has no layers for the model's type, or all of them are frozen.
     """
-    model_type = model.config.model_type
-    if model_type not in lora.targets:
-        near = did_you_mean(model_type, lora.targets)
-        raise DefinitionError(f"training.lora.targets has no layers for '{model_type}'{near}")
+    architecture = architecture_of(model)
+    if architecture not in lora.targets:
+        near = did_you_mean(architecture, lora.targets)
+        raise DefinitionError(f"training.lora.targets has no layers for '{architecture}'{near}")
     # peft can exclude modules but not parameters, so take the module of each frozen parameter
     frozen_modules = {name.rpartition(".")[0] for name in frozen_names}
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=cast(int, lora.alpha),  # peft also accepts fractions
         lora_dropout=lora.dropout,
-        target_modules=list(lora.targets[model_type]),
+        target_modules=list(lora.targets[architecture]),
         exclude_modules=sorted(frozen_modules),
-        fan_in_fan_out=model_type == "gpt2",  # its layers are Conv1D
+        fan_in_fan_out=architecture == "gpt2",  # its layers are Conv1D
     )
     # all methods start with equal adapters
     torch.manual_seed(derive_seed("adapters", seed))
     try:
         return LoraModel(model, config, "default")
     except ValueError as error:  # targets are missing or all frozen
-        raise DefinitionError(f"training.lora.targets.{model_type}: {error}") from error
+        raise DefinitionError(f"training.lora.targets.{architecture}: {error}") from error

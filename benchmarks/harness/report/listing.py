@@ -32,7 +32,7 @@ def suite_rows(runs: Iterable[Run]) -> list[Row]:
     for (benchmark, model), members in groups.items():
         # A measurement has no method, and many runs have no variant. An evaluation trains nothing,
         # so its learning rate of 0 is not listed.
-        trained = [run for run in members if run.is_trained]
+        trained = [run for run in members if run.trains_model]
         row = {
             "benchmark": benchmark,
             "model": model,

@@ -34,12 +34,12 @@ def read_sets(runs: Iterable[Run], *, open_images: bool = False) -> Iterator[Set
     seen: set[tuple[str, str]] = set()
     for run in runs:
         benchmark = load_benchmark(run.benchmark)
-        for data_set in benchmark.sets(run):
-            key = (data_set.name, data_set.part)
-            if key in seen:  # many runs use the same data
+        for reader in benchmark.sets(run):
+            part = (reader.name, reader.part)
+            if part in seen:  # many runs use the same data
                 continue
-            seen.add(key)
-            yield from data_set.read(open_images)
+            seen.add(part)
+            yield from reader.read(open_images)
 
 
 def describe_sets(parts: list[SetPart]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from benchmarks.harness.base import RunError
+from benchmarks.harness.base import RunError, distinct
 from benchmarks.harness.config.runs import Run
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"  # ROCm's torch reads it too
@@ -94,7 +94,8 @@ def visible_devices() -> list[str]:
         return [str(number) for number in range(torch.cuda.device_count())]
     if visible in _NO_DEVICES:
         return []
-    return visible.split(",")
+    # a device that is named twice is one device; its second lock would never become free
+    return distinct(name.strip() for name in visible.split(","))
 
 
 def _lock_devices(locks: ExitStack, devices: list[str], count: int, name: str) -> list[str]:

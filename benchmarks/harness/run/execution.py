@@ -43,7 +43,7 @@ _LAUNCHER = "EMOE_LAUNCHER"
 
 
 def execute(
-    path: Path, *, threads: int, log: Path, started: float | None = None, parallel: str = "ddp"
+    path: Path, *, threads: int, log: Path, start_time: float | None = None, parallel: str = "ddp"
 ) -> Path:
     """Execute the run of a ``run.json`` and write ``metrics.json`` beside it.
 
@@ -55,7 +55,7 @@ def execute(
         threads: The number of CPU threads.
         log: The file for all output, except the progress lines on a terminal. For ``log.txt``, the
             other processes write to ``log-1.txt``, ``log-2.txt`` and so on.
-        started: The start of the process (``time.time()``); by default now.
+        start_time: The start of the process (``time.time()``); by default now.
         parallel: The parallelism of processes that torchrun started: ``ddp`` or ``fsdp``.
 
     Returns:
@@ -68,8 +68,8 @@ def execute(
             settings do not fit the model or the number of processes.
         RunError: Runs of this kind use only one process, and there are several.
     """
-    if started is None:
-        started = time.time()
+    if start_time is None:
+        start_time = time.time()
     _end_with_launcher()
     folder = path.parent
     output = folder / "metrics.json"
@@ -100,7 +100,7 @@ def execute(
             stream = terminal if is_main() else sys.stderr
             progress = Progress(run.name, stream)
             _check_csv_files(run)
-            metrics = _measure(benchmark, run, spec, folder, progress, started)
+            metrics = _compute_metrics(benchmark, run, spec, folder, progress, start_time)
             if is_main():  # all processes compute, but only the first one writes
                 _write_metrics(run, metrics, output)
                 progress.finish(metrics["cost"]["job_seconds"])
@@ -140,8 +140,13 @@ def _write_metrics(run: Run, metrics: dict[str, Any], output: Path) -> None:
     shutil.rmtree(output.with_name("checkpoints"), ignore_errors=True)
 
 
-def _measure(
-    benchmark: AnyBenchmark, run: Run, spec: Any, folder: Path, progress: Progress, started: float
+def _compute_metrics(
+    benchmark: AnyBenchmark,
+    run: Run,
+    spec: Any,
+    folder: Path,
+    progress: Progress,
+    start_time: float,
 ) -> dict[str, Any]:
     """Compute a run, and return the content of ``metrics.json``.
 
@@ -153,19 +158,19 @@ def _measure(
         spec: The run's spec, as read by the benchmark.
         folder: The folder of the run.
         progress: Prints the progress lines.
-        started: The start of the process (``time.time()``).
+        start_time: The start of the process (``time.time()``).
     """
     captured = environment.capture()
     pipeline = benchmark.pipeline()
     # compiled before the first run, because later runs would otherwise use other kernels than it
     if not torch.cuda.is_available():
         prepare_kernels()
-    startup_seconds = time.time() - started
+    startup_seconds = time.time() - start_time
     torch.manual_seed(derive_seed("run", run.seed))
     metrics: dict[str, Any] = pipeline.run(spec, folder, progress)
     if not is_main():
         return metrics
-    job_seconds = time.time() - started  # measured before the fingerprint takes time
+    job_seconds = time.time() - start_time  # measured before the fingerprint takes time
     metrics["cost"] = {
         **metrics.get("cost", {}),
         "startup_seconds": startup_seconds,

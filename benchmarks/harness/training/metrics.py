@@ -53,7 +53,10 @@ SCORES: dict[str, Callable[[NDArray[Any], NDArray[Any]], float]] = {
 
 
 def score(
-    metric: str, logits: NDArray[Any], labels: NDArray[Any], merged: Sequence[int] | None = None
+    metric: str,
+    logits: NDArray[Any],
+    labels: NDArray[Any],
+    merged_classes: Sequence[int] | None = None,
 ) -> float:
     """Compute a score of predictions against labels.
 
@@ -61,14 +64,14 @@ def score(
         metric: The key in :data:`SCORES`.
         logits: The logits of the head ``[rows, classes]``, or ``[rows, 1]`` for a regression.
         labels: The labels of the data set ``[rows]``.
-        merged: For each class of the head, the class of the data set that replaces it; None if both
-            have the same classes.
+        merged_classes: For each class of the head, the class of the data set that replaces it; None
+            if both have the same classes.
     """
     is_regression = logits.shape[1] == 1
     predictions = logits[:, 0] if is_regression else logits.argmax(-1)
     # for instance, a head may predict three classes for a data set that has only two of them
-    if merged:
-        predictions = np.asarray(merged)[predictions]
+    if merged_classes:
+        predictions = np.asarray(merged_classes)[predictions]
     compute_score = SCORES[metric]
     return float(compute_score(labels, predictions))
 

@@ -53,7 +53,7 @@ def job_environment(suite: Suite) -> dict[str, str]:
     return variables
 
 
-def suite_of_job(name: str) -> Suite:
+def load_suite_from_environment(name: str) -> Suite:
     """Load a suite in a job of the workflow, with the values of the workflow's command line.
 
     The job reads the values from an environment variable. It ignores values for another suite.

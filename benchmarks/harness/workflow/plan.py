@@ -192,7 +192,7 @@ def _parse_partition(row: _PartitionRow) -> PartitionJob:
     return partition
 
 
-def weights_by_benchmark(suite: Suite, *, in_job: bool) -> dict[str, dict[str, bool]]:
+def keeps_weights_by_run(suite: Suite, *, in_job: bool) -> dict[str, dict[str, bool]]:
     """Determine for every run of a suite whether it keeps its weights.
 
     Args:
@@ -202,21 +202,21 @@ def weights_by_benchmark(suite: Suite, *, in_job: bool) -> dict[str, dict[str, b
     Returns:
         For each benchmark, a dictionary from the id of a run to True if it keeps its weights.
     """
-    kept_by_benchmark: dict[str, dict[str, bool]] = {name: {} for name in suite.settings.benchmarks}
+    keeps_weights: dict[str, dict[str, bool]] = {name: {} for name in suite.settings.benchmarks}
     if not in_job:
         for run in suite.runs:
-            kept_by_benchmark[run.benchmark][run.id] = run.keeps_weights
-        return kept_by_benchmark
+            keeps_weights[run.benchmark][run.id] = run.keeps_weights
+        return keeps_weights
 
     file = _plan_file(suite)
     for row in _read_rows(file, _RunRow):
         benchmark, _, run_id = row.folder.partition("/")
-        if benchmark not in kept_by_benchmark:
+        if benchmark not in keeps_weights:
             raise DataError(
                 f"{file} is damaged: the suite has no benchmark '{benchmark}'; {_ADVICE}"
             )
-        kept_by_benchmark[benchmark][run_id] = row.keeps_weights == "yes"
-    return kept_by_benchmark
+        keeps_weights[benchmark][run_id] = row.keeps_weights == "yes"
+    return keeps_weights
 
 
 def _plan_file(suite: Suite) -> Path:

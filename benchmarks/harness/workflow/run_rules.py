@@ -37,21 +37,21 @@ class RunRule:
         return files
 
 
-def run_rules(kept_by_benchmark: Mapping[str, Mapping[str, bool]]) -> list[RunRule]:
+def run_rules(keeps_weights_by_run: Mapping[str, Mapping[str, bool]]) -> list[RunRule]:
     """List the rules that execute the runs of a suite.
 
     The rules of small benchmarks come first and have a higher priority, so that the tables of these
     benchmarks are ready early.
 
     Args:
-        kept_by_benchmark: For each benchmark, a dictionary from the id of a run to True if it keeps
-            its weights.
+        keeps_weights_by_run: For each benchmark, a dictionary from the id of a run to True if it
+            keeps its weights.
     """
-    smallest_first = sorted(kept_by_benchmark, key=lambda name: len(kept_by_benchmark[name]))
+    smallest_first = sorted(keeps_weights_by_run, key=lambda name: len(keeps_weights_by_run[name]))
     rules = []
     for place, benchmark in enumerate(smallest_first):
         # the priorities are 0, -1, -2 and so on: Snakemake starts the highest first
-        rules += _rules_of_benchmark(benchmark, kept_by_benchmark[benchmark], priority=-place)
+        rules += _rules_of_benchmark(benchmark, keeps_weights_by_run[benchmark], priority=-place)
     return rules
 
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import emoe
-from benchmarks.harness.base import BENCHMARKS, CONFIG
+from benchmarks.harness.base import BENCHMARKS, CONFIG, distinct
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.methods import plugin_files
 
@@ -50,7 +50,7 @@ def table_sources(*benchmarks: str) -> list[str]:
     """
     folders = {*_TABLE_FOLDERS, *benchmarks}
     for name in benchmarks:
-        folders.update(_folders_of_kind(name))
+        folders.update(_code_folders(name))
     patterns = [*_LISTS, "*.py", "harness/*.py", "harness/report/table.html.j2"]
     for folder in sorted(folders):
         patterns.append(f"{folder}/*.py")
@@ -58,11 +58,10 @@ def table_sources(*benchmarks: str) -> list[str]:
     shape_no_table = set(_files(*_CLAIM_FILES, *_FILES_OF_NO_TABLE))
     sources = [file for file in _files(*patterns) if file not in shape_no_table]
     for name in benchmarks:
-        for file in _definition_files(name):
-            if file not in sources:  # two benchmarks may share a file of tasks
-                sources.append(file)
+        sources += _definition_files(name)
     plugins = [os.path.relpath(file) for file in plugin_files()]
-    return [*sources, *plugins]
+    # two benchmarks may share a file of tasks
+    return [*distinct(sources), *plugins]
 
 
 def record_sources() -> list[str]:
@@ -102,7 +101,7 @@ def file_times(plugins: Iterable[Path]) -> dict[Path, int]:
     return times
 
 
-def _folders_of_kind(name: str) -> set[str]:
+def _code_folders(name: str) -> set[str]:
     """Return the folders below ``benchmarks/`` with the code of a benchmark's kind.
 
     Their modules define the class of the benchmark and its base classes. The harness is left out.

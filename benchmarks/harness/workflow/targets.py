@@ -36,7 +36,7 @@ def suite_files(suite: Suite) -> list[str]:
     return [
         str(paths.RESULTS / suite.name / "report.html"),
         str(paths.RESULTS / suite.name / "mlflow.txt"),
-        *lost_spec_files(suite),
+        *spec_files_to_restore(suite),
         *made_files(suite),
         *number_files(suite),
         *page_files(suite),
@@ -83,7 +83,7 @@ def _runs(suite: Suite, benchmark: str | None, data_set: str | None) -> Sequence
     return suite.runs_of(benchmark, data_set)
 
 
-def lost_spec_files(suite: Suite) -> list[str]:
+def spec_files_to_restore(suite: Suite) -> list[str]:
     """Return the ``run.json`` files that finished runs have lost.
 
     An unfinished run writes this file itself.
