@@ -55,8 +55,8 @@ def draw_accuracy(outcomes: DomainOutcomes, data_set: str, path: Path) -> None:
         plots.placeholder_figure(path)
         return
     # one mean over trials for each combination of model, environment and method
-    mark = ["model", "eval_task", "method"]
-    means = our_means(cells.set_index(mark)["value"], mark)
+    keys_of_mark = ["model", "eval_task", "method"]
+    means = our_means(cells.set_index(keys_of_mark)["value"], keys_of_mark)
     rows = outcomes.order(means, ["model", "method"])
     styles = distinct_styles((method, outcomes.style(method)) for method in rows["method"])
     lines = [f"{outcomes.env_title(data_set, env_name)} held out" for env_name in rows["eval_task"]]
@@ -504,9 +504,9 @@ def _first_runs(outcomes: DomainOutcomes, data_set: str) -> _FirstRuns | None:
     of_model = [single for single in single_runs if single.run.model == model]
     first_env = min(single.env for single in of_model)
     by_method: dict[str, Run] = {}
-    for run, env in of_model:
-        if env == first_env:
-            by_method.setdefault(run.method, run)  # keeps the first run
+    for single in of_model:
+        if single.env == first_env:
+            by_method.setdefault(single.run.method, single.run)  # keeps the first run
     return _FirstRuns(model, first_env, by_method)
 
 

@@ -79,6 +79,15 @@ def _load_packaged_digits() -> Digits:
     return Digits(torch.from_numpy(pixels), torch.from_numpy(labels), source)
 
 
+class DigitEnvironment(NamedTuple):
+    """The digits of one environment, rotated or coloured."""
+
+    pixels: Tensor
+    """``[n, channels, 28, 28]``, in [0, 1]."""
+    classes: Tensor
+    """``[n]``: the number of each digit's class."""
+
+
 def load_mnist(task: RunImageSet, seed: int) -> ImageSet:
     """Make an image set of rotated or coloured digits.
 
@@ -95,29 +104,29 @@ def load_mnist(task: RunImageSet, seed: int) -> ImageSet:
         contents = colored_mnist(digits.images, digits.labels, settings, seed)
         classes = ["5 to 9", "0 to 4"]
     environments = []
-    for name, (pixels, class_numbers) in zip(names, contents, strict=True):
+    for name, content in zip(names, contents, strict=True):
         # select(pixels, 0, row) returns the image of a row
-        open_row = partial(torch.select, pixels, 0)
-        environments.append(Environment(name, class_numbers.tolist(), open_row))
+        open_row = partial(torch.select, content.pixels, 0)
+        environments.append(Environment(name, content.classes.tolist(), open_row))
     return ImageSet(environments, classes, digits.source)
 
 
 def rotated_mnist(
     images: Tensor, labels: Tensor, angles: Sequence[float], seed: int
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[DigitEnvironment]:
     """Make RotatedMNIST: rotate the digits of each environment by its angle.
 
     Angles are in degrees, counter-clockwise. The interpolation is bilinear, and the corners become
     black.
 
     Returns:
-        The images ``[n, 1, 28, 28]`` in [0, 1] and the labels ``[n]`` of each environment.
+        The digits of each environment, with one channel. Their classes are 0 to 9.
     """
     random = torch.Generator().manual_seed(seed)
     environments = []
     for digits in _split_round_robin(images, labels, angles, random):
         rotated = [_rotate(image, digits.setting) for image in digits.images]
-        environments.append((torch.stack(rotated), digits.labels))
+        environments.append(DigitEnvironment(torch.stack(rotated), digits.labels))
     return environments
 
 
@@ -131,15 +140,14 @@ def _rotate(image: Tensor, angle: float) -> Tensor:
 
 def colored_mnist(
     images: Tensor, labels: Tensor, flips: Sequence[float], seed: int
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[DigitEnvironment]:
     """Make ColoredMNIST: digits whose colour predicts their class.
 
     The class is 1 if the digit is below 5, else 0. It is flipped with a probability of 25 %. The
     colour is the resulting class, flipped with the probability of the environment in ``flips``.
 
     Returns:
-        The images ``[n, 2, 28, 28]`` in [0, 1], with a channel for each colour, and the classes
-        ``[n]`` of each environment.
+        The digits of each environment, with a channel for each colour.
     """
     random = torch.Generator().manual_seed(seed)
     environments = []
@@ -151,7 +159,7 @@ def colored_mnist(
         # each digit is in the channel of its colour, and the other channel is black
         pixels = torch.zeros(count, 2, 28, 28)
         pixels[torch.arange(count), colours.long()] = digits.images.float() / 255
-        environments.append((pixels, classes.long()))
+        environments.append(DigitEnvironment(pixels, classes.long()))
     return environments
 
 

@@ -44,7 +44,7 @@ class DomainOutcomes(Outcomes):
             selection maximises), ``step``, ``hparams_seed`` and ``variant``.
         finished: The finished runs with their metrics, by run id.
         specs: The specs of the runs, by run id.
-        records: Every number of every run.
+        recorded_numbers: Every number of every run.
         shared: The rows of ``cells`` that make methods comparable. Each selection, model and image
             set keeps only the trials that have every method and environment.
         differences: The differences to the baseline in ``shared``, one row for each :data:`CELL`.
@@ -64,7 +64,7 @@ class DomainOutcomes(Outcomes):
         super().__init__(benchmark, runs, keys=CELL, selection=selection_titles, task=set_titles)
         self.finished = {record.run.id: record for record in finished}
         self.specs = {run.id: cast(ImageSpec, benchmark.read_spec(run)) for run in runs}
-        self.records = tabulate_numbers(finished)
+        self.recorded_numbers = tabulate_numbers(finished)
 
         # named, so that they exist even without rows
         columns = [
@@ -109,13 +109,13 @@ class DomainOutcomes(Outcomes):
 
     @cached_property
     def shared_origins(self) -> pd.DataFrame:
-        """Return the rows of :attr:`records` whose trials are in :attr:`shared`.
+        """Return the rows of :attr:`recorded_numbers` whose trials are in :attr:`shared`.
 
         Tables list only the runs of these rows.
         """
         keys = ["model", "task", "method", "seed"]
         shared_trials = self.shared[keys].drop_duplicates()
-        return self.records.merge(shared_trials, on=keys)
+        return self.recorded_numbers.merge(shared_trials, on=keys)
 
     @property
     def sets(self) -> list[str]:
@@ -161,11 +161,11 @@ class DomainOutcomes(Outcomes):
         needs are missing, its row is left out.
         """
         distinct_settings = self._distinct_settings(runs)
-        accuracies = [self._accuracies_of(run, distinct_settings) for run in runs]
+        records_of_runs = [self._records_of_run(run, distinct_settings) for run in runs]
         first_run = runs[0]  # all runs have the same model, set, method and trial
         for name, selection in SELECTIONS.items():
             for env, env_name in enumerate(self.environments(first_run.task)):
-                chosen = selection.choose(accuracies, env)
+                chosen = selection.choose(records_of_runs, env)
                 if chosen is None:
                     # runs that this selection needs are missing
                     continue
@@ -185,7 +185,7 @@ class DomainOutcomes(Outcomes):
                     "variant": settings.variant,
                 }
 
-    def _accuracies_of(self, run: Run, distinct_settings: Sequence[_Settings]) -> RunRecords:
+    def _records_of_run(self, run: Run, distinct_settings: Sequence[_Settings]) -> RunRecords:
         """Return the accuracies of a run, with the index of its settings in the given list."""
         evaluated_steps = self.finished[run.id].metrics.records or ()
         return RunRecords(
@@ -245,7 +245,7 @@ class DomainOutcomes(Outcomes):
     def claim_numbers(self) -> pd.DataFrame:
         """Return the held-out accuracies of all trials and the parameter counts, for claims."""
         accuracies = self.cells.assign(domain="held_out", metric="accuracy")
-        return join_claim_numbers(accuracies, parameter_counts(self.records))
+        return join_claim_numbers(accuracies, parameter_counts(self.recorded_numbers))
 
     def num_held_out(self, data_set: str) -> int:
         """Return the number of environments of an image set that were held out."""

@@ -138,7 +138,7 @@ def _count_note(spec: ImageSpec, image_set: ImageSet) -> str | None:
     # the file of sets may lack the set of an older run
     if entry is None:
         return None
-    return SetPart(name, ALL, image_set.num_images, expected=entry.images).note
+    return SetPart(name, ALL, rows=image_set.num_images, expected=entry.images).note
 
 
 def _trained_envs(spec: ImageSpec, environments: Sequence[Environment]) -> list[int]:

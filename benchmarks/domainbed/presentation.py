@@ -168,7 +168,7 @@ def choices(outcomes: DomainOutcomes, data_set: str) -> Table:
         ],
         frame=frame,
         # a row lists the runs of all trials and held-out environments
-        origins=outcomes.records.drop(columns="seed"),
+        origins=outcomes.recorded_numbers.drop(columns="seed"),
     )
 
 
@@ -265,12 +265,12 @@ def cost(outcomes: DomainOutcomes) -> Table:
     It includes the mutual information of experts with class and environment.
     """
     cell = ["model", "task", "method"]
-    cells = outcomes.records[cell].drop_duplicates()
+    cells = outcomes.recorded_numbers[cell].drop_duplicates()
     return common.cost_table(
         keys={"model_title": "Model", "task_title": "Set", "method_title": "Method"},
         frame=outcomes.order(cells, cell),
         cell_columns=cell,
-        records=outcomes.records,
+        numbers=outcomes.recorded_numbers,
         averaged="Means over all runs; step times exclude reading and augmenting images",
         measured_on=_MEASURED_ON,
     )

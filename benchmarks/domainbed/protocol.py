@@ -292,7 +292,8 @@ def best_record(
     for record in records:
         trained = [env for env in _environments(record) if env not in test_envs]
         accuracies = [record[f"env{env}_out_acc"] for env in trained]
-        candidates.append(SelectedRecord(float(np.mean(accuracies)), record, choice))
+        value = float(np.mean(accuracies))
+        candidates.append(SelectedRecord(value, record, choice))
     return _first_best(candidates)
 
 

@@ -142,6 +142,6 @@ def count_images(image_set: ImageSet) -> Iterator[ImageCounts]:
     """Yield the number of images of every environment."""
     for environment in image_set.environments:
         summary = environment.summary(image_set.classes)
-        counts = summary["labels"].values()
-        labels = f"{len(counts)} classes, {min(counts)} to {max(counts)} each"
+        class_sizes = summary["labels"].values()
+        labels = f"{len(class_sizes)} classes, {min(class_sizes)} to {max(class_sizes)} each"
         yield ImageCounts(environment.name, len(environment), labels)

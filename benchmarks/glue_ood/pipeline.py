@@ -74,7 +74,7 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
         folder=folder,
     )
     probe = Probe()
-    routing = RoutingRecorder(classifier.model)
+    recorder = RoutingRecorder(classifier.model)
     first_set = ood_splits[spec.ood[0].name]
     probe.observe(classifier.model, evaluator.first_batch(first_set))
 
@@ -86,17 +86,17 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
         test_scores = recorded_scores["test"][spec.task.name]
     else:
         progress.say(f"evaluating on {spec.task.name}, {len(test):,} rows")
-        test_scores = evaluator.evaluate(test, routing=routing)
+        test_scores = evaluator.evaluate(test, recorder=recorder)
     ood_scores = {}
     for other in spec.ood:
         split = ood_splits[other.name]
         progress.say(f"evaluating on {other.name}, {len(split):,} rows")
-        ood_scores[other.name] = evaluator.evaluate(split, other, routing)
-    recorded_routing = routing.routing_of_set(spec.task.name)
+        ood_scores[other.name] = evaluator.evaluate(split, other, recorder)
+    set_routing = recorder.routing_of_set(spec.task.name)
     return {
         "scores": {"test": {spec.task.name: test_scores}, "ood": ood_scores},
-        "routing": recorded_routing.routing,
-        "usage": recorded_routing.usage,
+        "routing": set_routing.routing,
+        "usage": set_routing.usage,
         "probe": probe.summary(),
         "chosen": {
             "run": chosen.folder,

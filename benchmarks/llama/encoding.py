@@ -85,7 +85,9 @@ class EncodedRows(Dataset[dict[str, Any]]):
                 )
                 continue
             cut = max(len(tokens) - max_length, 0)
-            self.rows.append(EncodedRow(row, tokens[:max_length], begin, cut))
+            self.rows.append(
+                EncodedRow(source=row, tokens=tokens[:max_length], begin=begin, cut=cut)
+            )
 
     def select(self, numbers: Sequence[int]) -> EncodedRows:
         """Return a copy that has only the rows with these indices.

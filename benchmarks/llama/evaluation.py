@@ -146,12 +146,12 @@ def _describe_draw(drawn: Mapping[str, Sequence[int]], tasks: Mapping[str, Any])
     digest = hashlib.sha256()
     count = 0
     available = 0
-    for name, numbers in drawn.items():
+    for name, indices in drawn.items():
         questions = tasks[name].eval_docs
-        for number in numbers:
-            content = json.dumps(questions[number], sort_keys=True, default=str)
+        for index in indices:
+            content = json.dumps(questions[index], sort_keys=True, default=str)
             digest.update(content.encode())
-        count += len(numbers)
+        count += len(indices)
         available += len(questions)
     return f"{count:,} of {available:,} questions drawn, sha256 {digest.hexdigest()[:16]}"
 
@@ -499,7 +499,7 @@ def _in_order(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def _is_choice(sample: Mapping[str, Any]) -> bool:
     """Return True if a sample has one prompt and several answers, and its target is one of them."""
-    # the target must be the index of a choice; in other tasks it is a text or True, which is an int
+    # the target must be a number; in other tasks it is a text, or True, which is also an int
     right = sample.get("target")
     if type(right) is not int:
         return False
@@ -507,7 +507,7 @@ def _is_choice(sample: Mapping[str, Any]) -> bool:
     requests = sample.get("arguments", ())
     if len(requests) < 2:
         return False
-    # lm-eval takes a target that is no choice for a wrong answer
+    # the number must be the index of a choice; otherwise lm-eval counts every answer as wrong
     if right not in range(len(requests)):
         return False
     # each request must be a prompt and an answer; others have only a text, or also an image

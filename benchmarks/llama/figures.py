@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.harness.report import plots
 from benchmarks.harness.report.presentation import Figure
 from benchmarks.harness.results.content import Metrics
-from benchmarks.llama.outcomes import GROUP, InstructionOutcomes, Row
+from benchmarks.llama.outcomes import GROUP, InstructionOutcomes
 
 _PANEL_HEIGHT = 2.3  # inches
 
@@ -19,7 +20,7 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
     There is a column of panels for each model, set and fine-tuning. A column has a panel with the
     training loss. A second panel shows the held-out loss if runs computed it. A line is a method.
     """
-    points = outcomes.collect_rows(["panel", "step", "value"], _loss_points)
+    points = outcomes.collect_rows(_LossPoint._fields, _loss_points)
     titled = outcomes.with_titles(points.astype({"value": float}))
     if titled.empty:
         plots.placeholder_figure(path)
@@ -49,15 +50,22 @@ def _column_title(outcomes: InstructionOutcomes, model: str, task: str, tuning: 
     return f"{outcomes.title('model', model)}\n{below}"
 
 
-def _loss_points(metrics: Metrics) -> Iterator[Row]:
-    """Yield the label of the panel, the step and the loss of each recorded loss.
+class _LossPoint(NamedTuple):
+    """A point of a loss curve."""
 
-    A loss is None if the model diverged.
-    """
+    panel: str
+    """The label of the panel."""
+    step: int
+    value: float | None
+    """The loss; None if the model diverged."""
+
+
+def _loss_points(metrics: Metrics) -> Iterator[_LossPoint]:
+    """Yield a point for each recorded loss: of the training, then of the held-out rows."""
     for step, loss in enumerate(metrics.curve, start=1):
-        yield "training loss", step, loss
+        yield _LossPoint("training loss", step, loss)
     for point in metrics.held_out_curve:
-        yield "held-out loss", point.step, point.loss
+        yield _LossPoint("held-out loss", point.step, point.loss)
 
 
 FIGURES = {

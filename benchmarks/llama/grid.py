@@ -148,8 +148,8 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
             yield missing_set(name, first_line(error), entry.download_instructions, entry.rows)
 
     def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
-        run = InstructionSpec.model_validate(spec)
-        training = run.training
+        validated = InstructionSpec.model_validate(spec)
+        training = validated.training
         if not isinstance(training, RunInstructionTraining):
             # an evaluation uses one process
             super().check_processes(spec, processes, parallel)
@@ -157,7 +157,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
         accumulation(training, processes)
         if processes > 1 and training.frozen_layers:
             raise RunError("a run with training.frozen_layers needs a single process")
-        if processes > 1 and parallel == "fsdp" and run.model.quantize:
+        if processes > 1 and parallel == "fsdp" and validated.model.quantize:
             raise RunError("weights in 4 bits cannot be sharded; use --parallel ddp")
 
 

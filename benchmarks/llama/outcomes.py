@@ -66,11 +66,11 @@ class InstructionOutcomes(Outcomes):
         chosen: The records of the runs with the best learning rates.
         runs: These runs.
         rates_chosen: True if a cell had several learning rates.
-        records: All numbers of these runs, with the columns of :data:`CELL`.
+        recorded_numbers: All numbers of these runs, with the columns of :data:`CELL`.
         several_sets: True if runs train on several sets. The column ``task`` has the set.
         draws_templates: True if the seed of a run draws its prompt template.
-        shared: The rows of ``records`` for the seeds that all methods of a model, set and tuning
-            share.
+        shared: The rows of ``recorded_numbers`` for the seeds that all methods of a model, set
+            and tuning share.
         eval_tasks: The evaluated tasks in order, each with the result of its first run.
         questions: One row per run, ``question`` and ``metric``, with the ``value`` and the
             ``eval_task``. The metric is ``accuracy`` (1 if correct, else 0) or
@@ -87,11 +87,11 @@ class InstructionOutcomes(Outcomes):
         tunings = {name: tuning.title for name, tuning in benchmark.definition.finetuning.items()}
         sets = {name: task.title for name, task in benchmark.tasks.items()}
         super().__init__(benchmark, runs, [*GROUP, "method"], task=sets, tuning=tunings)
-        self.records = _tabulate_by_cell(self.chosen)
-        self.several_sets = self.records["task"].nunique() > 1
+        self.recorded_numbers = _tabulate_by_cell(self.chosen)
+        self.several_sets = self.recorded_numbers["task"].nunique() > 1
         self.draws_templates = any(run.spec["data"]["template"] == RANDOM for run in runs)
         self.shared = shared_pairs(
-            self.records, within=GROUP, compared=["method", "variant"], pair="seed"
+            self.recorded_numbers, within=GROUP, compared=["method", "variant"], pair="seed"
         )
         self.eval_tasks = _first_results(self.chosen)
         self._layers = _converted_layers(self.chosen)
@@ -147,7 +147,7 @@ class InstructionOutcomes(Outcomes):
 
         ``n`` counts the seeds that all methods of a model, set and tuning share.
         """
-        cells = self.records[CELL].drop_duplicates()
+        cells = self.recorded_numbers[CELL].drop_duplicates()
         seed_counts = self.shared.groupby(CELL)["seed"].nunique().rename("n")
         counted = cells.join(seed_counts, on=CELL)
         # a cell may share no seed with the others
@@ -233,7 +233,7 @@ class InstructionOutcomes(Outcomes):
         These are losses by seed, accuracy and nats per byte by question, and parameter counts. The
         column ``setting`` is the variant, so that claims can select layers.
         """
-        records = self.records.assign(setting=self.records["variant"])
+        records = self.recorded_numbers.assign(setting=self.recorded_numbers["variant"])
         # the only loss of the part "dev" is on held-out instructions
         is_loss = (records["part"] == "dev") & (records["metric"] == "loss")
         losses = records[is_loss].assign(domain=HELD_OUT, eval_task="")

@@ -104,15 +104,15 @@ def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, An
     if training.keep_weights:
         save_trained(trainable.model, folder / "model")
     evaluated = _evaluate(spec, trainable, rows, tasks, progress)
-    optional_section = {}  # without a curve of the held-out loss, there is no such section
+    curve_section = {}  # without a curve of the held-out loss, there is no such section
     if trained.held_out_curve:
         # the training does not compute the loss of the last step, because the evaluation does
         final_loss = evaluated["scores"]["dev"][spec.task.name]["loss"]
         last_point = {"step": trained.cost["steps"], "loss": final_loss}
-        optional_section = {"held_out_curve": [*trained.held_out_curve, last_point]}
+        curve_section = {"held_out_curve": [*trained.held_out_curve, last_point]}
     return {
         **evaluated,
-        **optional_section,
+        **curve_section,
         "curve": trained.curve,
         "cost": {
             **trained.cost,

@@ -316,7 +316,7 @@ def cost(outcomes: InstructionOutcomes) -> Table:
         keys=_key_headings(outcomes),
         frame=outcomes.order(outcomes.cells(), CELL),
         cell_columns=CELL,
-        records=outcomes.records,
+        numbers=outcomes.recorded_numbers,
         averaged="Means over seeds",
         measured_on="the held-out instructions",
     )

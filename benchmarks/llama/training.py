@@ -90,8 +90,7 @@ def train(
         callbacks=[progress, stopwatch],
     )
     if training.eval_every:
-        # takes a model, and returns its held-out loss
-        loss_of = partial(
+        compute_loss = partial(
             held_out_loss,
             rows=held_out,
             tokenizer=tokenizer,
@@ -99,7 +98,7 @@ def train(
             precision=precision,
         )
         # added after the stopwatch, so that the stopwatch does not time it
-        trainer.add_callback(HeldOutCurve(loss_of, training.eval_every))
+        trainer.add_callback(HeldOutCurve(compute_loss, training.eval_every))
     # the losses in a checkpoint are of these rows
     origin = {
         "training rows": rows.digest,
@@ -161,12 +160,12 @@ class HeldOutCurve(TrainerCallback):
     evaluation follows. Losses are stored in Trainer's log, which checkpoints keep.
 
     Args:
-        loss: A function that computes the held-out loss of a model.
+        compute_loss: A function that computes the held-out loss of a model.
         every: The number of steps between two losses.
     """
 
-    def __init__(self, loss: Callable[[Any], float | None], every: int) -> None:
-        self._loss = loss
+    def __init__(self, compute_loss: Callable[[Any], float | None], every: int) -> None:
+        self._compute_loss = compute_loss
         self._every = every
 
     def on_train_begin(
@@ -186,5 +185,5 @@ class HeldOutCurve(TrainerCallback):
     def _add_point(self, state: TrainerState, model: nn.Module) -> None:
         """Compute the held-out loss, and add it to Trainer's log."""
         with restore_rng_and_modes(model):
-            loss = cast(Any, self._loss(model))
+            loss = cast(Any, self._compute_loss(model))
         state.log_history.append({_HELD_OUT_LOSS: loss, "step": state.global_step})

@@ -76,7 +76,7 @@ class MultitaskOutcomes(TextOutcomes):
         return common.join_claim_numbers(
             scores.rename(columns=SELECTION),
             losses.rename(columns=SELECTION),
-            common.parameter_counts(self.records),
+            common.parameter_counts(self.recorded_numbers),
         )
 
 

@@ -81,7 +81,7 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     tested = with_verdicts(with_differences, family=_KEYS_OF_GROUP)
 
     # on other tasks, a main row may have other settings
-    records = _records_of_ablated_tasks(ablated, ablation, ablated.records)
+    records = _records_of_ablated_tasks(ablated, ablation, ablated.recorded_numbers)
     neurons = cell_means(records, cell_columns=["model", "method"], metrics=["active_neurons"])
     ours = with_numbers(tested, on=["model", "method"], numbers=neurons)
     with_paper = _join_paper(ablated, ablation, ours)
@@ -229,18 +229,18 @@ def _averages(seeds: pd.DataFrame) -> pd.DataFrame:
     averages = [seeds.iloc[:0]]  # no rows, but the columns, if there is no average
     keys = ["protocol", "domain", "model"]
     for (protocol, domain, model), group in seeds.groupby(keys, sort=False):
-        shared = _scopes_of_all_methods(group)
-        if len(shared) < 2:
+        shared_scopes = _scopes_of_all_methods(group)
+        if len(shared_scopes) < 2:
             continue
         # rows: method and seed, columns: scopes
-        by_scope = group[group["scope"].isin(shared)].pivot_table(
+        by_scope = group[group["scope"].isin(shared_scopes)].pivot_table(
             index=["method", "seed"], columns="scope", values="value", sort=False
         )
         # a method and seed without a score in one of the scopes has no average
         complete = by_scope.dropna()
         means = complete.mean(axis=1).rename("value").reset_index()
         noun = "tasks" if domain == ID else "pairs"
-        scope = _AVERAGE_OF + name_or_count(shared, noun)
+        scope = _AVERAGE_OF + name_or_count(shared_scopes, noun)
         averages.append(means.assign(protocol=protocol, domain=domain, model=model, scope=scope))
     return pd.concat(averages)
 
@@ -501,10 +501,20 @@ def _shown_differences(ours: pd.DataFrame) -> pd.DataFrame:
 
 
 def _paper_differences(rows: pd.DataFrame) -> pd.DataFrame:
-    """Average the paper's differences over scopes, by model, domain and method."""
-    published = rows[rows["paper_delta"].notna()]
-    keys = ["model_title", "domain", "method", "method_title"]
-    by_mark = published.groupby(keys, sort=False)
+    """Average the paper's differences over scopes, by model, domain and method.
+
+    A method is left out if the paper lacks its difference in a scope of the model and domain. The
+    average would be over other scopes than those of the other methods.
+    """
+    # only rows from the paper have a status, also if their number is unknown
+    published = rows[rows["status"].notna()]
+    panel = ["model_title", "domain"]
+    keys = [*panel, "method", "method_title"]
+    # beside each row: how many scopes its panel and domain has, and how many differences its method
+    num_scopes = published.groupby(panel)["scope"].transform("nunique")
+    num_differences = published.groupby(keys)["paper_delta"].transform("count")
+    complete = published[num_differences == num_scopes]
+    by_mark = complete.groupby(keys, sort=False)
     means = by_mark["paper_delta"].mean().rename("delta").reset_index()
     return means.assign(is_ours=False)
 

@@ -685,10 +685,10 @@ def _complete_rows(table: _Table, task: RunTask) -> Iterator[tuple[tuple[str, ..
     """
     reader = _LabelReader.for_table(table, task)
     columns = [table.column(name, task) for name in (*task.fields, task.label)]
-    # each row is its index, its one or two texts, and its label
-    for row, *cells, value in table.cells[columns].itertuples(name=None):
-        texts = _row_texts(cells)
-        label = reader.text(value)
+    # the columns of a row are its index, its one or two texts, and its label
+    for index, *text_cells, label_cell in table.cells[columns].itertuples(name=None):
+        texts = _row_texts(text_cells)
+        label = reader.text(label_cell)
         if texts is None or label in reader.unlabelled:
             continue
         number = reader.number(label)
@@ -697,7 +697,7 @@ def _complete_rows(table: _Table, task: RunTask) -> Iterator[tuple[tuple[str, ..
         # a missing label drops the row; an unknown label is an error
         elif label.casefold() not in _NO_LABEL:
             raise DataError(
-                f"{table.source}, row {row + 1}: '{label}' is no label of task '{task.name}'"
+                f"{table.source}, row {index + 1}: '{label}' is no label of task '{task.name}'"
                 f"{reader.hint(label)}"
             )
 

@@ -47,11 +47,11 @@ def epoch_numbers(outcomes: TextOutcomes) -> pd.DataFrame:
     for run, metrics in outcomes.chosen_runs():
         if outcomes.role(run.method) == CONTROL:
             continue
-        names = {key: getattr(run, key) for key in (*CELL, "seed")}
+        keys_of_run = {key: getattr(run, key) for key in (*CELL, "seed")}
         for metric in (outcomes.benchmark.tasks[run.task].metric, _LOSS):
             for epoch in metrics.epochs:
                 value = _printed_number(metric, epoch.numbers()[metric])
-                rows.append({**names, "metric": metric, "step": epoch.epoch, "value": value})
+                rows.append({**keys_of_run, "metric": metric, "step": epoch.epoch, "value": value})
     columns = [*CELL, "seed", "metric", "step", "value"]
     numbers = pd.DataFrame(rows, columns=columns).astype({"step": float, "value": float})
     shared = shared_pairs(numbers, within=["model", "task"], compared=["method"], pair="seed")

@@ -165,11 +165,11 @@ class _LoadChange(NamedTuple):
 
     Attributes:
         experts: The numbers k and N of the experts, such as "4 of 16 experts".
-        change: The change, from :func:`.traces.mean_load_change`; nan if it is unknown.
+        value: The change, from :func:`.traces.mean_load_change`; nan if it is unknown.
     """
 
     experts: str
-    change: float
+    value: float
 
 
 class TextOutcomes(Outcomes):
@@ -185,7 +185,7 @@ class TextOutcomes(Outcomes):
             its best variant.
 
     Attributes:
-        records: Every number of the shown runs, a row for each, as in
+        recorded_numbers: Every number of the shown runs, a row for each, as in
             :func:`.records.tabulate_numbers`.
         chosen: The records of the runs with chosen hyper-parameters, see :func:`select_runs`.
         seeds: The scores of the chosen runs, a row for each protocol, ``domain`` (``id``, ``ood``,
@@ -232,14 +232,14 @@ class TextOutcomes(Outcomes):
         self._all_records = tabulate_numbers(finished) if records is None else records
 
         # each of the following attributes is computed from those before it
-        self.records = self._shown_records(shown_methods)
+        self.recorded_numbers = self._shown_records(shown_methods)
         if include_ablations:
-            self.records = self._name_rows(self.records)
+            self.recorded_numbers = self._name_rows(self.recorded_numbers)
             self.methods = self._methods_by_row_name()
         self.chosen = pd.concat([self._chosen(protocol) for protocol in PROTOCOL_TITLES])
         self.seeds = self._with_scopes(self._collect_seeds())
         self.protocols = _protocols_of(self.seeds)
-        self.run_protocols = _protocols_of(self.records)
+        self.run_protocols = _protocols_of(self.recorded_numbers)
         self.shared = shared_pairs(
             self.seeds, within=_KEYS_OF_SET, compared=["method"], pair="seed"
         )
@@ -341,9 +341,9 @@ class TextOutcomes(Outcomes):
         return usual_by_model
 
     def _methods_by_row_name(self) -> dict[str, Method]:
-        """Map the names of methods and of the rows in ``records`` to methods."""
+        """Map the names of methods and of the rows in ``recorded_numbers`` to methods."""
         methods = dict(self.methods)
-        for name in self.records["method"].unique():
+        for name in self.recorded_numbers["method"].unique():
             methods[name] = self.methods[split_name(name).method]
         return methods
 
@@ -384,9 +384,9 @@ class TextOutcomes(Outcomes):
     def _chosen(self, protocol: str) -> pd.DataFrame:
         """Return the records of the runs that ``protocol`` chooses."""
         if self.benchmark.evaluated_benchmark is None:
-            return select_runs(self.records, protocol)
+            return select_runs(self.recorded_numbers, protocol)
         # every run of this benchmark evaluates a chosen run, so there is nothing to choose
-        of_protocol = self.records[self.records["protocol"] == protocol]
+        of_protocol = self.recorded_numbers[self.recorded_numbers["protocol"] == protocol]
         return of_protocol.assign(run_protocol=protocol)
 
     def _collect_seeds(self) -> pd.DataFrame:
@@ -456,11 +456,12 @@ class TextOutcomes(Outcomes):
             self._information().rename(columns=SELECTION),
             self._load_changes().rename(columns=SELECTION),
             self._memory_ratios(),
-            parameter_counts(self.records),
+            parameter_counts(self.recorded_numbers),
         )
-        names = [split_name(name) for name in joined["method"]]
+        row_names = [split_name(name) for name in joined["method"]]
         numbers = joined.assign(
-            method=[name.method for name in names], setting=[name.setting for name in names]
+            method=[row_name.method for row_name in row_names],
+            setting=[row_name.setting for row_name in row_names],
         )
         if self._include_ablations or not self.benchmark.definition.ablations:
             return numbers
@@ -523,14 +524,14 @@ class TextOutcomes(Outcomes):
                 continue
             run = record.run
             experts = f"{run.config['top_k']} of {run.config['num_experts']} experts"
-            change = mean_load_change(routing.windows)
-            change_by_run_and_method[run.id, run.method] = _LoadChange(experts, change)
+            value = mean_load_change(routing.windows)
+            change_by_run_and_method[run.id, run.method] = _LoadChange(experts, value)
 
         records = with_own_protocol(self.chosen)
         # A run with a conversion occurs twice here: as the method that was trained, and as the
         # method after the conversion. Only the method that was trained has a load change.
         runs = records[[*_KEYS_OF_RUN, "run_id"]].drop_duplicates()
-        unknown = _LoadChange(experts="", change=math.nan)
+        unknown = _LoadChange(experts="", value=math.nan)
         changes = []
         for row in runs.itertuples():
             method = split_name(row.method).method
@@ -540,7 +541,7 @@ class TextOutcomes(Outcomes):
             domain=TRAINING,
             metric="load_change",
             eval_task=pd.Series([change.experts for change in changes], runs.index, dtype=str),
-            value=pd.Series([change.change for change in changes], runs.index, dtype=float),
+            value=pd.Series([change.value for change in changes], runs.index, dtype=float),
         )
         # a run with a single window has no change either
         return with_changes[with_changes["value"].notna()]
@@ -557,8 +558,9 @@ class TextOutcomes(Outcomes):
         for record in self._finished:
             if record.metrics.environment.gpus:
                 on_gpu.append(record.run.id)
-        is_peak = self.records["metric"].eq("peak_memory_mb") & self.records["run_id"].isin(on_gpu)
-        peaks = self.records[is_peak]
+        numbers = self.recorded_numbers
+        is_peak = numbers["metric"].eq("peak_memory_mb") & numbers["run_id"].isin(on_gpu)
+        peaks = numbers[is_peak]
         same = ["model", "task", "protocol", "learning_rate", "seed"]
         of_baseline = peaks.loc[peaks["method"] == self.baseline, [*same, "value"]]
         paired = peaks.merge(of_baseline, on=same, suffixes=("", "_baseline"))

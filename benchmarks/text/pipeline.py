@@ -68,9 +68,9 @@ def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
     epochs, kept = trainer.train()
 
     progress.say("evaluating")
-    routing = RoutingRecorder(classifier.model)
-    evaluated = _evaluate(trainer, spec, splits.test, ood, routing)
-    recorded = routing.routing_of_set(task.name)
+    recorder = RoutingRecorder(classifier.model)
+    scores = _evaluate(trainer, spec, splits.test, ood, recorder)
+    set_routing = recorder.routing_of_set(task.name)
     # save the weights now, because the conversion below would change the model
     if training.keep_weights:
         save_trained(classifier.model, folder / "model")
@@ -82,7 +82,7 @@ def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
         # and the other method gets the same scores.
         has_diverged = kept["loss"] is None
         if has_diverged:
-            scores_as_other = evaluated
+            scores_as_other = scores
         else:
             progress.say(f"evaluating as {spec.used_as.name}")
             convert_trained_(classifier.model, spec.used_as.config)
@@ -92,12 +92,12 @@ def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
     # the scores of the kept epoch, without the number of the epoch
     dev_scores = {name: value for name, value in kept.items() if name != "epoch"}
     return {
-        "scores": {"dev": {task.name: dev_scores}, **evaluated},
+        "scores": {"dev": {task.name: dev_scores}, **scores},
         "transformed": transformed,
         "epochs": epochs,
         "kept_epoch": kept["epoch"],
-        "routing": {**recorded.routing, **trainer.routing_trace.summary()},
-        "usage": recorded.usage,
+        "routing": {**set_routing.routing, **trainer.routing_trace.summary()},
+        "usage": set_routing.usage,
         "probe": trainer.probe.summary(),
         "model": classifier.summary,
         "cost": {**trainer.cost, **classifier.prefix_cost()},
@@ -110,9 +110,9 @@ def _evaluate(
     spec: TextSpec,
     test: TextSplit,
     ood: Mapping[str, TextSplit],
-    routing: RoutingRecorder | None = None,
+    recorder: RoutingRecorder | None = None,
 ) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Evaluate on the test split and the OOD sets; record routing if ``routing`` is given.
+    """Evaluate on the test split and the OOD sets; record routing if ``recorder`` is given.
 
     Returns:
         The scores by part (``test`` or ``ood``), set and metric.
@@ -120,10 +120,10 @@ def _evaluate(
     # Random selection of experts draws from the global generator. After the training, its state
     # depends on whether the run was resumed. No other method depends on it in an evaluation.
     torch.manual_seed(derive_seed("evaluation", spec.seed))
-    test_scores = trainer.evaluate(test, routing=routing)
+    test_scores = trainer.evaluate(test, recorder=recorder)
     ood_scores = {}
     for other in spec.ood:
-        ood_scores[other.name] = trainer.evaluate(ood[other.name], other, routing)
+        ood_scores[other.name] = trainer.evaluate(ood[other.name], other, recorder)
     return {"test": {spec.task.name: test_scores}, "ood": ood_scores}
 
 

@@ -59,20 +59,20 @@ def _usage_panels(outcomes: TextOutcomes) -> list[UsagePanel]:
     """
     panels: dict[str, UsagePanel] = {}
     first_model_and_task = None
-    for record, metrics in outcomes.chosen_runs():
-        if outcomes.role(record.method) == CONTROL:
+    for run, metrics in outcomes.chosen_runs():
+        if outcomes.role(run.method) == CONTROL:
             continue
         # dense models and runs on a single set have no expert use to show
         if not metrics.usage or not metrics.usage.tasks:
             continue
-        model_and_task = (record.model, record.task)
+        model_and_task = (run.model, run.task)
         if first_model_and_task is None:
             first_model_and_task = model_and_task
-        has_panel = record.method in panels  # of an earlier seed
+        has_panel = run.method in panels  # of an earlier seed
         if model_and_task != first_model_and_task or has_panel:
             continue
-        title = f"{record.method_title}, {record.model_title}, trained on {record.task_title}"
-        panels[record.method] = UsagePanel(title, _with_first_set(metrics.usage, record.task))
+        title = f"{run.method_title}, {run.model_title}, trained on {run.task_title}"
+        panels[run.method] = UsagePanel(title, _with_first_set(metrics.usage, run.task))
     return list(panels.values())
 
 
@@ -248,12 +248,12 @@ def _usage_rows(outcomes: TextOutcomes, information_names: Sequence[str]) -> lis
     specialised and shared experts.
     """
     rows = []
-    for record, metrics in outcomes.chosen_runs():
+    for run, metrics in outcomes.chosen_runs():
         if not metrics.usage or not metrics.usage.tasks or not metrics.routing:
             continue
         rows.append(
             {
-                **{key: getattr(record, key) for key in CELL},
+                **{key: getattr(run, key) for key in CELL},
                 **{name: getattr(metrics.routing, name) for name in information_names},
                 "specialised_experts": len(metrics.usage.specialised),
                 "shared_experts": len(metrics.usage.shared),
@@ -278,12 +278,12 @@ def traces(outcomes: TextOutcomes) -> pd.DataFrame:
     ``seed``, ``layer``, ``trace`` and titles.
     """
     rows = []
-    for record, metrics in outcomes.chosen_runs():
+    for run, metrics in outcomes.chosen_runs():
         if metrics.routing is None or metrics.routing.windows is None:
             continue
-        run = {key: getattr(record, key) for key in _KEYS_OF_RUN}
+        keys_of_run = {key: getattr(run, key) for key in _KEYS_OF_RUN}
         for layer, trace in layer_traces(metrics.routing.windows).items():
-            rows.append({**run, "layer": layer, "trace": trace})
+            rows.append({**keys_of_run, "layer": layer, "trace": trace})
     return outcomes.with_titles(pd.DataFrame(rows, columns=[*_KEYS_OF_RUN, "layer", "trace"]))
 
 

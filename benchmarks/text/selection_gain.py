@@ -66,7 +66,7 @@ def _tried_choices(outcomes: TextOutcomes) -> pd.DataFrame:
     """
     tables = []
     for protocol in (PUBLISHED, CLEAN):
-        tables.append(choices(outcomes.records, protocol).assign(protocol=protocol))
+        tables.append(choices(outcomes.recorded_numbers, protocol).assign(protocol=protocol))
     tried = pd.concat(tables, ignore_index=True)
     first_protocol = tried.groupby(["model", "task"])["protocol"].transform("first")
     return tried[tried["protocol"] == first_protocol]
@@ -176,7 +176,7 @@ def selection_gain_table(outcomes: TextOutcomes) -> Table:
         columns=columns,
         frame=frame,
         # without protocol, because the runs of both selections are behind a row
-        origins=outcomes.records.drop(columns="protocol"),
+        origins=outcomes.recorded_numbers.drop(columns="protocol"),
     )
 
 

@@ -255,7 +255,7 @@ def cost_table(outcomes: TextOutcomes) -> Table:
         keys=HEADINGS,
         frame=outcomes.order(cells, CELL),
         cell_columns=CELL,
-        records=of_first[~is_information],
+        numbers=of_first[~is_information],
         averaged="Means over seeds of the chosen runs",
         measured_on="the ID test split without padding",
     )
@@ -270,7 +270,7 @@ def choices_table(outcomes: TextOutcomes) -> Table:
     protocols = outcomes.protocols or list(PROTOCOL_TITLES)
     dev_scores = []  # of all runs that could be chosen
     for protocol in protocols:
-        of_protocol = selection_scores(outcomes.records, protocol)
+        of_protocol = selection_scores(outcomes.recorded_numbers, protocol)
         dev_scores.append(of_protocol.assign(protocol=protocol))
     return Table(
         title="Hyper-parameters, and the choice",
@@ -296,7 +296,7 @@ def _choice_rows(outcomes: TextOutcomes, protocols: Iterable[str]) -> pd.DataFra
     """Return the rows of :func:`choices_table`: the tried hyper-parameters under each protocol."""
     tables = []
     for protocol in protocols:
-        tables.append(choices(outcomes.records, protocol).assign(protocol=protocol))
+        tables.append(choices(outcomes.recorded_numbers, protocol).assign(protocol=protocol))
     table = outcomes.with_titles(pd.concat(tables, ignore_index=True))
     return table.assign(
         variant_shown=table["variant"].replace("", MISSING),

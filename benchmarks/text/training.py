@@ -130,14 +130,17 @@ class SplitEvaluator:
     max_length: int
 
     def evaluate(
-        self, split: TextSplit, task: RunTask | None = None, routing: RoutingRecorder | None = None
+        self,
+        split: TextSplit,
+        task: RunTask | None = None,
+        recorder: RoutingRecorder | None = None,
     ) -> dict[str, float | None]:
-        """Score a split, and record routing if ``routing`` is given.
+        """Score a split, and record routing if ``recorder`` is given.
 
         Args:
             split: The rows.
             task: The task of the rows, for an OOD set; None for the training task.
-            routing: The recorder of routing, or None.
+            recorder: The recorder of routing, or None.
 
         Returns:
             The scores by metric, with losses only if the task has as many classes as the head.
@@ -153,8 +156,8 @@ class SplitEvaluator:
         evaluated = task or self.task
         # the recorder gets the classes in the order in which the model sees the rows
         recording: AbstractContextManager[None] = nullcontext()
-        if routing:
-            recording = routing.record_set(evaluated.name, split.class_numbers[rows.order])
+        if recorder:
+            recording = recorder.record_set(evaluated.name, split.class_numbers[rows.order])
         with recording:
             output = self.trainer.predict(cast(Any, rows), metric_key_prefix="eval")
         logits = extract_logits(output.predictions)

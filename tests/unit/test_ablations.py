@@ -281,6 +281,31 @@ def test_panels_with_several_seeds_count_them_and_papers_rows_may_lack_a_model(
     assert "the paper" in titles
 
 
+PAPER = """model,scope,method,setting,value,status,source
+bert-large-cased,CoLA,lora,,60,published,x
+bert-large-cased,MRPC,lora,,80,published,x
+bert-large-cased,CoLA,lora_emoe_settings,N16-k0.25,61,published,x
+bert-large-cased,MRPC,lora_emoe_settings,N16-k0.25,83,published,x
+bert-large-cased,CoLA,lora_emoe_settings,N16-k0.5,62,published,x
+bert-large-cased,MRPC,lora_emoe_settings,N16-k0.5,,unknown,x
+bert-large-cased,CoLA,lora_emoe_settings,N32-k0.5,63,published,x
+"""
+
+
+def test_the_papers_average_is_left_out_if_it_lacks_a_number_of_a_task(here: Path) -> None:
+    file = here / "paper.csv"
+    file.write_text(PAPER)
+    benchmark = edited_benchmark("glue_lora", {})
+    ablations = benchmark.definition.ablations
+    ablations["settings"] = ablations["settings"].model_copy(update={"paper": str(file)})
+    runs = fake_runs.write(RUNS, "smoke", benchmarks=("glue_lora",))
+    figure = figure_of(TextOutcomes(benchmark, fake_runs.records(runs)), "settings", here)
+    (axis,) = [axis for axis in figure.axes if axis.get_title() == "BERT-large (the paper)"]
+    crosses = [line for line in axis.lines if line.get_marker() == "x"]
+    drawn = [value for cross in crosses for value in cross.get_xdata()]
+    assert drawn == pytest.approx([2])
+
+
 # trained as one thing, used as another
 
 

@@ -230,6 +230,22 @@ def test_a_mean_may_shift_up_to_its_limit(
     )
 
 
+def test_runs_with_one_seed_each_do_not_show_how_much_differences_scatter() -> None:
+    """`verify` may repeat two runs of a method that differ in their settings and seeds."""
+    several = balanced_accuracies([0.8] * 4, [0, 1, 0, 1])
+    runs = [f"glue m t emoe {number}" for number in (1, 1, 2, 2)]
+    with_runs = several.rows.assign(run=runs, eval_task="")
+    before = replace(several, rows=with_runs)
+    after = add(before, np.full(4, 0.012))
+    shifts = compare(before, after, "full", elsewhere=True).shifts
+    assert "glue, all runs of emoe" in set(shifts["group"])
+
+    # the first run with seed 0 and the second with seed 1
+    few_before = replace(before, rows=before.rows.iloc[[0, 3]])
+    few_after = replace(after, rows=after.rows.iloc[[0, 3]])
+    assert compare(few_before, few_after, "full", elsewhere=True).passed
+
+
 def test_a_single_number_within_its_tolerance_is_no_shift() -> None:
     blessed = blessed_numbers("mini")
     for row in np.flatnonzero(is_score(blessed))[::80]:
@@ -314,7 +330,7 @@ def test_the_last_digit_counts_for_one_machine_and_code_and_the_tolerance_otherw
     content = json.loads(origin.read_text())
     origin.write_text(json.dumps(content | {"code": "0" * 64}))
     text = str(check(suite))
-    assert "within tolerances: the reference was made by older code" in text
+    assert "within tolerances: other code than that of this checkout made the reference" in text
     assert " numbers exactly" in text  # the other benchmark
     assert changed(suite) == set()
     origin.write_text(json.dumps(content))

@@ -232,12 +232,12 @@ def test_tasks_are_averaged_within_a_seed_and_a_seed_that_lacks_one_is_left_out(
         ("c", 0): 0.9,
     }
     evidence = compared(numbers({"emoe": ours, "vanilla": base, "gmoe": {("d", 0): 1.0}}))
-    assert (evidence.difference.n, evidence.incomplete, evidence.tasks) == (2, 1, ["a", "b"])
+    assert (evidence.difference.n, evidence.num_incomplete, evidence.tasks) == (2, 1, ["a", "b"])
     assert evidence.difference.mean == pytest.approx((0.03 + 0.02) / 2)
     # no seed has all tasks
     base = {("a", seed): 0.5 for seed in (0, 1)} | {("b", seed): 0.5 for seed in (2, 3)}
     evidence = compared(numbers({"emoe": dict.fromkeys(base, 0.6), "vanilla": base}))
-    assert (evidence.difference.n, evidence.incomplete) == (0, 4)
+    assert (evidence.difference.n, evidence.num_incomplete) == (0, 4)
 
 
 def test_a_loss_is_untestable_if_a_run_diverged() -> None:
@@ -249,7 +249,7 @@ def test_a_loss_is_untestable_if_a_run_diverged() -> None:
     # the other five seeds alone would support the claim
     diverged = {**ours, ("t", 5): math.nan}
     evidence = compared(numbers({"emoe": diverged, "vanilla": base}, metric="loss"), lower)
-    assert (evidence.difference.n, evidence.incomplete, evidence.diverged) == (5, 1, 1)
+    assert (evidence.difference.n, evidence.num_incomplete, evidence.num_diverged) == (5, 1, 1)
     assert judge(lower, evidence, evidence.difference.p, MARGIN) is Verdict.UNTESTABLE
 
 
@@ -480,8 +480,8 @@ def test_a_difference_is_also_a_share_of_the_errors(rows: pd.DataFrame) -> None:
     ours = f"{row.delta / (100 - dense) * 100:+.1f} %"
     # Fig. 2: +0.79 at a mean of 84.48
     paper = 0.79 / (100 - 84.48)
-    assert row.errors_shown.startswith(ours)
-    assert row.errors_shown.endswith(f"; the paper {paper * 100:+.1f} %")
+    assert row.error_share_shown.startswith(ours)
+    assert row.error_share_shown.endswith(f"; the paper {paper * 100:+.1f} %")
     assert row.expected == pytest.approx(paper * (100 - dense))
     assert row.against_paper == "the paper's error is unknown"
 

@@ -89,6 +89,22 @@ def test_a_moved_test_names_both_verdicts(blessed: pd.DataFrame) -> None:
     )
 
 
+def test_a_number_that_is_missing_once_is_left_out(blessed: pd.DataFrame) -> None:
+    """A pair with such a number is in no mean of the claim, so its change does not count either."""
+    is_loss = (blessed["metric"] == "loss") & (blessed["method"] == "lora_emoe")
+    is_first_seed = blessed["seed"] == blessed["seed"].min()
+    losses_of_seed = blessed[is_loss & is_first_seed]
+    before = pd.concat([blessed, losses_of_seed.assign(value=np.nan)], ignore_index=True)
+    # the mean over all twelve seeds does not change
+    shifts = np.where(is_first_seed, -1.1, 0.1)
+    values = blessed["value"].where(~is_loss, blessed["value"] + shifts)
+    changed = blessed.assign(value=values)
+    after = pd.concat([changed, losses_of_seed.assign(value=np.nan)], ignore_index=True)
+    moved = compare_tests(FULL, {"glue_lora": before}, {"glue_lora": after}).moved
+    test_of_loss = IN_DOMAIN.replace("LoRA: LoRA", "LoRA: loss: LoRA")
+    assert test_of_loss in [test.title for test in moved]
+
+
 @pytest.fixture
 def blessed_runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Suite]:
     """Return a function that writes and blesses the text runs of a suite, then shifts EMoE's scores."""

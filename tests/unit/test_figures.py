@@ -162,7 +162,9 @@ def main_tests() -> pd.DataFrame:
         interval = f" [{row.low:+.2f}, {row.high:+.2f}]" if row.n > 1 else ""
         differences.append(f"{row.delta:+.2f}{interval}")
         counts.append(f"{row.n} {row.pair}{'s' if row.n > 1 else ''}")
-    return rows.assign(unit="points", margin=0.35, runs_without_unit=differences, n_shown=counts)
+    return rows.assign(
+        unit="points", margin=0.35, difference_without_unit=differences, n_shown=counts
+    )
 
 
 def claims_drawn(folder: Path, narrow: bool) -> Figure:

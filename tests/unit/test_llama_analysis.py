@@ -145,7 +145,7 @@ def test_claims_pair_questions_and_average_seeds_as_the_table_does(runs: list[Ru
     questions = Comparison(**names, domain="questions", metric="accuracy", questions=[TASK])
     evidence = find_evidence(outcomes.claim_numbers(), questions)
     assert evidence is not None
-    assert (evidence.difference.n, evidence.incomplete) == (row.questions, 0)
+    assert (evidence.difference.n, evidence.num_incomplete) == (row.questions, 0)
     assert evidence.difference.mean == pytest.approx(row.delta)
     losses = find_evidence(
         outcomes.claim_numbers(), Comparison(**names, domain="held_out", metric="loss")

@@ -45,7 +45,7 @@ def assert_same_numbers(suite: Suite, benchmark: str) -> None:
     blessed = read_blessed_records(suite, benchmark)
     assert blessed is not None
     # the numbers of runs that are no longer planned cannot be computed
-    assert blessed.unplanned == 0, "bless the benchmark again: the plan has changed"
+    assert blessed.num_unplanned == 0, "bless the benchmark again: the plan has changed"
     numbers = collect_numbers(blessed.records.values())
     written = read_reference(suite.name, benchmark)
     pd.testing.assert_frame_equal(numbers.rows, written.rows, check_dtype=False)
@@ -133,7 +133,7 @@ def test_runs_that_are_not_planned_are_counted_and_left_out(suite: Suite) -> Non
     fewer.__dict__["runs"] = suite.runs[1:]
     blessed = read_blessed_records(fewer, "glue")
     assert blessed is not None
-    assert blessed.unplanned == 1
+    assert blessed.num_unplanned == 1
     assert suite.runs[0].folder not in blessed.records
 
 

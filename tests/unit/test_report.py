@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -142,7 +143,7 @@ def test_costs_are_in_plain_words(page_file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(59.4, "59 s"), (60, "1 min"), (3_570, "1 h 0 min"), (7_500, "2 h 5 min")],
+    [(59.4, "59 s"), (59.7, "1 min"), (60, "1 min"), (3_570, "1 h 0 min"), (7_500, "2 h 5 min")],
 )
 def test_durations_have_the_unit_that_fits(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
@@ -242,6 +243,35 @@ def test_a_heading_sorts_by_the_number_and_the_keyboard_lists_runs(
     assert listed.first.inner_text().startswith(("minilm-tweets-", "minilm-amazon-"))
     page.keyboard.press("Enter")
     assert listed.count() == 0
+
+
+def test_names_and_folders_of_runs_are_text_and_not_html(browser: Browser, page_file: Path) -> None:
+    written = page_file.read_text()
+    with_tag = written.replace('": "minilm-tweets-', '": "<b>minilm</b>-tweets-')
+    with_quote = with_tag.replace('data-runs-folder="../runs"', 'data-runs-folder="it\'s/runs"')
+    assert len({written, with_tag, with_quote}) == 3
+    edited = page_file.with_name("edited.html")
+    edited.write_text(with_quote)
+    page, _ = opened(browser, edited)
+    page.locator("#glue_results tbody button").first.click()
+    item = page.locator("#glue_results tr.runs li").first
+    assert item.inner_text().startswith("<b>minilm</b>-tweets-")
+    assert str(item.locator("a").first.get_attribute("href")).startswith("it's/runs/glue/")
+
+
+def test_a_single_run_is_counted_in_the_singular(page_file: Path) -> None:
+    section_file = page_file.parent / "sections/modularity.json"
+    written = section_file.read_text()
+    section = json.loads(written)
+    section["machines"][0]["runs"] = 1
+    section_file.write_text(json.dumps(section))
+    page = page_file.with_name("single.html")
+    cli(
+        ["report", "--suite", "mini", "--benchmark", "modularity", "--output", str(page)],
+        standalone_mode=False,
+    )
+    section_file.write_text(written)
+    assert "<summary>1 run</summary>" in page.read_text()
 
 
 def test_a_column_with_thousands_is_sorted_by_number(browser: Browser, page_file: Path) -> None:

@@ -139,12 +139,12 @@ def test_a_row_links_to_its_runs_of_both_selections(runs: list[Run], records: li
 def test_luck_is_what_pure_noise_adds(records: list[Record]) -> None:
     """If all choices are equally good, best − mean is the gain by luck on average, for 3 and 9 choices."""
     outcomes = TextOutcomes(LORA, records)
-    dev_scores = outcomes.records[outcomes.records["part"] == "dev"]
+    dev_scores = outcomes.recorded_numbers[outcomes.recorded_numbers["part"] == "dev"]
     # the same runs on 400 times as many tasks
     copies = [dev_scores.assign(task=dev_scores["task"] + f" {i}") for i in range(400)]
     noisy = pd.concat(copies, ignore_index=True)
     noise = 0.01 * np.random.default_rng(0).standard_normal(len(noisy))
-    outcomes.records = noisy.assign(value=0.8 + noise)
+    outcomes.recorded_numbers = noisy.assign(value=0.8 + noise)
     for _, rows in selection_gains(outcomes).groupby("method"):
         assert len(rows) == 800
         for luck in ("luck", "baseline_luck"):

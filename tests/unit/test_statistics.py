@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from benchmarks.harness.report.common import average_over_seeds, our_means, summarize_scores
 from benchmarks.harness.results.statistics import (
     confidence_interval,
     critical_difference,
@@ -70,6 +71,29 @@ def test_differences_without_spread_or_with_one_pair() -> None:
     same = mean_difference(np.zeros(2))
     assert (same.mean, same.low, same.high) == (0, 0, 0)
     assert confidence_interval(np.array([0.3])) == (0.3, 0.3)
+
+
+def test_a_mean_over_seeds_is_missing_if_one_of_its_n_values_is_missing() -> None:
+    scores = pd.DataFrame(
+        {
+            "method": ["emoe", "emoe", "emoe", "dense", "dense"],
+            "model": "minilm",
+            "value": [0.5, 0.7, math.nan, 0.2, 0.4],
+        }
+    )
+    cell = ["model", "method"]
+    ours = our_means(scores.set_index(cell)["value"], cell)
+    assert list(ours["n"]) == [3, 2]
+    assert list(ours["ours"].isna()) == [True, False]
+    averages = average_over_seeds(scores, cell, ["value"])
+    assert list(averages["n"]) == [3, 2]
+    assert list(averages["value"].isna()) == [True, False]
+    assert list(averages["value_std"].isna()) == [True, False]
+    summaries = summarize_scores(scores, cell)
+    assert list(summaries["n"]) == [3, 2]
+    numbers = summaries[["mean", "std", "population_std"]]
+    assert numbers.iloc[0].isna().all()
+    assert numbers.iloc[1].notna().all()
 
 
 def test_friedman_ranks() -> None:

@@ -90,7 +90,7 @@ def test_verify_repeats_a_blessed_run_that_is_not_finished_here(
     assert output[-1].endswith(" agree, 1 changed, 0 missing, 0 new")
     monkeypatch.setattr(sys, "executable", "false")
     output = call(*VERIFY, "--seed", "1", status=1).splitlines()
-    assert output[-2] == f"1 repeated runs failed, the first is {run.name}: no output"
+    assert output[-2] == f"1 repeated run failed: {run.name}: no output"
 
 
 def shift_stored_partitions() -> None:
@@ -317,6 +317,32 @@ def test_the_failure_of_a_run_without_blessed_numbers_is_printed(
     assert lines[-1] == "failed: the reason"
 
 
+@pytest.mark.usefixtures("own_reference")
+def test_the_result_names_each_failed_run_of_a_benchmark_without_blessed_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An evaluation may be blessed without the benchmark of the trained run that it evaluates."""
+    suite = plain_suite("smoke")
+    evaluation = suite.runs_of("glue_ood")[0]
+    (folder,) = evaluation.spec["candidates"]
+    trained = suite.runs_by_folder[folder]
+    fake_runs.write_runs([evaluation])
+    bless_runs([evaluation])
+    monkeypatch.setattr(verify, "make_inputs", lambda *_arguments: None)
+    failures = [Failure(trained, f"{trained.name}: no memory")]
+    monkeypatch.setattr(
+        verify, "run_again", lambda *_arguments: (fake_runs.records([evaluation]), failures)
+    )
+    result = verify.verify(suite, 1, 0, lambda line: None)
+    assert str(result).splitlines()[0] == f"an unblessed run failed: {trained.name}: no memory"
+    assert not result.passed
+
+    failures.append(Failure(evaluation, f"{evaluation.name}: no trained run"))
+    lines = str(verify.verify(suite, 1, 0, lambda line: None)).splitlines()
+    assert lines[0] == f"an unblessed run failed: {trained.name}: no memory"
+    assert f"1 repeated run failed: {evaluation.name}: no trained run" in lines
+
+
 def test_missing_packages_and_partitions_are_made_first(
     own_reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,13 +377,18 @@ def test_bless_refuses_a_tree_with_changes_except_blessed_numbers(checkout: Path
     write_json(checkout / "results/reference/mini/glue.json", {})
     assert len(clean_commit()) == 40
     (checkout / "code.py").write_text("x = 1")
-    with pytest.raises(DefinitionError, match=r"1 files are not committed, the first is code\.py"):
+    with pytest.raises(DefinitionError, match=r"^1 file is not committed: code\.py$"):
+        clean_commit()
+    (checkout / "other.py").write_text("x = 1")
+    with pytest.raises(
+        DefinitionError, match=r"^2 files are not committed, the first is code\.py$"
+    ):
         clean_commit()
 
 
 def test_bless_names_a_changed_file_with_a_blank_in_its_path(checkout: Path) -> None:
     (checkout / "two words.py").write_text("x = 1")
-    with pytest.raises(DefinitionError, match=r'the first is "two words\.py"$'):
+    with pytest.raises(DefinitionError, match=r'^1 file is not committed: "two words\.py"$'):
         clean_commit()
 
 

@@ -102,12 +102,9 @@ def check_claims(suite: Suite, finished: Mapping[str, Sequence[Record]]) -> Clai
         blessed = read_blessed_records(suite, name)
         if blessed is None:
             continue
-        new_records = []
-        old_records = []
-        for record in finished[name]:
-            if record.run.folder in blessed.records:
-                new_records.append(record)
-                old_records.append(blessed.records[record.run.folder])
+        # the runs that both sides have, in the same order
+        new_records = [record for record in finished[name] if record.run.folder in blessed.records]
+        old_records = [blessed.records[record.run.folder] for record in new_records]
         if new_records:
             before[name] = claim_numbers(name, old_records)
             after[name] = claim_numbers(name, new_records)
@@ -152,16 +149,21 @@ def compare_tests(
 
 def _subtract(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     """Subtract the older from the newer value of each number. The columns are ``COMPARED``."""
-    # newer code may record other numbers
+    # newer code may record other numbers, so only those that both sides have are kept
     old, new = _values(before).align(_values(after), join="inner")
-    return (new - old).dropna().rename("value").reset_index()
+    differences = (new - old).rename("value")
+    return differences.dropna().reset_index()
 
 
 def _values(numbers: pd.DataFrame) -> pd.Series[float]:
-    """Return each number by all its names, once. An evaluation may record it several times."""
+    """Return each number by all its names, once.
+
+    An evaluation may record it several times. Then it is their mean, which is nan if one of them is
+    missing.
+    """
     names = [column for column in COMPARED if column != "value"]
     as_floats = numbers.astype({"value": float})
-    return as_floats.groupby(names, sort=False, dropna=False)["value"].mean()
+    return as_floats.groupby(names, sort=False, dropna=False)["value"].mean(skipna=False)
 
 
 def _has_moved(change: Difference, limit: float) -> bool:

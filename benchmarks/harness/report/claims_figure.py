@@ -120,7 +120,7 @@ def _our_marks(rows: pd.DataFrame) -> pd.DataFrame:
     """
     series = rows["verdict"].replace(MISSING, _NO_VERDICT)
     # the axis has the unit
-    differences = rows["runs_without_unit"].str.replace("-", _MINUS)
+    differences = rows["difference_without_unit"].str.replace("-", _MINUS)
     counts = "n = " + rows["n_shown"]
     return rows.assign(series=series, text=differences + "\n" + counts)
 

@@ -85,7 +85,7 @@ class ClaimRow:
     """One test of a claim, with the paper's effect and ours. p is not corrected yet.
 
     Unknown texts are a dash, and unknown numbers are nan. The fields are the columns of the table's
-    CSV file, in this order, except ``runs_without_unit``, ``comparison`` and ``evidence``.
+    CSV file, in this order, except ``difference_without_unit``, ``comparison`` and ``evidence``.
 
     Attributes:
         claim: The name of the claim in ``claims.yaml``.
@@ -101,12 +101,13 @@ class ClaimRow:
         metric: The name of the metric.
         pair: What ``n`` counts: ``seed``, ``trial``, ``question``, ``setting`` or ``run``.
         endpoint: ``main``, or ``loss`` for the second endpoint.
-        errors_shown: Our difference as a share of the errors of the reference method, and the
+        error_share_shown: Our difference as a share of the errors of the reference method, and the
             paper's, as text.
         unit: The unit of the numbers below, such as ``points``.
         n_shown: ``n`` with a noun, such as ``5 seeds``.
-        runs_shown: Our difference and its interval as text.
-        runs_without_unit: The same text without ``unit``, for figures. Counts keep their noun.
+        difference_shown: Our difference and its interval as text.
+        difference_without_unit: The same text without ``unit``, for figures. Counts keep their
+            noun.
         delta: Our difference.
         low: The lower end of its interval.
         high: The upper end of its interval.
@@ -138,11 +139,11 @@ class ClaimRow:
     metric: str = MISSING
     pair: str = MISSING
     endpoint: str
-    errors_shown: str = MISSING
+    error_share_shown: str = MISSING
     unit: str = MISSING
     n_shown: str = MISSING
-    runs_shown: str = MISSING
-    runs_without_unit: str = MISSING
+    difference_shown: str = MISSING
+    difference_without_unit: str = MISSING
     delta: float = math.nan
     low: float = math.nan
     high: float = math.nan
@@ -240,12 +241,11 @@ def judge_claims(suite: Suite, numbers: Mapping[str, pd.DataFrame]) -> pd.DataFr
     p_holm = frame.groupby("endpoint", sort=False)["p"].transform(holm)
     gap_p_holm = holm(frame["gap_p"])
 
-    if has_random_weights(suite.runs):
-        verdicts = [MISSING for _ in claim_rows]
-    else:
-        verdicts = []
-        for row, p_corrected in zip(claim_rows, p_holm, strict=True):
-            verdicts.append(str(_verdict(row, p_corrected)))
+    is_random = has_random_weights(suite.runs)
+    verdicts = []
+    for row, p_corrected in zip(claim_rows, p_holm, strict=True):
+        verdict = MISSING if is_random else str(_verdict(row, p_corrected))
+        verdicts.append(verdict)
     gains = []
     for row, gap_p_corrected in zip(claim_rows, gap_p_holm, strict=True):
         gains.append(_gain_of_row(row, gap_p_corrected))
@@ -415,7 +415,7 @@ def _p_of_test(comparison: Comparison, evidence: Evidence) -> float:
     Only claims of a higher or lower number are. After a run diverged, nothing is tested.
     """
     is_tested = comparison.direction in ("higher", "lower")
-    if not is_tested or evidence.diverged:
+    if not is_tested or evidence.num_diverged:
         return math.nan
     return evidence.difference.p
 
@@ -454,10 +454,10 @@ def _with_evidence(
         row,
         margin=margin,
         margin_shown=_margin_text(margin, row.unit),
-        errors_shown=_error_text(shares),
+        error_share_shown=_error_share_text(shares),
         n_shown=_with_noun(difference.n, row.pair),
-        runs_shown=_runs_text(difference, row.unit, comparison, metric),
-        runs_without_unit=_runs_text(difference, "", comparison, metric),
+        difference_shown=_difference_text(difference, row.unit, comparison, metric),
+        difference_without_unit=_difference_text(difference, "", comparison, metric),
         delta=difference.mean,
         low=difference.low,
         high=difference.high,
@@ -520,7 +520,7 @@ def _error_shares(
     return ErrorShares(ours=our_share, of_paper=paper_share, expected=paper_share * our_errors)
 
 
-def _error_text(shares: ErrorShares) -> str:
+def _error_share_text(shares: ErrorShares) -> str:
     """Format shares of errors, such as ``+1.4 % [-4.0, +6.8]; the paper +5.1 %``."""
     if math.isnan(shares.ours.mean):
         return MISSING
@@ -531,7 +531,9 @@ def _error_text(shares: ErrorShares) -> str:
     return f"{text}; the paper {shares.of_paper * 100:+z.1f} %"
 
 
-def _runs_text(difference: Difference, unit: str, comparison: Comparison, metric: Metric) -> str:
+def _difference_text(
+    difference: Difference, unit: str, comparison: Comparison, metric: Metric
+) -> str:
     """Format a difference as text.
 
     A difference of counts gets a sign, and a ratio of times gets its range. Any other difference
@@ -570,11 +572,13 @@ def _remark(evidence: Evidence, pair: str, benchmark: AnyBenchmark) -> str:
     # a comparison of times has no tasks
     if tasks_text:
         texts.append(tasks_text)
-    unfinished = evidence.incomplete - evidence.diverged
+    unfinished = evidence.num_incomplete - evidence.num_diverged
     if unfinished:
         texts.append(f"{_with_noun(unfinished, pair)} left out as incomplete")
-    if evidence.diverged:
-        texts.append(f"{_with_noun(evidence.diverged, pair)} left out because training diverged")
+    if evidence.num_diverged:
+        texts.append(
+            f"{_with_noun(evidence.num_diverged, pair)} left out because training diverged"
+        )
     return "; ".join(texts)
 
 
@@ -600,18 +604,18 @@ def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
             "claim_title": "Claim",
             "test_shown": "Tested on",
             "paper": "The paper",
-            "runs_shown": "These runs",
+            "difference_shown": "These runs",
             "n_shown": "n",
         },
         columns=[
             Column(metric="p_value", value="p", label="p"),
             Column(metric="p_value", value="p_holm", label="p (Holm)"),
         ],
-        frame=rows.drop(columns=["runs_without_unit", "comparison", "evidence"]),
+        frame=rows.drop(columns=["difference_without_unit", "comparison", "evidence"]),
         notes={
             "verdict": "Verdict",
             "margin_shown": "Margin",
-            "errors_shown": "Share of errors",
+            "error_share_shown": "Share of errors",
             "against_paper": "Next to the paper",
             "remark": "Over, and remarks",
         },

@@ -76,14 +76,15 @@ def join_claim_numbers(*frames: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(same_columns, ignore_index=True)
 
 
-def parameter_counts(records: pd.DataFrame) -> pd.DataFrame:
+def parameter_counts(numbers: pd.DataFrame) -> pd.DataFrame:
     """Select the parameter counts of all runs, and set their ``domain`` to ``model``.
 
-    :func:`join_claim_numbers` accepts the result.
+    ``numbers`` are rows of :func:`.records.tabulate_numbers`. :func:`join_claim_numbers` accepts
+    the result.
     """
-    is_of_model = records["part"] == "model"
-    is_count = records["metric"].isin(COUNTS.metrics)
-    return records[is_of_model & is_count].assign(domain="model")
+    is_of_model = numbers["part"] == "model"
+    is_count = numbers["metric"].isin(COUNTS.metrics)
+    return numbers[is_of_model & is_count].assign(domain="model")
 
 
 def _in_order(titles: Mapping[str, str], ran: Iterable[str]) -> dict[str, str]:
@@ -112,7 +113,7 @@ class Outcomes:
     pair = "seed"  # the unit of paired differences
     seeds_cover = SEEDS_COVER  # what intervals over seeds cover, for captions
     titles: dict[str, Mapping[str, str]]  # by column and name; names that ran come first
-    records: pd.DataFrame  # every number of every run; a subclass sets it
+    recorded_numbers: pd.DataFrame  # every number of every run; a subclass sets it
 
     def __init__(
         self,
@@ -151,7 +152,7 @@ class Outcomes:
         :func:`.presentation.with_runs` matches the names, such as the model and the method, with
         the rows of a table.
         """
-        return self.records
+        return self.recorded_numbers
 
     @property
     def shared_note(self) -> str:
@@ -369,10 +370,10 @@ def our_means(values: pd.Series[float], cell_columns: Sequence[str]) -> pd.DataF
 
     A cell is a combination of names in the index levels ``cell_columns``. Returns one row per cell:
     these columns, the mean ``ours``, the 95 % interval ``low`` and ``high`` (nan for a single
-    value), and the count ``n``.
+    value), and the count ``n``. If a value is nan, the mean and the interval are nan.
     """
     by_cell = values.groupby(list(cell_columns), sort=False)
-    means = by_cell.agg(ours="mean", n="size")
+    means = pd.DataFrame({"ours": by_cell.mean(skipna=False), "n": by_cell.size()})
 
     # in the order of the rows of `means`
     lows = []
@@ -413,14 +414,14 @@ def published_table(
 
 
 def cell_means(
-    records: pd.DataFrame, cell_columns: Sequence[str], metrics: Sequence[str]
+    numbers: pd.DataFrame, cell_columns: Sequence[str], metrics: Sequence[str]
 ) -> pd.DataFrame:
     """Average costs, model sizes and expert loads over the runs of each cell.
 
-    A cell is a combination of values of ``cell_columns``. Returns one row per cell: these columns,
-    and one column per metric.
+    ``numbers`` are rows of :func:`.records.tabulate_numbers`. A cell is a combination of values of
+    ``cell_columns``. Returns one row per cell: these columns, and one column per metric.
     """
-    costs = records[records["part"].isin(("cost", "model", "routing"))]
+    costs = numbers[numbers["part"].isin(("cost", "model", "routing"))]
     means = {}
     for metric in metrics:
         of_metric = costs[costs["metric"] == metric]
@@ -462,14 +463,16 @@ def average_over_seeds(
     """Average ``numbers`` over the rows of each cell (usually one row per seed).
 
     A cell is a combination of values of ``cell_columns``. Returns one row per cell: these columns,
-    the mean of each number, its sample deviation ``<number>_std``, and the count of rows ``n``.
+    the mean of each number, its sample deviation ``<number>_std``, and the count of rows ``n``. If
+    a row lacks a number, the mean and the deviation are nan, because ``n`` counts this row, too.
     """
     types = dict.fromkeys(numbers, float)
     by_cell = frame.astype(types).groupby(list(cell_columns), sort=False)
     values = by_cell[list(numbers)]
-    deviations = values.std().add_suffix("_std")  # nan for a single row
+    means = values.mean(skipna=False)
+    deviations = values.std(skipna=False).add_suffix("_std")  # nan for a single row
     counts = by_cell.size().rename("n")
-    return values.mean().join(deviations).join(counts).reset_index()
+    return means.join(deviations).join(counts).reset_index()
 
 
 def summarize_scores(scores: pd.DataFrame, cell_columns: Sequence[str]) -> pd.DataFrame:
@@ -480,15 +483,16 @@ def summarize_scores(scores: pd.DataFrame, cell_columns: Sequence[str]) -> pd.Da
         cell_columns: The columns that identify a cell.
 
     Returns:
-        One row per cell with ``mean``, ``std`` (sample), ``population_std`` and ``n``.
+        One row per cell with ``mean``, ``std`` (sample), ``population_std`` and ``n``. If a score
+        is nan, only ``n`` is not.
     """
     rows = []
     for names, cell_scores in scores.groupby(list(cell_columns), sort=False)["value"]:
         row = {
             **dict(zip(cell_columns, names, strict=True)),
-            "mean": cell_scores.mean(),
-            "std": cell_scores.std(),
-            "population_std": cell_scores.std(ddof=0),
+            "mean": cell_scores.mean(skipna=False),
+            "std": cell_scores.std(skipna=False),
+            "population_std": cell_scores.std(skipna=False, ddof=0),
             "n": len(cell_scores),
         }
         rows.append(row)
@@ -500,7 +504,7 @@ def cost_table(
     keys: Mapping[str, str],
     frame: pd.DataFrame,
     cell_columns: Sequence[str],
-    records: pd.DataFrame,
+    numbers: pd.DataFrame,
     *,
     averaged: str,
     measured_on: str,
@@ -511,11 +515,11 @@ def cost_table(
         keys: The headings of the text columns, by column of ``frame``.
         frame: One row per cell, with the columns ``cell_columns``.
         cell_columns: The columns that identify a cell.
-        records: The numbers of all runs, from :func:`.records.tabulate_numbers`.
+        numbers: The numbers of all runs, from :func:`.records.tabulate_numbers`.
         averaged: The beginning of the caption, which names the averaged runs.
         measured_on: The data on which loads are measured, for the caption.
     """
-    means = cell_means(records, cell_columns, metrics=_COST_TABLE_METRICS)
+    means = cell_means(numbers, cell_columns, metrics=_COST_TABLE_METRICS)
     return Table(
         title="Cost, and use of the experts",
         caption=f"{averaged}, {_COST_CAPTION.format(measured_on=measured_on)}",

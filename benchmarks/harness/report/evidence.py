@@ -44,9 +44,9 @@ class Evidence:
         reference_mean: The mean of the reference method over the same pairs. It is nan for counts
             and ratios.
         is_at_chance: True if neither method is better than a guess.
-        incomplete: The number of pairs that are left out, because they lack a score of a model,
+        num_incomplete: The number of pairs that are left out, because they lack a score of a model,
             training task, test set, tuning or setting.
-        diverged: The number of these pairs that lack a score because training diverged.
+        num_diverged: The number of these pairs that lack a score because training diverged.
         models: The models that both methods have.
         tasks: The tasks that both methods have.
     """
@@ -54,8 +54,8 @@ class Evidence:
     difference: Difference
     reference_mean: float
     is_at_chance: bool
-    incomplete: int
-    diverged: int
+    num_incomplete: int
+    num_diverged: int
     models: list[str]
     tasks: list[str]
 
@@ -147,7 +147,8 @@ def _compare_pairs(
     has_diverged = both[["our_score", "other_score"]].isna().any(axis=1)
     by_pair = both.assign(has_diverged=has_diverged).groupby(_PAIR_COLUMNS, sort=True)
     pair_diverged = by_pair["has_diverged"].any()
-    has_all_cells = by_pair.size() == len(cells)  # a pair has one row per cell
+    num_cells_of_pair = by_pair.size()  # a pair has one row per cell
+    has_all_cells = num_cells_of_pair == len(cells)
     is_complete = has_all_cells & ~pair_diverged
     mean_scores = by_pair[["our_score", "other_score"]].mean()
     complete = mean_scores[is_complete].astype(float)
@@ -157,8 +158,8 @@ def _compare_pairs(
         difference=mean_difference(differences.to_numpy()),
         reference_mean=float(complete["other_score"].mean()),
         is_at_chance=chance is not None and _are_at_chance(complete, chance),
-        incomplete=len(mean_scores) - len(complete),
-        diverged=int(pair_diverged.sum()),
+        num_incomplete=len(mean_scores) - len(complete),
+        num_diverged=int(pair_diverged.sum()),
         models=list(both["model"].unique()),
         tasks=list(both["task"].unique()),
     )
@@ -220,11 +221,11 @@ def _compare_counts(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None
 
     num_runs = int(both["runs"].sum())
     return Evidence(
-        difference=Difference(largest, largest, largest, math.nan, num_runs),
+        difference=Difference(mean=largest, low=largest, high=largest, p=math.nan, n=num_runs),
         reference_mean=math.nan,
         is_at_chance=False,
-        incomplete=0,
-        diverged=0,
+        num_incomplete=0,
+        num_diverged=0,
         models=list(both["model"].unique()),
         tasks=list(both["task"].unique()),
     )
@@ -252,8 +253,8 @@ def _compare_ratios(rows: pd.DataFrame, comparison: Comparison) -> Evidence | No
         difference=difference,
         reference_mean=math.nan,
         is_at_chance=False,
-        incomplete=0,
-        diverged=0,
+        num_incomplete=0,
+        num_diverged=0,
         models=list(of_method["model"].unique()),
         tasks=[],
     )
@@ -301,7 +302,7 @@ def find_gap(difference: Difference, effect: float, paper_effect: PaperEffect) -
     gap = difference.mean - effect
     has_interval = not math.isnan(difference.low)
     if paper_effect.error is None or paper_effect.seeds is None or not has_interval:
-        return PaperGap(gap, math.nan)
+        return PaperGap(mean=gap, p=math.nan)
 
     our_freedom = difference.n - 1
     our_error = difference.standard_error()
@@ -313,7 +314,7 @@ def find_gap(difference: Difference, effect: float, paper_effect: PaperEffect) -
     freedom = variance**2 / (our_part + paper_part)
     # two-sided: twice the lower tail
     p = 2 * float(special.stdtr(freedom, -abs(gap) / math.sqrt(variance)))
-    return PaperGap(gap, p)
+    return PaperGap(mean=gap, p=p)
 
 
 def compare_gains(
@@ -371,7 +372,7 @@ def judge(comparison: Comparison, evidence: Evidence, p: float, margin: float) -
         p: The corrected p of the t-test; nan without a test.
         margin: The largest negligible difference.
     """
-    if evidence.is_at_chance or evidence.diverged:
+    if evidence.is_at_chance or evidence.num_diverged:
         return Verdict.UNTESTABLE
     if comparison.direction in ("higher", "lower"):
         return _judge_by_test(comparison, evidence.difference, p, margin)

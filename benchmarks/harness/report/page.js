@@ -60,20 +60,37 @@ function listRuns(cell, button) {
     row.nextElementSibling.remove();
     return;
   }
-  const items = cell.dataset.runs.split(" ").map(describeRun).join("");
-  row.insertAdjacentHTML("afterend", `<tr class="runs"><td colspan="${row.cells.length}"><ul>${items}</ul></td></tr>`);
+  const list = document.createElement("ul");
+  for (const run of cell.dataset.runs.split(" ")) list.append(describeRun(run));
+  const wideCell = document.createElement("td");
+  wideCell.colSpan = row.cells.length;
+  wideCell.append(list);
+  const listRow = document.createElement("tr");
+  listRow.className = "runs";
+  listRow.append(wideCell);
+  row.after(listRow);
 }
 
 // Return a list item with the name of a run, the links to its files, and the command that makes it.
 function describeRun(run) {
   const folder = `${runsFolder}/${run}`;
-  const parts = [
-    `<a href='${folder}/metrics.json'>numbers</a>`,
-    `<a href='${folder}/run.json'>settings</a>`,
-    `<a href='${folder}/log.txt'>log</a>`,
-    `<code>snakemake --cores 1 results/runs/${run}/metrics.json --config suite=${suite}</code>`,
-  ];
-  return `<li>${runNames[run]}: ${parts.join(" · ")}</li>`;
+  const command = document.createElement("code");
+  command.textContent = `snakemake --cores 1 results/runs/${run}/metrics.json --config suite=${suite}`;
+  const item = document.createElement("li");
+  // `append` adds a string as text, so that signs such as < need no escaping
+  item.append(`${runNames[run]}: `);
+  item.append(link("numbers", `${folder}/metrics.json`), " · ");
+  item.append(link("settings", `${folder}/run.json`), " · ");
+  item.append(link("log", `${folder}/log.txt`), " · ");
+  item.append(command);
+  return item;
+}
+
+function link(text, address) {
+  const anchor = document.createElement("a");
+  anchor.textContent = text;
+  anchor.setAttribute("href", address);
+  return anchor;
 }
 
 for (const cell of document.querySelectorAll("td[data-runs]:not([data-runs=''])")) {

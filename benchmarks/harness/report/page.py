@@ -53,7 +53,7 @@ _CLAIM_COLUMNS = (
     "benchmark",
     "test_shown",
     "gain",
-    "runs_shown",
+    "difference_shown",
     "n_shown",
     "paper",
 )
@@ -130,7 +130,7 @@ class _Page:
         return {
             "title": title,
             "html": self._read_html(path.with_suffix(".html")),
-            "files": self.link(path),
+            "link_without_ending": self.link(path),
             "command": f"snakemake --cores 1 {path}.csv --config suite={self.suite.name}",
         }
 
@@ -158,7 +158,7 @@ class _Page:
             "image": _read_image(path),
             "readable_width": str(_readable_width(path)),
             "narrow_image": _read_image(narrow) if narrow else "",
-            "files": self.link(path),
+            "link_without_ending": self.link(path),
             "caption": caption,
             "alt": caption_title(caption),
         }
@@ -243,18 +243,16 @@ class _Page:
         """List the paper's tables and figures with links to our versions.
 
         The rows have the keys of :func:`.paper_index.paper_index`, such as ``title`` and
-        ``status``. But ``files`` has pairs of a file name and the link to the file. The link is
-        empty for a missing file. The list is empty if the suite makes none of our versions.
+        ``status``, and ``links``: for each of the ``files``, its name and the link to it. The link
+        is empty for a missing file. The list is empty if the suite makes none of our versions.
         """
-        items = []
-        has_files = False
-        for row in paper_index(self.suite):
-            links = [self._paper_link(file) for file in row["files"]]
-            items.append({**row, "files": links})
-            if links:
-                has_files = True
-        if not has_files:
+        rows = paper_index(self.suite)
+        if not any(row["files"] for row in rows):
             return []
+        items = []
+        for row in rows:
+            links = [self._paper_link(file) for file in row["files"]]
+            items.append({**row, "links": links})
         return items
 
     def _paper_link(self, file: str) -> tuple[str, str]:
@@ -344,8 +342,9 @@ def _cost_text(sections: Sequence[Section]) -> str:
 
 def duration_text(seconds: float) -> str:
     """Write a duration in hours and minutes, in minutes, or in seconds if it is short."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
+    whole_seconds = round(seconds)
+    if whole_seconds < 60:
+        return f"{whole_seconds} s"
     minutes = round(seconds / 60)
     if minutes < 60:
         return f"{minutes} min"

@@ -105,21 +105,25 @@ def _select_protocol(frame: pd.DataFrame, benchmark: str, suite: Suite) -> pd.Da
     """
     if "protocol" not in frame:
         return frame
-    planned: dict[str, set[tuple[str, ...]]] = {"published": set(), "clean": set()}
-    for run in suite.runs_of(benchmark):
-        planned[run.protocol].add((run.model, run.task, run.method))
-    published = planned["published"]
-    has_published_runs = bool(published)
-    published_has_all_rows = published.issuperset(planned["clean"])
-    protocol = "clean"
-    if has_published_runs and published_has_all_rows:
-        protocol = "published"
-    is_chosen = frame["protocol"].eq(protocol)
+    is_chosen = frame["protocol"].eq(_protocol_with_all_rows(suite, benchmark))
     # a table without this column has no numbers of the paper
     if "is_ours" not in frame:
         return frame[is_chosen]
     is_paper = frame["is_ours"].eq(False)
     return frame[is_chosen | is_paper]
+
+
+def _protocol_with_all_rows(suite: Suite, benchmark: str) -> str:
+    """Return ``published`` if a suite plans all rows under this protocol, else ``clean``."""
+    # a row of a table has a model, a task and a method
+    rows_by_protocol: dict[str, set[tuple[str, ...]]] = {"published": set(), "clean": set()}
+    for run in suite.runs_of(benchmark):
+        rows_by_protocol[run.protocol].add((run.model, run.task, run.method))
+    published_rows = rows_by_protocol["published"]
+    clean_rows = rows_by_protocol["clean"]
+    if published_rows and published_rows.issuperset(clean_rows):
+        return "published"
+    return "clean"
 
 
 def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -135,8 +139,9 @@ def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """
     rows: list[dict[str, Any]] = []
     for average in paper_items.load_paper().main.values():
-        if average.of.benchmark in numbers:
-            for model, of_model in numbers[average.of.benchmark].groupby("model", sort=False):
+        benchmark = average.of.benchmark
+        if benchmark in numbers:
+            for model, of_model in numbers[benchmark].groupby("model", sort=False):
                 rows += _our_rows(average, str(model), of_model)
         rows += _published_rows(average)
     frame = pd.DataFrame(rows)

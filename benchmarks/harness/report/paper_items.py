@@ -190,18 +190,21 @@ def check_source(source: PaperSource, where: Location) -> None:
     check_names(where.at("benchmark"), [source.benchmark], benchmark_names())
     benchmark = load_benchmark(source.benchmark)
     definition = benchmark.definition
-    set_tables = getattr(definition, "set_tables", ())  # only some kinds of benchmarks have them
-    # a source has one of these keys; the others are None
-    for key, name, known in (
-        ("table", source.table, definition.tables),
-        ("set_table", source.set_table, set_tables),
-        ("figure", source.figure, definition.figures),
-    ):
-        if name and name not in known:
-            # If benchmark.yaml lists a table that does not exist, this check reports that mistake
-            # instead. Known names skip it, because it imports the presentation for a second.
-            benchmark.checked_presentation()
-            check_names(where.at(key), [name], known)
+    # a source has one of the keys `table`, `set_table` and `figure`; the others are None
+    if source.table:
+        key = "table"
+        known = definition.tables
+    elif source.set_table:
+        key = "set_table"
+        known = getattr(definition, "set_tables", [])  # only some kinds of benchmarks have them
+    else:
+        key = "figure"
+        known = definition.figures
+    if source.name not in known:
+        # If benchmark.yaml lists a table that does not exist, this check reports that mistake
+        # instead. Known names skip it, because it imports the presentation for a second.
+        benchmark.checked_presentation()
+        check_names(where.at(key), [source.name], known)
     check_names(where.at("rows"), source.rows or (), benchmark.row_titles)
 
 

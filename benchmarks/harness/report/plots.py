@@ -195,8 +195,9 @@ def draw_forest(
     shape = _narrow_shape(rows) if narrow else _WIDE
     grouped = rows if "group" in rows else rows.assign(group="")
     panels = list(grouped.groupby(["group", "panel"], sort=False))
-    # panel heights, in lines
-    panel_heights = [panel["line"].nunique() + shape.panel_border for _, panel in panels]
+    panel_heights = []  # in lines
+    for _names, panel in panels:
+        panel_heights.append(panel["line"].nunique() + shape.panel_border)
     num_headings = grouped.loc[grouped["group"] != "", "group"].nunique()
     figure_height = (  # in inches
         shape.line_height * sum(panel_heights)
@@ -217,16 +218,14 @@ def draw_forest(
     with drawing as (figure, axes):
         column = axes[:, 0]
         last_group = ""
-        for axis, (names, panel) in zip(column, panels, strict=True):
-            group, title = names
+        for axis, (group_and_title, panel) in zip(column, panels, strict=True):
+            group, title = group_and_title
             # only the first panel of a group has the heading
-            heading = ""
-            if group != last_group:
-                heading = group
+            heading = "" if group == last_group else group
+            last_group = group
             _draw_panel(axis, panel, title, heading, shape)
             if zero:
                 axis.axvline(0, color=REFERENCE, lw=0.8, zorder=1)
-            last_group = group
         _draw_series_legend(figure, column[0], rows, shape)
         column[-1].set_xlabel(wrap_text(label, inches=shape.title_width))
 
@@ -402,18 +401,26 @@ def legend_below(figure: Any, axes: Iterable[Any], columns: int) -> float:
             handles_by_label.setdefault(label, handle)
     if not handles_by_label:
         return 0.0
-    options: Any = {"loc": "outside lower center", "fontsize": 7, "frameon": False}
-    num_columns = min(len(handles_by_label), columns)
-    while True:
-        legend = figure.legend(
-            handles_by_label.values(), handles_by_label.keys(), ncols=num_columns, **options
+
+    def draw(num_columns: int) -> Any:
+        return figure.legend(
+            handles_by_label.values(),
+            handles_by_label.keys(),
+            ncols=num_columns,
+            loc="outside lower center",
+            fontsize=7,
+            frameon=False,
         )
-        extent = legend.get_window_extent()
-        # not the whole width, because letters of a saved figure may be a little wider
-        if extent.width <= 0.97 * figure.bbox.width or num_columns == 1:
-            return float(extent.height / figure.dpi)
+
+    # not the whole width, because letters of a saved figure may be a little wider
+    widest = 0.97 * figure.bbox.width
+    num_columns = min(len(handles_by_label), columns)
+    legend = draw(num_columns)
+    while num_columns > 1 and legend.get_window_extent().width > widest:
         legend.remove()
         num_columns -= 1
+        legend = draw(num_columns)
+    return float(legend.get_window_extent().height / figure.dpi)
 
 
 @contextmanager

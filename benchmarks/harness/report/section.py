@@ -7,7 +7,7 @@ figures.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -221,20 +221,17 @@ def find_mixed_sets(records: Sequence[Record]) -> list[MixedSet]:
     because they depend on the seed. The records of images and instructions have no digest of the
     rows, so these are not compared.
     """
-    # by the rows that runs should evaluate, and by the digest of the rows that they did evaluate
-    summaries: dict[_ExpectedRows, dict[str, list[DataSummary]]] = {}
+    summaries_by_expected_rows: dict[_ExpectedRows, list[DataSummary]] = {}
     for record in records:
-        run = record.run
-        for key, summary in (record.metrics.data or {}).items():
-            split, _, task = key.partition(":")
-            if split not in ("test", "ood") or summary.digest is None:
-                continue
-            expected = _ExpectedRows(task or run.task, split, run.task, _row_limits(run.spec))
-            by_digest = summaries.setdefault(expected, {})
-            by_digest.setdefault(summary.digest, []).append(summary)
+        for expected, summary in _evaluated_rows(record):
+            summaries_by_expected_rows.setdefault(expected, []).append(summary)
 
     mixed = []
-    for expected, by_digest in summaries.items():
+    for expected, summaries in summaries_by_expected_rows.items():
+        # rows that runs should read alike, by the digest of the rows that they did read
+        by_digest: dict[str, list[DataSummary]] = {}
+        for summary in summaries:
+            by_digest.setdefault(str(summary.digest), []).append(summary)
         if len(by_digest) > 1:
             warning = _mixed_warning(expected.data_set, records[0].run.benchmark, by_digest)
             mixed.append(MixedSet(name=expected.data_set, warning=warning))
@@ -249,6 +246,27 @@ class _ExpectedRows(NamedTuple):
     """``test``, or ``ood`` if the run was trained on another data set."""
     trained_task: str
     limits: tuple[int | None, ...]
+
+
+def _evaluated_rows(record: Record) -> Iterator[tuple[_ExpectedRows, DataSummary]]:
+    """Yield for each evaluated split of a run the rows that it should read, and those it did read.
+
+    Splits without a digest of the rows are left out.
+    """
+    run = record.run
+    data = record.metrics.data or {}
+    for key, summary in data.items():
+        split, _, task = key.partition(":")
+        is_evaluated = split in ("test", "ood")
+        if not is_evaluated or summary.digest is None:
+            continue
+        expected = _ExpectedRows(
+            data_set=task or run.task,
+            split=split,
+            trained_task=run.task,
+            limits=_row_limits(run.spec),
+        )
+        yield expected, summary
 
 
 def _row_limits(spec: Mapping[str, Any]) -> tuple[int | None, ...]:

@@ -105,13 +105,14 @@ class Column:
         if self.std and not math.isnan(row[self.std]):
             deviation = self._number_text(row[self.std], signed=False)
             return f"{number} ± {deviation}"
-        if self.interval:
-            low_column, high_column = self.interval
-            if not math.isnan(row[low_column]):
-                low = self._number_text(row[low_column], signed=self.signed)
-                high = self._number_text(row[high_column], signed=self.signed)
-                return f"{number} [{low}, {high}]"
-        return number
+        if self.interval is None:
+            return number
+        low_column, high_column = self.interval
+        if math.isnan(row[low_column]):
+            return number
+        low = self._number_text(row[low_column], signed=self.signed)
+        high = self._number_text(row[high_column], signed=self.signed)
+        return f"{number} [{low}, {high}]"
 
     def _number_text(self, value: float, *, signed: bool) -> str:
         """Format a number with the scale of the metric and the decimals; a dash for nan."""
@@ -272,19 +273,6 @@ class Table:
         constants = self._constant_texts(texts)
         varying = texts.drop(columns=list(constants))
 
-        best = self.best_cells().to_dict("records")
-        sort_values = self._sort_values()
-        rows = []
-        for number, texts_of_row in enumerate(varying.to_dict("records")):
-            cells = []
-            for heading, text in texts_of_row.items():
-                sort_value = ""
-                if heading in sort_values:
-                    sort_value = sort_values[heading][number]
-                is_best = best[number][heading]
-                cells.append(_HtmlCell(text=text, is_best=is_best, sort_value=sort_value))
-            rows.append(cells)
-
         runs = []
         if RUNS_COLUMN in self.frame:
             runs = list(self.frame[RUNS_COLUMN])
@@ -292,11 +280,28 @@ class Table:
         figure = TEMPLATES.get_template("table.html.j2").render(
             table=self,
             headings=list(varying),
-            rows=rows,
+            rows=self._html_rows(varying),
             runs=runs,
             sentence=_sentence_on(constants),
         )
         return figure + "\n"
+
+    def _html_rows(self, texts: pd.DataFrame) -> list[list[_HtmlCell]]:
+        """Return the cells of each row. ``texts`` has the printed texts by heading."""
+        best_by_heading = self.best_cells()
+        sort_values_by_heading = self._sort_values()
+        rows = []
+        for number, texts_of_row in enumerate(texts.to_dict("records")):
+            cells = []
+            for heading, text in texts_of_row.items():
+                sort_value = ""
+                # columns of text have no values that sort them
+                if heading in sort_values_by_heading:
+                    sort_value = sort_values_by_heading[heading][number]
+                is_best = bool(best_by_heading.loc[number, heading])
+                cells.append(_HtmlCell(text=text, is_best=is_best, sort_value=sort_value))
+            rows.append(cells)
+        return rows
 
     def _sort_values(self) -> dict[str, list[str]]:
         """Map the heading of each column of numbers to the values that sort it, one per row."""

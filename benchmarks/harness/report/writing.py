@@ -43,12 +43,11 @@ def write_tables(suite: Suite, benchmark: str, data_set: str | None = None) -> s
     found = find_records(suite, benchmark, data_set)
     if not found.records:
         raise DefinitionError(found.note)
-    of_benchmark = present(load_benchmark(benchmark), found.records)
-    without_note = of_benchmark
-    if data_set:
-        without_note = of_benchmark.presentations_of_sets[data_set]
     mixed_sets = find_mixed_sets(found.records)
     note = _join_notes(benchmark, found.note, mixed_sets)
+
+    of_benchmark = present(load_benchmark(benchmark), found.records)
+    without_note = of_benchmark.presentations_of_sets[data_set] if data_set else of_benchmark
     presentation = replace(without_note, caption_note=note)
 
     folder = RESULTS / suite.name
@@ -60,24 +59,24 @@ def write_tables(suite: Suite, benchmark: str, data_set: str | None = None) -> s
     write_paper_items(suite, presentation)
 
     section_file = Path(presentation.artifacts.section_file(suite.name))
-    # claims compare numbers of all sets, so they are not written for a single set
-    has_numbers = data_set is None and benchmark in claimed_benchmarks(suite)
-
     # the note says which runs are missing
     is_complete = not found.note
-    if not is_complete:
-        # pages and files of numbers would not say which records they are made from
+    if is_complete:
+        # also after the figures, to see which of them are placeholders
+        section = make_section(presentation, found.records, mixed_sets, suite.name)
+        write_json(section_file, section.model_dump())
+    else:
+        # a page would not say which records it is made from
         section_file.unlink(missing_ok=True)
-        if has_numbers:
-            Path(numbers_file(suite.name, benchmark)).unlink(missing_ok=True)
-        return note
 
-    # also after the figures, to see which of them are placeholders
-    section = make_section(presentation, found.records, mixed_sets, suite.name)
-    write_json(section_file, section.model_dump())
-    if has_numbers:
+    # claims compare numbers of all sets, so they are not written for a single set
+    has_numbers = data_set is None and benchmark in claimed_benchmarks(suite)
+    if has_numbers and is_complete:
         numbers = of_benchmark.outcomes.claim_numbers()
         write_claim_numbers(suite.name, benchmark, numbers)
+    elif has_numbers:
+        # the claims would not say that either
+        Path(numbers_file(suite.name, benchmark)).unlink(missing_ok=True)
     return note
 
 

@@ -102,8 +102,10 @@ def _describe_blessed(blessed: BlessedRecords, num_planned: int, num_used: int) 
     text = f"these are the records blessed at commit {origin.commit[:8]} ({origin.processors})"
     if num_used < num_planned:
         text += f", which lack {num_planned - num_used:,} of the {num_planned:,} planned runs"
-    if blessed.unplanned:
-        text += f"; {blessed.unplanned:,} runs that the suite does not plan are left out"
+    if blessed.num_unplanned == 1:
+        text += "; 1 run that the suite does not plan is left out"
+    elif blessed.num_unplanned:
+        text += f"; {blessed.num_unplanned:,} runs that the suite does not plan are left out"
     return text
 
 

@@ -112,5 +112,7 @@ def clean_commit() -> str:
     changed = status.splitlines()
     if changed:
         _letters, first = changed[0].split(maxsplit=1)
-        raise DefinitionError(f"{len(changed)} files are not committed, the first is {first}")
+        if len(changed) == 1:
+            raise DefinitionError(f"1 file is not committed: {first}")
+        raise DefinitionError(f"{len(changed):,} files are not committed, the first is {first}")
     return git(ROOT, "rev-parse", "HEAD")

@@ -97,10 +97,11 @@ class CheckResult:
     def __str__(self) -> str:
         lines = [_difference_text(row) for row in self.differences.itertuples()]
         lines += [_shift_text(row) for row in self.shifts.itertuples()]
-        if self.failures:
-            lines.append(
-                f"{len(self.failures)} repeated runs failed, the first is {self.failures[0]}"
-            )
+        if len(self.failures) == 1:
+            lines.append(f"1 repeated run failed: {self.failures[0]}")
+        elif self.failures:
+            count = len(self.failures)
+            lines.append(f"{count:,} repeated runs failed, the first is {self.failures[0]}")
         lines += self.machine_sentences
 
         statuses = list(self.differences["status"])
@@ -186,8 +187,8 @@ def compare(
 
     # the same code on the same machine repeats every digit, so these numbers have no tolerance
     is_same_machine = joined["machine_before"] == joined["machine_after"]
-    is_same_code = before.code == after.code
-    must_be_equal = is_same_machine & (is_same_code and not elsewhere)
+    digits_must_repeat = before.code == after.code and not elsewhere
+    must_be_equal = is_same_machine & digits_must_repeat
     tolerance = joined["tolerance"].mask(must_be_equal, 0.0)
     rows = joined.assign(tolerance=tolerance)
 
@@ -227,17 +228,17 @@ def _join_numbers(before: Numbers, after: Numbers, suite_name: str) -> pd.DataFr
         after.rows, on=KEY_COLUMNS, how="outer", suffixes=("_before", "_after"), indicator="sides"
     )
     status_by_sides = {"both": "compared", "left_only": "missing", "right_only": "new"}
-    status = joined.pop("sides").astype(str).map(status_by_sides)
+    status = joined["sides"].astype(str).map(status_by_sides)
 
     # the name of a run begins with the benchmark
     benchmarks = joined["run"].str.split(" ").str[0]
-    tolerances = [
-        tolerance_of(metric, benchmark)
-        for metric, benchmark in zip(joined["metric"], benchmarks, strict=True)
-    ]
+    tolerances = []
+    for metric, benchmark in zip(joined["metric"], benchmarks, strict=True):
+        tolerances.append(tolerance_of(metric, benchmark))
     suite_scale = _SUITE_SCALES.get(suite_name, 1)
     scaled = pd.Series(tolerances, joined.index, float) * suite_scale
-    with_tolerance = joined.assign(benchmark=benchmarks, tolerance=scaled, status=status)
+    without_sides = joined.drop(columns="sides")
+    with_tolerance = without_sides.assign(benchmark=benchmarks, tolerance=scaled, status=status)
     # metrics that are not compared, such as times, have no tolerance
     compared = with_tolerance.dropna(subset="tolerance")
     return compared.fillna("")
@@ -266,7 +267,8 @@ def _machine_sentences(
             kind = "within tolerances, as asked"
         else:
             kind = _comparison_kind(before, after, old_machine, new_machine)
-        sentences.append(f"compared {count} numbers {kind}")
+        noun = "number" if count == 1 else "numbers"
+        sentences.append(f"compared {count} {noun} {kind}")
     return sentences
 
 
@@ -274,7 +276,7 @@ def _comparison_kind(before: Numbers, after: Numbers, old_machine: str, new_mach
     """Say how the numbers of two machines were compared: exactly, or within tolerances and why."""
     if old_machine == new_machine:
         if before.code != after.code:
-            return "within tolerances: the reference was made by older code"
+            return "within tolerances: other code than that of this checkout made the reference"
         return "exactly"
 
     old = before.machines[old_machine]

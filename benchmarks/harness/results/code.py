@@ -43,7 +43,8 @@ def code_digest() -> str:
     for folder in folders:
         for file in sorted(folder.rglob("*")):
             is_code = file.suffix in (".py", ".cpp", ".h")
-            if is_code and file.name not in _PRESENTATION_FILES:
+            is_presentation = file.name in _PRESENTATION_FILES
+            if is_code and not is_presentation:
                 files.append(file)
 
     digest = hashlib.sha256()

@@ -119,16 +119,16 @@ def _write_all(
 
     counts = Counter(added=0, replaced=0, unchanged=0)
     for benchmark, of_benchmark in by_benchmark.items():
-        experiment = _experiment(client, benchmark, has_files=has_files)
-        stored_runs = client.search_runs([experiment], max_results=_MOST_RUNS)
+        experiment_id = _experiment_id(client, benchmark, has_files=has_files)
+        stored_runs = client.search_runs([experiment_id], max_results=_MOST_RUNS)
         stored_by_name = {run.info.run_name: run for run in stored_runs}
-        client.set_experiment_tag(experiment, _VIEW_TAG, _view(of_benchmark))
+        client.set_experiment_tag(experiment_id, _VIEW_TAG, _view(of_benchmark))
         for record in of_benchmark:
             stored = stored_by_name.get(name_in_mlflow(record.run))
             if stored is None:
                 # an older mirror gave this name, so that run is replaced
                 stored = stored_by_name.get(record.run.name)
-            outcome = _write(client, experiment, record, stored)
+            outcome = _write(client, experiment_id, record, stored)
             counts[outcome] += 1
     return dict(counts)
 
@@ -159,7 +159,7 @@ def _problem(error: Exception) -> str:
     return first_line(error).strip()
 
 
-def _experiment(client: MlflowClient, benchmark: str, *, has_files: bool) -> str:
+def _experiment_id(client: MlflowClient, benchmark: str, *, has_files: bool) -> str:
     """Return the identifier of a benchmark's experiment.
 
     The experiment is created if it is missing, and restored if someone deleted it in MLflow.
@@ -169,22 +169,22 @@ def _experiment(client: MlflowClient, benchmark: str, *, has_files: bool) -> str
     """
     experiment = client.get_experiment_by_name(benchmark)
     if experiment:
-        identifier = str(experiment.experiment_id)
+        experiment_id = str(experiment.experiment_id)
         if experiment.lifecycle_stage == LifecycleStage.DELETED:
-            _restore(client, identifier)
-        return identifier
+            _restore(client, experiment_id)
+        return experiment_id
     location = None
     if has_files:
         location = (paths.RESULTS / "mlflow" / benchmark).resolve().as_uri()
     return str(client.create_experiment(benchmark, location, _KIND))
 
 
-def _restore(client: MlflowClient, experiment: str) -> None:
+def _restore(client: MlflowClient, experiment_id: str) -> None:
     """Restore a deleted experiment, and of each name only the newest run."""
     # This also restores replaced runs. They have the same names as the runs that replaced them.
-    client.restore_experiment(experiment)
+    client.restore_experiment(experiment_id)
     newest_first = client.search_runs(
-        [experiment], max_results=_MOST_RUNS, order_by=["attributes.end_time DESC"]
+        [experiment_id], max_results=_MOST_RUNS, order_by=["attributes.end_time DESC"]
     )
     names: set[str] = set()
     for run in newest_first:
@@ -260,45 +260,51 @@ def run_links(uri: str, server: str) -> list[str]:
     return lines
 
 
-def _write(client: MlflowClient, experiment: str, record: Record, stored: Any) -> str:
+def _write(client: MlflowClient, experiment_id: str, record: Record, stored: Any) -> str:
     """Write a run. It is left as it is if the stored run has the same name and numbers.
 
     Args:
         client: The store.
-        experiment: The identifier of the benchmark's experiment.
+        experiment_id: The identifier of the benchmark's experiment.
         record: The run.
         stored: The same run in the store, or None. It may have the name of an older mirror.
 
     Returns:
         ``added``, ``replaced`` or ``unchanged``.
     """
-    run = record.run
-    name = name_in_mlflow(run)
     if stored:
-        has_name = stored.info.run_name == name
-        if has_name and stored.data.tags.get(_DIGEST) == record.digest:
+        has_name = stored.info.run_name == name_in_mlflow(record.run)
+        has_numbers = stored.data.tags.get(_DIGEST) == record.digest
+        if has_name and has_numbers:
             return "unchanged"
         client.delete_run(stored.info.run_id)
+    _create(client, experiment_id, record)
+    return "replaced" if stored else "added"
 
+
+def _create(client: MlflowClient, experiment_id: str, record: Record) -> None:
+    """Write a run that the store does not have, with its files, settings and numbers."""
+    run = record.run
     end_seconds = run.metrics_file.stat().st_mtime
     # MLflow's times are in milliseconds
     started = round((end_seconds - record.metrics.cost.job_seconds) * 1000)
     ended = round(end_seconds * 1000)
 
-    created = client.create_run(experiment, started, tags=_tags(record), run_name=name)
-    identifier = created.info.run_id
+    created = client.create_run(
+        experiment_id, started, tags=_tags(record), run_name=name_in_mlflow(run)
+    )
+    stored_id = created.info.run_id
     for file in _FILES:
         path = paths.RUNS / run.folder / file
         if path.exists():
-            client.log_artifact(identifier, str(path))
+            client.log_artifact(stored_id, str(path))
     params = []
     for key, value in _flatten(run.spec).items():
         params.append(Param(_plain(key), str(value)))
-    client.log_batch(identifier, list(_numbers(record, ended)), params)
-    client.set_terminated(identifier, end_time=ended)
+    client.log_batch(stored_id, metrics=list(_numbers(record, ended)), params=params)
+    client.set_terminated(stored_id, end_time=ended)
     # the tag comes last, so that the next mirror writes a run again that was cut off
-    client.set_tag(identifier, _DIGEST, record.digest)
-    return "replaced" if stored else "added"
+    client.set_tag(stored_id, _DIGEST, record.digest)
 
 
 def _tags(record: Record) -> dict[str, str]:

@@ -63,12 +63,12 @@ class BlessedRecords:
 
     Attributes:
         records: The records of runs that the suite plans, by the folder of the run.
-        unplanned: The number of blessed runs that the suite does not plan.
+        num_unplanned: The number of blessed runs that the suite does not plan.
         origin: The origin of the records.
     """
 
     records: dict[str, Record]
-    unplanned: int
+    num_unplanned: int
     origin: BlessedOrigin
 
 
@@ -115,7 +115,7 @@ def read_reference(suite_name: str, benchmark: str) -> Numbers:
         raise DefinitionError(
             f"{path} names the machine '{unknown[0]}', which its json does not have; {advice}"
         )
-    return Numbers(rows, origin.machines, origin.code)
+    return Numbers(rows=rows, machines=origin.machines, code=origin.code)
 
 
 def read_origin(suite_name: str, benchmark: str) -> BlessedOrigin:
@@ -145,7 +145,9 @@ def read_blessed_records(suite: Suite, benchmark: str) -> BlessedRecords | None:
         raise DataError(f"{path} is damaged: {first_line(error)}; {advice}") from error
     parsed = parse_records(content, suite.runs_of(benchmark), path, advice)
     origin = read_origin(suite.name, benchmark)
-    return BlessedRecords(parsed.records, len(parsed.unplanned), origin)
+    return BlessedRecords(
+        records=parsed.records, num_unplanned=len(parsed.unplanned), origin=origin
+    )
 
 
 def write_reference(

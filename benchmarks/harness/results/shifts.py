@@ -35,7 +35,8 @@ def find_shifts(rows: pd.DataFrame) -> pd.DataFrame:
     - four standard errors of the shift, and
     - ``tolerance / numbers``, because a single number may differ by its tolerance.
 
-    A group with one seed has no standard error and is not compared.
+    A group with one seed has no standard error and is not compared. It is not compared either if
+    each run of its benchmark has one seed, because then the error of the shift is unknown.
 
     Args:
         rows: One row per number, with the columns ``benchmark``, ``run`` (the settings without the
@@ -186,7 +187,8 @@ def _group_means(numbers: pd.DataFrame) -> pd.DataFrame:
             "one number": tolerance_of_one_number / num_numbers,
         }
     )
-    largest_limit = limits.max(axis=1)
+    # nan if one of them is unknown; no shift is larger than nan
+    largest_limit = limits.max(axis=1, skipna=False)
 
     groups = group_means.assign(numbers=num_numbers, limit=largest_limit)
     return groups[num_seeds > 1].reset_index()

@@ -268,21 +268,22 @@ def friedman_ranks(scores: pd.DataFrame) -> tuple[pd.Series[float], float]:
     ranks_by_set = scores.rank(axis=0, ascending=False, method="average")
     mean_ranks = ranks_by_set.mean(axis=1)
 
-    methods, sets = scores.shape
+    num_methods, num_sets = scores.shape
     all_are_tied = (scores.nunique(axis=0) == 1).all()
-    if methods < 3 or sets < 2 or all_are_tied:
+    if num_methods < 3 or num_sets < 2 or all_are_tied:
         return mean_ranks, math.nan
     test = stats.friedmanchisquare(*scores.to_numpy())
     return mean_ranks, float(test.pvalue)
 
 
-def critical_difference(methods: int, sets: int) -> float:
+def critical_difference(num_methods: int, num_sets: int) -> float:
     """Return the critical difference of mean ranks in Nemenyi's test at 5 % (Demšar 2006).
 
     The mean ranks of two methods differ significantly if they are further apart.
     """
-    quantile = float(stats.studentized_range.ppf(CONFIDENCE, methods, math.inf)) / math.sqrt(2)
-    standard_error = math.sqrt(methods * (methods + 1) / (6 * sets))
+    studentized_range = float(stats.studentized_range.ppf(CONFIDENCE, num_methods, math.inf))
+    quantile = studentized_range / math.sqrt(2)
+    standard_error = math.sqrt(num_methods * (num_methods + 1) / (6 * num_sets))
     return quantile * standard_error
 
 
@@ -340,16 +341,16 @@ def shuffled_information(
         Bits, ``[1 + PERMUTATIONS, layers]``; the first row is unshuffled.
     """
     random = np.random.default_rng(seed)
-    by_stratum = np.argsort(strata, kind="stable")  # row numbers, sorted by stratum
+    rows_by_stratum = np.argsort(strata, kind="stable")  # row numbers, sorted by stratum
 
     counts = [_sum_by_label(loads, labels)]
     for _ in range(PERMUTATIONS):
         # both orders list stratum after stratum; the second is random within each stratum, so each
         # row gets the label of a random row of its stratum
         random_keys = random.random(len(labels))
-        by_stratum_shuffled = np.lexsort((random_keys, strata))
+        shuffled_rows_by_stratum = np.lexsort((random_keys, strata))
         shuffled_labels = np.empty_like(labels)
-        shuffled_labels[by_stratum] = labels[by_stratum_shuffled]
+        shuffled_labels[rows_by_stratum] = labels[shuffled_rows_by_stratum]
         counts.append(_sum_by_label(loads, shuffled_labels))
 
     stacked = np.stack(counts)  # [1 + PERMUTATIONS, labels, layers, experts]
@@ -361,11 +362,11 @@ def _sum_by_label(loads: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArra
 
     Returns ``[labels, layers, experts]``.
     """
-    by_label = np.argsort(labels, kind="stable")
-    sorted_labels = labels[by_label]
+    rows_by_label = np.argsort(labels, kind="stable")
+    sorted_labels = labels[rows_by_label]
     # a label begins where it differs from the label before; no label is -1
     starts = np.flatnonzero(np.diff(sorted_labels, prepend=-1))
-    sums: NDArray[np.int64] = np.add.reduceat(loads[by_label], starts)
+    sums: NDArray[np.int64] = np.add.reduceat(loads[rows_by_label], starts)
     return sums
 
 

@@ -51,27 +51,27 @@ class BenchmarkCheck:
     """How many runs and numbers of a benchmark were compared with the blessed ones.
 
     Attributes:
-        equal: The number of numbers that agree.
-        different: The number of numbers that do not agree.
-        planned: The number of runs that the suite plans.
+        num_equal: How many numbers agree.
+        num_different: How many numbers do not agree.
+        num_planned: How many runs the suite plans.
         missing: The planned runs that are not finished.
         unplanned: The blessed runs that the suite does not plan.
     """
 
-    equal: int
-    different: int
-    planned: int
+    num_equal: int
+    num_different: int
+    num_planned: int
     missing: Sequence[NameAndSeed]
     unplanned: Sequence[NameAndSeed]
 
     def __str__(self) -> str:
-        finished = self.planned - len(self.missing)
-        runs = f"{finished:,} of {self.planned:,} runs"
-        if not finished:
+        num_finished = self.num_planned - len(self.missing)
+        runs = f"{num_finished:,} of {self.num_planned:,} runs"
+        if not num_finished:
             return f"nothing to compare ({runs})"
-        text = f"{self.equal:,} numbers agree"
-        if self.different:
-            text += f", {self.different:,} do not"
+        text = f"{self.num_equal:,} numbers agree"
+        if self.num_different:
+            text += f", {self.num_different:,} do not"
         return f"{text} ({runs})"
 
 
@@ -166,27 +166,42 @@ def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -
     for name in benchmarks:
         if name in with_numbers:
             blessed[name] = read_reference(suite.name, name)
+
     finished = {}
     old_and_new = {}
-    stale = []
+    stale: list[NameAndSeed] = []
     for name, before in blessed.items():
-        found = find_finished(suite, name)
-        # a run whose metrics.json was deleted may still have a collected record
-        records = [record for record in found.records if record.run.metrics_file.exists()]
-        finished[name] = records
+        records = _finished_records(suite, name)
         after = collect_numbers(records)
         before_of_finished = rows_of_runs(before, [record.run for record in records])
+        finished[name] = records
         old_and_new[name] = OldAndNew(before_of_finished, after)
-        for record in records:
-            # `after.code` is the digest of this checkout's code
-            if record.metrics.environment.code != after.code:
-                stale.append(name_and_seed(record.run))
+        # `after.code` is the digest of this checkout's code
+        stale += _runs_of_other_code(records, after.code)
     results = compare_benchmarks(suite, old_and_new.values(), elsewhere=elsewhere)
 
     counts = {}
     for name, before in blessed.items():
         counts[name] = _count(suite, name, before, old_and_new[name].after, results)
-    return SuiteCheck(results, counts, finished, stale, unblessed)
+    return SuiteCheck(
+        results=results, benchmarks=counts, finished=finished, stale=stale, unblessed=unblessed
+    )
+
+
+def _finished_records(suite: Suite, benchmark: str) -> list[Record]:
+    """Return the records of a benchmark's runs that have a ``metrics.json`` here."""
+    found = find_finished(suite, benchmark)
+    # a run whose metrics.json was deleted may still have a collected record
+    return [record for record in found.records if record.run.metrics_file.exists()]
+
+
+def _runs_of_other_code(records: Iterable[Record], code: str) -> list[NameAndSeed]:
+    """Return the runs that were made by other code than the code with this digest."""
+    runs = []
+    for record in records:
+        if record.metrics.environment.code != code:
+            runs.append(name_and_seed(record.run))
+    return runs
 
 
 def _count(
@@ -201,19 +216,20 @@ def _count(
         after: The numbers of its finished runs.
         results: The comparisons of all benchmarks.
     """
-    equal = 0
-    different = 0
+    num_equal = 0
+    num_different = 0
     for result in results:
-        equal += result.equal.get(benchmark, 0)
-        different += int(result.differences["benchmark"].eq(benchmark).sum())
+        num_equal += result.equal.get(benchmark, 0)
+        is_of_benchmark = result.differences["benchmark"] == benchmark
+        num_different += int(is_of_benchmark.sum())
 
     planned = [name_and_seed(run) for run in suite.runs_of(benchmark)]
     finished = set(names_and_seeds(after))
     all_blessed = set(names_and_seeds(blessed))
     return BenchmarkCheck(
-        equal=equal,
-        different=different,
-        planned=len(planned),
+        num_equal=num_equal,
+        num_different=num_different,
+        num_planned=len(planned),
         missing=[run for run in planned if run not in finished],
         unplanned=sorted(all_blessed - set(planned)),
     )

@@ -72,17 +72,23 @@ class VerifyResult:
 
     Attributes:
         results: The comparisons of :func:`.compare_benchmarks`.
+        other_failures: The names of the failed runs whose benchmark has no blessed numbers, each
+            with the reason. Such a run is repeated only for an evaluation.
     """
 
     results: Sequence[CheckResult]
+    other_failures: Sequence[str]
 
     @property
     def passed(self) -> bool:
         """Return True if all numbers agree and no run has failed."""
-        return all(result.passed for result in self.results)
+        all_agree = all(result.passed for result in self.results)
+        return all_agree and not self.other_failures
 
     def __str__(self) -> str:
-        return "\n".join(str(result) for result in self.results)
+        lines = [f"an unblessed run failed: {failure}" for failure in self.other_failures]
+        lines += [str(result) for result in self.results]
+        return "\n".join(lines)
 
 
 def verify(suite: Suite, count: int, seed: int, say: Say) -> VerifyResult:
@@ -333,7 +339,7 @@ def run_again(
         if problem is None:
             records.append(read_record(run, runs_folder))
         else:
-            # say it here, because the caller leaves out runs without blessed numbers
+            # say it here, because the result names only the first of several failed runs
             say(f"failed: {problem}")
             failures.append(Failure(run, f"{run.name}: {problem}"))
     return records, failures
@@ -398,5 +404,6 @@ def _compare_with_blessed(
         if repeated or failed:
             before = rows_of_runs(numbers, [record.run for record in repeated])
             after = collect_numbers(repeated)
-            old_and_new.append(OldAndNew(before, after, failed))
-    return VerifyResult(compare_benchmarks(suite, old_and_new))
+            old_and_new.append(OldAndNew(before=before, after=after, failures=failed))
+    other_failures = [failure.text for failure in failures if failure.run.benchmark not in blessed]
+    return VerifyResult(compare_benchmarks(suite, old_and_new), other_failures)
