@@ -61,10 +61,12 @@ def main(root: Path, names: list[str]) -> None:
     for name in names:
         if name not in tasks:
             raise SystemExit(f"{TASKS} has no task '{name}'; choose from {', '.join(tasks)}")
+    # without names, all tasks are converted
+    asked_names = names or list(tasks)
 
     rows_of_output: dict[Path, list[Row]] = {}
     problems: dict[Path, str] = {}  # the message for each output that cannot be made
-    for name in names or tasks:
+    for name in asked_names:
         task = tasks[name]
         for raw in find_raw_files(root, name, task):
             try:
@@ -72,10 +74,11 @@ def main(root: Path, names: list[str]) -> None:
             except UnreadableError as error:
                 problems[raw.output] = str(error)
                 continue
-            # SICK is the set of two tasks, each with its own label
             if raw.output in rows_of_output:
-                rows = joined(rows_of_output[raw.output], rows)
-            rows_of_output[raw.output] = rows
+                # SICK is the set of two tasks, each with its own label
+                rows_of_output[raw.output] = joined(rows_of_output[raw.output], rows)
+            else:
+                rows_of_output[raw.output] = rows
 
     for output, rows in rows_of_output.items():
         # without the label of one task, SICK's file would look complete
@@ -122,7 +125,8 @@ def find_raw_files(root: Path, name: str, task: Section) -> Iterator[RawFile]:
     for folder in folders:
         for split, layout in found_layouts(folder, task):
             file = folder / layout["files"][split]
-            yield RawFile(file, split, layout, output=folder / f"{split}.jsonl")
+            output = folder / f"{split}.jsonl"
+            yield RawFile(file=file, split=split, layout=layout, output=output)
 
 
 def joined(first_rows: list[Row], second_rows: list[Row]) -> list[Row]:
@@ -208,7 +212,8 @@ def yield_rows(file: Path, split: str, layout: Section, task: Section) -> Iterat
 
         row = {name: cells.get(column) for name, column in columns.items()}
         given_label = row[label]
-        if label_names and given_label not in unlabelled:
+        has_class = given_label not in unlabelled
+        if label_names and has_class:
             if given_label not in label_names:
                 choices = ", ".join(label_names)
                 raise UnreadableError(
@@ -266,13 +271,13 @@ def _read_table(
     with file.open(encoding="utf-8-sig", errors=errors, newline="\n") as text:
         header, rows = _take_header(file, layout, split_lines(text))
         for number, cells in enumerate(rows, start=1):
-            if header and any(cells[len(header) :]):
+            cells_without_name = cells[len(header) :]
+            if header and any(cells_without_name):
                 raise UnreadableError(
                     f"{file}, row {number} has {len(cells)} cells, and the first line {len(header)}"
                 )
-            columns: Sequence[Any] = header
-            if not header:
-                columns = range(len(cells))
+            # without a header, columns are named by their positions
+            columns: Sequence[Any] = header or range(len(cells))
             # a row that ends early has None in the last columns
             row: Row = dict.fromkeys(columns)
             row.update(zip(columns, cells, strict=False))

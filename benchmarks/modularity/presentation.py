@@ -53,9 +53,8 @@ class ModularityOutcomes(Outcomes):
         super().__init__(benchmark, runs, ["model", "method", "task"])
         rows = [_to_row(record) for record in finished]
         self.rows = self.order(pd.DataFrame(rows), [*CELL, "seed"])
-        self.recorded_numbers = (
-            self.rows
-        )  # the base class finds the runs behind the rows of a table with it
+        # the base class finds the runs behind the rows of a table with it
+        self.recorded_numbers = self.rows
         numbers = list(_measured(finished[0]))  # the same for all runs
         self.means = self.with_titles(average_over_seeds(self.rows, CELL, numbers))
 

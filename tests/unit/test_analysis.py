@@ -204,9 +204,8 @@ def test_published_and_clean_runs_stand_side_by_side(adapted: TextOutcomes) -> N
     assert len(by_row.loc["gpt2-xl"].loc["published"]) == 12  # all rows
     assert len(by_row.loc["gpt2-xl"].loc["clean"]) == 6  # the paper's five, and a random partition
     # the authors' selection: the learning rate with the best mean over seeds, and the population's deviation
-    records = adapted.recorded_numbers.set_index(
-        ["model", "task", "method", "protocol"]
-    ).sort_index()
+    keys = ["model", "task", "method", "protocol"]
+    records = adapted.recorded_numbers.set_index(keys).sort_index()
     records = records.loc[("gpt2-xl", "cola", "lora", "published")]
     scores = records[records["is_score"]]
     rate = scores[scores["part"] == "dev"].groupby("learning_rate")["value"].mean().idxmax()

@@ -288,7 +288,7 @@ class Table:
 
     def _html_rows(self, texts: pd.DataFrame) -> list[list[_HtmlCell]]:
         """Return the cells of each row. ``texts`` has the printed texts by heading."""
-        best_by_heading = self.best_cells()
+        best_rows = self.best_cells().to_dict("records")
         sort_values_by_heading = self._sort_values()
         rows = []
         for number, texts_of_row in enumerate(texts.to_dict("records")):
@@ -298,7 +298,7 @@ class Table:
                 # columns of text have no values that sort them
                 if heading in sort_values_by_heading:
                     sort_value = sort_values_by_heading[heading][number]
-                is_best = bool(best_by_heading.loc[number, heading])
+                is_best = best_rows[number][heading]
                 cells.append(_HtmlCell(text=text, is_best=is_best, sort_value=sort_value))
             rows.append(cells)
         return rows
