@@ -146,7 +146,7 @@ def test_the_best_epochs_weights_are_kept_and_patience_ends_the_run(
     evaluate = TextTrainer.evaluate
 
     def spy(
-        self: TextTrainer, split: TextSplit, task: object = None, routing: object = None
+        self: TextTrainer, split: TextSplit, task: object = None, recorder: object = None
     ) -> dict:
         again.append(
             evaluate(
@@ -156,7 +156,7 @@ def test_the_best_epochs_weights_are_kept_and_patience_ends_the_run(
                 ),
             )
         )
-        return evaluate(self, split, task, routing)
+        return evaluate(self, split, task, recorder)
 
     with monkeypatch.context() as patch:
         patch.setattr(TextTrainer, "evaluate", spy)
