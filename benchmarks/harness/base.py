@@ -116,6 +116,13 @@ def _join_keys(keys: Iterable[str | int]) -> str:
     return ".".join(str(key) for key in keys)
 
 
+def with_noun(count: int, noun: str) -> str:
+    """Format a count with its noun, such as ``1 seed`` or ``5 seeds``."""
+    if count == 1:
+        return f"{count} {noun}"
+    return f"{count} {noun}s"
+
+
 def distinct(texts: Iterable[str]) -> list[str]:
     """Return the distinct texts in order of first occurrence."""
     return list(dict.fromkeys(texts))

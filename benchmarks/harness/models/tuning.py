@@ -5,7 +5,7 @@ A tuning is a named rule that selects further parameters, such as some transform
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -76,7 +76,7 @@ def trained_groups(model: nn.Module, tune: TuneSpec, frozen_names: Collection[st
     parameters = dict(model.named_parameters())
     tuning = tune.selecting_tuning
     tuned_names = _names_of_tuning(model, tuning, tune.selected_layers, parameters)
-    head_names = _names_of_head(model)
+    head_names = _names_of_head(model, parameters)
     router_paths = _find_routers(model)
     also_paths = _find_modules(model, tune.also)
 
@@ -104,9 +104,11 @@ def trained_groups(model: nn.Module, tune: TuneSpec, frozen_names: Collection[st
     return groups
 
 
-def _names_of_head(model: nn.Module) -> set[str]:
-    """Return the names of the parameters of a model's head."""
-    parameters = dict(model.named_parameters())
+def _names_of_head(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> set[str]:
+    """Return the names of the parameters of a model's head.
+
+    ``parameters`` has all parameters of the model by name.
+    """
     if isinstance(model, PreTrainedModel):
         # the head is everything outside the base model
         base = f"{model.base_model_prefix}."

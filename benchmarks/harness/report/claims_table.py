@@ -13,7 +13,7 @@ import pandas as pd
 from pydantic import TypeAdapter, ValidationError
 
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import DataError, first_problem, read_bytes, write_lines
+from benchmarks.harness.base import DataError, first_problem, read_bytes, with_noun, write_lines
 from benchmarks.harness.config.benchmark import AnyBenchmark, load_benchmark
 from benchmarks.harness.config.catalogue import Metric, load_metrics, model_title
 from benchmarks.harness.config.suite import Suite
@@ -455,7 +455,7 @@ def _with_evidence(
         margin=margin,
         margin_shown=_margin_text(margin, row.unit),
         error_share_shown=_error_share_text(shares),
-        n_shown=_with_noun(difference.n, row.pair),
+        n_shown=with_noun(difference.n, row.pair),
         difference_shown=_difference_text(difference, row.unit, comparison, metric),
         difference_without_unit=_difference_text(difference, "", comparison, metric),
         delta=difference.mean,
@@ -574,19 +574,10 @@ def _remark(evidence: Evidence, pair: str, benchmark: AnyBenchmark) -> str:
         texts.append(tasks_text)
     unfinished = evidence.num_incomplete - evidence.num_diverged
     if unfinished:
-        texts.append(f"{_with_noun(unfinished, pair)} left out as incomplete")
+        texts.append(f"{with_noun(unfinished, pair)} left out as incomplete")
     if evidence.num_diverged:
-        texts.append(
-            f"{_with_noun(evidence.num_diverged, pair)} left out because training diverged"
-        )
+        texts.append(f"{with_noun(evidence.num_diverged, pair)} left out because training diverged")
     return "; ".join(texts)
-
-
-def _with_noun(count: int, noun: str) -> str:
-    """Format a count with its noun, such as ``1 seed`` or ``5 seeds``."""
-    if count == 1:
-        return f"{count} {noun}"
-    return f"{count} {noun}s"
 
 
 def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.harness.base import DefinitionError, short_digest
+from benchmarks.harness.base import DefinitionError, short_digest, with_noun
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.results.code import code_digest
@@ -267,8 +267,7 @@ def _machine_sentences(
             kind = "within tolerances, as asked"
         else:
             kind = _comparison_kind(before, after, old_machine, new_machine)
-        noun = "number" if count == 1 else "numbers"
-        sentences.append(f"compared {count} {noun} {kind}")
+        sentences.append(f"compared {with_noun(count, 'number')} {kind}")
     return sentences
 
 
