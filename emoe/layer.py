@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -269,9 +270,9 @@ class RoutedActivation(nn.Module):
             )
         x = self._take_input()
         if x is not None:
-            mask = self.choose_mask_quickly(x)
-            if mask is not None:
-                return self._weighted(self.activation(z), mask)
+            masked = self._activate_quickly(x, z)
+            if masked is not None:
+                return masked
 
         config = self.config
         drops = self.training and config.expert_dropout > 0
@@ -310,39 +311,71 @@ class RoutedActivation(nn.Module):
             scores = self._scores(x, rows, hidden.reshape(rows.shape))
         return scores, hidden
 
-    def choose_mask_quickly(self, x: Tensor) -> Tensor | None:
-        """Choose the experts of inputs ``[T, h]`` with one call of the compiled kernels.
+    def _activate_quickly(self, x: Tensor, z: Tensor) -> Tensor | None:
+        """Activate the neurons, and mask those of the other experts, with one compiled kernel.
 
         For a few tokens, the many small steps of :meth:`route` take longer than the FFN's products.
 
-        Returns:
-            The mask ``[T, N]`` that :meth:`route` would choose. None if :meth:`route` must choose:
+        Args:
+            x: FFN inputs ``[T, h]``.
+            z: pre-activations ``[..., d]``.
 
-            - the model trains, or the pass records a gradient;
-            - no earlier pass has kept keys, or there are no kernels;
-            - the routing is recorded, or the experts have their own output biases;
-            - autocast is enabled;
-            - the configuration needs more than a mask of the highest or lowest scores.
+        Returns:
+            The activated neurons ``[..., d]``, 0 for experts that are not chosen. None if there are
+            no kernels for this pass, or no :meth:`_choosing_keys`.
         """
-        # The kept keys are None in training, so there is no noise or dropout to leave out here.
-        keys = self.router.kept_keys()
-        if keys is None:
-            return None
-        # both need the results of route()
-        if self.record is not None or self.output_bias is not None:
-            return None
-        if torch.is_autocast_enabled(x.device.type):  # would round the kernel's product
-            return None
-        # the kernel returns a mask, without scores
-        config = self.config
-        needs_scores = config.weighting != "binary" or config.counts_tokens
-        if needs_scores or config.selection not in ("top", "bottom"):
-            return None
         kernels = kernels_for(x)
         if kernels is None:
             return None
+        keys = self._choosing_keys()
+        if keys is None:
+            return None
+        hidden = self.activation(z)
+        config = self.config
+        chooses_highest = config.selection == "top"
+        return kernels.mask_neurons(hidden, x, keys, config.top_k, chooses_highest)
+
+    def choose_mask_quickly(self, x: Tensor, kernels: ModuleType) -> Tensor | None:
+        """Choose the experts of inputs ``[T, h]`` with one compiled kernel.
+
+        Args:
+            x: FFN inputs ``[T, h]``.
+            kernels: compiled kernels, which this pass may use (:func:`kernels_for`).
+
+        Returns:
+            The mask ``[T, N]`` that :meth:`route` would choose. None without
+            :meth:`_choosing_keys`.
+        """
+        keys = self._choosing_keys()
+        if keys is None:
+            return None
+        config = self.config
         chooses_highest = config.selection == "top"
         return kernels.route(x, keys, config.top_k, chooses_highest)
+
+    def _choosing_keys(self) -> Tensor | None:
+        """Return keys ``[N, h]`` whose products with the inputs alone choose the experts.
+
+        Only for a pass that may use the kernels. None if :meth:`route` must choose:
+
+        - the layer trains, or no earlier pass has kept keys;
+        - the routing is recorded, or the experts have their own output biases;
+        - autocast is enabled;
+        - the configuration needs more than a mask of the highest or lowest scores.
+        """
+        # both need the results of route()
+        if self.record is not None or self.output_bias is not None:
+            return None
+        config = self.config
+        # the kernels return no scores
+        if config.weighting != "binary" or config.counts_tokens:
+            return None
+        if config.selection not in ("top", "bottom"):
+            return None
+        if torch.is_autocast_enabled("cpu"):  # would round the kernels' product
+            return None
+        # The kept keys are None in training, so there is no noise or dropout to leave out here.
+        return self.router.kept_keys()
 
     def _weighted(self, hidden: Tensor, weights: Tensor) -> Tensor:
         """Multiply the neurons ``[..., d]`` by the weights of their experts.

@@ -27,7 +27,7 @@ _EMBEDDING_DEVIATION = 0.01
 _CHUNK_ELEMENTS = 1 << 19
 # About this many elements of a weight are compared to detect changes. They are fewer if the weight
 # has fewer rows.
-_COMPARED_ELEMENTS = 512
+_COMPARED_ELEMENTS = 64
 
 
 def means_of_blocks(blocks: Tensor) -> Tensor:
@@ -113,8 +113,12 @@ class Router(nn.Module):
         """Return vectors ``[N, h]`` in float32 whose products with the input are the scores.
 
         An earlier forward pass, in evaluation mode and without gradients, has kept them. None if no
-        pass has kept vectors of the current weights. Also None if the current pass trains, records
-        a gradient or is traced, and for a router that computes scores differently.
+        pass has kept vectors of the current weights, if the router trains, and for a router that
+        computes scores differently.
+
+        Call it only in a pass that may use the compiled kernels
+        (:func:`emoe.compiled.build.kernels_for`): it does not check again that the pass records no
+        gradient and is not traced.
         """
         return None
 
@@ -293,11 +297,13 @@ class AvgKRouter(Router):
         return self.ffn.proj_in
 
     def kept_keys(self) -> Tensor | None:
-        """Return the mean keys ``[N, h]`` that an earlier call kept.
+        """Return the mean keys ``[N, h]`` that an earlier call kept (:meth:`Router.kept_keys`).
 
-        None if there are none that this pass may use, or if scores are not their products with the
+        None if there are none of the current weights, or if scores are not their products with the
         input.
         """
+        if self.training:
+            return None
         # The products must be the scores: without a bias, and without a running gate, which is not
         # the mean of the weights.
         uses_current_keys = self.config.score == "keys" and self.gate is None
@@ -307,7 +313,7 @@ class AvgKRouter(Router):
         is_subclass = type(self) is not AvgKRouter
         if is_subclass or self._forward_hooks or self._forward_pre_hooks:
             return None
-        return self._kept_mean_weight()
+        return self._unchanged_mean_weight()
 
     def forget_kept_keys_(self) -> None:
         """Discard the kept mean weights, so that a later forward pass computes them again."""
@@ -338,6 +344,13 @@ class AvgKRouter(Router):
         """
         if not self._may_keep():
             return None
+        return self._unchanged_mean_weight()
+
+    def _unchanged_mean_weight(self) -> Tensor | None:
+        """Return the kept mean weights ``[N, h]``, None if the weights have changed since.
+
+        Also None if none are kept.
+        """
         kept = self._kept  # another thread may replace it
         if kept is None or not kept.stamp.still_matches(self._projection()):
             return None

@@ -2,8 +2,8 @@
 //
 // gather_mm, scatter_mm and outer_mm compute the three products for the chosen (token, expert) pairs: in float32 with
 // product.h if the processor supports it, else with PyTorch. The other kernels are for passes without gradient: the
-// choice of experts (choose, route), the masking of neurons (scale_blocks), and two products for few tokens
-// (few_gather_mm, few_scatter_mm, with few_tokens.h).
+// choice of experts (choose, route), the masking of neurons (scale_blocks), both at once (mask_neurons), and two
+// products for few tokens (few_gather_mm, few_scatter_mm, with few_tokens.h).
 //
 // Shapes: T tokens, N experts of s neurons, h width of a token, P pairs of a token and a chosen expert.
 //
@@ -18,6 +18,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "few_tokens.h"
@@ -389,6 +390,22 @@ INLINE void mark_highest(bool* chosen, const std::vector<float>& ranked, int64_t
 
 // Chooses the experts of each token with the k highest scores, or the k lowest. Among equal scores, experts of lower
 // index are chosen first. NaN counts as infinity.
+struct Choice {
+  int64_t k;
+  bool highest;
+  std::vector<float> ranked;
+  std::vector<float> scratch;
+
+  Choice(int64_t experts, int64_t k, bool highest) : k(k), highest(highest), ranked(experts), scratch(experts) {}
+
+  // Writes the mask of one token's experts [N]. Their scores are [N].
+  void operator()(bool* chosen, const float* scores) {
+    rank_scores(ranked, scores, highest);
+    mark_highest(chosen, ranked, k, scratch);
+  }
+};
+
+// Chooses experts as Choice does.
 //
 // scores: a score for each token and expert [T, N], float32.
 //
@@ -402,20 +419,18 @@ Tensor choose(const Tensor& scores, int64_t k, bool highest) {
   const float* from = contiguous_scores.const_data_ptr<float>();
   bool* to = mask.data_ptr<bool>();
   at::parallel_for(0, tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
-    std::vector<float> ranked(experts);
-    std::vector<float> scratch(experts);
-    for (int64_t token = begin; token < end; ++token) {
-      rank_scores(ranked, from + token * experts, highest);
-      mark_highest(to + token * experts, ranked, k, scratch);
-    }
+    Choice choice(experts, k, highest);
+    for (int64_t token = begin; token < end; ++token) choice(to + token * experts, from + token * experts);
   });
   return mask;
 }
 
-// Chooses experts as `choose` does. Scores are the products of inputs x [T, h] and keys [N, h] in float32.
+// Scores experts: the products of inputs x [T, h] and keys [N, h] in float32.
+Tensor scores_of(const Tensor& x, const Tensor& keys) { return at::linear(x.to(at::kFloat), keys); }
+
+// Chooses experts as `choose` does, by the scores of inputs x [T, h] and keys [N, h].
 Tensor route(const Tensor& x, const Tensor& keys, int64_t k, bool highest) {
-  const Tensor scores = at::linear(x.to(at::kFloat), keys);
-  return choose(scores, k, highest);
+  return choose(scores_of(x, keys), k, highest);
 }
 
 // Multiplies numbers by zero: what is not finite becomes NaN.
@@ -471,6 +486,42 @@ Tensor scale_blocks(const Tensor& hidden, const Tensor& weights) {
     scalar_t* to = out.data_ptr<scalar_t>();
     at::parallel_for(0, blocks, blocks_per_task, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) multiply_by_scale(to + i * size, from + i * size, size, scale[i]);
+    });
+  });
+  return out;
+}
+
+// Chooses experts as `route` does, and multiplies the neurons of the others by zero.
+//
+// hidden: neurons of each token, expert after expert [..., N * s], in a floating-point type.
+// x: a row for each token [T, h].
+// keys: a row for each expert [N, h], float32.
+//
+// Returns the products in the shape and dtype of `hidden`.
+Tensor mask_neurons(const Tensor& hidden, const Tensor& x, const Tensor& keys, int64_t k, bool highest) {
+  constexpr int64_t kNeuronsPerTask = 8192;
+  const Tensor scores = scores_of(x, keys).contiguous();
+  const Tensor neurons = hidden.contiguous();
+  Tensor out = at::empty_like(neurons);
+  const int64_t tokens = scores.size(0);
+  const int64_t experts = scores.size(1);
+  const int64_t size = neurons.numel() / std::max<int64_t>(tokens * experts, 1);
+  const int64_t tokens_per_task = kNeuronsPerTask / std::max<int64_t>(experts * size, 1) + 1;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, neurons.scalar_type(), "mask_neurons", [&] {
+    const float* token_scores = scores.const_data_ptr<float>();
+    const scalar_t* from = neurons.const_data_ptr<scalar_t>();
+    scalar_t* to = out.data_ptr<scalar_t>();
+    at::parallel_for(0, tokens, tokens_per_task, [&](int64_t begin, int64_t end) {
+      Choice choice(experts, k, highest);
+      const auto chosen = std::make_unique<bool[]>(experts);
+      for (int64_t token = begin; token < end; ++token) {
+        choice(chosen.get(), token_scores + token * experts);
+        for (int64_t expert = 0; expert < experts; ++expert) {
+          const int64_t block = (token * experts + expert) * size;
+          const scalar_t scale = chosen[expert] ? 1 : 0;
+          multiply_by_scale(to + block, from + block, size, scale);
+        }
+      }
     });
   });
   return out;
@@ -595,6 +646,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("scatter_mm", &scatter_mm, py::call_guard<py::gil_scoped_release>());
   m.def("outer_mm", &outer_mm, py::call_guard<py::gil_scoped_release>());
   m.def("scale_blocks", &scale_blocks, py::call_guard<py::gil_scoped_release>());
+  m.def("mask_neurons", &mask_neurons, py::call_guard<py::gil_scoped_release>());
   m.def("route", &route, py::call_guard<py::gil_scoped_release>());
   m.def("choose", &choose, py::call_guard<py::gil_scoped_release>());
   m.def("few_gather_mm", &few_gather_mm, py::call_guard<py::gil_scoped_release>());

@@ -221,7 +221,7 @@ class SparseFFN(_Replacement):
         layer = self._layer[0]
         # This choice needs no weights: it is only made if all chosen experts have weight 1 and
         # share one output bias. Otherwise it is None.
-        mask = layer.choose_mask_quickly(rows)
+        mask = layer.choose_mask_quickly(rows, layout.kernels)
         weights = None
         if mask is None:
             scores = layer.linear_scores(rows)

@@ -30,6 +30,9 @@ class Layout:
     give views of the in-projections and copies of the values. GPT-2's Conv1D gives the opposite. A
     layout must not be used after the weights have changed (:meth:`is_current`).
 
+    Attributes:
+        kernels: compiled kernels.
+
     Args:
         layer: routed FFN whose weights are on the CPU, in float32 or bfloat16 (:func:`can_serve`).
         kernels: compiled kernels.
@@ -37,7 +40,7 @@ class Layout:
 
     def __init__(self, layer: RoutedActivation, kernels: ModuleType) -> None:
         self._activation = layer.activation
-        self._kernels = kernels
+        self.kernels = kernels
         blocks = layer.ffn.blocks(layer.config.num_experts)
         self._activated = _contiguous(blocks.activated)
         self._up: InBlocks | None = None
@@ -82,17 +85,17 @@ class Layout:
             weights: expert weights ``[T, N]``, None if all chosen experts have weight 1.
         """
         # pre-activations [P, s]: a row for each chosen pair, sorted by expert, then token
-        z = self._kernels.few_gather_mm(x, mask, self._activated.weight, self._activated.bias)
+        z = self.kernels.few_gather_mm(x, mask, self._activated.weight, self._activated.bias)
         hidden = self._activation(z)
         if self._up is not None:  # a gated FFN
-            up = self._kernels.few_gather_mm(x, mask, self._up.weight, self._up.bias)
+            up = self.kernels.few_gather_mm(x, mask, self._up.weight, self._up.bias)
             hidden = hidden * up
         if weights is not None:
             # A mask selects in the order of its rows. The rows of the transposed mask [N, T] are
             # experts, so the weights [P] have the order of the pairs.
             weight_of_pair = weights.t()[mask.t()]
             hidden = hidden * weight_of_pair.unsqueeze(1).to(hidden.dtype)
-        return self._kernels.few_scatter_mm(hidden, mask, self._values)
+        return self.kernels.few_scatter_mm(hidden, mask, self._values)
 
 
 def _contiguous(blocks: InBlocks) -> InBlocks:

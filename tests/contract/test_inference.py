@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -195,6 +196,24 @@ def test_mean_keys_follow_a_change_of_one_expert_that_pytorch_does_not_count(nam
         neurons.unflatten(0, (64, -1))[expert] *= -1
         changed = model(tokens).last_hidden_state
         assert torch.equal(changed, copy.deepcopy(model)(tokens).last_hidden_state), expert
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("selection", ["top", "bottom"])
+@pytest.mark.parametrize("tokens", [0, 1, 300])
+def test_one_kernel_masks_neurons_as_the_separate_steps_do(
+    tokens: int, selection: Any, dtype: torch.dtype
+) -> None:
+    """The first call has no mean keys yet, so it scores, chooses and masks in separate steps."""
+    model = net(gated=False, selection=selection).eval().to(dtype)
+    x = inputs(tokens).to(dtype)
+    if tokens > 1:
+        x[0] = 0.0  # its experts have equal scores
+        x[1] = torch.inf  # its neurons are not finite
+    separate_steps = model(x)
+    one_kernel = model(x)
+    assert torch.equal(one_kernel.nan_to_num(nan=7.0), separate_steps.nan_to_num(nan=7.0))
 
 
 @torch.no_grad()
