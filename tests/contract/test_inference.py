@@ -202,15 +202,18 @@ def test_mean_keys_follow_a_change_of_one_expert_that_pytorch_does_not_count(nam
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("selection", ["top", "bottom"])
 @pytest.mark.parametrize("tokens", [0, 1, 300])
+@pytest.mark.parametrize("first_neuron", ["finite", "infinite"])
 def test_one_kernel_masks_neurons_as_the_separate_steps_do(
-    tokens: int, selection: Any, dtype: torch.dtype
+    first_neuron: str, tokens: int, selection: Any, dtype: torch.dtype
 ) -> None:
     """The first call has no mean keys yet, so it scores, chooses and masks in separate steps."""
     model = net(gated=False, selection=selection).eval().to(dtype)
+    if first_neuron == "infinite":
+        model.layers[0].inner.bias[0] = torch.inf  # times zero, it is no number
     x = inputs(tokens).to(dtype)
     if tokens > 1:
         x[0] = 0.0  # its experts have equal scores
-        x[1] = torch.inf  # its neurons are not finite
+        x[1] = torch.inf  # it has no highest score
     separate_steps = model(x)
     one_kernel = model(x)
     assert torch.equal(one_kernel.nan_to_num(nan=7.0), separate_steps.nan_to_num(nan=7.0))
