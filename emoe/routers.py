@@ -27,7 +27,7 @@ _EMBEDDING_DEVIATION = 0.01
 _CHUNK_ELEMENTS = 1 << 19
 # About this many elements of a weight are compared to detect changes. They are fewer if the weight
 # has fewer rows.
-_COMPARED_ELEMENTS = 64
+_COMPARED_ELEMENTS = 512
 
 
 def means_of_blocks(blocks: Tensor) -> Tensor:
