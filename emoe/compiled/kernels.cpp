@@ -439,19 +439,29 @@ INLINE void times_zero(scalar_t* to, const scalar_t* from, int64_t size) {
   for (int64_t i = 0; i < size; ++i) to[i] = from[i] * scalar_t(0);
 }
 
-// The same for bfloat16, in integers, which compilers vectorise.
-template <>
-INLINE void times_zero(at::BFloat16* to, const at::BFloat16* from, int64_t size) {
+// The same for numbers of 16 bits, in integers, which compilers vectorise.
+//
+// exponent: bits that are all set if a number is not finite.
+// nan: bits of NaN.
+INLINE void times_zero_as_bits(void* to, const void* from, int64_t size, uint16_t exponent, uint16_t nan) {
   constexpr uint16_t kSign = 0x8000;
-  constexpr uint16_t kExponent = 0x7f80;  // all its bits are set if a number is not finite
-  constexpr uint16_t kNaN = 0x7fc0;
-  const auto* numbers = reinterpret_cast<const uint16_t*>(from);
-  auto* zeros = reinterpret_cast<uint16_t*>(to);
+  const auto* numbers = static_cast<const uint16_t*>(from);
+  auto* zeros = static_cast<uint16_t*>(to);
   for (int64_t i = 0; i < size; ++i) {
     const uint16_t signed_zero = numbers[i] & kSign;
-    const bool is_finite = (numbers[i] & kExponent) != kExponent;
-    zeros[i] = is_finite ? signed_zero : kNaN;
+    const bool is_finite = (numbers[i] & exponent) != exponent;
+    zeros[i] = is_finite ? signed_zero : nan;
   }
+}
+
+template <>
+INLINE void times_zero(at::BFloat16* to, const at::BFloat16* from, int64_t size) {
+  times_zero_as_bits(to, from, size, /*exponent=*/0x7f80, /*nan=*/0x7fc0);
+}
+
+template <>
+INLINE void times_zero(at::Half* to, const at::Half* from, int64_t size) {
+  times_zero_as_bits(to, from, size, /*exponent=*/0x7c00, /*nan=*/0x7e00);
 }
 
 // Multiplies numbers by a scale. Most scales are 0 or 1, which need no multiplication.
