@@ -39,8 +39,8 @@ constraints: ## write constraints.txt anew: the newest versions that pyproject.t
 		tr 'A-Z_' 'a-z-' | LC_ALL=C sort >> "$$folder/constraints.txt" && \
 	cp "$$folder/constraints.txt" constraints.txt
 
-SUITE_CONFIG = $(strip suite=$(SUITE) $(if $(DATA_ROOT),data_root=$(DATA_ROOT)))
-run: $(STAMP) ## run a suite: make run, make run SUITE=smoke, make run SUITE=full DATA_ROOT=/folder/of/sets
+SUITE_CONFIG = $(strip suite=$(SUITE) $(if $(SEEDS),seeds=$(SEEDS)) $(if $(DATA_ROOT),data_root=$(DATA_ROOT)))
+run: $(STAMP) ## run a suite: make run, make run SUITE=smoke, make run SUITE=full SEEDS=2 DATA_ROOT=/folder/of/sets
 	@echo "Running the suite '$(SUITE)': snakemake --cores all --config $(SUITE_CONFIG)"
 	@$(BIN)/snakemake --cores all --quiet reason host rules --config $(SUITE_CONFIG)
 	@echo

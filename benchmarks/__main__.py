@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "true")
 
+_INTERRUPTED = 130  # exit status after Ctrl-C
+
 _PATH = click.Path(path_type=Path)
 # a relative path is resolved before a command changes to the checkout
 _ABSOLUTE_PATH = click.Path(path_type=Path, resolve_path=True)
@@ -366,8 +368,9 @@ def check(suite: str, benchmarks: tuple[str, ...], elsewhere: bool) -> None:
     """Compare a suite's numbers with the blessed ones.
 
     `bless` wrote these into results/reference/. Finished runs are compared even if others are
-    missing. The exit status is 1 if a number differs by more than its tolerance, the mean of a test
-    of the paper's claims has moved, or a run is not finished.
+    missing. The exit status is 1 if a number or a mean differs by more than its tolerance, a test
+    of the paper's claims has moved, a run is not finished or was made by other code, or a blessed
+    run is not planned.
     """
     from benchmarks.harness.report.claims_check import check_claims
     from benchmarks.harness.results.suite_check import check as check_suite
@@ -423,8 +426,9 @@ def bless(suite: str, benchmarks: tuple[str, ...]) -> None:
     """Bless the current numbers of a suite.
 
     Writes them into results/reference/, as the numbers that `check` compares with, and the records
-    that `claims` and `tables` read if no run is finished. Needs a clean checkout. The fastest
-    run of each benchmark is rerun, and must give exactly the same numbers.
+    that `claims` and `tables` read if no run is finished. Needs a clean checkout. For each
+    benchmark and each version of the code that made its runs, the fastest run is rerun, and must
+    give exactly the same numbers.
     """
     from benchmarks.harness.results.bless import bless as bless_suite
 
@@ -647,7 +651,7 @@ def _run_command(arguments: list[str]) -> int:
     except click.Abort as stop:
         if isinstance(stop.__cause__, EOFError):  # click treats EOFError as an interrupted prompt
             raise stop.__cause__ from None
-        return 130
+        return _INTERRUPTED
     except click.ClickException as error:
         message = error.format_message()
         exit_status = error.exit_code
@@ -664,7 +668,10 @@ def main() -> None:
     If the workflow has started a server, the command runs in a fork of it, else in this process.
     """
     arguments = sys.argv[1:]
-    exit_status = run_in_fork(arguments)
+    try:
+        exit_status = run_in_fork(arguments)
+    except KeyboardInterrupt:  # the fork ends too, because its caller ends
+        sys.exit(_INTERRUPTED)
     if exit_status is None:  # no server has run it
         exit_status = _run_command(arguments)
     sys.exit(exit_status)

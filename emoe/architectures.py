@@ -459,22 +459,33 @@ def _by_expert(rows: Tensor, num_experts: int) -> Tensor:
     return rows.unflatten(0, (num_experts, -1))
 
 
+def is_registered(model: nn.Module) -> bool:
+    """Check if a model's architecture is in the registry."""
+    return any(name in REGISTRY for name in _names_of_architecture(model))
+
+
+def _names_of_architecture(model: nn.Module) -> list[str]:
+    """Return the names that a model's architecture may have in the registry.
+
+    They are the ``model_type``, if the model has one, its class, and the classes it derives from.
+    """
+    if hasattr(model, "get_base_model"):  # a PEFT model
+        model = cast(Any, model).get_base_model()
+    names = [cls.__name__ for cls in type(model).__mro__]
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if model_type:
+        names.insert(0, model_type)
+    return names
+
+
 def find_specs(model: nn.Module) -> tuple[FFNSpec, ...]:
     """Return the locations of a model's FFNs from the registry.
 
     Raises:
         ConversionError: the model's architecture is not in the registry.
     """
-    if hasattr(model, "get_base_model"):  # a PEFT model
-        model = cast(Any, model).get_base_model()
-
-    # the registry may name the model_type, the model's class or one of the classes it derives from
-    names = [cls.__name__ for cls in type(model).__mro__]
-    config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    if model_type:
-        names.insert(0, model_type)
-
+    names = _names_of_architecture(model)
     for name in names:
         if name in REGISTRY:
             return REGISTRY[name]
@@ -511,10 +522,11 @@ def find_ffns(model: nn.Module) -> list[FFN]:
         if missing_path is not None:
             missing.append(f"{name} has no module '{missing_path}'")
             continue
-        # if several specs match the same FFN, the first one is used
-        in_projection = (id(layer), spec.proj_in)
-        if in_projection not in ffns:
-            ffns[in_projection] = _locate_ffn(index=len(ffns), name=name, layer=layer, spec=spec)
+        # If several specs match the same FFN, the first one is used. The FFNs of a layer that has
+        # two of them differ in their in-projections.
+        key = (id(layer), spec.proj_in)
+        if key not in ffns:
+            ffns[key] = _locate_ffn(index=len(ffns), name=name, layer=layer, spec=spec)
 
     # with several specs, one may be for FFNs that this model does not have
     may_miss = len(specs) > 1 and len(ffns) > 0
@@ -532,11 +544,14 @@ def _find_layers(model: nn.Module, spec: FFNSpec) -> list[tuple[str, nn.Module]]
     Raises:
         ConversionError: several lists match, although ``spec.layers`` has no ``*``.
     """
-    # for example, "stages.*.blocks" matches stages.0.blocks and model.stages.1.blocks
+    # "stages.*.blocks" becomes the regular expression `(.*\.)?stages\.[^.]+\.blocks`, which matches
+    # stages.0.blocks and model.stages.1.blocks
     any_prefix = r"(.*\.)?"
     any_name = r"[^.]+"
     parts_around_stars = [re.escape(part) for part in spec.layers.split("*")]
-    pattern = re.compile(any_prefix + any_name.join(parts_around_stars))
+    path_pattern = any_name.join(parts_around_stars)
+    pattern = re.compile(any_prefix + path_pattern)
+
     lists = {}
     for name, module in model.named_modules():
         if pattern.fullmatch(name) and isinstance(module, nn.ModuleList | nn.Sequential):

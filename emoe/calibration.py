@@ -94,6 +94,7 @@ class _Sample:
     def __init__(self, seed: int, padding: PaddingMaskHook | None) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._padding = padding
+        # Empty vectors at first. `torch.cat` leaves them out, whatever the width of the rows.
         self._lowest = _NumberedRows(torch.empty(0, dtype=torch.float64), torch.empty(0))
 
     @property
@@ -108,8 +109,6 @@ class _Sample:
         rows = self._without_padding(magnitudes).float().cpu()
         # a uniform sample: every row draws a number, and the rows with the lowest numbers stay
         numbers = torch.rand(len(rows), generator=self._generator, dtype=torch.float64)
-
-        # The sample so far is an empty vector at first. `cat` leaves it out, whatever its shape.
         all_numbers = torch.cat([self._lowest.numbers, numbers])
         all_rows = torch.cat([self._lowest.rows, rows])
         lowest = all_numbers.argsort()[:MAX_TOKENS]

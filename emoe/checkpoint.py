@@ -63,6 +63,9 @@ EXTRA_FILE = "emoe_extra.safetensors"
 _LOADS_WITHOUT_FILE = (
     "without this file the model loads, and its neurons' original order is unknown"
 )
+# Options that AutoConfig does not get. It would drop `trust_remote_code`, and write the others into
+# the configuration. In a configuration, a dtype must not be "auto".
+_LOADER_OPTIONS = ("trust_remote_code", QUANTIZATION_CONFIG, "dtype", "torch_dtype")
 # relative difference between stored and present key norms that a cast to bfloat16 may cause
 _NORM_TOLERANCE = 0.02
 
@@ -285,18 +288,33 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
         }
         return _load_plain(loader, folder, experts, loader_options)
 
-    given_config = options.get("config")
     stored_quantization = files.read_settings(folder).get(QUANTIZATION_CONFIG)
-    given_quantization = getattr(given_config, QUANTIZATION_CONFIG, None)
-    describes_quantised = _is_quantised(stored_quantization) or _is_quantised(given_quantization)
-    asks_for_quantised = bool(options.get(QUANTIZATION_CONFIG))
-    if describes_quantised or asks_for_quantised:
+    if _is_loaded_quantised(stored_quantization, options):
         return _load_quantised(loader, folder, experts, options)
 
+    given_config = options.get("config")
     if given_config is None and is_ours(stored_quantization):
         # transformers calls emoe.loader, which builds the experts before the weights load
         return files.load_stock(loader, folder, **options)
     return _load_with_description(loader, folder, experts, options)
+
+
+def _is_loaded_quantised(stored_quantization: Any, options: Mapping[str, Any]) -> bool:
+    """Check if transformers will load a quantised model.
+
+    Args:
+        stored_quantization: the ``quantization_config`` of the folder, None if it has none.
+        options: options of :func:`from_pretrained`.
+    """
+    # the caller asks for it
+    if options.get(QUANTIZATION_CONFIG):
+        return True
+    # the folder holds a quantised model
+    if _is_quantised(stored_quantization):
+        return True
+    # the caller's own configuration describes one
+    given_config = options.get("config")
+    return _is_quantised(getattr(given_config, QUANTIZATION_CONFIG, None))
 
 
 def _is_quantised(quantization_config: Any) -> bool:
@@ -380,27 +398,27 @@ def _read_auto_config(folder: Path, options: Mapping[str, Any]) -> _LoaderArgume
     """
     from transformers import AutoConfig
 
-    config_options = dict(options)
-    loader_only: dict[str, Any] = {}
-    # AutoConfig would drop `trust_remote_code`, and write `quantization_config` into the
-    # configuration
-    for name in ("trust_remote_code", QUANTIZATION_CONFIG):
-        if name in config_options:
-            loader_only[name] = config_options.pop(name)
-    trust_remote_code = loader_only.get("trust_remote_code", False)
+    # the options that only the loader gets, and those that may be fields of the configuration
+    loader_options: dict[str, Any] = {}
+    config_options: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in _LOADER_OPTIONS:
+            loader_options[name] = value
+        else:
+            config_options[name] = value
 
     try:
         config, unused = AutoConfig.from_pretrained(
             str(folder),
             return_unused_kwargs=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=options.get("trust_remote_code", False),
             **config_options,
         )
     except Exception as error:  # a damaged configuration raises anything
         raise CheckpointError(
             f"{folder / files.STOCK_CONFIG_FILE} is damaged: {files.class_and_message(error)}"
         ) from error
-    return _LoaderArguments(config, {**unused, **loader_only})
+    return _LoaderArguments(config, {**unused, **loader_options})
 
 
 def _load_quantised(loader: Any, folder: Path, experts: Experts, options: Mapping[str, Any]) -> Any:
@@ -458,23 +476,22 @@ def _names_loaded_later(model: nn.Module, layers: Sequence[RoutedActivation]) ->
     The folder holds the weights of the dense model. These lack such tensors, or have other values.
     """
     module_names = {module: name for name, module in model.named_modules()}
-    loaded_later = routing_names(model)
 
     # GMoE's projections are wider than the dense ones
-    copied_prefixes = []
+    prefixes_of_copies = []
     for layer in layers:
         if isinstance(layer.config, GMoEConfig):
             for _, projection in layer.ffn.projections():
-                copied_prefixes.append(f"{module_names[projection]}.")
-    for name in model.state_dict():
-        if name.startswith(tuple(copied_prefixes)):
-            loaded_later.add(name)
+                prefixes_of_copies.append(f"{module_names[projection]}.")
+    copies = _names_with_prefixes(model, prefixes_of_copies)
 
     # the folder's weights have one output bias, into which the experts' biases were folded
+    folded_biases = set()
     for layer in layers:
         if layer.output_bias is not None:
-            loaded_later.add(f"{module_names[layer.ffn.proj_out]}.bias")
-    return loaded_later
+            folded_biases.add(f"{module_names[layer.ffn.proj_out]}.bias")
+
+    return routing_names(model) | copies | folded_biases
 
 
 def build_experts_(
@@ -523,6 +540,11 @@ def routing_names(model: nn.Module) -> set[str]:
     for name, module in model.named_modules():
         if isinstance(module, RoutedActivation):
             prefixes.append(f"{name}.")
+    return _names_with_prefixes(model, prefixes)
+
+
+def _names_with_prefixes(model: nn.Module, prefixes: Sequence[str]) -> set[str]:
+    """Return the names in a model's state dict that begin with one of the prefixes."""
     return {name for name in model.state_dict() if name.startswith(tuple(prefixes))}
 
 
@@ -688,23 +710,22 @@ def stored_routing(
         Each tensor's name in the checkpoint, by layer and name in the layer's state. Tensors that
         are not stored are left out.
     """
-    # All layers with the same path of the activation and a tensor of the same name. The key is
-    # this path and name.
-    layers_of_ending: dict[tuple[str, str], list[RoutedActivation]] = defaultdict(list)
+    # the tensors whose names end alike: one of each layer, in the order of the layers
+    tensors_of_ending: dict[str, list[tuple[RoutedActivation, str]]] = defaultdict(list)
     for layer in layers:
         for name in layer.state_dict():
-            layers_of_ending[layer.ffn.spec.activation, name].append(layer)
+            ending = f".{layer.ffn.spec.activation}.{name}"
+            tensors_of_ending[ending].append((layer, name))
 
     matches: dict[tuple[RoutedActivation, str], str] = {}
-    for (path, name), owners in layers_of_ending.items():
-        ending = f".{path}.{name}"
+    for ending, tensors in tensors_of_ending.items():
         stored_names = [stored_name for stored_name in stored if stored_name.endswith(ending)]
         stored_names.sort(key=_layer_numbers)
         # if a layer's tensor is missing, the others cannot be assigned to their layers
-        if len(stored_names) != len(owners):
+        if len(stored_names) != len(tensors):
             continue
-        for layer, stored_name in zip(owners, stored_names, strict=True):
-            matches[layer, name] = stored_name
+        for tensor, stored_name in zip(tensors, stored_names, strict=True):
+            matches[tensor] = stored_name
     return matches
 
 

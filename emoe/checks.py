@@ -16,9 +16,9 @@ from emoe.errors import ConversionError, nearest_divisor
 def check_convertible(model: nn.Module, ffns: Sequence[FFN]) -> None:
     """Raise :class:`ConversionError` if FFNs of a model cannot be converted.
 
-    Their weights must be ordinary matrices (see :func:`check_projections`) of matching shapes, and
-    no other module may share them. The activation must have no parameters. Between it and the
-    out-projection there may only be dropouts or identities.
+    Their weights must be ordinary matrices (see :func:`check_projections`) of matching shapes. No
+    other module may share these weights or the biases. The activation must have no parameters.
+    Between it and the out-projection there may only be dropouts or identities.
     """
     check_projections(ffns)
     for ffn in ffns:
@@ -109,7 +109,7 @@ def _check_between(ffn: FFN) -> None:
 
 
 def _check_unshared(model: nn.Module, ffns: Sequence[FFN]) -> None:
-    """Check that no other module shares the weights.
+    """Check that no other module shares the weights or biases.
 
     Reordering the neurons would change that module too.
     """
@@ -122,11 +122,13 @@ def _check_unshared(model: nn.Module, ffns: Sequence[FFN]) -> None:
     for ffn in ffns:
         for path, module in ffn.projections():
             name = f"{ffn.name}.{path}"
-            others = users[id(module.weight)] - {name}
-            if others:
-                raise ConversionError(
-                    f"{name}.weight is shared with {', '.join(sorted(others))}: untie them first"
-                )
+            for parameter_name, parameter in module.named_parameters(recurse=False):
+                others = users[id(parameter)] - {name}
+                if others:
+                    listed = ", ".join(sorted(others))
+                    raise ConversionError(
+                        f"{name}.{parameter_name} is shared with {listed}: untie them first"
+                    )
 
 
 def check_divisible(ffns: Iterable[FFN], num_experts: int) -> None:

@@ -389,13 +389,15 @@ def _find_candidates(labels: Tensor, products: Tensor) -> _Candidates:
     size = num_rows // num_clusters
     # row numbers of each cluster [clusters, size]
     members = torch.sort(labels, stable=True).indices.view(num_clusters, size)
-    # gains of moving each row from its cluster to each other one [n, clusters]
-    gains_of_rows = products - products.gather(1, labels[:, None])
-    # gain[a, b, i]: gain of moving the i-th member of a to b
-    gain = gains_of_rows[members].transpose(1, 2).contiguous()
+    # gains of moving each row from its own cluster to each other one [n, clusters]
+    products_with_own_sum = products.gather(1, labels.unsqueeze(1))  # [n, 1]
+    gains_of_rows = products - products_with_own_sum
+    # the same by cluster a, its member i and the other cluster b, then in the order [a, b, i]
+    gains_of_members = gains_of_rows[members]
+    gains = gains_of_members.transpose(1, 2).contiguous()
     count = min(_EXCHANGE_CANDIDATES, size)
-    # both [a, b, count]; this overwrites `gain`
-    largest_gains, positions = _largest_(gain, count)
+    # both [a, b, count]; this overwrites `gains`
+    largest_gains, positions = _largest_(gains, count)
     # convert positions among the members of a into row numbers; `gather` takes [a, b * count]
     candidate_rows = members.gather(1, positions.flatten(1)).view_as(positions)
     return _Candidates(rows=candidate_rows, gains=largest_gains)

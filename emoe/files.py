@@ -541,6 +541,7 @@ def _load_with_transformers(
     with silence:
         model, info = loader.from_pretrained(str(folder), **loader_options)
 
+    # the tensors that transformers has not loaded, except those of another file
     stored_elsewhere: set[str] = set()
     if find_stored_elsewhere:
         stored_elsewhere = find_stored_elsewhere(model)
@@ -636,14 +637,15 @@ def _name_in_absent_layer(names: Iterable[str], others: Collection[str]) -> str 
 
     A tensor that ``others`` have in no layer at all, such as one of a head, is skipped.
     """
-    other_layers: set[str] = set()
+    layers_of_others: set[str] = set()
     for other in others:
-        other_layers.update(_layers_of(other))
-    other_patterns = {_without_numbers(other) for other in others}
+        layers_of_others.update(_layers_of(other))
+    patterns_of_others = {_without_numbers(other) for other in others}
     for name in sorted(names):
-        absent_layers = set(_layers_of(name)) - other_layers
-        is_in_other_layers = _without_numbers(name) in other_patterns
-        if absent_layers and is_in_other_layers:
+        # if only the number differs, `others` have this tensor in another layer
+        is_in_another_layer = _without_numbers(name) in patterns_of_others
+        absent_layers = set(_layers_of(name)) - layers_of_others
+        if absent_layers and is_in_another_layer:
             return name
     return None
 

@@ -145,7 +145,8 @@ class RoutedActivation(nn.Module):
 
         It is None before the first call, and if the configuration has no balance loss.
         """
-        # _store_balance_loss clears this one in each call, so if it is set, it is the newer one
+        # A later eager call would have set this one to None (_store_balance_loss). So if there is
+        # a loss of compiled code, it is the newer one.
         if self._traced.loss is not None:
             return self._traced.loss
         return self._eager.loss
@@ -274,12 +275,14 @@ class RoutedActivation(nn.Module):
             if masked is not None:
                 return masked
 
+        # Without one kernel for all of it: score, activate, route, and multiply. If `x` is unknown,
+        # scores that need it raise an error.
         config = self.config
         drops = self.training and config.expert_dropout > 0
         drops_before = drops and config.dropout_position == "before"
-        drops_after = drops and not drops_before
+        drops_after = drops and config.dropout_position == "after"
         scores, hidden = self._score_and_activate(x, z, drops=drops_before)
-        _, weights = self.route(scores)
+        _kept, weights = self.route(scores)
         if self.output_bias is not None:
             # the out-projection's hook adds the biases with these weights
             self._check_hooked()

@@ -168,17 +168,19 @@ def _described_layer(model: nn.Module, config: Any) -> RoutedActivation:
         model: converted model. It may contain several models that were converted separately.
         config: transformers configuration in the model that describes experts.
     """
+    holders_with_experts = []
+    for module in model.modules():
+        holds_config = vars(module).get("config") is config
+        if holds_config and routed_layers(module):
+            holders_with_experts.append(module)
+
     # In a part of a model, such as its list of layers, only modules without experts may hold the
     # configuration, such as the attention. Then it describes the experts of the whole part.
-    described = routed_layers(model)
-    for module in model.modules():
-        if vars(module).get("config") is config:
-            # A module around several models may also hold the configuration of one of them. So the
-            # innermost module is used, which comes last.
-            layers = routed_layers(module)
-            if layers:
-                described = layers
-    return described[0]
+    if not holders_with_experts:
+        return routed_layers(model)[0]
+    # A module around several models may also hold the configuration of one of them. So the
+    # innermost module is used, which comes last.
+    return routed_layers(holders_with_experts[-1])[0]
 
 
 def described_configs(model: nn.Module) -> list[Any]:

@@ -221,13 +221,15 @@ class Stamp:
 def _compared_elements(weight: Tensor) -> Tensor:
     """Return a view of some elements of a contiguous matrix, from rows and columns all over it."""
     rows, columns = weight.shape
-    num_rows = min(rows, _COMPARED_ELEMENTS)
-    # Each step goes down some rows and along some columns, because the neurons of an expert are
-    # rows, or columns in GPT-2's Conv1D.
-    rows_down = rows // num_rows
-    columns_along = max(columns // num_rows, 1)
+    num_compared = min(rows, _COMPARED_ELEMENTS)
+    # Elements on a diagonal: each step goes down some rows and along some columns. So the elements
+    # are from all experts, whose neurons are rows, or columns in GPT-2's Conv1D.
+    rows_down = rows // num_compared
+    columns_along = max(columns // num_compared, 1)
+    # in one long vector, the element in the next row is `columns` further
     step = rows_down * columns + columns_along
-    return weight.detach().view(-1)[::step]
+    elements = weight.detach().view(-1)
+    return elements[::step]
 
 
 def _version(weight: Tensor) -> int | None:
@@ -498,17 +500,15 @@ class AvgKRouter(Router):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.forget_kept_keys_()  # they refer to the old weights
-        # a running gate moves with the model but stays in float32
         old_gate = self.gate
         super()._apply(fn, recurse)
-        moved_gate = self.gate  # perhaps rounded to another dtype
+        moved_gate = self.gate
         if old_gate is None or moved_gate is None:
             return self
-        if old_gate.is_meta:
-            # it has no values that could be moved again
-            self.gate = moved_gate.to(torch.float32)
-        else:
-            self.gate = old_gate.to(moved_gate.device, torch.float32)
+        # A running gate moves with the model but stays in float32. `fn` may have rounded it to the
+        # model's dtype, so the values are taken from the old gate. On the meta device it has none.
+        values = moved_gate if old_gate.is_meta else old_gate
+        self.gate = values.to(moved_gate.device, torch.float32)
         return self
 
 

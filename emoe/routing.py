@@ -85,17 +85,20 @@ def capacity_mask(
         token_mask: real tokens ``[T]`` bool; padding tokens do not count in T and take no capacity.
     """
     num_experts = scores.shape[1]
-    is_real = torch.ones_like(expert_indices, dtype=torch.bool)  # [T, k]
-    # a tensor, as the sum of a mask below is one
-    num_tokens = expert_indices.new_tensor(expert_indices.shape[0])
-    if token_mask is not None:
-        is_real &= token_mask.unsqueeze(1)
+    if token_mask is None:
+        is_real = torch.ones_like(expert_indices, dtype=torch.bool)  # [T, k]
+        num_tokens = expert_indices.new_tensor(expert_indices.shape[0])
+    else:
+        is_real = token_mask.unsqueeze(1).expand_as(expert_indices)  # [T, k]
         num_tokens = token_mask.sum()
 
     # float64 like the authors' Python numbers; on the CPU, because MPS has no float64
-    tokens_per_expert = (num_tokens.cpu().double() / num_experts).ceil()
-    capacity_per_choice = (capacity_factor * tokens_per_expert).long().to(scores.device)
-    capacity = num_active_experts * capacity_per_choice
+    exact_num_tokens = num_tokens.cpu().double()
+    tokens_per_expert = (exact_num_tokens / num_experts).ceil()
+    # More places than tokens have no effect. Without this limit, a very large factor would give a
+    # number that no integer can hold, and all choices would be dropped.
+    places_per_choice = torch.minimum(capacity_factor * tokens_per_expert, exact_num_tokens)
+    capacity = num_active_experts * places_per_choice.long().to(scores.device)
 
     # tokens with the most confident choice come first
     confidence = scores.softmax(-1).amax(-1)
@@ -113,23 +116,29 @@ def capacity_mask(
     # back to [T, k], then to the original order of the tokens
     num_choices = expert_indices.shape[1]
     fits_by_confidence = fits_in_queue.view(num_choices, -1).t()
-    fits = torch.empty_like(is_real)
+    fits = torch.empty_like(fits_by_confidence)
     fits[order] = fits_by_confidence
     return fits | ~is_real
 
 
 def _rank_in_group(groups: Tensor, num_groups: int) -> Tensor:
-    """Count for each element of ``groups`` ``[n]`` the earlier elements with the same group."""
-    # sorted by group, a group's elements are adjacent and keep their order
-    by_group = _stable_order(groups, descending=False)
+    """Count for each element of ``groups`` ``[n]`` the earlier elements with the same group.
+
+    For the groups ``[1, 0, 1, 1, 0]`` the counts are ``[0, 0, 1, 2, 1]``.
+    """
+    # number of elements of each group, and of the elements of all groups before it
     sizes = groups.new_zeros(num_groups).scatter_add_(0, groups, torch.ones_like(groups))
     starts = sizes.cumsum(0) - sizes
+    # Sorted by group, a group's elements are adjacent and keep their order. So an element's rank is
+    # its distance from the start of its group.
+    by_group = _stable_order(groups, descending=False)
+    sorted_groups = groups[by_group]
     positions = torch.arange(groups.numel(), device=groups.device)
-    start_of_element = starts[groups[by_group]]
-    # an element's rank is its distance from the start of its group
-    rank = torch.empty_like(groups)
-    rank[by_group] = positions - start_of_element
-    return rank
+    sorted_ranks = positions - starts[sorted_groups]
+    # back to the original order
+    ranks = torch.empty_like(groups)
+    ranks[by_group] = sorted_ranks
+    return ranks
 
 
 def expert_mask(expert_indices: Tensor, num_experts: int, kept: Tensor | None = None) -> Tensor:

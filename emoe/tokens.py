@@ -195,7 +195,7 @@ class PaddingMaskHook(_ArgumentHook):
         # has a column for all.
         rows, columns = call.value.shape
         tokens_per_row = columns
-        if self._cached and rows:
+        if self._cached and rows > 0:
             tokens_per_row = tokens // rows
         if rows * tokens_per_row != tokens or tokens_per_row > columns:
             raise RuntimeError(
@@ -293,20 +293,23 @@ def _module_with_mask(
     Such inputs are token ids, pixels or torch's padding masks. Without such a module, return
     ``""``, the name of the whole model.
     """
-    # From the activation's parent up to the layer. The name in `ffn.name` may not fit: it is the
-    # one in the converted model, and this model may be a wrapper around it.
+    # Find the layer's name. `ffn.name` may not fit: it is the name in the converted model, and this
+    # model may be a wrapper around it. For the path "mlp.act", the parent "blocks.0.mlp" of the
+    # activation is one step below the layer "blocks.0": one step for each dot of the path.
     path = ffn.spec.activation
     layer_name = names[ffn.parents[path]]
-    # one step up for each dot of the path
     for _ in range(path.count(".")):
         layer_name = _parent_name(layer_name)
 
     # the search begins above the layer, because torch's own layers also take a padding mask
     name = _parent_name(layer_name)
     inputs = {_TEXT_INPUT, *_OTHER_INPUTS, *_TORCH_MASKS}
-    while name and inputs.isdisjoint(_argument_names(modules[name])):
+    while name != "":
+        takes_inputs = not inputs.isdisjoint(_argument_names(modules[name]))
+        if takes_inputs:
+            return name
         name = _parent_name(name)
-    return name
+    return ""
 
 
 def _parent_name(name: str) -> str:
@@ -321,17 +324,19 @@ def _hook_padding_mask(module: nn.Module, *, rows_first: bool) -> PaddingMaskHoo
     Return None if the module takes no mask, or a mask of pixels or sound.
     """
     arguments = _argument_names(module)
-    masks = [name for name in (*_TORCH_MASKS, _TRANSFORMERS_MASK) if name in arguments]
-    if not masks:
+    # torch's own mask, if there is one
+    for mask_name in _TORCH_MASKS:
+        if mask_name in arguments:
+            return PaddingMaskHook(module, mask_name, cached=False, rows_first=rows_first)
+    if _TRANSFORMERS_MASK not in arguments:
         return None
-    mask_name = masks[0]  # torch's own mask, if there is one
+
     takes_text = _TEXT_INPUT in arguments
     takes_other_input = not set(_OTHER_INPUTS).isdisjoint(arguments)
-    if mask_name == _TRANSFORMERS_MASK and takes_other_input and not takes_text:
+    if takes_other_input and not takes_text:
         return None  # the mask of pixels or sound does not fit the layers' tokens
     # the mask of a text model also covers the tokens in a key-value cache
-    cached = mask_name == _TRANSFORMERS_MASK and takes_text
-    return PaddingMaskHook(module, mask_name, cached=cached, rows_first=rows_first)
+    return PaddingMaskHook(module, _TRANSFORMERS_MASK, cached=takes_text, rows_first=rows_first)
 
 
 def _argument_names(module: nn.Module) -> list[str]:

@@ -14,6 +14,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from emoe.architectures import is_registered
 from emoe.checkpoint import save_order
 from emoe.convert import converted_layers
 from emoe.errors import ConfigError
@@ -30,7 +31,9 @@ class TrainerCallback(transformers.TrainerCallback):
 
     The callback adds the balance loss to the model's loss during training and updates running gates
     after each optimizer step. It writes the original order of the neurons
-    (``emoe_partition.safetensors``) into every checkpoint.
+    (``emoe_partition.safetensors``) into every checkpoint. Checkpoints of a module around converted
+    models do not get this file, unless the registry has a row for the module
+    (:func:`emoe.register_ffn`): without a row, emoe cannot load them.
 
     Args:
         add_aux_loss: false if your ``compute_loss_func`` adds :func:`emoe.aux_loss` itself.
@@ -67,10 +70,16 @@ class TrainerCallback(transformers.TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any
     ) -> None:
-        """Write the original order of the neurons into the checkpoint, unless it is PEFT's."""
+        """Write the original order of the neurons into the checkpoint.
+
+        Nothing is written for PEFT's checkpoints, and for modules that are not in the registry.
+        """
         model: nn.Module = kwargs["model"]
         # PEFT saves the adapters without the model
         if hasattr(model, "peft_config"):
+            return
+        # the file numbers the layers of the whole model, which only the registry can find
+        if not is_registered(model):
             return
         folder = _checkpoint_folder(args, state)
         # one process writes, if Trainer has made a folder for the checkpoint

@@ -23,16 +23,21 @@ class Checkout:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        files = subprocess.run(
+        listed = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
             cwd=ROOT,
             capture_output=True,
             check=True,
-        ).stdout
-        for name in files.decode().split("\0"):
-            if name and (ROOT / name).exists():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, folder / name)
+        )
+        # a zero byte ends each name, so the last name is empty
+        names = listed.stdout.decode().split("\0")
+        for name in names[:-1]:
+            source = ROOT / name
+            target = folder / name
+            # git still lists files that were deleted
+            if source.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, target)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -45,17 +50,26 @@ class Checkout:
         shutil.copy2(archive, path)
 
     def start(self, *command: object, stream: IO[str]) -> subprocess.Popen[str]:
-        words, environment = list(map(str, command)), self.environment
         return subprocess.Popen(
-            words, cwd=self.folder, env=environment, stdout=stream, stderr=stream, text=True
+            [str(word) for word in command],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=stream,
+            stderr=stream,
+            text=True,
         )
 
     def run(self, *command: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-        words, environment = list(map(str, command)), self.environment
         result = subprocess.run(
-            words, cwd=self.folder, env=environment, capture_output=True, text=True, check=False
+            [str(word) for word in command],
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
-        assert not check or result.returncode == 0, result.stdout + result.stderr
+        if check:
+            assert result.returncode == 0, result.stdout + result.stderr
         return result
 
     def snakemake(self, *words: object, check: bool = True) -> str:

@@ -41,15 +41,15 @@ def load(folder: Any, **options: Any) -> Any:
 
 def rows(count: int = 16) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    return [
-        {
-            "input_ids": torch.randint(3, 60, (8,), generator=generator),
-            "labels": torch.tensor(place % 2),
-        }
-        for place in range(count)
-    ]
+    made = []
+    for number in range(count):
+        input_ids = torch.randint(3, 60, (8,), generator=generator)
+        made.append({"input_ids": input_ids, "labels": torch.tensor(number % 2)})
+    return made
 
 
 def logits(model: Any) -> torch.Tensor:
+    input_ids = torch.stack([row["input_ids"] for row in rows()])
+    model.eval()
     with torch.no_grad():
-        return model.eval()(torch.stack([row["input_ids"] for row in rows()])).logits
+        return model(input_ids).logits

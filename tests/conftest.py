@@ -36,12 +36,13 @@ emoe.register_ffn("PlainNet", *SPECS)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the smoke suite and other slow tests first, so that no single worker ends with them."""
-    items.sort(
-        key=lambda item: (
-            item.get_closest_marker("slow") is None,
-            item.path.name != "test_smoke.py",
-        )
-    )
+
+    def rank(item: pytest.Item) -> tuple[bool, bool]:
+        is_slow = item.get_closest_marker("slow") is not None
+        is_smoke = item.path.name == "test_smoke.py"
+        return not is_slow, not is_smoke  # False comes before True
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,6 +57,7 @@ def registry() -> Iterator[None]:
     """Restore registries and environment variables after a test."""
     with ExitStack() as stack:
         for names in (architectures.REGISTRY, ROUTERS, TUNINGS, os.environ):
+            # without values to set, `patch.dict` only restores the dictionary on exit
             stack.enter_context(mock.patch.dict(names))
         yield
 
@@ -100,7 +102,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write narrow models under the paper's names, GLUE, GLUE-X, a small PACS and instructions, which tests only read."""
+    """Write model and data roots, which tests only read.
+
+    The models are narrow and have the paper's names. The sets are GLUE, GLUE-X, a small PACS and
+    instructions.
+    """
     from tests.image_sets import write_images
     from tests.instruction_runs import write_rows
     from tests.tiny_hub import LAYERS, write_data, write_glue_x, write_models, write_seq2seq
@@ -117,7 +123,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub_here(roots: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Change to an empty folder, with the roots of the paper's models and sets, which tests only read."""
+    """Change to an empty folder, and use the model and data roots of :func:`roots`."""
     monkeypatch.setenv(MODEL_ROOT, str(roots / "models"))
     monkeypatch.setenv(DATA_ROOT, str(roots / "data"))
     return here

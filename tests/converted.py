@@ -31,12 +31,11 @@ PUBLISHED: dict[str, Config] = {
     "gmoe": emoe.GMoEConfig.as_published("tutel", num_experts=4, layers="all", count_padding=False),
 }
 VARIANTS: dict[str, Config] = {
-    **{name: emoe.EMoEConfig(**USUAL, **settings) for name, settings in SETTINGS.items()},
-    **{
-        name: dataclasses.replace(config, expert_dropout=0.0)
-        for name, config in PUBLISHED.items()
-        if name != "gmoe"
-    },
+    "plain": emoe.EMoEConfig(**USUAL, **SETTINGS["plain"]),
+    "learned": emoe.EMoEConfig(**USUAL, **SETTINGS["learned"]),
+    "output biases": emoe.EMoEConfig(**USUAL, **SETTINGS["output biases"]),
+    "emoe": dataclasses.replace(PUBLISHED["emoe"], expert_dropout=0.0),
+    "emoe_learn": dataclasses.replace(PUBLISHED["emoe_learn"], expert_dropout=0.0),
     "clean gmoe": emoe.GMoEConfig(num_experts=4, top_k=2, layers="all"),
     "score bias": emoe.EMoEConfig(**USUAL, score_bias=True, expert_dropout=0.3),
     "not_top": emoe.EMoEConfig(**USUAL, selection="not_top"),
@@ -53,9 +52,15 @@ def net(
     config: Config | None = None,
     **settings: Any,
 ) -> PlainNet:
-    """Convert one FFN of 64 neurons and width 16, two of eight experts; gated unless experts have output biases."""
-    config = config or emoe.EMoEConfig(**{**USUAL, **settings})
-    network = plain_net(16, 64, gated=config.output_bias == "shared" if gated is None else gated)
+    """Convert one FFN with 64 neurons, inputs of 16 numbers, and two of eight experts in use.
+
+    By default it is gated, unless experts have output biases: the gated FFN has no biases.
+    """
+    if config is None:
+        config = emoe.EMoEConfig(**{**USUAL, **settings})
+    if gated is None:
+        gated = config.output_bias == "shared"
+    network = plain_net(16, 64, gated=gated)
     torch.manual_seed(0)
     emoe.convert_(network, config)
     emoe.set_backend_(network, backend)
@@ -63,10 +68,12 @@ def net(
 
 
 def model(name: str, backend: str = "masked", config: Config | None = None, **settings: Any) -> Any:
-    """Convert a tiny model; two of eight experts in every FFN unless a configuration or settings differ."""
+    """Convert a tiny model. By default every FFN uses two of eight experts."""
+    if config is None:
+        config = emoe.EMoEConfig(**{**USUAL, **settings})
     converted = tiny_models.build(name)
     torch.manual_seed(0)
-    emoe.convert_(converted, config or emoe.EMoEConfig(**{**USUAL, **settings}))
+    emoe.convert_(converted, config)
     emoe.set_backend_(converted, backend)
     return converted.eval()
 
@@ -77,12 +84,17 @@ def inputs(rows: int = 5, seed: int = 0) -> Tensor:
 
 
 def active_neurons(network: PlainNet, x: Tensor) -> Tensor:
-    """Return the neurons that a net of one FFN activates, ``[tokens, experts, neurons]``; no activation may be zero."""
-    layer, outputs = routed_layers(network)[0], []
+    """Return the neurons that a net of one FFN activates, ``[tokens, experts, neurons]``.
+
+    Those of other experts are zero, so no activation may be zero.
+    """
+    layer = routed_layers(network)[0]
+    outputs: list[Tensor] = []
     hook = layer.register_forward_hook(lambda module, args, y: outputs.append(y.detach()))
     network(x)
     hook.remove()
-    return outputs[0].unflatten(-1, (layer.config.num_experts, -1)).ne(0)
+    activations = outputs[0].unflatten(-1, (layer.config.num_experts, -1))
+    return activations.ne(0)
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -94,21 +106,31 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 def step(model: nn.Module, values: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the output and all gradients of one step, by parameter name; the same seed for each call."""
+    """Return the ``output`` and all gradients of one step, by parameter name.
+
+    Each call has the same seed.
+    """
     torch.manual_seed(1)
     model.zero_grad()
-    y = tiny_models.output(model, {"x": values} if isinstance(values, Tensor) else values)
-    loss = (
-        y.float() * torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)
-    ).sum() + emoe.aux_loss(model)
+    arguments = {"x": values} if isinstance(values, Tensor) else values
+    y = tiny_models.output(model, arguments)
+    # with a different factor for each number of the output, so that all gradients differ
+    factors = torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)
+    loss = (y.float() * factors).sum() + emoe.aux_loss(model)
     loss.backward()
-    return {"output": y.detach()} | {
-        name: p.grad for name, p in model.named_parameters() if p.grad is not None
-    }
+
+    result = {"output": y.detach()}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            result[name] = parameter.grad
+    return result
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Compare two steps. Some gradients are zero except for rounding, so the largest gradient sets the scale."""
+    """Compare two steps.
+
+    Some gradients are zero except for rounding, so the largest number of the step sets the scale.
+    """
     assert actual.keys() == expected.keys()
     torch.testing.assert_close(actual["output"], expected["output"], atol=1e-4, rtol=1e-4)
     scale = max(float(tensor.abs().max()) for tensor in expected.values())

@@ -1,7 +1,8 @@
-"""Find faults of a figure on a page: its size, letters too small to read, texts that touch or are cut."""
+"""Find the faults of a figure: its size, letters too small to read, texts that touch or are cut."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +15,19 @@ from matplotlib.text import Text
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-NARROWEST, WIDEST, HIGHEST, SMALLEST = 1.6, 6.95, 9.6, 6.9  # inches, the last in points
+# inches
+_NARROWEST = 1.6
+_WIDEST = 6.95
+_LOWEST = _NARROWEST / 3
+_HIGHEST = 9.6
+_SMALLEST_LETTERS = 6.9  # points
+_LARGEST_OVERLAP = 1.5  # pixels, because the boxes of texts have a margin
 
 
 def _write_dot(_: Figure, path: Any, **options: Any) -> None:
+    """Write a dot instead of a figure, in place of ``Figure.savefig``."""
     texts = PngInfo()
+    # the description tells placeholders from other figures
     texts.add_text("Description", options["metadata"].get("Description") or "")
     Image.new("RGB", (1, 1)).save(path, options["format"], pnginfo=texts)
 
@@ -59,28 +68,38 @@ def undraw(patch: pytest.MonkeyPatch) -> None:
 
 def faults(figure: Figure) -> list[str]:
     """Describe the faults of a figure, a sentence each."""
-    width, height = figure.get_size_inches()
     problems = []
-    if not NARROWEST < width <= WIDEST or not NARROWEST / 3 < height <= HIGHEST:
+    width, height = figure.get_size_inches()
+    fits_width = _NARROWEST < width <= _WIDEST
+    fits_height = _LOWEST < height <= _HIGHEST
+    if not fits_width or not fits_height:
         problems.append(f"is {width:.1f} by {height:.1f} inches")
+
     texts = drawn_texts(figure)
-    problems += [f"{text!r} has {size:g} points" for text, _, size in texts if size < SMALLEST]
-    page = figure.bbox
+    for text, _, size in texts:
+        if size < _SMALLEST_LETTERS:
+            problems.append(f"{text!r} has {size:g} points")
     for text, box, _ in texts:
-        if (
-            box.x0 < page.x0 - 1
-            or box.x1 > page.x1 + 1
-            or box.y0 < page.y0 - 1
-            or box.y1 > page.y1 + 1
-        ):
+        if _is_cut(box, figure.bbox):
             problems.append(f"{text!r} is cut at the edge")
-    for number, (text, box, _) in enumerate(texts):
-        for other, beside, _ in texts[number + 1 :]:
-            across = min(box.x1, beside.x1) - max(box.x0, beside.x0)
-            along = min(box.y1, beside.y1) - max(box.y0, beside.y0)
-            if across > 1.5 and along > 1.5:
-                problems.append(f"{text!r} touches {other!r}")
+    for (text, box, _), (other_text, other_box, _) in itertools.combinations(texts, 2):
+        if _touch(box, other_box):
+            problems.append(f"{text!r} touches {other_text!r}")
     return problems
+
+
+def _is_cut(box: Any, page: Any) -> bool:
+    """Return True if a text is more than a pixel outside the page."""
+    is_cut_across = box.x0 < page.x0 - 1 or box.x1 > page.x1 + 1
+    is_cut_along = box.y0 < page.y0 - 1 or box.y1 > page.y1 + 1
+    return is_cut_across or is_cut_along
+
+
+def _touch(box: Any, other: Any) -> bool:
+    """Return True if two texts overlap in both directions."""
+    across = min(box.x1, other.x1) - max(box.x0, other.x0)
+    along = min(box.y1, other.y1) - max(box.y0, other.y0)
+    return across > _LARGEST_OVERLAP and along > _LARGEST_OVERLAP
 
 
 def drawn_texts(figure: Figure) -> list[tuple[str, Any, float]]:
@@ -88,13 +107,14 @@ def drawn_texts(figure: Figure) -> list[tuple[str, Any, float]]:
     texts = []
     draw = Text.draw
 
-    def noted(text: Text, renderer: Any, *rest: Any, **named: Any) -> None:
+    def note_and_draw(text: Text, renderer: Any, *rest: Any, **named: Any) -> None:
         if text.get_visible() and text.get_text().strip():
-            texts.append((text.get_text(), text.get_window_extent(renderer), text.get_fontsize()))
+            box = text.get_window_extent(renderer)
+            texts.append((text.get_text(), box, text.get_fontsize()))
         draw(text, renderer, *rest, **named)
 
     figure.draw_without_rendering()  # lays it out
     figure.set_layout_engine("none")
-    with mock.patch.object(Text, "draw", noted):
+    with mock.patch.object(Text, "draw", note_and_draw):
         figure.draw_without_rendering()
     return texts

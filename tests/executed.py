@@ -39,9 +39,8 @@ def finish(path: Path) -> dict[str, Any]:
 def recorded(run: Run) -> dict[str, Any]:
     """Execute a run below ``results/runs``, and return its metrics."""
     path = prepare(run, str(RUNS))
-    metrics: dict[str, Any] = json.loads(
-        execute(path, threads=1, log=path.parent / "log.txt").read_text()
-    )
+    metrics_file = execute(path, threads=1, log=path.parent / "log.txt")
+    metrics: dict[str, Any] = json.loads(metrics_file.read_text())
     return metrics
 
 
@@ -52,16 +51,24 @@ def typed(run: Run) -> Any:
 
 def reopened(run: Run, metrics: dict[str, Any]) -> tuple[Trainable, Any]:
     """Return the model that a recorded run kept, and its tokenizer."""
-    tokenizer = load_tokenizer(typed(run).model)
+    spec = typed(run)
+    tokenizer = load_tokenizer(spec.model)
+    num_labels = len(run.spec["task"]["labels"])
+    build = partial(build_classifier, labels=num_labels, tokenizer=tokenizer)
     weights = metrics["model"]["source"]["weights"]
-    build = partial(build_classifier, labels=len(run.spec["task"]["labels"]), tokenizer=tokenizer)
-    return reopen(build, typed(run), weights, RUNS / run.folder / "model"), tokenizer
+    model = reopen(build, spec, weights, RUNS / run.folder / "model")
+    return model, tokenizer
 
 
 def numbers(path: Path) -> dict[str, Any]:
-    """Return the part of a finished run that must be the same every time: no costs, no machine."""
+    """Return the numbers of a finished run that must be the same every time: no costs, no machine.
+
+    ``path`` is that of its ``run.json``.
+    """
     metrics: dict[str, Any] = json.loads((path.parent / "metrics.json").read_text())
-    del metrics["cost"], metrics["environment"]
+    del metrics["cost"]
+    del metrics["environment"]
+    # only runs with a converted model have this list
     for layer in metrics.get("model", {}).get("conversion", ()):
         del layer["seconds"]
     return metrics

@@ -1,4 +1,7 @@
-"""Start processes from a fork server with the tests' modules; a fork of pytest itself has threads and may hang."""
+"""Start processes from a fork server that has imported a module of tests.
+
+A fork of pytest itself has threads and may hang.
+"""
 
 from __future__ import annotations
 

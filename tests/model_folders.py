@@ -37,11 +37,10 @@ def dense(folder: Path) -> nn.Module:
 
 
 def tensors(folder: Path, pattern: str = "*.safetensors") -> dict[str, torch.Tensor]:
-    return {
-        name: tensor
-        for file in sorted(folder.glob(pattern))
-        for name, tensor in load_file(file).items()
-    }
+    tensors_by_name = {}
+    for file in sorted(folder.glob(pattern)):
+        tensors_by_name.update(load_file(file))
+    return tensors_by_name
 
 
 def assert_same(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -52,4 +51,6 @@ def assert_same(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 def edit_json(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    content = json.loads(path.read_text())
+    content.update(values)
+    path.write_text(json.dumps(content))

@@ -167,7 +167,8 @@ def write_model(root: Path, name: str) -> Path:
     shape = SHAPES[name]()
     folder.mkdir(parents=True)
     _write_weights(folder, shape)
-    shape.tokenizer().train_new_from_iterator(_texts(), 2000).save_pretrained(folder)
+    tokenizer = shape.tokenizer().train_new_from_iterator(_texts(), 2000)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -187,15 +188,19 @@ def _write_weights(folder: Path, shape: Shape) -> None:
     if not isinstance(shape.config, LlamaConfig):
         write_tensors(stored, folder / "model.safetensors", metadata)
         return
-    file_of_tensor = {}
+
     names = list(stored)
-    halves = {
-        "model-00001-of-00002.safetensors": names[: len(names) // 2],
-        "model-00002-of-00002.safetensors": names[len(names) // 2 :],
+    middle = len(names) // 2
+    names_by_file = {
+        "model-00001-of-00002.safetensors": names[:middle],
+        "model-00002-of-00002.safetensors": names[middle:],
     }
-    for file, half in halves.items():
-        write_tensors({name: stored[name] for name in half}, folder / file, metadata)
-        file_of_tensor.update(dict.fromkeys(half, file))
+    file_of_tensor = {}
+    for file, names_of_file in names_by_file.items():
+        half = {name: stored[name] for name in names_of_file}
+        write_tensors(half, folder / file, metadata)
+        for name in names_of_file:
+            file_of_tensor[name] = file
     index = {"metadata": {}, "weight_map": file_of_tensor}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -206,8 +211,13 @@ def _texts() -> list[str]:
     They are made-up rows, the names of classes, and all letters that a keyboard has. Without these,
     Llama's tokenizer would join the letter of an answer with the unknown letters before it.
     """
-    letters = " ".join(string.ascii_letters + string.digits + string.punctuation)
-    lines = [line for _file, lines in TSV.values() for line in lines]
-    labels = [" ".join(task["labels"]) for task in TASKS.values()]
-    instructions = [f"{row['instruction']} {row['input']} {row['output']}" for row in ROWS]
-    return [*lines, *labels, *instructions, letters]
+    texts = []
+    for _file, lines in TSV.values():
+        texts += lines
+    for task in TASKS.values():
+        texts.append(" ".join(task["labels"]))
+    for row in ROWS:
+        texts.append(f"{row['instruction']} {row['input']} {row['output']}")
+    letters = string.ascii_letters + string.digits + string.punctuation
+    texts.append(" ".join(letters))
+    return texts

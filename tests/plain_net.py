@@ -32,7 +32,9 @@ class FFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.act(self.inner(x))
-        return self.outer(h * self.up(x) if self.up is not None else h)
+        if self.up is not None:
+            h = h * self.up(x)
+        return self.outer(h)
 
 
 class PlainNet(nn.Module):
@@ -51,9 +53,13 @@ class PlainNet(nn.Module):
 def plain_net(
     hidden: int, width: int, *, gated: bool = False, seed: int = 0, layers: int = 1
 ) -> PlainNet:
-    """Build a net with random weights and biases in evaluation mode; equal seeds give equal weights."""
+    """Build a net with random weights and biases in evaluation mode.
+
+    Equal seeds give equal weights.
+    """
     torch.manual_seed(seed)
-    net = PlainNet(*(FFN(hidden, width, gated=gated) for _ in range(layers)))
+    ffns = [FFN(hidden, width, gated=gated) for _layer in range(layers)]
+    net = PlainNet(*ffns)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.normal_(0, 0.5)

@@ -1,9 +1,11 @@
-"""Planned runs of suites, and benchmarks and suites with changes. Tests must not change the planned ones."""
+"""Planned runs of suites, and benchmarks and suites with changes.
+
+Tests must not change the planned runs.
+"""
 
 from __future__ import annotations
 
 import copy
-import functools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,11 +33,10 @@ Edits = Mapping[str, Any]  # values by the dotted path of their keys
 
 def plan(benchmarks: Sequence[str], suite: str, exclude: Sequence[str] = ()) -> list[Run]:
     """Return the runs of these benchmarks in a suite, without the sets to exclude."""
-    loaded = (
-        suites.load_suite({"suite": suite, "exclude": [*exclude]})
-        if exclude
-        else plain_suite(suite)
-    )
+    if exclude:
+        loaded = suites.load_suite({"suite": suite, "exclude": [*exclude]})
+    else:
+        loaded = plain_suite(suite)  # which is cached
     return [run for run in loaded.runs if run.benchmark in benchmarks]
 
 
@@ -46,38 +47,45 @@ def paper_runs(*benchmarks: str) -> list[Run]:
 
 def paper_spec(benchmark: str, **names: str) -> dict[str, Any]:
     """Return the first spec of the paper's suite with these names, such as ``task="rte"``."""
-    runs = paper_runs(benchmark)
-    return next(
-        run.spec
-        for run in runs
-        if all(run.spec[key]["name"] == name for key, name in names.items())
-    )
+    for run in paper_runs(benchmark):
+        names_of_run = {key: run.spec[key]["name"] for key in names}
+        if names_of_run == names:
+            return run.spec
+    raise LookupError(f"the paper's suite has no run of {benchmark} with {names}")
 
 
 def plan_once(patch: pytest.MonkeyPatch) -> None:
     """Plan each suite once, for tests that change no definition."""
-    plan = suites.plan_runs
+    plan_runs = suites.plan_runs
     known: dict[str, list[Run]] = {}
 
-    def cached(parts: Mapping[str, Part[Any]], exclude: Sequence[str]) -> list[Run]:
-        key = repr([*((part.suite, name) for name, part in parts.items()), *exclude])
+    def plan_runs_once(parts: Mapping[str, Part[Any]], exclude: Sequence[str]) -> list[Run]:
+        suites_of_parts = {name: part.suite for name, part in parts.items()}
+        key = repr((suites_of_parts, list(exclude)))
         if key not in known:
-            known[key] = plan(parts, exclude)
+            known[key] = plan_runs(parts, exclude)
         return known[key]
 
-    patch.setattr(suites, "plan_runs", functools.wraps(plan)(cached))
+    patch.setattr(suites, "plan_runs", plan_runs_once)
 
 
 def edit(content: Any, edits: Edits) -> Any:
     """Copy the content of a YAML file with other values; a number in a path is a list index."""
-    content = copy.deepcopy(content)
+    edited = copy.deepcopy(content)
     for path, value in edits.items():
-        inner = content
         *parents, last = path.split(".")
+        inner = edited
         for key in parents:
-            inner = inner[int(key)] if isinstance(inner, list) else inner.setdefault(key, {})
-        inner[int(last) if isinstance(inner, list) else last] = value
-    return content
+            if isinstance(inner, list):
+                inner = inner[int(key)]
+                continue
+            # some paths lead to a new section
+            inner = inner.setdefault(key, {})
+        if isinstance(inner, list):
+            inner[int(last)] = value
+        else:
+            inner[last] = value
+    return edited
 
 
 def edited_benchmark(name: str, edits: Edits) -> AnyBenchmark:
@@ -89,18 +97,25 @@ def edited_benchmark(name: str, edits: Edits) -> AnyBenchmark:
 
 def edited_part(benchmark: str | AnyBenchmark, suite: str, edits: Edits) -> Part[Any]:
     """Read a benchmark's part of a suite with other values."""
-    benchmark = load_benchmark(benchmark) if isinstance(benchmark, str) else benchmark
+    if isinstance(benchmark, str):
+        benchmark = load_benchmark(benchmark)
     file = CONFIG / f"{suite}.yaml"
-    return parse_part(
-        benchmark, suite, file, edit(read_yaml(file)["benchmarks"][benchmark.name], edits)
-    )
+    content = read_yaml(file)["benchmarks"][benchmark.name]
+    return parse_part(benchmark, suite, file, edit(content, edits))
 
 
 def specs(
     benchmark: AnyBenchmark, part: str | Part[Any], others: Sequence[Run] = ()
 ) -> list[dict[str, Any]]:
-    """Return the specs of a benchmark's part of a suite, or of the suite of a name."""
-    part = suite_parts(benchmark.name)[part] if isinstance(part, str) else part
+    """Return the specs of a benchmark's part of a suite.
+
+    Args:
+        benchmark: The benchmark.
+        part: The part, or the name of the suite.
+        others: The runs of the benchmark that this one evaluates.
+    """
+    if isinstance(part, str):
+        part = suite_parts(benchmark.name)[part]
     return list(benchmark.specs(part, (), others))
 
 
@@ -108,36 +123,39 @@ def changed(
     benchmark: str | AnyBenchmark, tasks: Mapping[str, Any] | None = None, **definition: Any
 ) -> AnyBenchmark:
     """Copy a benchmark with other values in its definition, and perhaps with other tasks."""
-    benchmark = load_benchmark(benchmark) if isinstance(benchmark, str) else benchmark
+    if isinstance(benchmark, str):
+        benchmark = load_benchmark(benchmark)
     copied = copy.copy(benchmark)
     copied.definition = benchmark.definition.model_copy(update=definition)
-    copied.tasks = benchmark.tasks if tasks is None else tasks
+    if tasks is not None:
+        copied.tasks = tasks
     return copied
 
 
 def smoke_run(benchmark: str, method: str, section: str = "training", **changes: Any) -> Run:
-    """Return the first run of a method in the smoke suite, with other values in a section of its spec."""
-    spec = next(
-        run.spec for run in plan([benchmark], "smoke") if run.spec["method"]["name"] == method
-    )
-    return run_from_spec({**spec, section: {**spec[section], **changes}})
+    """Return the first run of a method in the smoke suite, with changes to a section."""
+    for run in plan([benchmark], "smoke"):
+        if run.spec["method"]["name"] == method:
+            changed_section = {**run.spec[section], **changes}
+            return run_from_spec({**run.spec, section: changed_section})
+    raise LookupError(f"the smoke suite has no run of {method} in {benchmark}")
 
 
 def evaluations(runs: list[Run], suite: str = "smoke", **changes: Any) -> list[Run]:
     """Return glue_ood's evaluations of these runs in a suite, with another definition."""
-    return [
-        run_from_spec(spec | {"files": {}})
-        for spec in specs(changed("glue_ood", **changes), suite, runs)
-    ]
+    benchmark = changed("glue_ood", **changes)
+    evaluating = []
+    for spec in specs(benchmark, suite, runs):
+        evaluating.append(run_from_spec({**spec, "files": {}}))
+    return evaluating
 
 
 @contextmanager
 def edited_project(folder: Path, file: str, old: str, new: str) -> Iterator[None]:
     """Plan from a copy of the project with an edited file."""
+    without_code = shutil.ignore_patterns("*.py", "__pycache__")
     for name in ("config", "benchmarks"):
-        shutil.copytree(
-            base.ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.py", "__pycache__")
-        )
+        shutil.copytree(base.ROOT / name, folder / name, ignore=without_code)
     text = (folder / file).read_text()
     assert old in text
     (folder / file).write_text(text.replace(old, new))

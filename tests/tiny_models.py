@@ -21,8 +21,8 @@ _GROUPED = {**_TEXT, "num_key_value_heads": 2, "head_dim": 8}
 _IMAGE = {"image_size": 32, "patch_size": 8}
 _T5_SIZES = {"d_model": HIDDEN, "d_ff": WIDTH, "d_kv": 8, "num_layers": LAYERS // 2, "num_heads": 4}
 _T5 = {**_TOKENS, **_T5_SIZES, "decoder_start_token_id": 0}
-# class names without "Model", and the options of their configurations
-_TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+# models of transformers: their class names without "Model", and the options of their configurations
+_ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", _TEXT),
     "roberta": ("Roberta", _TEXT),
     "xlm-roberta": ("XLMRoberta", _TEXT),
@@ -33,6 +33,8 @@ _TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_TOKENS, "dim": HIDDEN, "n_layers": LAYERS, "n_heads": 4, "hidden_dim": WIDTH},
     ),
     "modernbert": ("ModernBert", {**_TEXT, "cls_token_id": 1, "sep_token_id": 2, "mlp_bias": True}),
+}
+_GENERATORS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": (
         "GPT2",
         {**_TOKENS, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_inner": WIDTH},
@@ -50,11 +52,15 @@ _TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3_text": ("Gemma3Text", _GROUPED),
     "phi": ("Phi", _TEXT),
     "phi3": ("Phi3", _TEXT),
+}
+_IMAGE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("ViT", {**_HF, **_IMAGE}),
     "deit": ("DeiT", {**_HF, **_IMAGE}),
     "dinov2": ("Dinov2", {**_BODY, "mlp_ratio": 2, **_IMAGE}),
     "clip_vision_model": ("CLIPVision", {**_HF, **_IMAGE}),
 }
+_TRANSFORMERS = {**_ENCODERS, **_GENERATORS, **_IMAGE_MODELS}
+DECODERS = list(_GENERATORS)
 # timm's arguments to rebuild them
 _BEIT = {
     "embed_dim": HIDDEN,
@@ -74,14 +80,18 @@ TIMM: dict[str, dict[str, Any]] = {
 
 def _from_transformers(name: str) -> nn.Module:
     kind, options = _TRANSFORMERS[name]
-    return getattr(hf, f"{kind}Model")(getattr(hf, f"{kind}Config")(**options))
+    config_class = getattr(hf, f"{kind}Config")
+    model_class = getattr(hf, f"{kind}Model")
+    return model_class(config_class(**options))
 
 
 def _torch_stack(kind: str) -> nn.Module:
-    layer = getattr(nn, f"{kind}Layer")(
+    layer_class = getattr(nn, f"{kind}Layer")
+    stack_class = getattr(nn, kind)
+    layer = layer_class(
         HIDDEN, 4, WIDTH, dropout=0.1, activation=nn.functional.gelu, batch_first=True
     )
-    return getattr(nn, kind)(layer, LAYERS)
+    return stack_class(layer, LAYERS)
 
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
@@ -89,7 +99,6 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     **{name: partial(_torch_stack, name) for name in ("TransformerEncoder", "TransformerDecoder")},
     **{name: partial(timm.create_model, **options) for name, options in TIMM.items()},
 }
-DECODERS = [*BUILDERS][[*BUILDERS].index("gpt2") : [*BUILDERS].index("vit")]  # which generate
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
@@ -107,9 +116,11 @@ def build_generator(name: str, seed: int = 0) -> Any:
 
 
 def _settled(model: nn.Module) -> nn.Module:
-    with (
-        torch.no_grad()
-    ):  # fresh biases are zero and fresh weights small, which would hide mistakes with them
+    """Draw biases and weights again, and switch to eval mode.
+
+    Fresh biases are zero and fresh weights are small, which would hide mistakes with them.
+    """
+    with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("bias") or parameter.ndim == 2:
                 parameter.normal_(0, 0.1)
@@ -124,8 +135,10 @@ def inputs(name: str, rows: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
         return {"x": torch.randn(rows, 3, size, size, generator=generator)}
     if name.startswith("Transformer"):
         x = torch.randn(rows, 9, HIDDEN, generator=generator)
-        return {"src": x} if name == "TransformerEncoder" else {"tgt": x, "memory": x.flip(1)}
-    if name in ("vit", "deit", "dinov2", "clip_vision_model"):
+        if name == "TransformerEncoder":
+            return {"src": x}
+        return {"tgt": x, "memory": x.flip(1)}
+    if name in _IMAGE_MODELS:
         return {"pixel_values": torch.randn(rows, 3, 32, 32, generator=generator)}
     tokens = {"input_ids": torch.randint(3, VOCABULARY, (rows, 11), generator=generator)}
     if name.startswith("t5"):
@@ -136,29 +149,35 @@ def inputs(name: str, rows: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
 def output(model: nn.Module, values: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the main output of a forward pass: last hidden states, or timm's logits."""
     result = model(**values)
-    return result if isinstance(result, torch.Tensor) else result[0]
+    if isinstance(result, torch.Tensor):
+        return result
+    return result[0]
 
 
 def stock(name: str, folder: Any) -> nn.Module:
     """Load the dense model from a folder with its own library."""
     if name in TIMM:
-        return timm.create_model(
-            f"local-dir:{folder}", pretrained=True, **load_options(name)
-        ).eval()
+        options = load_options(name)
+        return timm.create_model(f"local-dir:{folder}", pretrained=True, **options).eval()
     if name.startswith("Transformer"):
         model = BUILDERS[name]()
         model.load_state_dict(load_file(f"{folder}/model.safetensors"))
         return model.eval()
-    return type(BUILDERS[name]()).from_pretrained(folder).eval()
+    model_class: Any = type(BUILDERS[name]())
+    return model_class.from_pretrained(folder).eval()
 
 
 def loader(name: str) -> Any:
     """Return the loader that :func:`emoe.from_pretrained` takes for this model."""
     if name in TIMM:
         return timm.create_model
-    return BUILDERS[name] if name.startswith("Transformer") else type(BUILDERS[name]())
+    if name.startswith("Transformer"):
+        return BUILDERS[name]
+    return type(BUILDERS[name]())
 
 
 def load_options(name: str) -> dict[str, Any]:
     """Return the options that :func:`emoe.from_pretrained` needs for this model."""
-    return {key: value for key, value in TIMM.get(name, {}).items() if key != "model_name"}
+    options = dict(TIMM.get(name, {}))
+    options.pop("model_name", None)
+    return options

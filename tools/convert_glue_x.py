@@ -51,7 +51,8 @@ def main(root: Path, names: list[str]) -> None:
 
     Args:
         root: The data root.
-        names: The names of tasks in ``tasks.yaml``; all of them if empty.
+        names: The names of tasks in ``tasks.yaml``; all of them if empty. Other tasks of the same
+            sets are converted, too.
 
     Raises:
         SystemExit: A name is wrong, or no file has a known layout. Or files could not be read or
@@ -63,11 +64,15 @@ def main(root: Path, names: list[str]) -> None:
             raise SystemExit(f"{TASKS} has no task '{name}'; choose from {', '.join(tasks)}")
     # without names, all tasks are converted
     asked_names = names or list(tasks)
+    # SICK is the set of two tasks, each with its own label. If only one of them were converted, the
+    # file would lose the label of the other.
+    asked_folders = {folder_name(name, tasks[name]) for name in asked_names}
 
     rows_of_output: dict[Path, list[Row]] = {}
     problems: dict[Path, str] = {}  # the message for each output that cannot be made
-    for name in asked_names:
-        task = tasks[name]
+    for name, task in tasks.items():
+        if folder_name(name, task) not in asked_folders:
+            continue
         for raw in find_raw_files(root, name, task):
             try:
                 rows = read_file(raw.file, raw.split, raw.layout, task)
@@ -75,7 +80,6 @@ def main(root: Path, names: list[str]) -> None:
                 problems[raw.output] = str(error)
                 continue
             if raw.output in rows_of_output:
-                # SICK is the set of two tasks, each with its own label
                 rows_of_output[raw.output] = joined(rows_of_output[raw.output], rows)
             else:
                 rows_of_output[raw.output] = rows
@@ -111,6 +115,11 @@ class RawFile:
     output: Path
 
 
+def folder_name(name: str, task: Section) -> str:
+    """Return the name of a task's folder below the data root: by default that of the task."""
+    return str(task["source"].get("folder", name))
+
+
 def find_raw_files(root: Path, name: str, task: Section) -> Iterator[RawFile]:
     """Yield the raw file of each split of a task that is below a data root.
 
@@ -119,7 +128,7 @@ def find_raw_files(root: Path, name: str, task: Section) -> Iterator[RawFile]:
         name: The name of the task.
         task: The entry of the task in ``tasks.yaml``.
     """
-    folders = [root / task["source"].get("folder", name)]
+    folders = [root / folder_name(name, task)]
     if root / name not in folders:
         folders.append(root / name)
     for folder in folders:

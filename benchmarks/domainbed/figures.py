@@ -58,7 +58,9 @@ def draw_accuracy(outcomes: DomainOutcomes, data_set: str, path: Path) -> None:
     keys_of_mark = ["model", "eval_task", "method"]
     means = our_means(cells.set_index(keys_of_mark)["value"], keys_of_mark)
     rows = outcomes.order(means, ["model", "method"])
-    styles = distinct_styles((method, outcomes.style(method)) for method in rows["method"])
+    style_of_method = {method: outcomes.style(method) for method in rows["method"]}
+    # changed, so that methods with the same style can be told apart
+    styles = distinct_styles(style_of_method.items())
     lines = [f"{outcomes.env_title(data_set, env_name)} held out" for env_name in rows["eval_task"]]
     # the columns that draw_forest reads; it draws ``delta``, which usually is a difference
     drawn = rows.assign(
@@ -120,8 +122,10 @@ def step_values(outcomes: DomainOutcomes, data_set: str) -> pd.DataFrame:
     rows = []
     for run, env in _chosen_runs(outcomes, data_set):
         env_name = outcomes.environments(data_set)[env]
-        for record in outcomes.finished[run.id].metrics.records or ():
-            for quantity, value in _values_at_step(record, env).items():
+        evaluated_steps = outcomes.finished[run.id].metrics.records or ()
+        for record in evaluated_steps:
+            values_at_step = _values_at_step(record, env)
+            for quantity, value in values_at_step.items():
                 row = {
                     "model": run.model,
                     "method": run.method,
@@ -151,7 +155,7 @@ def step_values(outcomes: DomainOutcomes, data_set: str) -> pd.DataFrame:
 
 
 class _RunKey(NamedTuple):
-    """The settings that tell the runs on an image set apart, if each holds out one environment."""
+    """What identifies a run on an image set, among the runs that hold out one environment."""
 
     model: str
     method: str
@@ -169,7 +173,10 @@ class _SingleRun(NamedTuple):
 
 
 def _chosen_runs(outcomes: DomainOutcomes, data_set: str) -> Iterator[_SingleRun]:
-    """Yield the runs on an image set that training-domain validation chooses."""
+    """Yield the runs on an image set that training-domain validation chooses.
+
+    It chooses among the runs that hold out one environment alone.
+    """
     is_of_set = outcomes.cells["task"] == data_set
     is_selected = outcomes.cells["selection"] == _SELECTION
     chosen_keys = set()
@@ -252,8 +259,9 @@ def draw_steps(outcomes: DomainOutcomes, data_set: str, path: Path) -> None:
     placeholder if there is nothing to draw.
     """
     values = step_values(outcomes, data_set)
-    # a line needs two steps besides the first, which has no differences
+    # beside each row, the number of evaluated steps of its model
     num_steps = values.groupby("model")["step"].transform("nunique")
+    # a line needs two steps besides the first, which has no differences
     drawn = values[num_steps > 2]
     # empty if no pair has all methods, as in an unfinished suite
     shared = shared_pairs(drawn, within=["model"], compared=["method"], pair="pair")
@@ -263,7 +271,9 @@ def draw_steps(outcomes: DomainOutcomes, data_set: str, path: Path) -> None:
     # rows of panels without any values are left out
     panel_rows = []
     for panel_row in _STEP_ROWS:
-        panel_values = differences if panel_row.is_difference else shared
+        panel_values = shared
+        if panel_row.is_difference:
+            panel_values = differences
         if not panel_values.empty:
             panel_rows.append(panel_row)
     if not panel_rows:
@@ -314,8 +324,10 @@ def _steps_label(outcomes: DomainOutcomes, values: pd.DataFrame, differences: pd
     if not values.empty:
         num_trials = values.groupby("method")["trial"].nunique()
         lines.append(f"lines without Δ: {plots.count_text(num_trials, 'trials')}")
-    if not differences.empty:
-        trials_and_intervals = plots.sample_text(differences, "trials")
+    # a model that diverged has no loss, so its difference is not drawn
+    drawn = differences[differences["delta"].notna()]
+    if not drawn.empty:
+        trials_and_intervals = plots.sample_text(drawn, "trials")
         lines.append(f"Δ to {outcomes.baseline_title}: {trials_and_intervals}")
     return plots.wrap_text("\n".join(lines), inches=3.2)
 
@@ -335,8 +347,8 @@ def _draw_differences(
     # the first step, the last step, and evenly spaced steps between them
     steps = np.sort(differences["step"].unique())
     num_shown = min(len(steps), _MOST_STEPS)
-    indices = np.linspace(0, len(steps) - 1, num_shown).round().astype(int)
-    shown_steps = steps[indices]
+    places = np.linspace(0, len(steps) - 1, num_shown)
+    shown_steps = steps[places.round().astype(int)]
     shown = differences[differences["step"].isin(shown_steps)]
 
     # the marks of all methods are centred on their step
@@ -348,12 +360,13 @@ def _draw_differences(
     for number, method in enumerate(methods):
         rows = shown[shown["method_title"] == method]
         shift = gap * (number - middle)
-        # nan draws no interval, if there are too few trials
-        half_intervals = (rows["high"] - rows["delta"]).where(rows["n"] >= plots.FEW)
+        half_intervals = rows["high"] - rows["delta"]
+        # nan, which draws no interval, if there are too few trials
+        drawn_half_intervals = half_intervals.where(rows["n"] >= plots.FEW)
         axis.errorbar(
             rows["step"] + shift,
             rows["delta"] * scale,
-            yerr=half_intervals * scale,
+            yerr=drawn_half_intervals * scale,
             label=method,
             lw=0.8,
             elinewidth=1.0,
@@ -432,28 +445,30 @@ def _draw_panels(
         classes: The names of the classes.
         env_titles: The titles of the environments.
     """
-    # panels are in lines of several columns
-    columns = _count_columns(len(panels))
-    num_lines = math.ceil(len(panels) / columns)
-    width = min(_COLUMN_WIDTH * columns + _SIDE_WIDTH, plots.WIDTH)
-    # the heights of a panel's two heatmaps, in lines of text; many classes get less than one each
-    class_height = min(len(classes), _MOST_LABELS)
-    env_height = len(env_titles)
-    panel_height = _TEXT_HEIGHT * (class_height + env_height) + _PANEL_TITLES_HEIGHT
-    height = panel_height * num_lines + _FIGURE_TITLE_HEIGHT
+    num_columns = _count_columns(len(panels))
+    num_rows = math.ceil(len(panels) / num_columns)  # of panels
+    width = min(_COLUMN_WIDTH * num_columns + _SIDE_WIDTH, plots.WIDTH)
+    # The heights of a panel's two heatmaps, in lines of text. A heatmap of many classes, which have
+    # no labels, gets less than a line for each.
+    class_lines = min(len(classes), _MOST_LABELS)
+    env_lines = len(env_titles)
+    panel_height = _TEXT_HEIGHT * (class_lines + env_lines) + _PANEL_TITLES_HEIGHT
+    height = panel_height * num_rows + _FIGURE_TITLE_HEIGHT
+    # each row of panels has two rows of heatmaps
+    heights_of_heatmaps = [class_lines, env_lines] * num_rows
     figure_of_panels = plots.panel_figure(
         path,
-        rows=2 * num_lines,  # one heatmap above the other
-        columns=columns,
+        rows=len(heights_of_heatmaps),
+        columns=num_columns,
         size=(width, height),
         style=plots.HEATMAP,
-        height_ratios=[class_height, env_height] * num_lines,  # repeats the two heights
+        height_ratios=heights_of_heatmaps,
     )
     with figure_of_panels as (figure, axes):
         for number, panel in enumerate(panels):
-            line, column = divmod(number, columns)
-            class_axis = axes[2 * line, column]
-            env_axis = axes[2 * line + 1, column]
+            row, column = divmod(number, num_columns)
+            class_axis = axes[2 * row, column]
+            env_axis = axes[2 * row + 1, column]
             _draw_use(class_axis, panel.class_loads)
             _draw_use(env_axis, panel.env_loads)
             _label_panel(class_axis, env_axis, panel)
@@ -525,7 +540,7 @@ def _routing_panels(outcomes: DomainOutcomes, first: _FirstRuns) -> list[_Panel]
     panels = []
     for method, run in first.by_method.items():
         routing = outcomes.finished[run.id].metrics.routing
-        # needed only by mypy: the loads of a dense model are empty
+        # every run has the section, which is empty for a dense model; mypy cannot know that
         if routing is None:
             continue
         # layers are texts, because they are keys of a JSON object

@@ -142,8 +142,9 @@ def _from_disk(task: RunImageSet, root: Path, truncated: str) -> ImageSet:
 
     The other arguments are those of :func:`load_folders`.
     """
-    folder_names = _in_domainbeds_order(_folders(root), task, str(root))
-    folders = [root / name for name in folder_names]
+    names_on_disk = _folders(root)
+    ordered_names = _in_domainbeds_order(names_on_disk, task, str(root))
+    folders = [root / name for name in ordered_names]
     # all environments must have the classes of the first
     classes = _folders(folders[0])
     environments = []
@@ -260,16 +261,17 @@ def _from_hub(task: RunImageSet, truncated: str) -> ImageSet:
 
     # without decoding, the column has the bytes of the files; each image is decoded when it is read
     images = rows.cast_column("image", datasets.Image(decode=False))
-    class_names = _column_texts(rows, "label")
-    domains = _column_texts(rows, "domain")
+    class_names = _column_texts(rows, "label")  # of each row
+    domains = _column_texts(rows, "domain")  # of each row
     classes = sorted(set(class_names))
+    class_numbers = [classes.index(class_name) for class_name in class_names]
     ordered_domains = _in_domainbeds_order(sorted(set(domains)), task, where)
     environments = []
     for (name, _), domain in zip(task.environments, ordered_domains, strict=True):
         in_domain = [index for index in range(len(rows)) if domains[index] == domain]
         # a stable sort: within a class, rows stay in the order of the hub
-        indices = sorted(in_domain, key=lambda index: class_names[index])
-        labels = [classes.index(class_names[index]) for index in indices]
+        indices = sorted(in_domain, key=lambda index: class_numbers[index])
+        labels = [class_numbers[index] for index in indices]
         _check_all_classes(labels, classes, f"{where}: the domain '{domain}'")
         # takes a row of the environment, and opens the image when it is needed
         open_row = partial(_open_row, images, indices, where, truncated)

@@ -11,6 +11,7 @@ from pandas.api.typing import SeriesGroupBy
 
 from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.domainbed.protocol import SELECTIONS, RunRecords
+from benchmarks.harness.base import distinct
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import Outcomes, join_claim_numbers, parameter_counts
@@ -120,11 +121,7 @@ class DomainOutcomes(Outcomes):
     @property
     def sets(self) -> list[str]:
         """Return the names of the image sets with runs, in the order of the runs."""
-        names: list[str] = []
-        for run in self.runs:
-            if run.task not in names:
-                names.append(run.task)
-        return names
+        return distinct(run.task for run in self.runs)
 
     def environments(self, data_set: str) -> list[str]:
         """Return the names of the environments of an image set, in DomainBed's order."""
@@ -160,8 +157,9 @@ class DomainOutcomes(Outcomes):
         There is a row for each selection and held-out environment. If the runs that a selection
         needs are missing, its row is left out.
         """
-        distinct_settings = self._distinct_settings(runs)
-        records_of_runs = [self._records_of_run(run, distinct_settings) for run in runs]
+        # a selection identifies settings by their number, which is their index in this list
+        all_settings = self._distinct_settings(runs)
+        records_of_runs = [self._records_of_run(run, all_settings) for run in runs]
         first_run = runs[0]  # all runs have the same model, set, method and trial
         for name, selection in SELECTIONS.items():
             for env, env_name in enumerate(self.environments(first_run.task)):
@@ -169,8 +167,7 @@ class DomainOutcomes(Outcomes):
                 if chosen is None:
                     # runs that this selection needs are missing
                     continue
-                # ``chosen.choice`` is the index of the chosen run's settings
-                settings = distinct_settings[chosen.choice]
+                settings = all_settings[chosen.settings_number]
                 yield {
                     "selection": name,
                     "model": first_run.model,
@@ -185,12 +182,12 @@ class DomainOutcomes(Outcomes):
                     "variant": settings.variant,
                 }
 
-    def _records_of_run(self, run: Run, distinct_settings: Sequence[_Settings]) -> RunRecords:
-        """Return the accuracies of a run, with the index of its settings in the given list."""
+    def _records_of_run(self, run: Run, all_settings: Sequence[_Settings]) -> RunRecords:
+        """Return the accuracies of a run, with the index of its settings in ``all_settings``."""
         evaluated_steps = self.finished[run.id].metrics.records or ()
         return RunRecords(
             test_envs=tuple(self.specs[run.id].test_envs),
-            choice=distinct_settings.index(self._settings_of(run)),
+            settings_number=all_settings.index(self._settings_of(run)),
             records=[step.model_dump() for step in evaluated_steps],
         )
 
@@ -199,12 +196,12 @@ class DomainOutcomes(Outcomes):
 
         Settings with the same ``hparams_seed`` are in the order of the runs.
         """
-        distinct: list[_Settings] = []
+        found: list[_Settings] = []
         for run in runs:
             settings = self._settings_of(run)
-            if settings not in distinct:
-                distinct.append(settings)
-        return sorted(distinct, key=lambda settings: settings.hparams_seed)
+            if settings not in found:
+                found.append(settings)
+        return sorted(found, key=lambda settings: settings.hparams_seed)
 
     def _settings_of(self, run: Run) -> _Settings:
         """Return the settings of a run among which a selection chooses."""
@@ -219,9 +216,12 @@ class DomainOutcomes(Outcomes):
         """
         by_trial = self._accuracies_by_trial()
         means = by_trial.mean()
+        num_environments = by_trial.count()
+        # for each image set, the environments that any trial has
         num_compared = self.shared.groupby("task")["eval_task"].nunique()
-        num_needed = [num_compared[name] for name in means.index.get_level_values("task")]
-        return means.where(by_trial.count() == num_needed)
+        image_sets = means.index.get_level_values("task")
+        num_needed = [num_compared[name] for name in image_sets]
+        return means.where(num_environments == num_needed)
 
     def complete_trial_means(self) -> pd.Series[float]:
         """Average the accuracies of :attr:`shared` over environments, for complete trials.
@@ -231,9 +231,10 @@ class DomainOutcomes(Outcomes):
         """
         by_trial = self._accuracies_by_trial()
         means = by_trial.mean()
+        num_environments = by_trial.count()
         image_sets = means.index.get_level_values("task")
-        num_environments = [len(self.environments(name)) for name in image_sets]
-        return means[by_trial.count() == num_environments]
+        num_needed = [len(self.environments(name)) for name in image_sets]
+        return means[num_environments == num_needed]
 
     def _accuracies_by_trial(self) -> SeriesGroupBy[Any, Any]:
         """Group the accuracies of :attr:`shared` by :data:`CELL` and ``seed``.

@@ -106,9 +106,12 @@ def _with_accuracies(outcomes: DomainOutcomes, data_set: str) -> tuple[pd.DataFr
     means = by_environment.agg(mean="mean", error=_domainbed_error).reset_index()
 
     trials = cells.groupby(CELL, sort=False).agg(n=("seed", "nunique")).reset_index()
+    # the printed environments: those that runs hold out, in DomainBed's order
     held_out = set(cells["eval_task"])
-    env_names = [env_name for env_name in outcomes.environments(data_set) if env_name in held_out]
-    headings = {env_name: outcomes.env_title(data_set, env_name) for env_name in env_names}
+    headings = {}
+    for env_name in outcomes.environments(data_set):
+        if env_name in held_out:
+            headings[env_name] = outcomes.env_title(data_set, env_name)
     with_envs, env_columns = common.spread_over_columns(
         trials,
         on=CELL,
@@ -378,7 +381,9 @@ def _limit_note(outcomes: DomainOutcomes, data_set: str) -> str:
             limits.add(limit)
     # sorted, because the order of a set is not defined
     counts = " or ".join(str(limit) for limit in sorted(limits))
-    return f", of which {counts} are used" if counts else ""
+    if not counts:
+        return ""
+    return f", of which {counts} are used"
 
 
 def _selections_note(outcomes: DomainOutcomes, data_sets: list[str]) -> str:

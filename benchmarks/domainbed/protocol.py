@@ -246,14 +246,15 @@ class RunRecords:
 
     Attributes:
         test_envs: The numbers of the held-out environments.
-        choice: The number of the run's hyper-parameters. It is their index in the list of all
-            hyper-parameters that a selection compares. The list is sorted by ``hparams_seed``.
+        settings_number: The number of the run's settings: their index in the list of all settings
+            that a selection compares. Settings are hyper-parameters, and settings of the method
+            that the grid varies. The list is sorted by ``hparams_seed``.
         records: One dictionary per evaluated step, with ``step``, ``env<i>_in_acc`` and
             ``env<i>_out_acc``.
     """
 
     test_envs: tuple[int, ...]
-    choice: int
+    settings_number: int
     records: Sequence[Record]
 
 
@@ -264,12 +265,12 @@ class SelectedRecord:
     Attributes:
         value: The accuracy that the selection maximises.
         record: The ``step`` and its accuracies, ``env<i>_in_acc`` and ``env<i>_out_acc``.
-        choice: The number of the chosen run's hyper-parameters (:attr:`RunRecords.choice`).
+        settings_number: The number of the chosen run's settings, as in :class:`RunRecords`.
     """
 
     value: float
     record: Record
-    choice: int
+    settings_number: int
 
     def test_accuracy(self, env: int) -> float:
         """Return the accuracy on the *in* split of a held-out environment."""
@@ -277,7 +278,7 @@ class SelectedRecord:
 
 
 def best_record(
-    records: Sequence[Record], test_envs: Sequence[int], choice: int = 0
+    records: Sequence[Record], test_envs: Sequence[int], settings_number: int = 0
 ) -> SelectedRecord:
     """Choose the step of a run with the highest mean *out* accuracy of the training environments.
 
@@ -286,14 +287,14 @@ def best_record(
     Args:
         records: The accuracies of the run at all evaluated steps.
         test_envs: The numbers of the held-out environments.
-        choice: The index of the run's hyper-parameters, copied to the result.
+        settings_number: The number of the run's settings, copied to the result.
     """
     candidates = []
     for record in records:
         trained = [env for env in _environments(record) if env not in test_envs]
         accuracies = [record[f"env{env}_out_acc"] for env in trained]
         value = float(np.mean(accuracies))
-        candidates.append(SelectedRecord(value, record, choice))
+        candidates.append(SelectedRecord(value, record, settings_number))
     return _first_best(candidates)
 
 
@@ -309,7 +310,7 @@ def training_domain_validation(runs: Sequence[RunRecords], env: int) -> Selected
     """
     candidates = []
     for run in _runs_holding_out(runs, env):
-        candidates.append(best_record(run.records, run.test_envs, run.choice))
+        candidates.append(best_record(run.records, run.test_envs, run.settings_number))
     return _best(candidates)
 
 
@@ -335,11 +336,12 @@ def _cross_validate(run: RunRecords, runs: Sequence[RunRecords], env: int) -> Se
     """Choose the step of ``run`` with the highest cross-validated accuracy.
 
     ``run`` holds out ``env`` alone. Its accuracy on another environment comes from the run with the
-    same hyper-parameters that holds out both ``env`` and that environment. The result is None if no
-    step has an accuracy for every other environment.
+    same settings that holds out both ``env`` and that environment. The result is None if no step
+    has an accuracy for every other environment.
     """
-    same_choice = [other_run for other_run in runs if other_run.choice == run.choice]
-    accuracy_on = _accuracies_of_pairs(same_choice, env)
+    number = run.settings_number
+    same_settings = [other_run for other_run in runs if other_run.settings_number == number]
+    accuracy_on = _accuracies_of_pairs(same_settings, env)
     candidates = []
     for record in run.records:
         step = record["step"]
@@ -348,7 +350,7 @@ def _cross_validate(run: RunRecords, runs: Sequence[RunRecords], env: int) -> Se
         if all((other, step) in accuracy_on for other in others):
             accuracies = [accuracy_on[other, step] for other in others]
             value = float(np.sum(accuracies) / len(others))
-            candidates.append(SelectedRecord(value, record, run.choice))
+            candidates.append(SelectedRecord(value, record, run.settings_number))
     if not candidates:
         return None
     return _first_best(candidates)
@@ -381,7 +383,7 @@ def oracle_validation(runs: Sequence[RunRecords], env: int) -> SelectedRecord | 
     for run in _runs_holding_out(runs, env):
         last = max(run.records, key=lambda record: record["step"])
         accuracy = float(last[f"env{env}_out_acc"])
-        candidates.append(SelectedRecord(accuracy, last, run.choice))
+        candidates.append(SelectedRecord(accuracy, last, run.settings_number))
     return _best(candidates)
 
 
@@ -410,11 +412,11 @@ def _runs_holding_out(runs: Sequence[RunRecords], env: int) -> list[RunRecords]:
 def _best(candidates: Sequence[SelectedRecord]) -> SelectedRecord | None:
     """Return the candidate with the highest value; None without candidates.
 
-    As in DomainBed, the highest number of hyper-parameters (``choice``) wins a tie.
+    As in DomainBed, the highest ``settings_number`` wins a tie.
     """
     if not candidates:
         return None
-    return max(candidates, key=lambda chosen: (chosen.value, chosen.choice))
+    return max(candidates, key=lambda chosen: (chosen.value, chosen.settings_number))
 
 
 def _first_best(candidates: Sequence[SelectedRecord]) -> SelectedRecord:

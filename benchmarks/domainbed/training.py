@@ -168,15 +168,8 @@ class DomainTrainer(RoutedTrainer):
         """
         checkpoint = resume(self, origin, self._warn)
         self.train(resume_from_checkpoint=checkpoint)
-        # Trainer logs the loss and each split of a step in separate entries
-        log_of_step: dict[int, dict[str, Any]] = {}
-        for entry in self.state.log_history:
-            step = int(entry["step"])
-            joined_entry = log_of_step.setdefault(step, {})
-            joined_entry.update(entry)
-
         records = []
-        for step, logged in log_of_step.items():
+        for step, logged in self._log_by_step().items():
             accuracies = {}
             for name in self._splits:
                 key = f"eval_{name}_{ACCURACY}"
@@ -188,6 +181,18 @@ class DomainTrainer(RoutedTrainer):
                 # Trainer counts steps from 1, DomainBed from 0
                 records.append({"step": step - 1, "loss": loss, **accuracies})
         return records
+
+    def _log_by_step(self) -> dict[int, dict[str, Any]]:
+        """Join Trainer's log entries of each step: the loss and each split are separate entries.
+
+        Returns what is logged at each step, by number of the step, from 1.
+        """
+        log_by_step: dict[int, dict[str, Any]] = {}
+        for entry in self.state.log_history:
+            step = int(entry["step"])
+            joined_entry = log_by_step.setdefault(step, {})
+            joined_entry.update(entry)
+        return log_by_step
 
     def predict_splits(
         self, splits: Sequence[EvaluationRows], num_classes: int
@@ -260,7 +265,7 @@ class DomainTrainer(RoutedTrainer):
 
         # the sums over the images with the same environment and class:
         # [environments, classes, layers, experts]
-        _, num_layers, num_experts = image_loads.shape
+        _num_images, num_layers, num_experts = image_loads.shape
         loads = np.zeros((len(splits), num_classes, num_layers, num_experts), dtype=np.int64)
         # `+=` would add only one of these images, `add.at` adds all
         np.add.at(loads, (environments, classes), image_loads)
@@ -273,10 +278,13 @@ class DomainTrainer(RoutedTrainer):
                 "class": list(shuffle_statistics(class_bits[:, index])),
                 "environment": list(shuffle_statistics(environment_bits[:, index])),
             }
+        # means over layers
+        class_information = MutualInformation.averaged(class_bits)
+        environment_information = MutualInformation.averaged(environment_bits)
         return {
             **record.summary(),
-            **MutualInformation.averaged(class_bits).numbers("class"),
-            **MutualInformation.averaged(environment_bits).numbers("environment"),
+            **class_information.numbers("class"),
+            **environment_information.numbers("environment"),
             "loads": loads_by_layer,
             "chance": chance_by_layer,
         }

@@ -25,7 +25,7 @@ from benchmarks.harness.training.callbacks import Probe
 from benchmarks.harness.training.progress import Progress
 from benchmarks.text.data import TextSplit, load_part, summarise_splits
 from benchmarks.text.definition import RunTask, TextSpec
-from benchmarks.text.outcomes import CHOICE, select_runs
+from benchmarks.text.outcomes import select_runs
 from benchmarks.text.training import TextEvaluator
 from benchmarks.text.usage import RoutingRecorder
 from emoe.errors import CheckpointError
@@ -92,11 +92,11 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
         split = ood_splits[other.name]
         progress.say(f"evaluating on {other.name}, {len(split):,} rows")
         ood_scores[other.name] = evaluator.evaluate(split, other, recorder)
-    set_routing = recorder.routing_of_set(spec.task.name)
+    task_routing = recorder.routing_of_set(spec.task.name)
     return {
         "scores": {"test": {spec.task.name: test_scores}, "ood": ood_scores},
-        "routing": set_routing.routing,
-        "usage": set_routing.usage,
+        "routing": task_routing.routing,
+        "usage": task_routing.usage,
         "probe": probe.summary(),
         "chosen": {
             "run": chosen.folder,
@@ -163,19 +163,18 @@ def _chosen(spec: EvaluationSpec, method: str, candidates: Sequence[Run]) -> Run
     """
     of_method = [run for run in candidates if run.method == method]
     numbers = tabulate_numbers(read_record(candidate) for candidate in of_method)
-    # these candidates share model, task, protocol and method; so only one choice is made, and all
-    # selected records have the same hyper-parameters
-    selected = select_runs(numbers, spec.protocol).iloc[0]
+    # These candidates share model, task, protocol and method, so only one choice is made. All
+    # selected records have its hyper-parameters, and the first one shows them.
+    selected = select_runs(numbers, spec.protocol)
+    variant = selected["variant"].iloc[0]
+    learning_rate = selected["learning_rate"].iloc[0]
     for candidate in of_method:
         has_choice = (
-            candidate.method_variant == selected["variant"]
-            and candidate.learning_rate == selected["learning_rate"]
+            candidate.method_variant == variant and candidate.learning_rate == learning_rate
         )
         if has_choice and candidate.seed == spec.seed:
             return candidate
-    # such as: variant N16-k4 learning_rate 1e-05
-    choice = " ".join(f"{key} {selected[key]}" for key in CHOICE)
     raise DataError(
-        f"{spec.benchmark}: seed {spec.seed} did not train {method} with the chosen "
-        f"{choice}; give every seed the same grid"
+        f"{spec.benchmark}: seed {spec.seed} did not train {method} with the chosen variant "
+        f"{variant} learning_rate {learning_rate}; give every seed the same grid"
     )

@@ -9,6 +9,7 @@ from typing import cast
 import pandas as pd
 
 from benchmarks.glue_ood.definition import OOD_RANK, EvaluationDefinition
+from benchmarks.harness.base import distinct
 from benchmarks.harness.report.common import read_published
 from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.statistics import critical_difference, friedman_ranks
@@ -136,9 +137,10 @@ def _rank_rows(outcomes: TextOutcomes, scores: Scores) -> pd.DataFrame:
 def _caption(outcomes: TextOutcomes, scores: Scores, methods: Iterable[str]) -> str:
     """Write the caption of the table of ranks: methods, data sets, and the tests of the ranks."""
     titles = [outcomes.title("method", name) for name in methods]
-    sets: list[str] = []  # of all protocols and models, each once
+    columns: list[str] = []  # of all protocols and models
     for table in scores.values():
-        sets += [name for name in table.columns if name not in sets]
+        columns.extend(table.columns)
+    sets = distinct(columns)
     return (
         f"Mean rank over the OOD sets, 1 is best, of {len(titles)} rows: {', '.join(titles)}. "
         "The paper does not name its ranked rows, so its ranks cannot be compared with ours. "
@@ -167,8 +169,11 @@ def _paper_ranks(outcomes: TextOutcomes) -> pd.Series[float]:
 
 def _test_text(table: pd.DataFrame) -> str:
     """Describe Friedman's test of scores ``[methods, data sets]``, and the critical difference."""
+    methods_count, sets_count = table.shape
+    # a single method has no other to differ from
+    if methods_count == 1:
+        return "no test of a single row"
     _, p = friedman_ranks(table)
     # p is nan if there are too few methods or data sets, or all methods are equal
     test = "no Friedman test" if math.isnan(p) else f"Friedman p = {p:.3f}"
-    methods_count, sets_count = table.shape
     return f"{test}, critical difference {critical_difference(methods_count, sets_count):.2f}"

@@ -434,8 +434,9 @@ def hide_passwords(text: str) -> str:
     >>> hide_passwords("see http://lab.org:5000 and sqlite:///results/mlflow.db")
     'see http://lab.org:5000 and sqlite:///results/mlflow.db'
     """
-    text = _PASSWORD_OF_USER.sub(r"\1***@", text)
-    text = _TOKEN_OF_USER.sub(r"\1***@", text)
+    without_passwords = _PASSWORD_OF_USER.sub(r"\1***@", text)
+    without_tokens = _TOKEN_OF_USER.sub(r"\1***@", without_passwords)
+    # a secret value in a URL may contain blanks
     is_url = re.match(r"[\w+.-]+://", text) is not None
-    secret = _SECRET_IN_URL if is_url else _SECRET_IN_TEXT
-    return secret.sub(r"\1***", text)
+    key_and_secret = _SECRET_IN_URL if is_url else _SECRET_IN_TEXT
+    return key_and_secret.sub(r"\1***", without_tokens)

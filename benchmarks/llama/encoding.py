@@ -218,9 +218,11 @@ def without_prompt_logits(collate: Collate, model: nn.Module) -> Collate:
         batch = dict(collate(rows))
         labels = batch["labels"]  # [rows, tokens]
         # the positions at which any row has a response token
-        learned = (labels != IGNORED).any(dim=0).nonzero()
+        learned_positions = (labels != IGNORED).any(dim=0).nonzero()
         num_positions = labels.shape[1]
-        first_learned = int(learned[0]) if len(learned) else num_positions
+        first_learned = num_positions  # without a response, it is after the last
+        if len(learned_positions):
+            first_learned = int(learned_positions[0])
         # One position more, because the token before the response predicts its first token. So the
         # number is at least 1, also without a response: the value 0 would keep all logits.
         keep = num_positions - first_learned + 1

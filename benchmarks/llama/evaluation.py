@@ -320,25 +320,27 @@ def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
     """
     # groups have no count of questions
     counts = {name: int(count["effective"]) for name, count in result["n-samples"].items()}
-    metrics = {name: _metric_values(result["results"][name]) for name in counts}
+    names = list(counts)  # of the subjects
+    metrics = {name: _metric_values(result["results"][name]) for name in names}
     subjects = _Subjects(counts, metrics)
-    metric = _shared_metric([list(values) for values in metrics.values()])
+    metrics_of_subjects = [list(values) for values in metrics.values()]
+    metric = _shared_metric(metrics_of_subjects)
     assert metric is not None  # noqa: S101  load_task checked it
 
     titled_subjects = {}
     for name, values in metrics.items():
         titled_subjects[_title(result, name)] = {**values, "questions": counts[name]}
     summary = {
-        "questions": subjects.count(counts),
+        "questions": subjects.count(names),
         "metric": metric,
         "categories": _summarise_categories(result, subjects, metric),
         "subjects": titled_subjects,
     }
     # results of single questions are recorded only for tasks with an accuracy
     if metric == _ACCURACY:
-        samples = {_title(result, name): result["samples"][name] for name in counts}
+        samples = {_title(result, name): result["samples"][name] for name in names}
         return {**summary, **_summarise_answers(subjects, samples)}
-    task_score = subjects.mean(metric, list(counts))
+    task_score = subjects.mean(metric, names)
     return {**summary, "scores": {"task_score": task_score}, "correct": {}}
 
 

@@ -26,11 +26,14 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
         plots.placeholder_figure(path)
         return
     labels = list(titled["panel"].unique())  # "training loss" and, if there is one, "held-out loss"
+    # the columns of panels, with the points of each
     groups = titled.groupby(GROUP, sort=False)
-    titles = [_column_title(outcomes, *names) for names, _ in groups]
+    titles = []
+    for (model, task, tuning), _points_of_group in groups:
+        titles.append(_column_title(outcomes, model, task, tuning))
     styles = outcomes.styles_by_title(titled)
     with plots.curve_figure(path, titles, labels, _PANEL_HEIGHT) as axes:
-        for column, (_, group) in enumerate(groups):
+        for column, (_names, group) in enumerate(groups):
             axes_of_group = axes[:, column]
             for axis, label in zip(axes_of_group, labels, strict=True):
                 points_of_panel = group[group["panel"] == label]

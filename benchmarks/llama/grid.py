@@ -94,34 +94,39 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
         }
         axes = (*names, *VARIANT_KEYS, "learning_rate", "seed")
         for where, point in part.grid_points(names, axes):
-            if point["task"] in exclude:
+            task_name = point["task"]
+            if task_name in exclude:
                 continue
-            tuning = tunings[point["finetuning"]]
-            model = load_models()[point["model"]].spec(point["model"])
-            own_method = method_spec(methods, point, point["seed"], lora=None, where=where)
+            model_name = point["model"]
+            finetuning = point["finetuning"]
+            seed = point["seed"]
+
+            tuning = tunings[finetuning]
+            model = load_models()[model_name].spec(model_name)
+            own_method = method_spec(methods, point, seed, lora=None, where=where)
             # the fine-tuning decides what is trained, not the method
             method = {**own_method, "tune": tuning.tune_spec()}
             # such as `lora`, or `lora-N16` if the block varies settings of the method
-            variant = point["finetuning"]
+            variant = finetuning
             if method["variant"]:
-                variant = f"{variant}-{method['variant']}"
+                variant = f"{finetuning}-{method['variant']}"
             learning_rate = _learning_rate(tuning, point, where)
-            settings = training_of_model(point["model"])
+            settings = training_of_model(model_name)
             training = _training(settings, tuning, method, where)
             _check_layers(tuning, point, method["config"], where)
             yield self.spec(
                 variant,
                 model={**model, **tuning.model_spec()},
-                task=self.tasks[point["task"]].spec(point["task"]),
+                task=self.tasks[task_name].spec(task_name),
                 ood=[],
                 method=method,
-                finetuning=point["finetuning"],
+                finetuning=finetuning,
                 data=data.model_dump(),
                 evaluation=evaluation.model_dump(),
                 templates=copy.deepcopy(templates),  # specs share no dictionaries
                 training=training,
                 learning_rate=learning_rate,
-                seed=point["seed"],
+                seed=seed,
             )
 
     def sets(self, run: Run) -> list[SetReader]:
@@ -215,14 +220,16 @@ def _check_layers(
     # without `layers`, the fine-tuning is the same for all layers
     if config is None or tuning.layers is None:
         return
-    converted = _layers_by_depth(config["layers"])
-    named = _layers_by_depth(tuning.layers)
-    depths = converted.keys() & named.keys()
+    converted_layers = _layers_by_depth(config["layers"])
+    # the layers that are trained, or that stay unquantised
+    tuning_layers = _layers_by_depth(tuning.layers)
+    depths = converted_layers.keys() & tuning_layers.keys()
     if tuning.train == "blocks":
-        fits = all(converted[depth] == named[depth] for depth in depths)
+        fits = all(converted_layers[depth] == tuning_layers[depth] for depth in depths)
         verb = "trains the blocks"
     else:
-        fits = all(converted[depth] <= named[depth] for depth in depths)
+        # all converted layers are among the unquantised ones
+        fits = all(converted_layers[depth] <= tuning_layers[depth] for depth in depths)
         verb = "leaves unquantised only"
     # without a common number of layers, the two can never be used together
     if not depths or not fits:

@@ -17,7 +17,7 @@ from benchmarks.harness.config.method_specs import setting_text
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import Outcomes, join_claim_numbers, parameter_counts
 from benchmarks.harness.results.content import Metrics, QuestionResult
-from benchmarks.harness.results.records import Record, tabulate_numbers
+from benchmarks.harness.results.records import Record, settings_of_run, tabulate_numbers
 from benchmarks.harness.results.statistics import (
     Difference,
     paired_differences,
@@ -66,7 +66,8 @@ class InstructionOutcomes(Outcomes):
         chosen: The records of the runs with the best learning rates.
         runs: These runs.
         rates_chosen: True if a cell had several learning rates.
-        recorded_numbers: All numbers of these runs, with the columns of :data:`CELL`.
+        recorded_numbers: All numbers of these runs, with the columns of :data:`CELL`. A score that
+            a run lacks because its model diverged is nan.
         several_sets: True if runs train on several sets. The column ``task`` has the set.
         draws_templates: True if the seed of a run draws its prompt template.
         shared: The rows of ``recorded_numbers`` for the seeds that all methods of a model, set
@@ -74,7 +75,7 @@ class InstructionOutcomes(Outcomes):
         eval_tasks: The evaluated tasks in order, each with the result of its first run.
         questions: One row per run, ``question`` and ``metric``, with the ``value`` and the
             ``eval_task``. The metric is ``accuracy`` (1 if correct, else 0) or
-            ``nats_per_byte`` (of the right answer).
+            ``nats_per_byte`` (of the right answer; nan if the model diverged).
         tests: A frame of paired tests for each metric of questions. Each method is compared with
             the baseline of the same tuning, and with itself before tuning. The tests pair questions
             (averaged over seeds). p is Holm-corrected over the frame.
@@ -177,17 +178,15 @@ class InstructionOutcomes(Outcomes):
         )
         # ``n`` counts pairs, and here a pair is a question; ``values`` counts the answers of all
         # seeds, and every seed answers every question
-        tests = differences.assign(
-            questions=differences["n"], seeds=differences["values"] // differences["n"]
-        )
-
+        num_seeds = differences["values"] // differences["n"]
         # in the order of the tasks, not of their names
         position_of_task = {task: position for position, task in enumerate(self.eval_tasks)}
-        in_order = tests.sort_values(
-            "eval_task", key=lambda tasks: tasks.map(position_of_task), kind="stable"
-        )
+        positions = differences["eval_task"].map(position_of_task)
+        tests = differences.assign(
+            questions=differences["n"], seeds=num_seeds, position=positions
+        ).sort_values("position", kind="stable")
         columns = [*CELL, "against", "eval_task", "questions", "seeds", *Difference.COLUMNS]
-        return with_verdicts(in_order[columns], lower_is_better=metric == NATS)
+        return with_verdicts(tests[columns], lower_is_better=metric == NATS)
 
     def loss_differences(self, against: str) -> pd.DataFrame:
         """Compare the held-out loss of each cell with its reference, paired by shared seed.
@@ -283,21 +282,21 @@ def _best_rate_runs(finished: Sequence[Record]) -> list[Record]:
     # a row per run
     rows = []
     for record in finished:
-        rows.append((*_cell_and_rate(record.run), _held_out_loss(record)))
+        rate = record.run.learning_rate
+        rows.append({**cell_of(record.run), "rate": rate, "loss": _held_out_loss(record)})
     losses = pd.DataFrame(rows, columns=[*CELL, "rate", "loss"]).astype({"loss": float})
     # a row per cell and learning rate, with the mean over seeds
     mean_losses = losses.groupby([*CELL, "rate"], sort=False)["loss"].mean().reset_index()
     # the row with the lowest loss of each cell; idxmin returns the first of equal losses
     best_rows = mean_losses.groupby(CELL, sort=False)["loss"].idxmin()
-    best_rates = mean_losses.loc[best_rows, [*CELL, "rate"]]
-    # tuples like those of _cell_and_rate
-    cells_and_best_rates = set(best_rates.itertuples(index=False, name=None))
-    return [record for record in finished if _cell_and_rate(record.run) in cells_and_best_rates]
+    best_rate_of_cell = mean_losses.loc[best_rows].set_index(CELL)["rate"].to_dict()
 
-
-def _cell_and_rate(run: Run) -> Row:
-    """Return a value for each column of :data:`CELL`, and the learning rate."""
-    return (*cell_of(run).values(), run.learning_rate)
+    chosen = []
+    for record in finished:
+        cell = tuple(cell_of(record.run).values())
+        if record.run.learning_rate == best_rate_of_cell[cell]:
+            chosen.append(record)
+    return chosen
 
 
 def _held_out_loss(record: Record) -> float:
@@ -309,12 +308,43 @@ def _held_out_loss(record: Record) -> float:
 
 def _tabulate_by_cell(records: Sequence[Record]) -> pd.DataFrame:
     """Tabulate the numbers of runs, one row for each number, with the columns of :data:`CELL`."""
-    rows = [{"run_id": record.run.id, **cell_of(record.run)} for record in records]
-    cells = pd.DataFrame(rows, columns=["run_id", *CELL])
+    cell_rows = [{"run_id": record.run.id, **cell_of(record.run)} for record in records]
+    cells = pd.DataFrame(cell_rows, columns=["run_id", *CELL])
+
+    frames = [tabulate_numbers(records)]
+    # the table above leaves out missing scores; their nan prevents means over the other seeds
+    missing_rows: list[dict[str, Any]] = []
+    for record in records:
+        missing_rows.extend(_missing_scores(record))
+    if missing_rows:
+        frames.append(pd.DataFrame(missing_rows))
+    numbers = pd.concat(frames, ignore_index=True)
+
     # the variant of a run also names the fine-tuning; it is replaced by the variant of the cell,
     # which does not
-    numbers = tabulate_numbers(records).drop(columns=["task", "model", "method", "variant"])
-    return numbers.merge(cells, on="run_id", sort=False)
+    without_cells = numbers.drop(columns=["task", "model", "method", "variant"])
+    return without_cells.merge(cells, on="run_id", sort=False)
+
+
+def _missing_scores(record: Record) -> Iterator[dict[str, Any]]:
+    """Yield a row with the value nan for each score that a run lacks because its model diverged.
+
+    The columns are those of :func:`tabulate_numbers`.
+    """
+    scores = record.metrics.scores or {}
+    for part, scores_by_task in scores.items():
+        for eval_task, scores_of_task in scores_by_task.items():
+            for metric, score in scores_of_task.items():
+                if score is None:
+                    yield {
+                        **settings_of_run(record.run),
+                        "run_id": record.run.id,
+                        "part": part,
+                        "eval_task": eval_task,
+                        "metric": metric,
+                        "value": math.nan,
+                        "is_score": False,
+                    }
 
 
 def _first_results(records: Sequence[Record]) -> dict[str, QuestionResult]:
@@ -359,8 +389,9 @@ def _question_values(metrics: Metrics) -> Iterator[QuestionValue]:
         for question, digit in _numbered_questions(result.correct):
             yield QuestionValue(task, ACCURACY, question, float(digit))
         for question, value in _numbered_questions(result.nats_per_byte):
-            if value is not None:  # None if the model diverged
-                yield QuestionValue(task, NATS, question, float(value))
+            # None if the model diverged; then every mean with this question is missing
+            nats = math.nan if value is None else float(value)
+            yield QuestionValue(task, NATS, question, nats)
 
 
 def _numbered_questions(by_subject: Mapping[str, Sequence[Any]]) -> Iterator[tuple[str, Any]]:

@@ -75,6 +75,9 @@ def results(outcomes: InstructionOutcomes) -> Table:
 
 def _results_caption(outcomes: InstructionOutcomes) -> str:
     """Return the caption of :func:`results`."""
+    diverged_note = ""
+    if outcomes.shared["value"].isna().any():
+        diverged_note = "A loss, or nats per byte, is a dash if the model of a seed diverged. "
     likelihood_note = "" if outcomes.tests[NATS].empty else _LIKELIHOOD_NOTE
     rate_note = ""
     if outcomes.rates_chosen:
@@ -89,7 +92,7 @@ def _results_caption(outcomes: InstructionOutcomes) -> str:
     # each note is empty or ends with a blank
     return (
         f"Mean ± standard deviation over n seeds. {outcomes.shared_note} The loss is the mean over "
-        f"the response tokens of held-out instructions. {likelihood_note}"
+        f"the response tokens of held-out instructions. {diverged_note}{likelihood_note}"
         f"{_questions_note(outcomes)}Δ to {baseline} compares with the equally tuned {baseline}, "
         "paired by seed; for an untuned model it is the cost of conversion. Δ to not tuned "
         "compares with the same untuned method; it is the gain of tuning. Both have a 95 % "
@@ -107,12 +110,12 @@ def _with_losses(
         The frame with the added numbers, and the columns of the table that show them.
     """
     losses = outcomes.numbers("dev", "loss")
-    frame = cells.join(_mean_and_std(losses, "loss"), on=CELL)
+    extended = cells.join(_mean_and_std(losses, "loss"), on=CELL)
     columns = [Column("loss", "loss", "Held-out loss", std="loss std", marks_best=True)]
     for against, title in _reference_titles(outcomes).items():
         differences = outcomes.loss_differences(against).drop(columns="p")
         # adds the columns ``<against> delta``, ``<against> low`` and ``<against> high``
-        frame = common.with_numbers(frame, on=CELL, numbers=differences, prefix=f"{against} ")
+        extended = common.with_numbers(extended, on=CELL, numbers=differences, prefix=f"{against} ")
         column = Column(
             "loss",
             f"{against} delta",
@@ -121,7 +124,7 @@ def _with_losses(
             signed=True,
         )
         columns.append(column)
-    return frame, columns
+    return extended, columns
 
 
 def _with_scores(
@@ -132,7 +135,7 @@ def _with_scores(
     Returns:
         The frame with the added scores, and the columns of the table that show them.
     """
-    frame = cells
+    extended = cells
     columns = []
     titles = _short_titles(outcomes)
     for task, result in outcomes.eval_tasks.items():
@@ -148,10 +151,11 @@ def _with_scores(
             name = f"{task} {metric}"
             # empty if the task lacks the metric; a table omits columns without numbers
             scores = outcomes.numbers("test", metric, task)
-            frame = frame.join(_mean_and_std(scores, name), on=CELL)
+            # adds the columns ``<name>`` and ``<name> std``
+            extended = extended.join(_mean_and_std(scores, name), on=CELL)
             heading = f"{titles[task]}{ending}"
             columns.append(Column(metric, name, heading, std=f"{name} std", marks_best=True))
-    return frame, columns
+    return extended, columns
 
 
 def _short_titles(outcomes: InstructionOutcomes) -> dict[str, str]:
@@ -177,9 +181,13 @@ def _short_titles(outcomes: InstructionOutcomes) -> dict[str, str]:
 def _mean_and_std(values: pd.Series[float], name: str) -> pd.DataFrame:
     """Return the mean of each cell's values over seeds, and their standard deviation.
 
-    These are the columns ``<name>`` and ``<name> std``. The cells are the index.
+    These are the columns ``<name>`` and ``<name> std``. The cells are the index. Both numbers are
+    nan if a value is nan, because a table counts that seed in ``n``, too.
     """
-    return values.groupby(CELL, sort=False).agg(**{name: "mean", f"{name} std": "std"})
+    by_cell = values.groupby(CELL, sort=False)
+    means = by_cell.mean(skipna=False)
+    deviations = by_cell.std(skipna=False)
+    return pd.DataFrame({name: means, f"{name} std": deviations})
 
 
 def tests_table(outcomes: InstructionOutcomes, metric: str) -> Table:
@@ -305,6 +313,7 @@ def _data_rows(outcomes: InstructionOutcomes) -> Iterator[dict[str, Any]]:
                 continue  # these rows were read, but not learned
             # the counts, and the source and the template of the rows
             values = summary.model_dump(exclude_unset=True)
+            # in alphabetical order, in which the table's CSV file has the columns
             sorted_values = {name: values[name] for name in sorted(values)}
             part_title = part.replace("_", " ")
             yield {"model": run.model, "task": run.task, "part": part_title, **sorted_values}
@@ -334,10 +343,10 @@ _PAPER_CAPTION = (
 def paper_table(outcomes: InstructionOutcomes) -> Table:
     """Make a table of the paper's MMLU accuracies beside our accuracies on all evaluated tasks."""
     in_points = common.read_published(outcomes.benchmark)
+    # published values are in points, ours are shares
+    shares = in_points.assign(value=in_points["value"] / 100)
     # N and k are compared as text, because they may be empty
-    published = in_points.assign(value=in_points["value"] / 100).astype(
-        {"num_experts": str, "top_k": str}
-    )
+    published = shares.astype({"num_experts": str, "top_k": str})
     ours = _accuracy_means(outcomes).merge(outcomes.expert_counts(), on=CELL, how="left")
     # an outer join keeps the rows that only the paper has, or only we have
     merged = published.merge(
@@ -352,9 +361,10 @@ def paper_table(outcomes: InstructionOutcomes) -> Table:
     # other tasks, such as "MMLU-dev (…)", have other questions, so they get no difference
     is_mmlu = filled["eval_task_title"].str.startswith("MMLU (")
     is_comparable = is_mmlu & _has_published_experts(filled)
-    difference = (filled["ours"] - filled["value"]).where(is_comparable)
+    differences = filled["ours"] - filled["value"]
+    comparable_differences = differences.where(is_comparable)
     # the training set of the paper's rows is unknown, so it is left empty in our rows too
-    compared = filled.assign(difference=difference, task="")
+    compared = filled.assign(difference=comparable_differences, task="")
     return common.published_table(
         title="The paper's MMLU accuracies beside ours",
         caption=f"{_PAPER_CAPTION} {outcomes.shared_note} {common.SEEDS_COVER}",
@@ -410,24 +420,32 @@ def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
     The sentence has the differences to the baseline, and what tuning changed. Controls have no
     sentence.
     """
-    gains = outcomes.loss_differences(UNTUNED).set_index(CELL)["delta"]
+    # a cell has no gain if a model diverged
+    gains = outcomes.loss_differences(UNTUNED).set_index(CELL)["delta"].dropna()
     losses = outcomes.order(outcomes.loss_differences(BASELINE), CELL)
     has_method_role = losses["method"].map(outcomes.role) == "method"
+    # the titles of model, set (if there are several) and tuning
+    group_columns = [name for name in _key_headings(outcomes) if name != "method_title"]
     for row in losses[has_method_role].to_dict("records"):
-        interval = common.interval_text(row["low"], row["high"], 3)
-        findings = [f"held-out loss {row['delta']:+z.3f}{interval}"]
+        findings = [_loss_text(row)]
         gain_text = _gain_text(outcomes, row, gains)
         if gain_text:
             findings.append(gain_text)
         findings.extend(_test_texts(outcomes, row))
         findings_text = "; ".join(findings)
-        # the titles of model, set (if there are several) and tuning
-        group_columns = [name for name in _key_headings(outcomes) if name != "method_title"]
         group_text = ", ".join(row[column] for column in group_columns)
         yield (
             f"{group_text}, against {outcomes.baseline_title}: {row['method_title']}: "
             f"{findings_text}."
         )
+
+
+def _loss_text(row: Mapping[Hashable, Any]) -> str:
+    """Describe the difference of the held-out loss to the baseline, with its interval, if any."""
+    if math.isnan(row["delta"]):
+        return "held-out loss without a difference, because a model diverged"
+    interval = common.interval_text(row["low"], row["high"], 3)
+    return f"held-out loss {row['delta']:+z.3f}{interval}"
 
 
 def _gain_text(
@@ -456,14 +474,18 @@ def _gain_text(
 
 
 def _test_texts(outcomes: InstructionOutcomes, row: Mapping[Hashable, Any]) -> list[str]:
-    """Describe the tests of a cell against the baseline: one text for each task and metric."""
+    """Describe the tests of a cell against the baseline: one text for each task and metric.
+
+    A test without a difference, because a model diverged, has no text.
+    """
     texts = []
     for metric, all_tests in outcomes.tests.items():
-        is_selected = all_tests["against"] == BASELINE
-        for column in CELL:
-            is_selected &= all_tests[column] == row[column]
-        for test in all_tests[is_selected].itertuples():
-            texts.append(f"{format_task(test.eval_task)} {_difference_text(test, metric)}")
+        has_difference = all_tests["delta"].notna()
+        against_baseline = all_tests["against"] == BASELINE
+        for test in all_tests[has_difference & against_baseline].itertuples():
+            is_of_cell = all(getattr(test, column) == row[column] for column in CELL)
+            if is_of_cell:
+                texts.append(f"{format_task(test.eval_task)} {_difference_text(test, metric)}")
     return texts
 
 

@@ -157,11 +157,14 @@ def _describe_split(split: str) -> SetPart:
     try:
         if folder is None:
             return _describe_hub(split)
-        return _describe_questions(folder, split, _read_questions(folder, split))
+        by_subject = _read_questions(folder, split)
     except DataError as error:
+        advice = f"{MMLU}: {first_line(error)}"
         # without a folder, the hub's error helps less than the ways to get MMLU
-        advice = _advice() if folder is None else f"{MMLU}: {first_line(error)}"
+        if folder is None:
+            advice = _advice()
         return SetPart(MMLU, split, rows=None, expected=MMLU_ROWS[split], advice=advice)
+    return _describe_questions(folder, split, by_subject)
 
 
 def draw_by_subject(sizes: Mapping[str, int], count: int) -> dict[str, list[int]]:

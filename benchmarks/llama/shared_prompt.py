@@ -50,18 +50,9 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
         lm-eval calls this method, whose arguments it defines.
         """
-        answers: dict[int, Answer] = {}  # by index of the request
-        questions = [
-            question for question in _group_by_prompt(requests) if self._can_share_prompt(question)
-        ]
-        states = self._states(questions)
-        for row, question in enumerate(questions):
-            frozen_output = {}
-            if states is not None:
-                frozen_output[STATES] = states[row][None]  # a batch of one row
-            answers_of_choices = self._answers(question, frozen_output)
-            for index, answer in zip(question.request_indices, answers_of_choices, strict=True):
-                answers[index] = answer
+        grouped = _group_by_prompt(requests)
+        questions = [question for question in grouped if self._can_share_prompt(question)]
+        answers = self._answers_by_request(questions)
 
         # lm-eval's own code answers the rest
         rest = [index for index in range(len(requests)) if index not in answers]
@@ -73,6 +64,22 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             for index, answer in zip(rest, answers_of_rest, strict=True):
                 answers[index] = answer
         return [answers[index] for index in range(len(requests))]
+
+    def _answers_by_request(self, questions: Sequence[_Question]) -> dict[int, Answer]:
+        """Answer questions whose choices share the prompt, one question at a time.
+
+        Returns the answer to each request, by index of the request.
+        """
+        answers = {}
+        states = self._states(questions)
+        for row, question in enumerate(questions):
+            frozen_output = {}
+            if states is not None:
+                frozen_output[STATES] = states[row][None]  # a batch of one row
+            answers_of_choices = self._answers(question, frozen_output)
+            for index, answer in zip(question.request_indices, answers_of_choices, strict=True):
+                answers[index] = answer
+        return answers
 
     def _can_share_prompt(self, question: _Question) -> bool:
         """Return True if the choices of a question can share its prompt.

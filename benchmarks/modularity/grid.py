@@ -61,6 +61,13 @@ class ModularityBenchmark(TextSets[ModularityDefinition, ModularityPart]):
             raise DefinitionError(f"{part.where('tasks')} needs two tasks that are not excluded")
         first_task, *other_tasks = tasks
         reading = self.settings("reading", part).model_dump()
+        # every task has the same share of the shown tokens, and at least one
+        num_shown = reading["shown_tokens"]
+        if num_shown < len(tasks):
+            raise DefinitionError(
+                f"{part.where('reading', 'shown_tokens')} is {num_shown}, but there are "
+                f"{len(tasks)} tasks; show at least one token of each"
+            )
         valid_names = {"model": model_names(None), "method": methods}
         axes = ("model", "method", *VARIANT_KEYS, "seed")
         for where, point in part.grid_points(valid_names, axes):

@@ -10,6 +10,7 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib import pyplot as plt
 
+from benchmarks.harness.base import distinct
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report import plots
@@ -95,8 +96,9 @@ def concentration(outcomes: ModularityOutcomes) -> Table:
     # a row for each method and N, and a column for each metric
     by_metric = published.pivot(index=published_keys, columns="metric", values="value")
     paper_columns = by_metric.astype(float).add_suffix("_paper")
-    frame = outcomes.means.join(paper_columns, on=published_keys)
-    frame["best_quarter_paper"] /= 100  # published in percent
+    joined = outcomes.means.join(paper_columns, on=published_keys)
+    # published in percent
+    frame = joined.assign(best_quarter_paper=joined["best_quarter_paper"] / 100)
     return Table(
         title="Activations in blocks of neurons, nothing trained",
         caption=_concentration_caption(outcomes),
@@ -179,10 +181,9 @@ _USAGE_CAPTION = (
 def usage_table(outcomes: ModularityOutcomes) -> Table:
     """Make the table of the mutual information of experts with task and class, beside chance."""
     metrics = [*information_metrics("task", "class"), "specialised_experts", "shared_experts"]
-    # the headings and the cell share columns, such as ``layer``
-    other_columns = [column for column in CELL if column not in _HEADINGS]
+    columns = distinct([*_HEADINGS, *CELL, *metrics])
     # reindex adds missing columns: tasks without classes have no class information
-    frame = outcomes.means.reindex(columns=[*_HEADINGS, *other_columns, *metrics])
+    frame = outcomes.means.reindex(columns=columns)
     return Table(
         title="Information in the choice of an expert, nothing trained",
         caption=_USAGE_CAPTION,
@@ -260,7 +261,8 @@ def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
     """Draw the magnitudes of activations in the first layer of the first model, as the paper does.
 
     One 3D panel shows the neurons before clustering, and the other panel shows them after it. Both
-    have the same axes. If the model has neither method, the figure is a placeholder.
+    have the same axes. If the model has neither method, or the tokens have no active neuron, the
+    figure is a placeholder.
     """
     title, rows = next(outcomes.panels())
     # the method "contiguous" keeps the order of the checkpoint, the baseline clusters the neurons
@@ -269,13 +271,19 @@ def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
     if not runs:
         plots.placeholder_figure(path)
         return
-    largest = max(max(run.matrix.values) for run in runs)
+    magnitudes: list[float] = []  # of both panels
+    for run in runs:
+        magnitudes.extend(run.matrix.values)
+    # a suite may show so few tokens that none has an active neuron
+    if not magnitudes:
+        plots.placeholder_figure(path)
+        return
     with mpl.rc_context({**plots.STYLE, "font.size": 7}):
         figure = plt.figure(figsize=(plots.WIDTH, 3.0), layout="constrained")
         for number, run in enumerate(runs, 1):
             axis = figure.add_subplot(1, len(runs), number, projection="3d")
             _draw_matrix_3d(axis, run.matrix)
-            axis.set_zlim(0, largest)
+            axis.set_zlim(0, max(magnitudes))
             axis.set_title(f"{run.method_title}, N = {run.num_experts}", fontsize=7.5)
         figure.suptitle(title, fontsize=8)
         plots.save(figure, path)

@@ -13,7 +13,12 @@ from benchmarks.harness.config.catalogue import load_models, model_names
 from benchmarks.harness.config.method_specs import VARIANT_KEYS, method_spec
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import Location, check_names, parse, read
-from benchmarks.multitask.definition import MultitaskDefinition, MultitaskPart, MultitaskSpec
+from benchmarks.multitask.definition import (
+    MultitaskDefinition,
+    MultitaskPart,
+    MultitaskSpec,
+    MultitaskTraining,
+)
 from benchmarks.text.definition import CLEAN, ID, LOSSES, OOD, TaskFile
 from benchmarks.text.grid import TextSets, check_validation_rows
 
@@ -85,15 +90,18 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
         # the names that a grid may give for these keys
         names = {"model": model_names("seq2seq"), "mixture": tasks_of_mixture, "method": methods}
         axes = (*names, *VARIANT_KEYS, "learning_rate", "seed")
-        # A suite may change the settings of single models. The settings of a model are merged once,
-        # and not for each of its runs.
-        training_settings = functools.cache(functools.partial(self.settings, "training", part))
+
+        # a suite may change the settings of a model; they are merged once, not for each of its runs
+        @functools.cache
+        def training_settings(model: str) -> MultitaskTraining:
+            return self.settings("training", part, model=model)
+
         for where, point in part.grid_points(names, axes):
             tasks = tasks_of_mixture[point["mixture"]]
             if any(name in exclude for name in tasks):
                 continue
             method = method_spec(methods, point, point["seed"], None, where)
-            training = training_settings(model=point["model"])
+            training = training_settings(point["model"])
             check_validation_rows(training, part.where("training"))
             yield self.spec(
                 method["variant"],

@@ -86,8 +86,8 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     ours = with_numbers(tested, on=["model", "method"], numbers=neurons)
     with_paper = _join_paper(ablated, ablation, ours)
     in_order = _sort_rows(ablation, with_paper)
-    main_settings = _main_settings(ablated, records)
-    return _add_titles(ablated, ablated.with_titles(in_order), main_settings)
+    titled = ablated.with_titles(in_order)
+    return _add_titles(ablated, titled, main_settings=_main_settings(ablated, records))
 
 
 def _row_names(outcomes: TextOutcomes, ablation: Ablation) -> list[str]:
@@ -152,13 +152,14 @@ def _summarise(seeds: pd.DataFrame) -> pd.DataFrame:
     """
     shared = shared_pairs(seeds, within=_KEYS_OF_GROUP, compared=["method"], pair="seed")
     summaries = summarize_scores(shared, cell_columns=_KEYS_OF_ROW)
-    # Replace the mean and the sample deviation with those of pandas' groupby, which differ in the
-    # last digit. `assign` matches them by the keys in the index.
+    # Ablations show the mean and the deviation of pandas' groupby, which differ from those of
+    # `summarize_scores` in the last digit. Both have the keys as index, so `assign` puts the
+    # numbers into the rows with the same keys.
     by_keys = summaries.set_index(_KEYS_OF_ROW)
     scores_of_row = shared.groupby(_KEYS_OF_ROW, sort=False)["value"]
-    replaced = by_keys.assign(mean=scores_of_row.mean(), std=scores_of_row.std()).reset_index()
+    grouped = by_keys.assign(mean=scores_of_row.mean(), std=scores_of_row.std()).reset_index()
     # the shown deviation is that of the population for the authors' selection
-    with_scores = replaced.assign(std=shown_deviation(replaced))
+    with_scores = grouped.assign(std=shown_deviation(grouped))
 
     all_rows = seeds[_KEYS_OF_ROW].drop_duplicates()
     return all_rows.merge(with_scores, on=_KEYS_OF_ROW, how="left").fillna({"n": 0})
@@ -208,7 +209,8 @@ def _sort_rows(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
 
     # a frame cannot be sorted by tuples, so sort its rows, and take their index in this order
     in_order = sorted(rows.reset_index(drop=True).itertuples(), key=sort_key)
-    return rows.iloc[[row.Index for row in in_order]].reset_index(drop=True)
+    positions = [row.Index for row in in_order]
+    return rows.iloc[positions].reset_index(drop=True)
 
 
 def _method_key(ablation: Ablation, name: str) -> tuple[int, list[float], str]:
@@ -261,14 +263,16 @@ def _join_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) 
     published = _read_paper(outcomes, ablation)
     on = ["protocol", "model", "scope", "method"]
     numbers = published[[*on, "paper", "paper_delta", "status", "source"]]
+    # `origin` is "both", "left_only" (only ours) or "right_only" (only the paper's)
     joined = rows.merge(numbers, on=on, how="outer", sort=False, indicator="origin")
+    is_only_in_paper = joined["origin"] == "right_only"
     # Rows that only the paper has lack a domain. A scope with an arrow is a pair of tasks, so it is
     # out of domain.
     is_pair = joined["scope"].str.contains(ARROW, regex=False)
     domains = is_pair.map({True: OOD, False: ID})
     return joined.drop(columns="origin").assign(
         domain=joined["domain"].fillna(domains),
-        is_ours=joined["origin"] != "right_only",
+        is_ours=~is_only_in_paper,
     )
 
 
@@ -460,11 +464,13 @@ def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
     panel_titles = {}
     for model, of_model in marks.groupby("model_title", sort=False):
         panel_titles[model] = _panel_title(str(model), of_model)
-    owners = marks["is_ours"].map({True: "", False: "the paper, "})
+    # the names of the series in the legend, such as "in domain" and "the paper, in domain"
+    beginnings = marks["is_ours"].map({True: "", False: "the paper, "})
+    series = beginnings + marks["domain"].map(DOMAIN_TITLES)
     drawn = marks.assign(
         panel=marks["model_title"].map(panel_titles),
         line=[plots.wrap_text(title, inches=2, size=7) for title in marks["method_title"]],
-        series=owners + marks["domain"].map(DOMAIN_TITLES),
+        series=series,
         style=[_mark_style(outcomes, mark) for mark in marks.itertuples()],
     )
     reference = _reference_title(outcomes, definition)

@@ -572,7 +572,9 @@ def _csv_rows(file: Path, task: RunTask, splits: Sequence[str]) -> _Table:
         split_of_row = cells["split"]
     else:
         first_text = table.column(task.fields[0], task)
-        split_of_row = cells[first_text].map(_split_by_hash)
+        # a row that ends before its text has no text to hash; it is dropped and counted later
+        texts = cells[first_text].fillna("")
+        split_of_row = texts.map(_split_by_hash)
     parts = []
     for split in splits:
         is_in_split = split_of_row == split
@@ -694,8 +696,9 @@ def _complete_rows(table: _Table, task: RunTask) -> Iterator[tuple[tuple[str, ..
         number = reader.number(label)
         if number is not None:
             yield texts, number
+            continue
         # a missing label drops the row; an unknown label is an error
-        elif label.casefold() not in _NO_LABEL:
+        if label.casefold() not in _NO_LABEL:
             raise DataError(
                 f"{table.source}, row {index + 1}: '{label}' is no label of task '{task.name}'"
                 f"{reader.hint(label)}"
@@ -744,14 +747,14 @@ def _class_names_by_spelling(table: _Table, task: RunTask) -> dict[str, str]:
         by_name[name] = name
     # if a class name is a number, a number in a file is a name
     numbers_are_names = any(_is_number(name) for name in (*task.labels, *task.label_names))
-    by_number: dict[str, str] = {}
-    if not numbers_are_names:
-        by_number = {str(number): name for number, name in enumerate(task.labels)}
+    by_number = {str(number): name for number, name in enumerate(task.labels)}
 
     if table.class_names is None:
+        if numbers_are_names:
+            return by_name
         return {**by_number, **by_name}
-    # the stored names are only the class numbers
-    if by_number and _are_numbers_from_0(table.class_names):
+    # the stored names are only the class numbers; a regression has none
+    if task.labels and not numbers_are_names and _are_numbers_from_0(table.class_names):
         return by_number
     # the stored names are real names, which may be spelled as the makers do
     return {**_makers_spellings(task), **by_name}

@@ -48,7 +48,8 @@ def epoch_numbers(outcomes: TextOutcomes) -> pd.DataFrame:
         if outcomes.role(run.method) == CONTROL:
             continue
         keys_of_run = {key: getattr(run, key) for key in (*CELL, "seed")}
-        for metric in (outcomes.benchmark.tasks[run.task].metric, _LOSS):
+        metric_of_task = outcomes.benchmark.tasks[run.task].metric
+        for metric in (metric_of_task, _LOSS):
             for epoch in metrics.epochs:
                 value = _printed_number(metric, epoch.numbers()[metric])
                 rows.append({**keys_of_run, "metric": metric, "step": epoch.epoch, "value": value})
@@ -79,7 +80,8 @@ def draw_curves(outcomes: TextOutcomes, path: Path) -> None:
     numbers = epoch_numbers(outcomes)
     num_epochs = numbers.groupby(["model", "task"])["step"].transform("nunique")
     with_curves = numbers[num_epochs > 1]
-    groups = list(with_curves.groupby(["model_title", "task_title"], sort=False))[:_MOST_GROUPS]
+    all_groups = list(with_curves.groupby(["model_title", "task_title"], sort=False))
+    groups = all_groups[:_MOST_GROUPS]
     if not groups:
         plots.placeholder_figure(path)
         return

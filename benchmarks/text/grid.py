@@ -5,12 +5,13 @@ A run has a model, a task, a method, a learning rate, a protocol and a seed.
 
 from __future__ import annotations
 
+import csv
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from benchmarks.harness.base import DataError, DefinitionError, first_line
+from benchmarks.harness.base import DataError, DefinitionError, distinct, first_line
 from benchmarks.harness.config.benchmark import (
     COUNTS,
     OOD_MEAN,
@@ -60,6 +61,7 @@ from benchmarks.text.definition import (
     Transformed,
     merged_classes,
 )
+from emoe.errors import did_you_mean
 
 _SELECTIONS = (CLEAN, PUBLISHED)
 _SCORES_AND_LOSSES = Domain(("score", *LOSSES), selections=_SELECTIONS)
@@ -385,7 +387,8 @@ def check_ablations(benchmark: AnyBenchmark) -> None:
     """Check the ablations of a benchmark.
 
     The rows of an ablation must exist, and the first one must be the baseline. If an ablation names
-    a csv with the paper's numbers, the csv must exist and have the right columns.
+    a csv with the paper's numbers, the csv must exist and have the right columns, and its methods
+    must be rows of the ablation.
 
     Raises:
         DefinitionError: A check failed. The error names the file and the key.
@@ -400,6 +403,29 @@ def check_ablations(benchmark: AnyBenchmark) -> None:
             )
         if ablation.paper:
             check_csv(where.at("paper"), ablation.paper, benchmark.folder, ABLATION_COLUMNS)
+            _check_methods_of_csv(benchmark.folder / ablation.paper, ablation.rows, where)
+
+
+def _check_methods_of_csv(file: Path, rows: Sequence[str], where: Location) -> None:
+    """Check that the methods in a csv of the paper's numbers are rows of the ablation.
+
+    The table has no place for other methods.
+
+    Args:
+        file: The csv.
+        rows: The rows of the ablation.
+        where: The location of the ablation, for messages.
+
+    Raises:
+        DefinitionError: A method is not a row.
+    """
+    # spreadsheets begin a file with a byte order mark, which utf-8-sig drops
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+        methods = [line["method"] for line in csv.DictReader(lines)]
+    for method in methods:
+        if method not in rows:
+            near = did_you_mean(method, rows)
+            raise DefinitionError(f"{file}: '{method}' is not in {where.at('rows')}{near}")
 
 
 def _check_task(where: Location, name: str, tasks: Mapping[str, TaskEntry]) -> None:
@@ -538,9 +564,7 @@ def _advice(name: str, task: TaskEntry, problem: str) -> str:
 
 def _raw_files(task: TaskEntry) -> list[str]:
     """List the names of the makers' files in all their layouts, each once."""
-    files = []
+    files: list[str] = []
     for layout in task.raw_formats or ():
-        for file in layout.files.values():
-            if file not in files:
-                files.append(file)
-    return files
+        files.extend(layout.files.values())
+    return distinct(files)

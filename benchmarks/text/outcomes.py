@@ -324,16 +324,19 @@ class TextOutcomes(Outcomes):
 
         An example is the converted layers. A model without main rows is left out.
         """
+        kind_by_method = {name: method.kind for name, method in self.methods.items()}
         is_main = records["method"].map(self.role) != ABLATION
         usual_by_model: dict[str, set[str]] = {}
         for model, main_rows in records[is_main].groupby("model", sort=False):
-            is_dense = main_rows["method"].map(lambda name: self.methods[name].kind == "dense")
+            kinds = main_rows["method"].map(kind_by_method)
+            with_experts = main_rows[kinds != "dense"]
             settings_of_variants = []
-            for variant in main_rows.loc[~is_dense, "variant"].unique():
+            for variant in with_experts["variant"].unique():
+                # the variant N16-L22 has the settings N16 and L22
                 values = setting_values(variant)
-                # such as N16 and L22
                 settings = {f"{letter}{value}" for letter, value in values.items()}
                 settings_of_variants.append(settings)
+            # a model with only dense rows has no usual settings
             usual: set[str] = set()
             if settings_of_variants:
                 usual = set.intersection(*settings_of_variants)

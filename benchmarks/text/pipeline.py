@@ -70,7 +70,7 @@ def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
     progress.say("evaluating")
     recorder = RoutingRecorder(classifier.model)
     scores = _evaluate(trainer, spec, splits.test, ood, recorder)
-    set_routing = recorder.routing_of_set(task.name)
+    task_routing = recorder.routing_of_set(task.name)
     # save the weights now, because the conversion below would change the model
     if training.keep_weights:
         save_trained(classifier.model, folder / "model")
@@ -96,8 +96,8 @@ def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
         "transformed": transformed,
         "epochs": epochs,
         "kept_epoch": kept["epoch"],
-        "routing": {**set_routing.routing, **trainer.routing_trace.summary()},
-        "usage": set_routing.usage,
+        "routing": {**task_routing.routing, **trainer.routing_trace.summary()},
+        "usage": task_routing.usage,
         "probe": trainer.probe.summary(),
         "model": classifier.summary,
         "cost": {**trainer.cost, **classifier.prefix_cost()},

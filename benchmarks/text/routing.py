@@ -58,18 +58,19 @@ def _usage_panels(outcomes: TextOutcomes) -> list[UsagePanel]:
     It shows the first seed of the method.
     """
     panels: dict[str, UsagePanel] = {}
-    first_model_and_task = None
+    first_run = None
     for run, metrics in outcomes.chosen_runs():
         if outcomes.role(run.method) == CONTROL:
             continue
         # dense models and runs on a single set have no expert use to show
         if not metrics.usage or not metrics.usage.tasks:
             continue
-        model_and_task = (run.model, run.task)
-        if first_model_and_task is None:
-            first_model_and_task = model_and_task
-        has_panel = run.method in panels  # of an earlier seed
-        if model_and_task != first_model_and_task or has_panel:
+        if first_run is None:
+            first_run = run
+        if run.model != first_run.model or run.task != first_run.task:
+            continue
+        # an earlier seed of the method has the panel
+        if run.method in panels:
             continue
         title = f"{run.method_title}, {run.model_title}, trained on {run.task_title}"
         panels[run.method] = UsagePanel(title, _with_first_set(metrics.usage, run.task))
@@ -78,8 +79,8 @@ def _usage_panels(outcomes: TextOutcomes) -> list[UsagePanel]:
 
 def _with_first_set(usage: Usage, name: str) -> Usage:
     """Return the same expert use, with the data set ``name`` first."""
-    # a dictionary keeps the first place of a repeated key
-    in_order = {name: usage.tasks[name], **usage.tasks}
+    others = {other: use for other, use in usage.tasks.items() if other != name}
+    in_order = {name: usage.tasks[name], **others}
     return usage.model_copy(update={"tasks": in_order})
 
 
@@ -251,14 +252,13 @@ def _usage_rows(outcomes: TextOutcomes, information_names: Sequence[str]) -> lis
     for run, metrics in outcomes.chosen_runs():
         if not metrics.usage or not metrics.usage.tasks or not metrics.routing:
             continue
-        rows.append(
-            {
-                **{key: getattr(run, key) for key in CELL},
-                **{name: getattr(metrics.routing, name) for name in information_names},
-                "specialised_experts": len(metrics.usage.specialised),
-                "shared_experts": len(metrics.usage.shared),
-            }
-        )
+        cell = {key: getattr(run, key) for key in CELL}
+        information = {name: getattr(metrics.routing, name) for name in information_names}
+        counts = {
+            "specialised_experts": len(metrics.usage.specialised),
+            "shared_experts": len(metrics.usage.shared),
+        }
+        rows.append({**cell, **information, **counts})
     return rows
 
 
@@ -351,7 +351,9 @@ def _paper_trace_numbers(
     outcomes: TextOutcomes, published: Mapping[str, pd.DataFrame]
 ) -> pd.DataFrame:
     """Return the table rows of the paper's traces. The paper does not name their model."""
-    rows = [{"method": name, **trace_numbers(trace)} for name, trace in published.items()]
+    rows = []
+    for name, trace in published.items():
+        rows.append({"method": name, **trace_numbers(trace)})
     task = outcomes.title("task", outcomes.benchmark.definition.published_traces.task)
     titled = outcomes.with_titles(pd.DataFrame(rows))
     return titled.assign(model_title=MISSING, task_title=f"{task} (the paper)", n=1)
@@ -435,7 +437,7 @@ def _draw_trace_row(axes: Sequence[Any], row: Sequence[_TraceGroup], panel_width
     # only the first axis of a row names the steps, because labels between panels take their room
     axes[0].set_ylabel("step")
 
-    # the titles of groups are above the panel title with the most lines
+    # all groups have their titles at the same height: above the panel title with the most lines
     panel_titles = [axis.title for axis in axes]
     longest = max(panel_titles, key=lambda title: title.get_text().count("\n"))
     for axis, group in zip(first_axes, row, strict=True):

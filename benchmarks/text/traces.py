@@ -95,7 +95,11 @@ def _measure_changes(shares: NDArray[np.float64]) -> dict[str, float]:
     # below have as much noise as the means of the quarters.
     first_half = shares[: 2 * quarter]
     last_half = shares[-2 * quarter :]
-    chances = [_distance(half[::2], half[1::2]) for half in (first_half, last_half)]
+    chances = []
+    for half in (first_half, last_half):
+        even_windows = half[::2]
+        odd_windows = half[1::2]
+        chances.append(_distance(even_windows, odd_windows))
     return {
         "load_change": float(changes.mean()),
         "load_drift": _distance(shares[:quarter], shares[-quarter:]),

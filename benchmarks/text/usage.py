@@ -186,11 +186,11 @@ def describe_usage(sets: Mapping[str, SetLoads]) -> tuple[dict[str, float], dict
     shares = shares_by_group(loads, tasks)  # [sets, N]
     shared, specialised = shared_and_specialised(shares, marks)
     by_set = {}
-    # the sets have the order of their numbers in `tasks`
-    for (name, set_loads), set_shares, set_marks in zip(sets.items(), shares, marks, strict=True):
+    # `number` is the number of the set in `tasks`, and so its row in `shares` and `marks`
+    for number, (name, set_loads) in enumerate(sets.items()):
         by_set[name] = {
-            "shares": set_shares.tolist(),
-            "marks": set_marks.tolist(),
+            "shares": shares[number].tolist(),
+            "marks": marks[number].tolist(),
             "classes": _shares_by_class(set_loads),
         }
     usage = {"tasks": by_set, "shared": shared.tolist(), "specialised": specialised.tolist()}

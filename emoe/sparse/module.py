@@ -130,16 +130,15 @@ class SparseFFN(_Replacement):
         layout = self._current_layout(rows)
         if layout is not None:
             self.last_path = "sparse, with the layout of for_inference_"
-            y = self._compute_few(rows, layout)
-        else:
-            reason = self._reason_for_all_neurons(rows)
-            if reason is not None:
-                self.last_path = f"masked: {reason}"
-                return self._compute_masked(x)
-            self.last_path = "sparse"
-            y = self._compute_sparse(rows)
-        # [T, h] becomes [..., h]
-        return y.view(*x.shape[:-1], y.shape[-1])
+            return _in_shape_of(x, self._compute_few(rows, layout))
+
+        reason = self._reason_for_all_neurons(rows)
+        if reason is not None:
+            self.last_path = f"masked: {reason}"
+            return self._compute_masked(x)
+
+        self.last_path = "sparse"
+        return _in_shape_of(x, self._compute_sparse(rows))
 
     def _add_biases(self, y: Tensor, weights: Tensor | None) -> Tensor:
         """Add the output biases to the sum of the chosen experts' outputs.
@@ -290,7 +289,10 @@ class SparseFFN(_Replacement):
         return any(module.p > 0 for module in self._dropouts)
 
     def _reason_without_gain(self, rows: Tensor) -> str:
-        """Return why the sparse products of inputs ``[T, h]`` would not be faster, or not exist."""
+        """Return why the sparse products are not used for inputs ``[T, h]``.
+
+        They should not be faster, or PyTorch has no such products on this device.
+        """
         if torch.compiler.is_compiling():
             # without the number of tokens, which would make compiled code special for this number
             return "no gain is expected for so few tokens or so small experts"
@@ -367,6 +369,11 @@ class SparseFFN(_Replacement):
     def __getstate__(self) -> dict[str, Any]:
         # a copy has its own weights
         return {**self.__dict__, "_layout": None}
+
+
+def _in_shape_of(x: Tensor, y: Tensor) -> Tensor:
+    """View outputs ``[T, h]`` as ``[..., h]``, with the other dimensions of inputs ``x``."""
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def install_(layer: RoutedActivation) -> None:

@@ -88,6 +88,11 @@ MORE = {"title": "More", "trained": "vanilla", "used_as": "random_partition"}
             r"did you mean 'selection\.csv'",
         ),
         (
+            "glue_lora",
+            {"ablations.data.rows": ["lora", "lora_emoe_part", "lora_emoe"]},
+            r"data\.csv: 'lora_part' is not in .*'ablations\.data\.rows'; did you mean 'lora_emoe_part'",
+        ),
+        (
             "glue_ood",
             {"transformed.lora2emoe.used_as": "lora_emoe_learn"},
             "whose weights fit no other row",

@@ -9,17 +9,20 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.catalogue import ModelSpec, load_models
 from benchmarks.harness.config.method_specs import TuneSpec
+from benchmarks.harness.config.methods import LoRA
 from benchmarks.harness.models.build import build_classifier
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.models.trainable import Trainable
-from benchmarks.harness.models.tuning import trained_groups
+from benchmarks.harness.models.tuning import trained_groups, tune_
 from benchmarks.harness.training.progress import Progress
 from benchmarks.text.data import TextSplit
 from benchmarks.text.definition import TextSpec
 from benchmarks.text.training import TextTrainer
 from emoe.errors import EMoEError
+from tests import tiny_models
 from tests.planned import plan
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -156,3 +159,18 @@ def test_names_that_match_nothing_are_refused(
     spec[section]["lora" if section == "training" else "tune"] |= values
     with pytest.raises(EMoEError, match=message):
         build_typed(spec)
+
+
+def test_adapters_of_layers_that_beit_never_calls_are_refused() -> None:
+    """timm's Beit reads the weight of ``qkv`` itself, so an adapter there would never run."""
+    tune = TuneSpec(blocks=[], also=[])
+    model = tiny_models.build("Beit")
+    lora = LoRA(rank=2, alpha=4, dropout=0.0, targets={"Beit": ["attn.qkv"]})
+    with pytest.raises(DefinitionError, match=r"targets\.Beit names 'qkv', .* such as attn\.proj$"):
+        tune_(model, lora, tune, seed=0)
+
+    model = tiny_models.build("Beit")
+    lora = LoRA(rank=2, alpha=4, dropout=0.0, targets={"Beit": ["attn.proj"]})
+    _, groups = tune_(model, lora, tune, seed=0)
+    model(torch.randn(1, 3, 32, 32)).sum().backward()
+    assert all(parameter.grad is not None for _, parameter in groups["adapters"])

@@ -294,6 +294,14 @@ def test_ranks_state_what_was_ranked(evaluated: TextOutcomes) -> None:
     assert set(frame["rank"].groupby(["model", "protocol"]).idxmin().str[2]) == {"lora_emoe"}
 
 
+def test_a_single_ranked_row_has_no_critical_difference(paper: list[Record]) -> None:
+    of_lora = [record for record in paper if record.run.method == "lora"]
+    table = ranks(outcomes_of(of_lora, "glue_ood"))
+    assert set(table.frame["rank"]) == {1.0}
+    assert "GPT2-XL, clean selection: no test of a single row" in table.caption
+    assert "nan" not in table.caption
+
+
 LORA = load_benchmark("glue_lora")
 
 

@@ -67,6 +67,14 @@ def test_without_finished_runs_the_blessed_records_are_taken(blessed: Suite) -> 
     assert [record.run for record in part.records] == blessed.runs_of("domainbed")
 
 
+@pytest.mark.usefixtures("suite")
+def test_a_data_set_is_named_if_only_runs_on_other_data_sets_are_finished() -> None:
+    smoke = load_suite({"suite": "smoke", "benchmarks": ["domainbed"]})
+    fake_runs.write_runs(smoke.runs_of("domainbed", "rotated_mnist_5k"))
+    found = find_finished(smoke, "domainbed", "colored_mnist_5k")
+    assert found.note == "domainbed: no run of 'smoke' on colored_mnist_5k is finished here"
+
+
 def test_one_finished_run_is_enough_to_take_only_finished_runs(blessed: Suite) -> None:
     runs = blessed.runs_of("glue")
     fake_runs.write_runs(runs[3:4])

@@ -96,6 +96,10 @@ BROKEN: dict[str, tuple[Change, str]] = {
         lambda bert: setattr(bert.other, "weight", bert.up.weight),
         r"layer\.1.*is shared with .*layer\.3",
     ),
+    "shared bias": (
+        lambda bert: setattr(bert.other, "bias", bert.up.bias),
+        r"layer\.1.*dense\.bias is shared with .*layer\.3",
+    ),
     "adapter": (
         lambda bert: get_peft_model(bert.model, LORA),
         r"intermediate\.dense\.weight is not an ordinary floating-point parameter",

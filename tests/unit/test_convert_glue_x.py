@@ -91,7 +91,7 @@ def test_other_layouts_of_the_makers(
         file = root / TASKS[name]["source"]["folder"] / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-    convert(root, ["sick_entailment", "sick_relatedness"] if name == "sick_entailment" else [name])
+    convert(root, [name])
     assert load_whole_part(task(name), "test").labels == labels
     if name == "sick_entailment":
         assert load_whole_part(task("sick_relatedness"), "test").labels == [3.3]
@@ -199,3 +199,11 @@ def test_of_several_unknown_names_the_first_is_named(root: Path) -> None:
     unknown = [f"unknown_{number}" for number in range(30)]
     with pytest.raises(SystemExit, match="has no task 'unknown_0'; choose from "):
         convert(root, ["hans", *unknown])
+
+
+@pytest.mark.parametrize("name", ["sick_entailment", "sick_relatedness"])
+def test_naming_one_task_of_sick_keeps_the_label_of_the_other(root: Path, name: str) -> None:
+    write_own(root, name, raw=True)
+    convert(root, [name])
+    for task_name in ("sick_entailment", "sick_relatedness"):
+        assert load_whole_part(task(task_name), "test").labels == MEANING[task_name][0]

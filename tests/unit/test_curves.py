@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
@@ -16,6 +17,7 @@ from benchmarks.domainbed.outcomes import DomainOutcomes
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.report import plots
+from benchmarks.harness.report.style import EMOE
 from benchmarks.text.figures import draw_curves, epoch_numbers
 from benchmarks.text.outcomes import TextOutcomes
 from tests import fake_runs
@@ -239,6 +241,18 @@ def test_differences_of_the_loss_are_missing_where_a_run_diverges(image_runs: li
     assert deltas["held_out", 6] == pytest.approx(MEAN)
 
 
+def test_a_missing_difference_of_a_run_that_diverged_is_not_called_equal(
+    image_runs: list[Run], figures: list[Figure]
+) -> None:
+    def diverge(content: dict[str, Any]) -> None:
+        content["records"][-1]["loss"] = None
+
+    fake_runs.edit(next(run for run in image_runs if run.method == "emoe"), diverge)
+    draw_steps(image_outcomes(image_runs), "pacs", Path("steps"))
+    label = " ".join(figures[0].axes[-1].get_xlabel().split())
+    assert label.endswith("Δ to ERM (vanilla ViT): n = 3 trials, 95 % intervals")
+
+
 def test_differences_at_a_single_step_are_drawn(here: Path, figures: list[Figure]) -> None:
     runs = [image_run("erm", [0], 0, 0.5), image_run("emoe", [0], 0, 0.6)]
     fake_runs.edit(runs[0], lambda content: content["records"].pop())
@@ -363,3 +377,24 @@ def test_a_legend_is_not_wider_than_its_figure() -> None:
     assert height == pytest.approx(extent.height / figure.dpi)
     assert height > 4 * 7 / 72  # four lines of 7 points
     plt.close(figure)
+
+
+def test_labels_of_curves_are_on_panels_that_have_data(figures: list[Figure]) -> None:
+    """The first model has only a loss, and the second one only a score."""
+    points = pd.DataFrame({"method_title": "EMoE", "step": [1, 2], "value": [0.5, 0.6]})
+    models = ["one model", "another"]
+    with plots.curve_figure(Path("curves"), models, ["loss", "score"], 2.0) as axes:
+        plots.draw_means(axes[0, 0], points, {"EMoE": EMOE})
+        plots.draw_means(axes[1, 1], points, {"EMoE": EMOE})
+        plots.label_steps(axes[-1, 0], "step of one model")
+        plots.label_steps(axes[-1, 1], "step of another")
+    loss, *hidden, score = figures[0].axes
+    assert not any(axis.get_visible() for axis in hidden)
+    assert loss.get_title() == "one model"
+    assert loss.get_ylabel() == "loss"
+    assert loss.get_xlabel() == "step of one model"
+    assert score.get_title() == "another"
+    assert score.get_ylabel() == "score"
+    assert score.get_xlabel() == "step of another"
+    figures[0].draw_without_rendering()
+    assert all(label.get_visible() for label in score.get_yticklabels())

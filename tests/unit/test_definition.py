@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -160,6 +161,16 @@ def test_mistakes_in_a_benchmark_are_named_with_the_nearest_valid_value(
         ),
         ("grid.0.protocol", ["published"], "'published' is for tasks without a test split"),
         ("methods.vanilla", {"tune": "blocks"}, "sets 'tune: blocks' but no 'layers'"),
+        (
+            "methods.vanilla",
+            {"top_k_fraction": 0.5},
+            r"method 'vanilla' is dense and takes no 'top_k_fraction'",
+        ),
+        (
+            "methods.vanilla",
+            {"as_published": "llama"},
+            r"method 'vanilla' is dense and takes no 'as_published'",
+        ),
         (
             "methods.gmoe",
             {"num_experts": 6, "top_k_fraction": 0.25},
@@ -407,6 +418,38 @@ def test_a_plugin_that_cannot_be_imported_is_named(
         DefinitionError, match=rf"/methods\.yaml: 'plugins' names '{name}', .*{message}"
     ):
         load_methods.__wrapped__()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"by_model": {"minilmm": {"epochs": 2}}},
+            r"'training\.by_model' is 'minilmm', which does not exist; did you mean 'minilm'",
+        ),
+        (
+            {"by_model": {"minilm": {"epochs": 0}}},
+            r"'training\.by_model\.minilm\.epochs' is 0: Input should be greater than 0",
+        ),
+        (
+            {"by_task": {"tweets": {"by_model": {}}}},
+            r"'training\.by_task\.tweets\.by_model' must stand beside the other settings",
+        ),
+    ],
+)
+def test_a_mistake_of_one_model_or_task_names_the_benchmarks_file_if_it_is_there(
+    changes: dict[str, Any], message: str
+) -> None:
+    edits = {f"training.{key}": value for key, value in changes.items()}
+    benchmark = edited_benchmark("glue", edits)
+    with pytest.raises(DefinitionError, match=rf"glue/benchmark\.yaml: {message}"):
+        edited_part(benchmark, "mini", {})
+
+
+def test_a_value_that_has_to_be_true_is_named_with_that() -> None:
+    entry = {"title": "x", "modality": "image", "timm": "test_vit", "random": False}
+    with pytest.raises(DefinitionError, match=r"'models\.x\.random' is False: .* should be True"):
+        parse(entry, ModelEntry, "models.yaml", "models", "x")
 
 
 def test_a_mistake_of_a_model_and_a_task_together_is_named_by_the_key_of_the_task() -> None:

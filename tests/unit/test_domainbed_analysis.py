@@ -67,7 +67,9 @@ ALONE = [
         [record(0, [0.7, 0, 0], [0.3, 0.6, 0.4]), record(300, [0.8, 0, 0], [0.2, 0.1, 0.1])],
     ),
 ]
-SHUFFLED = [RunRecords(run.test_envs, run.choice, list(reversed(run.records))) for run in ALONE]
+SHUFFLED = [
+    RunRecords(run.test_envs, run.settings_number, list(reversed(run.records))) for run in ALONE
+]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,7 @@ def test_selections_are_domainbeds(
     choice = select(runs, 0)
     values = choice and (
         choice.value,
-        choice.choice,
+        choice.settings_number,
         choice.record["step"],
         choice.test_accuracy(0),
     )

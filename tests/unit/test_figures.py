@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -14,8 +15,9 @@ from matplotlib.figure import Figure
 
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.report.claims_figure import draw_claims
-from benchmarks.harness.report.plots import sample_text, wrap_text
+from benchmarks.harness.report.plots import draw_forest, sample_text, wrap_text
 from benchmarks.harness.report.presentation import present
+from benchmarks.harness.report.style import EMOE
 from benchmarks.text.figures import draw_curves
 from benchmarks.text.outcomes import TextOutcomes
 from benchmarks.text.routing import draw_traces
@@ -163,7 +165,11 @@ def main_tests() -> pd.DataFrame:
         differences.append(f"{row.delta:+.2f}{interval}")
         counts.append(f"{row.n} {row.pair}{'s' if row.n > 1 else ''}")
     return rows.assign(
-        unit="points", margin=0.35, difference_without_unit=differences, n_shown=counts
+        unit="points",
+        margin=0.35,
+        p=0.04,  # all of them are t-tests
+        difference_without_unit=differences,
+        n_shown=counts,
     )
 
 
@@ -242,6 +248,8 @@ def test_an_undecided_interval_that_excludes_zero_is_explained(tmp_path: Path) -
     is_question = rows["pair"] == "question"
     without_zero = rows.assign(high=rows["high"].mask(is_question, -0.01))
     assert reason in label_of_claims(without_zero, tmp_path)
+    # a claim of the same score is judged by its interval alone, without a p to correct
+    assert reason not in label_of_claims(without_zero.assign(p=math.nan), tmp_path)
 
 
 def test_every_verdict_has_a_mark_of_its_own_even_without_colour(tmp_path: Path) -> None:
@@ -265,3 +273,23 @@ def test_no_margin_is_behind_a_cross_of_the_paper(narrow: bool, tmp_path: Path) 
                 (height,) = line.get_ydata()
                 assert not any(band.y0 <= height <= band.y1 for band in bands)
     assert num_crosses == len(main_tests())
+
+
+def test_the_legend_shows_our_mark_even_if_the_papers_comes_first(tmp_path: Path) -> None:
+    crosses = replace(EMOE, marker="x")
+    rows = pd.DataFrame(
+        {
+            "panel": ["Images", "Text"],
+            "line": ["ViT-Small", "BERT-base"],
+            "series": "EMoE",
+            "delta": [0.01, 0.02],
+            "low": [math.nan, 0.01],
+            "high": [math.nan, 0.03],
+            "n": [0, 5],
+            "style": [crosses, EMOE],
+        }
+    )
+    with saved_figures() as figures:
+        draw_forest(rows, tmp_path / "figure", "Difference")
+    (legend,) = figures[0].legends
+    assert [mark.get_marker() for mark in legend.legend_handles] == [EMOE.marker]

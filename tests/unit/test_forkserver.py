@@ -196,6 +196,15 @@ def test_a_killed_caller_ends_its_fork_and_the_run_resumes(forks: Forks) -> None
     assert process.returncode == 1
 
 
+def test_an_interrupted_caller_prints_nothing_and_ends_its_fork(forks: Forks) -> None:
+    process = start("run", small(RUNS["vanilla"], "interrupted", epochs=200))
+    wait_for(lambda: bool(forks()))
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == ""
+    assert process.returncode == 130
+    wait_for(lambda: not forks(), 10)
+
+
 def test_a_server_ends_with_the_process_that_started_it(starter: Process) -> None:
     """This is the last test, because the others use the server."""
     (server,) = psutil.Process(starter.pid).children()

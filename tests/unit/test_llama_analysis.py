@@ -237,6 +237,68 @@ def test_the_learning_rate_with_the_lowest_loss_is_chosen_and_never_one_that_div
     assert {run.id for run in outcomes.runs} == {run.id for run in runs}
 
 
+@pytest.fixture
+def diverging(runs: list[Run]) -> Run:
+    """Return the second run of EMoE with LoRA, of which a test can remove the loss."""
+    cell = ("lora", "emoe", 1)
+    (found,) = [run for run in runs if (run.spec["finetuning"], run.method, run.seed) == cell]
+    return found
+
+
+def compare(outcomes: InstructionOutcomes, **domain: Any) -> Any:
+    """Return the evidence of a claim that compares EMoE with dense, both with LoRA."""
+    names = {"benchmark": "llama", "method": "emoe", "against": "dense", "tunings": ["lora"]}
+    comparison = Comparison(**names, direction="higher", **domain)
+    return find_evidence(outcomes.claim_numbers(), comparison)
+
+
+def test_the_loss_of_a_seed_that_diverged_is_left_out_nowhere(
+    runs: list[Run], diverging: Run
+) -> None:
+    """Seeds that did not diverge are not a fair sample, so neither their mean nor a test is made."""
+    edit(diverging, lambda content: content["scores"]["dev"]["alpaca_demo"].update(loss=None))
+    outcomes = outcomes_of(runs)
+    table = results(outcomes)
+    rows = table.frame.set_index(["tuning", "method"])
+    assert rows.loc[("lora", "emoe"), "n"] == 2
+    numbers = ["loss", "loss std", "baseline delta", "untuned delta"]
+    assert rows.loc[("lora", "emoe"), numbers].isna().all()
+    assert rows.loc[("lora", "dense"), ["loss", "loss std", "untuned delta"]].notna().all()
+    assert "is a dash if the model of a seed diverged. " in table.caption
+    evidence = compare(outcomes, domain="held_out", metric="loss")
+    assert (evidence.num_diverged, evidence.difference.n) == (1, 1)
+    (sentence,) = [text for text in verdicts(outcomes) if "LoRA, against dense: EMoE:" in text]
+    assert "held-out loss without a difference, because a model diverged; by tuning: dense" in (
+        sentence
+    )
+    assert "nan" not in sentence
+
+
+def test_the_likelihoods_of_a_seed_that_diverged_are_left_out_nowhere(
+    runs: list[Run], diverging: Run
+) -> None:
+    def diverge(content: dict[str, Any]) -> None:
+        content["scores"]["test"][ANSWERS]["nats_per_byte"] = None
+        result = content["tasks"][ANSWERS]
+        result["scores"]["nats_per_byte"] = None
+        for values in result["nats_per_byte"].values():
+            values[:] = [None] * len(values)
+
+    edit(diverging, diverge)
+    outcomes = outcomes_of(runs)
+    table = results(outcomes)
+    rows = table.frame.set_index(["tuning", "method"])
+    assert pd.isna(rows.loc[("lora", "emoe"), f"{ANSWERS} nats_per_byte"])
+    assert "is a dash if the model of a seed diverged. " in table.caption
+    tests = paired_tests(outcomes, "nats_per_byte").frame
+    (test,) = tests[(tests["against"] == "dense") & (tests["tuning"] == "lora")].itertuples()
+    assert (test.questions, test.seeds, test.verdict) == (100, 2, "–")
+    assert pd.isna(test.delta)
+    evidence = compare(outcomes, domain="questions", metric="nats_per_byte", questions=[ANSWERS])
+    assert evidence.num_diverged == 100
+    assert not any("nan" in text for text in verdicts(outcomes))
+
+
 BLOCK = {
     "model": ["tiny-llama"],
     "task": ["alpaca_demo"],

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -25,13 +26,16 @@ from benchmarks.domainbed.validation import load_set
 from benchmarks.harness.base import MODEL_ROOT, DataError
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import ModelSpec, load_models
+from benchmarks.harness.config.method_specs import MethodSpec
 from benchmarks.harness.models import loading
+from benchmarks.harness.models.build import build_seq2seq
 from benchmarks.harness.models.image import load_image_classifier
 from benchmarks.harness.models.partitions import partition_keys
 from benchmarks.harness.run import environment
 from benchmarks.harness.sources import hub
 from benchmarks.llama.instructions import load_instructions
 from benchmarks.text.data import load_whole_part
+from emoe.errors import EMoEError
 from tests import tiny_models
 from tests.tiny_hub import write_models, write_seq2seq
 
@@ -194,6 +198,39 @@ def test_only_the_clustered_weights_of_a_language_model_change_their_type(
     types = {parameter.dtype for parameter in loaded.parameters() if parameter.ndim > 1}
     assert types == {torch.float16, torch.bfloat16 if weights == "bf16" else torch.float32}
     assert sum(parameter.dtype != torch.float16 for parameter in loaded.parameters()) == 1
+
+
+def test_a_table_that_encoder_and_decoder_share_counts_once(model_root: Path) -> None:
+    """In T5 1.1, the head has a weight of its own, so the table is only looked up."""
+    method = MethodSpec(name="vanilla", variant="", config=None)
+    model = ModelSpec(name="t5", hub="nobody/t5", modality="seq2seq")
+    spec = SimpleNamespace(model=model, method=method, seed=0, training=None)
+    with_one_table = build_seq2seq(spec).summary
+
+    edit_config(tie_word_embeddings=False)(model_root / "t5" / CONFIG)
+    file = model_root / "t5" / WEIGHTS
+    weights = load_file(file)
+    table = weights["shared.weight"]
+    save_file({**weights, "lm_head.weight": torch.randn_like(table)}, file, {"format": "pt"})
+    with_own_head = build_seq2seq(spec).summary
+    assert with_own_head["parameters"] == with_one_table["parameters"] + table.numel()
+    assert with_own_head["flops_per_token"] == with_one_table["flops_per_token"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("test_resnet", "no FFN row for architecture 'ResNet'"),
+        (
+            "deit_tiny_distilled_patch16_224",
+            "the head of the model 'other' is not one linear layer",
+        ),
+    ],
+)
+def test_an_architecture_of_timm_with_another_form_is_refused(name: str, message: str) -> None:
+    model = ModelSpec(name="other", modality="image", timm=name, random=True)
+    with pytest.raises(EMoEError, match=message):
+        load_image_classifier(model, 3, 32, 0.0, 0)
 
 
 def test_a_model_that_is_nowhere_names_the_remedy(model_root: Path) -> None:

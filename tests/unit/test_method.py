@@ -119,6 +119,13 @@ def test_padding_takes_no_capacity_unless_it_counts(count_padding: bool) -> None
     assert torch.equal(padded, alone) != count_padding
 
 
+def test_a_capacity_beyond_all_integers_drops_no_choice() -> None:
+    net = net_of(capacity_factor=1e30, count_padding=True)
+    with emoe.record_routing(net) as record:
+        net(inputs())
+    assert record.layers[0].dropped == 0
+
+
 @pytest.mark.parametrize(
     ("formula", "noise"), [("corrected", 0.0), ("corrected", 0.5), ("published", 0.5)]
 )

@@ -286,6 +286,15 @@ def test_a_server_that_refuses_connections_is_one_line_within_a_minute(runs: lis
     assert "\n" not in str(refused.value)
 
 
+def test_the_options_of_a_sqlite_address_are_no_part_of_its_file(
+    runs: list[Run], tmp_path: Path
+) -> None:
+    folder = tmp_path / "store"
+    uri = f"sqlite:///{folder}/m.db?timeout=30"
+    assert mirror(records(runs), uri)["added"] == len(runs)
+    assert {file.name for file in folder.iterdir()} == {"m.db", ".m.db.lock"}
+
+
 def test_a_locked_file_is_one_line_with_the_way_out(runs: list[Run], tmp_path: Path) -> None:
     file = tmp_path / "m.db"
     other = sqlite3.connect(file, isolation_level=None)

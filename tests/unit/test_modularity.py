@@ -34,7 +34,7 @@ from benchmarks.text.usage import (
 from tests import fake_runs, tiny_models
 from tests.drawn import saved_figures
 from tests.executed import finish, prepare
-from tests.planned import edited_benchmark, smoke_run
+from tests.planned import edited_benchmark, edited_part, smoke_run, specs
 
 BENCHMARK = load_benchmark("modularity")
 
@@ -149,6 +149,14 @@ def test_methods_whose_experts_mean_nothing_before_training_are_refused() -> Non
     edited_benchmark("modularity", {"methods": {"emoe": {"router": "avg_k"}}})
 
 
+def test_fewer_shown_tokens_than_tasks_are_refused() -> None:
+    part = edited_part("modularity", "mini", {"reading.shown_tokens": 3})
+    with pytest.raises(
+        DefinitionError, match=r"modularity\.reading\.shown_tokens' is 3, but there are 4 tasks"
+    ):
+        specs(BENCHMARK, part)
+
+
 @pytest.fixture
 def outcomes(here: Path) -> ModularityOutcomes:
     """Make up numbers of the mini suite."""
@@ -183,6 +191,21 @@ def test_both_panels_in_3d_have_the_same_axes(outcomes: ModularityOutcomes) -> N
     assert first.get_zlim() == second.get_zlim()
     assert first.get_xlim() == second.get_xlim()
     assert first.get_ylim() == second.get_ylim()
+
+
+def test_tokens_without_active_neurons_are_drawn(here: Path) -> None:
+    runs = fake_runs.write(RUNS, "mini", benchmarks=("modularity",))
+    # a placeholder has one axis
+    for quiet_methods, num_panels in ((["emoe"], 2), (["emoe", "contiguous"], 1)):
+        for run in runs:
+            if run.method in quiet_methods:
+                fake_runs.edit(
+                    run,
+                    lambda content: content["matrix"].update(tokens=[], places=[], values=[]),
+                )
+        quiet = ModularityOutcomes(BENCHMARK, fake_runs.records(runs))
+        assert len(figure_of(draw_activations, quiet).axes) == 3
+        assert len(figure_of(draw_activations_3d, quiet).axes) == num_panels
 
 
 def test_the_marks_of_expert_use_are_explained_and_experts_are_numbered(

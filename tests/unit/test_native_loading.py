@@ -483,6 +483,19 @@ def write_as_release_0_1(model: Any, folder: Path) -> None:
         save_file(extra, folder / "emoe_extra.safetensors")
 
 
+@pytest.mark.parametrize("option", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("quantises", [False, True])
+def test_the_stored_dtype_of_an_old_or_quantised_folder_is_asked_for(
+    quantises: bool, option: str, tmp_path: Path
+) -> None:
+    model = bert(METHODS["emoe"]).bfloat16()
+    write_as_release_0_1(model, tmp_path)
+    options = {"quantization_config": NoQuantization()} if quantises else {}
+    again = load(tmp_path, **{option: "auto"}, **options)
+    assert again.dtype == torch.bfloat16
+    assert torch.equal(logits(again), logits(model))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_folders_of_the_first_release_load(method: str, tmp_path: Path) -> None:
     model = bert(METHODS[method])

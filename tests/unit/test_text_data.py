@@ -19,7 +19,7 @@ from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.sources.vader import load_vader
 from benchmarks.text import data
 from benchmarks.text.data import TextSplit, load_whole_part
-from benchmarks.text.definition import RunTask, TextSource
+from benchmarks.text.definition import RunTask, Splits, TextSource
 from benchmarks.text.tokenization import TokenisedRows
 from tests.text_sets import TASKS, task, write_glue, write_own, write_rows, write_saved
 
@@ -310,6 +310,20 @@ def test_one_csv_holds_all_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         DataError, match=r"rows\.csv has no row of the split 'dev'; choose from train"
     ):
         texts("sentence,label,split", "a,1,train")
+
+
+def test_rows_of_a_csv_that_end_before_their_text_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "ROOT", tmp_path)
+    complete = [f"{number % 2},text {number}" for number in range(100)]
+    (tmp_path / "rows.csv").write_text("\n".join(["label,text", "1", *complete]))
+    # without a column `split`, the text chooses the split
+    splits = Splits(train="train", dev="dev", test="test")
+    read = joined_task(csv="rows.csv").model_copy(update={"splits": splits})
+    parts = [load_whole_part(read, part) for part in ("train", "dev", "test")]
+    assert sum(len(part) for part in parts) == 100
+    assert sum(part.dropped for part in parts) == 1
 
 
 def joined_task(**source: str) -> RunTask:

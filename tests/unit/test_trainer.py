@@ -233,6 +233,19 @@ def test_the_balance_loss_of_any_part_is_added(tmp_path: Path) -> None:
     assert_close(model.state_dict(), expected.state_dict())
 
 
+def test_a_module_around_converted_models_is_trained_with_checkpoints(tmp_path: Path) -> None:
+    model = TwoTowers(bert(METHODS["emoe"]), bert(METHODS["emoe-learn"]))
+    halfway = {"save_strategy": "steps", "save_steps": 2, "remove_unused_columns": False}
+    trainer(model, tmp_path, **halfway).train()
+    resumed = TwoTowers(bert(METHODS["emoe"]), bert(METHODS["emoe-learn"]))
+    trainer(resumed, tmp_path / "again", **halfway).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+    )
+    assert_same(resumed.state_dict(), model.state_dict())
+    # emoe does not know the layers of this module, by whose numbers it would find the orders
+    assert not list(tmp_path.rglob("emoe_*"))
+
+
 def test_models_without_experts_are_errors(tmp_path: Path) -> None:
     with pytest.raises(emoe.ConversionError, match="convert it first"):
         trainer(bert(None), tmp_path).train()

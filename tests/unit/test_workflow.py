@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -249,6 +250,30 @@ def test_a_target_that_cannot_be_made_says_why_and_what_can(target: str, reason:
     text = targets.explain_missing_target(target, suites.load_suite({}))
     assert text.startswith(reason)
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("target", "values", "wanted"),
+    [
+        ("llama", {"benchmarks": ["glue"]}, "llama"),
+        ("domainbed_rotated_mnist_5k", {"benchmarks": ["glue"]}, "rotated_mnist_5k"),
+    ],
+)
+def test_a_target_that_only_the_command_line_leaves_out_is_named_as_such(
+    target: str, values: dict[str, Any], wanted: str
+) -> None:
+    text = targets.explain_missing_target(target, suites.load_suite(values))
+    assert text == (
+        f"--config leaves {wanted} out of the suite 'mini': "
+        f"`snakemake --cores all {target} --config suite=mini`"
+    )
+
+
+def test_the_advice_to_leave_out_missing_sets_keeps_those_that_are_left_out_already() -> None:
+    suite = suites.load_suite({"exclude": ["movie", "amazon"]})
+    text = targets.warn_of_missing_sets(["tweets"], suite)
+    assert text.startswith("warning: missing data sets: tweets. ")
+    assert "`--config exclude=[movie,amazon,tweets]` leaves them out." in text
 
 
 def test_each_missing_item_of_the_paper_says_why() -> None:

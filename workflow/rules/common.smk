@@ -106,14 +106,7 @@ onstart:
         FORKSERVER.start()
     missing = missing_sets(SUITE)
     if missing:
-        names = ", ".join(missing)
-        excluded = ",".join(missing)  # without blanks, which would end the option
-        print(
-            f"warning: missing data sets: {names}. Runs that need them will fail. "
-            f"`python -m benchmarks data --check --suite {SUITE.name}` prints their sources. "
-            f"`--config exclude=[{excluded}]` leaves them out.",
-            file=sys.stderr,
-        )
+        print(targets.warn_of_missing_sets(missing, SUITE), file=sys.stderr)
 
 
 onsuccess:

@@ -1,6 +1,7 @@
 # Targets with short names, and explanations of targets that cannot be made.
 #
 # Their inputs are functions, because they list the runs, which a job on a cluster does not plan.
+# In a loop, the default `name=name` of such a function keeps the value of this iteration.
 
 
 rule tables:

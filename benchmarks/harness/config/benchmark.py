@@ -415,7 +415,8 @@ class Benchmark(ABC, Generic[D, E, P]):
             task: The name of the task whose ``by_task`` is applied; None applies none.
         """
         section: Strict = getattr(self.definition, key)
-        # only given values: the merged settings still tell them from those that pydantic fills in
+        # without the values that pydantic fills in, so that the merged settings know which values
+        # a file gives
         defaults = section.model_dump(exclude_unset=True)
         suite_changes = getattr(part.settings, key)
         suite_settings = merge(defaults, suite_changes)
@@ -423,14 +424,32 @@ class Benchmark(ABC, Generic[D, E, P]):
         task_changes = _changes_for(task, suite_settings.get("by_task"))
         merged = merge(suite_settings, model_changes, task_changes)
 
-        # The file has no key path of merged settings. Messages name the last settings that changed
-        # them, because the settings before were valid.
-        keys = ["benchmarks", self.name, key]
+        # No file has the merged settings. Messages name the last changes, because the settings
+        # before these changes were valid.
+        where = part.where(key)
         if task_changes:
-            keys += ["by_task", str(task)]
+            where = self.location_of_changes(part, key, "by_task", str(task)).at(str(task))
         elif model_changes:
-            keys += ["by_model", str(model)]
-        return parse(merged, type(section), part.file, *keys)
+            where = self.location_of_changes(part, key, "by_model", str(model)).at(str(model))
+        return parse(merged, type(section), str(where.file), where.key)
+
+    def location_of_changes(self, part: Part[P], key: str, changes: str, name: str) -> Location:
+        """Return the location of the changes for some models or tasks.
+
+        They are in the suite's file if it changes the named model or task. Otherwise they are in
+        benchmark.yaml.
+
+        Args:
+            part: The benchmark's part of the suite.
+            key: The name of the section, such as ``training``.
+            changes: The key of the changes: ``by_model`` or ``by_task``.
+            name: The name of a model or task that the changes have.
+        """
+        suite_section = getattr(part.settings, key)
+        suite_changes = suite_section.get(changes) or {}
+        if name in suite_changes:
+            return part.where(key, changes)
+        return Location(self.file, key_path([key, changes]))
 
     @property
     def evaluated_benchmark(self) -> str | None:
@@ -653,14 +672,16 @@ def _check_changes(benchmark: AnyBenchmark, part: Part[Any], key: str) -> None:
     # settings() merges and validates; only the merged settings are complete
     section = benchmark.settings(key, part)
     by_model = getattr(section, "by_model", None) or {}
-    check_names(part.where(key, "by_model"), by_model, load_models())
     for model, changes in by_model.items():
-        _refuse_nested(changes, part.where(key, "by_model", model))
+        where = benchmark.location_of_changes(part, key, "by_model", model)
+        check_names(where, [model], load_models())
+        _refuse_nested(changes, where.at(model))
         benchmark.settings(key, part, model=model)
     by_task = getattr(section, "by_task", None) or {}
-    check_names(part.where(key, "by_task"), by_task, benchmark.tasks)
     for task, changes in by_task.items():
-        _refuse_nested(changes, part.where(key, "by_task", task))
+        where = benchmark.location_of_changes(part, key, "by_task", task)
+        check_names(where, [task], benchmark.tasks)
+        _refuse_nested(changes, where.at(task))
         benchmark.settings(key, part, task=task)
 
 

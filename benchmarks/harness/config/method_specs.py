@@ -9,7 +9,13 @@ from typing import Any
 
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.catalogue import load_models
-from benchmarks.harness.config.methods import LoRA, Method, merge_methods, tuning_spec
+from benchmarks.harness.config.methods import (
+    CONFIG_FIELDS,
+    LoRA,
+    Method,
+    merge_methods,
+    tuning_spec,
+)
 from benchmarks.harness.config.yaml import Location, NotNegative, Strict
 from emoe.config import EMoEConfig, GMoEConfig, resolve_layers
 from emoe.errors import ConfigError, nearest_divisor
@@ -108,12 +114,17 @@ def setting_values(variant: str) -> dict[str, str]:
     >>> setting_values("N16-L-1")
     {'N': '16', 'L': '-1'}
     """
+    if not variant:
+        return {}
     letters = "".join(_WORDS_OF_LETTER)
-    # Matches a setting such as "N16" or "-k0.25": a letter and its value. A value may contain a
-    # minus sign, as in "L-1". So it ends only before a minus sign with a letter, or at the end of
-    # the variant.
-    setting = rf"(?:^|-)([{letters}])(.*?)(?=-[{letters}]|$)"
-    return dict(re.findall(setting, variant))
+    # Split at each minus sign before the letter of a setting, which `(?=...)` does not consume. A
+    # value may contain other minus signs, as in "L-1".
+    settings = re.split(rf"-(?=[{letters}])", variant)
+    values = {}
+    for setting in settings:
+        letter = setting[0]
+        values[letter] = setting[1:]
+    return values
 
 
 def setting_text(variant: str, layers: Iterable[str] = ()) -> str:
@@ -150,15 +161,17 @@ def _layers_text(request: str, layers: Iterable[str]) -> str:
         request: The layers as the variant has them: ``3+5``, or a request such as ``last:2``.
         layers: The layer numbers, which replace the request; empty if they are unknown.
     """
-    listed = ", ".join(layers)
-    if not listed:
+    numbers = list(layers)
+    if not numbers:
         if request.startswith(("all", "last")):
             return _request_in_words(request)
-        listed = request.replace("+", ", ")
-    # a negative number counts from the last layer
-    is_single_layer = re.fullmatch(r"-?\d+", listed) is not None
+        # layer numbers such as "3+5", or a slice such as "16::4"
+        numbers = request.split("+")
+    # a slice has colons; a negative number counts from the last layer
+    is_single_layer = len(numbers) == 1 and ":" not in numbers[0]
     if is_single_layer:
-        return f"layer {listed}"
+        return f"layer {numbers[0]}"
+    listed = ", ".join(numbers)
     return f"layers {listed}"
 
 
@@ -311,16 +324,23 @@ def _config(method: Method, model: str, seed: int, where: str) -> dict[str, Any]
         DefinitionError: The settings do not fit together, or do not fit the model.
     """
     if method.kind == "dense":
-        # a dense model uses only `layers` of these fields, to choose the trained blocks
-        unused = sorted(method.config_values().keys() - {"layers"})
-        if unused:
-            raise DefinitionError(f"{where} is dense and takes no '{unused[0]}'")
+        _check_dense(method, where)
         return None
     config = _experts_config(method, seed, where)
     _check_layers(config["layers"], where)
     if method.kind == "emoe":  # splits the neurons of an FFN; GMoE copies the whole FFN
         _check_divisor(config["num_experts"], model, where)
     return config
+
+
+def _check_dense(method: Method, where: str) -> None:
+    """Refuse settings of experts in a dense method, because they have no effect."""
+    settings_of_experts = {*CONFIG_FIELDS, "as_published", "top_k_fraction"}
+    # a dense model uses `layers` to choose the trained blocks
+    settings_of_experts.remove("layers")
+    unused = [name for name in method.given() if name in settings_of_experts]
+    if unused:
+        raise DefinitionError(f"{where} is dense and takes no '{min(unused)}'")
 
 
 def _experts_config(method: Method, seed: int, where: str) -> dict[str, Any]:

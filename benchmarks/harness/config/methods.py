@@ -349,7 +349,8 @@ def merge_methods(*layers: Method) -> Method:
     for layer in layers:
         settings = layer.given()
         # a layer that gives one of these keys removes the key that an earlier layer gave
-        if _FORMS_OF_TOP_K & settings.keys():
+        gives_top_k = any(key in settings for key in _FORMS_OF_TOP_K)
+        if gives_top_k:
             for key in _FORMS_OF_TOP_K:
                 merged.pop(key, None)
         merged.update(settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from benchmarks.harness.base import DefinitionError, distinct, read_json, short_
 from benchmarks.harness.config.catalogue import ModelSpec
 from benchmarks.harness.config.method_specs import MethodSpec
 from benchmarks.harness.config.yaml import Count, Number, Strict, Whole
-from benchmarks.harness.sources.packages import packages_of_dataset
+from benchmarks.harness.sources.packages import find_package, packages_of_dataset, sha256
 
 
 class RunSpec(Strict):
@@ -226,6 +227,47 @@ def all_sets(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
     Unlike :attr:`Run.all_sets`, it also takes a spec that still lacks ``files``, and so has no id.
     """
     return [*trained_sets(spec), *spec["ood"]]
+
+
+def file_digests(spec: Mapping[str, Any]) -> dict[str, str]:
+    """Return the sha256 of the packages and csv files that a run's data and model come from.
+
+    Args:
+        spec: The spec of the run, which still lacks ``files``.
+
+    Returns:
+        The digests. The keys are the names of package files, and the paths of csv files in the
+        checkout.
+    """
+    digests: dict[str, str] = {}
+    # a rebuilt model is made of the files in a package
+    rebuilt = spec["model"].get("rebuilt")
+    if rebuilt:
+        package = find_package(rebuilt)
+        digests[package.name] = package.sha256
+    for data_set in all_sets(spec):
+        source = data_set.get("source", {})
+        for package in packages_of_dataset(source):
+            digests[package.name] = package.sha256
+        if "csv" in source:
+            digests[source["csv"]] = _csv_digest(source["csv"])
+    return digests
+
+
+@functools.cache
+def _csv_digest(name: str) -> str:
+    """Return the sha256 of a csv file in the checkout.
+
+    Args:
+        name: The path of the file, relative to the checkout.
+
+    Raises:
+        DefinitionError: There is no such file.
+    """
+    file = paths.ROOT / name
+    if not file.is_file():
+        raise DefinitionError(f"{file} does not exist, but a task's 'source.csv' names it")
+    return sha256(file)
 
 
 def canonical_json(value: object) -> str:

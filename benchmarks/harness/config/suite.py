@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,8 +16,13 @@ from benchmarks.harness import base as paths
 from benchmarks.harness.base import DefinitionError, distinct, read_yaml
 from benchmarks.harness.config.benchmark import Part, benchmark_names, load_benchmark, parse_part
 from benchmarks.harness.config.names import check_name
-from benchmarks.harness.config.planning import plan_runs
-from benchmarks.harness.config.runs import PartitionJob, Run, partition_jobs
+from benchmarks.harness.config.runs import (
+    PartitionJob,
+    Run,
+    file_digests,
+    partition_jobs,
+    run_from_spec,
+)
 from benchmarks.harness.config.yaml import (
     UNIQUE,
     Key,
@@ -370,3 +375,80 @@ class Suite:
             return self.settings.tracking_uri
         # an empty variable is treated like a missing one
         return os.environ.get(paths.TRACKING_URI) or DEFAULT_TRACKING_URI
+
+
+def plan_runs(parts: Mapping[str, Part[Any]], exclude: Collection[str]) -> list[Run]:
+    """Plan every run of a suite, each once, in the order of the grids.
+
+    Args:
+        parts: The suite's part of each benchmark, by name.
+        exclude: The data sets to leave out.
+    """
+    planned: dict[str, list[Run]] = {}
+    # Several grids may plan the same run, with the same id. The dictionary keeps this run once: at
+    # the place of the first grid, and with the resources of the last grid.
+    runs_by_id: dict[str, Run] = {}
+    for name in parts:
+        for run in _plan_benchmark(name, parts, exclude, planned):
+            runs_by_id[run.id] = run
+    return list(runs_by_id.values())
+
+
+def _plan_benchmark(
+    name: str,
+    parts: Mapping[str, Part[Any]],
+    exclude: Collection[str],
+    planned: dict[str, list[Run]],
+) -> list[Run]:
+    """Plan the runs of a benchmark, unless they are planned already.
+
+    If the benchmark evaluates the runs of another benchmark, the other one is planned first.
+
+    Args:
+        name: The name of the benchmark.
+        parts: The suite's part of each benchmark, by name.
+        exclude: The data sets to leave out.
+        planned: The runs that are planned so far, by benchmark; gets the new ones.
+
+    Raises:
+        DefinitionError: All runs are excluded.
+    """
+    if name in planned:  # another benchmark evaluates them
+        return planned[name]
+    benchmark = load_benchmark(name)
+    part = parts[name]
+    # the specs of an evaluation name the runs that it evaluates
+    evaluated_runs: list[Run] = []
+    if benchmark.evaluated_benchmark:
+        evaluated_runs = _plan_benchmark(benchmark.evaluated_benchmark, parts, exclude, planned)
+    resources = part.settings.resources.model_dump()
+    runs = []
+    for spec in benchmark.specs(part, exclude, evaluated_runs):
+        # the content of the data is part of the run's id
+        complete_spec = {**spec, "files": file_digests(spec)}
+        run = run_from_spec(complete_spec)
+        reserved = _resources_for(run, resources)
+        runs.append(replace(run, resources=reserved))
+    if not runs:
+        raise DefinitionError(
+            f"{part.file}: 'exclude' leaves no run of '{name}'; leave out the benchmark too"
+        )
+    planned[name] = runs
+    return runs
+
+
+def _resources_for(run: Run, resources: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the resources that a run of a benchmark takes.
+
+    A run that trains nothing takes at most one GPU and one process.
+
+    Args:
+        run: The run.
+        resources: The resources that the suite sets for the runs of the benchmark.
+    """
+    reserved = dict(resources)
+    if not run.trains_model:
+        for key in ("gpu", "processes"):
+            if key in reserved:
+                reserved[key] = min(reserved[key], 1)
+    return reserved

@@ -99,26 +99,31 @@ def _describe_first_mistake(
     given = first["input"]
     # cut to 100 characters, because aliases of aliases can make a value huge
     shown = reprlib.repr(given)[:100]
-    if first["type"] == "literal_error":
-        # pydantic lists the valid values, each in quotation marks
-        valid_values = re.findall("'([^']+)'", first["ctx"]["expected"])
+    valid_values = _valid_texts(first)
+    if valid_values:
         wrong_value = given if isinstance(given, str) else shown
         return f"'{key}' is {shown}{did_you_mean(wrong_value, valid_values)}"
     return f"'{key}' is {shown}: {message}"
 
 
-def _keys(problem: Mapping[str, Any], content: Any) -> list[str | int]:
-    """Return the keys that lead to a problem in the content.
+def _valid_texts(problem: Mapping[str, Any]) -> list[str]:
+    """Return the valid values of a key that takes one of a few texts; empty for other problems."""
+    if problem["type"] != "literal_error":
+        return []
+    # pydantic lists the valid values, with quotation marks around each text
+    return re.findall("'([^']+)'", problem["ctx"]["expected"])
 
-    pydantic's location also names the type in a union. Such names are no keys and are left out.
-    """
+
+def _keys(problem: Mapping[str, Any], content: Any) -> list[str | int]:
+    """Return the keys that lead from the content to the value with a problem."""
     keys: list[str | int] = []
-    value = content  # at the keys found so far
+    value = content
     for step in problem["loc"]:
+        # pydantic's location also has the names of types of a union, which are no keys
         if _has_key_or_index(value, step):
             keys.append(step)
             value = value[step]
-    # the content lacks a missing key, so the loop leaves it out
+    # the last step is the missing key itself, which the content does not have
     if problem["type"] == "missing":
         keys.append(problem["loc"][-1])
     return keys

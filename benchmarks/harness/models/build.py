@@ -389,11 +389,12 @@ def _embedding_parameters(model: nn.Module) -> int:
     if isinstance(model, PreTrainedModel):
         output_head = model.get_output_embeddings()
     head_weight = getattr(output_head, "weight", None)
-    count = 0
+    # T5's encoder and decoder have modules of their own for the same table, which counts once
+    tables: dict[int, torch.Tensor] = {}  # by id
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.weight is not head_weight:
-            count += module.weight.numel()
-    return count
+            tables[id(module.weight)] = module.weight
+    return sum(table.numel() for table in tables.values())
 
 
 def permutations(model: nn.Module) -> dict[int, torch.Tensor]:

@@ -24,6 +24,7 @@ from benchmarks.harness.models.loading import (
 )
 from benchmarks.harness.sources.hub import cached_commit
 from benchmarks.harness.sources.local import user_model_folder
+from emoe.architectures import find_ffns
 from emoe.files import WEIGHT_FILE, read_tensors
 
 # Standard deviation of random weights, as in timm. timm also cuts them off at 100 deviations, which
@@ -93,7 +94,9 @@ def load_image_classifier(
 
     Raises:
         DataError: The weights are missing or damaged.
-        DefinitionError: The architecture has no stochastic depth.
+        DefinitionError: The architecture has no stochastic depth, or the head of a timm model is
+            not one linear layer.
+        ConversionError: The FFNs of a timm model are unknown.
     """
     network: Any
     if model.timm is not None:
@@ -171,8 +174,12 @@ def _load_timm(
 
     Raises:
         DataError: The weights are missing or damaged.
+        DefinitionError: The head is not one linear layer.
+        ConversionError: The FFNs of this architecture are unknown.
     """
     network = _load_timm_backbone(model, drop_path)
+    # before the next lines, because the interface of other architectures may differ
+    find_ffns(network)
     repository = f"timm/{model.timm}"
     commit = cached_commit(repository, WEIGHT_FILE, model.revision)
     # computed first, because the next lines change the pre-trained weights
@@ -181,7 +188,12 @@ def _load_timm(
         network.set_input_size(img_size=image_size)  # resamples the positions
     torch.manual_seed(seed)
     network.reset_classifier(num_classes)
-    head = cast(nn.Linear, network.get_classifier())
+    head = network.get_classifier()
+    if not isinstance(head, nn.Linear):  # a distilled model has two
+        raise DefinitionError(
+            f"the head of the model '{model.name}' is not one linear layer; "
+            f"choose another model of timm than '{model.timm}'"
+        )
     nn.init.normal_(head.weight, std=_WEIGHT_DEVIATION)
     nn.init.zeros_(head.bias)
     return network, source

@@ -108,8 +108,11 @@ class Prefix:
         self._prefix_modules = [modules[path] for path in paths if path in modules]
         # Part of the digest. It may contain irrelevant settings, such as the path of the weights.
         # If only these differ, the states are needlessly computed again, but never wrong.
-        described = [type(network).__name__, getattr(network, "config", ""), *self._prefix_modules]
-        self._description = "\n".join(str(item) for item in described)
+        config = getattr(network, "config", "")  # models of timm have none
+        lines = [type(network).__name__, str(config)]
+        for module in self._prefix_modules:
+            lines.append(str(module))  # its layers and their settings, in several lines
+        self._description = "\n".join(lines)
 
     def freeze_(self) -> None:
         """Freeze the prefix permanently: no gradient, and eval mode in every call of the model."""
@@ -411,14 +414,24 @@ def collate_states(
         if is_packed:
             packed = torch.cat(states)  # [tokens of all rows, width]
             return {**batch, STATES: packed.unsqueeze(0)}
-        padded = pad_sequence(states, batch_first=True)  # [rows, tokens of the longest, width]
-        # the other collator may pad further, for example to a multiple of 8
-        missing = tokens - padded.shape[1]
-        # F.pad takes two numbers for each dimension, the last dimension first. The width gets
-        # nothing before and after it, and the tokens get `missing` zeros after them.
-        return {**batch, STATES: F.pad(padded, (0, 0, 0, missing))}
+        return {**batch, STATES: _pad_states(states, tokens)}
 
     return collate_with_states
+
+
+def _pad_states(states: list[Tensor], num_tokens: int) -> Tensor:
+    """Pad the prefix states of rows on the right with zeros: ``[rows, num_tokens, width]``.
+
+    Args:
+        states: The prefix states of each row: ``[tokens, width]``.
+        num_tokens: The number of tokens of the batch. It may be larger than that of the longest
+            row, for example because it is a multiple of 8.
+    """
+    padded = pad_sequence(states, batch_first=True)  # [rows, tokens of the longest, width]
+    num_missing = num_tokens - padded.shape[1]
+    # F.pad takes two numbers for each dimension, the last dimension first. The width gets nothing
+    # before and after it, and the tokens get zeros after them.
+    return F.pad(padded, (0, 0, 0, num_missing))
 
 
 def _without_states(row: Row) -> Row:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +84,9 @@ _WRITERS: dict[str, Callable[[Path], None]] = {
 def read_backbone(content: bytes) -> dict[str, Tensor]:
     """Read the tensors of a ``Dinov2Model`` from the content of the ONNX file.
 
-    Most tensors have the names of the hub's files. The weights of linear layers are transposed.
-    Their names come from the MatMul nodes that use them. Position embeddings are in two tensors,
-    the class token's first. The mask token, which only pre-training uses, becomes zero.
+    Most tensors have the names of the hub's files. The weights of linear layers are transposed, and
+    their names come from the MatMul nodes that use them. The position embeddings are in two
+    tensors. The mask token, which only pre-training uses, becomes zero.
     """
     import onnx
     from onnx import numpy_helper
@@ -96,30 +96,47 @@ def read_backbone(content: bytes) -> dict[str, Tensor]:
     for initializer in graph.initializer:
         values = numpy_helper.to_array(initializer)
         tensors[initializer.name] = torch.from_numpy(values.copy())
-    inputs = {node.name: list(node.input) for node in graph.node}  # names of tensors
+    # the names of the input tensors of each node
+    inputs_of_node = {node.name: list(node.input) for node in graph.node}
+    return {
+        **_named_weights(tensors),
+        **_linear_weights(tensors, inputs_of_node),
+        "embeddings.position_embeddings": _position_embeddings(tensors, inputs_of_node),
+        "embeddings.mask_token": torch.zeros(1, _WIDTH),
+    }
 
-    # tensors that have the names of the hub's files
-    state = {}
+
+def _named_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors that have the names of the hub's files, by these names."""
+    named = {}
     for name, tensor in tensors.items():
         if name.startswith(_BACKBONE):
-            state[name.removeprefix(_BACKBONE)] = tensor
+            named[name.removeprefix(_BACKBONE)] = tensor
+    return named
 
-    # linear layers: the second input of a MatMul is the weight, unless both are activations
-    for node_name, input_names in inputs.items():
-        match = re.fullmatch(r"/backbone/(.+)/MatMul", node_name)
+
+def _linear_weights(
+    tensors: Mapping[str, Tensor], inputs_of_node: Mapping[str, list[str]]
+) -> dict[str, Tensor]:
+    """Return the weights of linear layers ``[out, in]``, by the names of the hub's files."""
+    weights = {}
+    for node, inputs in inputs_of_node.items():
+        match = re.fullmatch(r"/backbone/(.+)/MatMul", node)
         if match is None:
             continue
-        weight_name = input_names[1]
+        # the second input is the weight, unless both are activations, which the file does not have
+        weight_name = inputs[1]
         if weight_name in tensors:
             module = match[1].replace("/", ".")
-            state[f"{module}.weight"] = tensors[weight_name].t().contiguous()
+            weights[f"{module}.weight"] = tensors[weight_name].t().contiguous()
+    return weights
 
-    # position embeddings, of the class token [1, 1, width] and of the patches [1, patches, width]
-    class_name = inputs["/backbone/embeddings/Concat_6"][0]
-    class_position = tensors[class_name]
-    patches_name = inputs["/backbone/embeddings/Reshape_1"][0]
-    patch_positions = tensors[patches_name]
-    positions = torch.cat([class_position, patch_positions], dim=1)
-    state["embeddings.position_embeddings"] = positions
-    state["embeddings.mask_token"] = torch.zeros(1, _WIDTH)
-    return state
+
+def _position_embeddings(
+    tensors: Mapping[str, Tensor], inputs_of_node: Mapping[str, list[str]]
+) -> Tensor:
+    """Return the positions of the class token and the patches ``[1, 1 + patches, width]``."""
+    # these two nodes read the positions of the class token and of the patches
+    class_name = inputs_of_node["/backbone/embeddings/Concat_6"][0]
+    patches_name = inputs_of_node["/backbone/embeddings/Reshape_1"][0]
+    return torch.cat([tensors[class_name], tensors[patches_name]], dim=1)

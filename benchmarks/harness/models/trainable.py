@@ -118,11 +118,10 @@ def load_trained_state_(model: nn.Module, state: Mapping[str, Tensor], source: s
         if name in names:
             expected_shapes[name] = tensor.shape
     shapes = {name: tensor.shape for name, tensor in state.items()}
-    if shapes != expected_shapes:
-        # (name, shape) pairs that only one side has
-        differences = shapes.items() ^ expected_shapes.items()
-        first_name = min(name for name, _ in differences)
-        raise DataError(f"{source} belongs to another model: they differ in '{first_name}'")
+    for name in sorted(shapes.keys() | expected_shapes.keys()):
+        # a tensor that one side lacks has no shape there
+        if shapes.get(name) != expected_shapes.get(name):
+            raise DataError(f"{source} belongs to another model: they differ in '{name}'")
     # each process of a sharded model takes its shard of the whole tensors
     options = StateDictOptions(full_state_dict=True, strict=False)
     set_model_state_dict(model, dict(state), options=options)

@@ -5,7 +5,7 @@ A tuning is a named rule that selects further parameters, such as some transform
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,6 +22,9 @@ from emoe.layer import RoutedActivation
 
 # groups that are trained with the run's learning rate; the others get a share of it
 FAST = ("adapters", "head")
+# Layers whose weight the model reads without calling the layer, by architecture. An adapter of such
+# a layer would never run. The last names of their paths.
+_NEVER_CALLED = {"Beit": ("qkv",)}
 Groups = dict[str, list[tuple[str, nn.Parameter]]]  # names and parameters by group
 
 
@@ -50,8 +53,8 @@ def tune_(
         :func:`trained_groups`.
 
     Raises:
-        DefinitionError: ``lora`` has no layers for the model's type, or all of them are frozen. Or
-            ``tune`` has a name that the model does not have.
+        DefinitionError: ``lora`` has no layers for the model's type, all of them are frozen, or the
+            model never calls one of them. Or ``tune`` has a name that the model does not have.
     """
     adapters = None
     if lora is not None:
@@ -173,14 +176,18 @@ def _add_adapters_(
     """Add adapters to a model in place, except to frozen layers, and return peft's wrapper of it.
 
     Raises:
-        DefinitionError: ``lora`` has no layers for the model's type, or all of them are frozen.
+        DefinitionError: ``lora`` has no layers for the model's type, all of them are frozen, or the
+            model never calls one of them.
     """
     architecture = architecture_of(model)
     if architecture not in lora.targets:
         near = did_you_mean(architecture, lora.targets)
         raise DefinitionError(f"training.lora.targets has no layers for '{architecture}'{near}")
     # peft can exclude modules but not parameters, so take the module of each frozen parameter
-    frozen_modules = {name.rpartition(".")[0] for name in frozen_names}
+    frozen_modules = set()
+    for name in frozen_names:
+        module_path, _, _ = name.rpartition(".")
+        frozen_modules.add(module_path)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=cast(int, lora.alpha),  # peft also accepts fractions
@@ -192,6 +199,29 @@ def _add_adapters_(
     # all methods start with equal adapters
     torch.manual_seed(derive_seed("adapters", seed))
     try:
-        return LoraModel(model, config, "default")
+        adapters = LoraModel(model, config, "default")
     except ValueError as error:  # targets are missing or all frozen
         raise DefinitionError(f"training.lora.targets.{architecture}: {error}") from error
+    _refuse_never_called(architecture, adapters.targeted_module_names)
+    return adapters
+
+
+def _refuse_never_called(architecture: str, adapted_paths: Sequence[str]) -> None:
+    """Refuse adapters of layers that the model never calls.
+
+    Args:
+        architecture: The model's type, or its class if it is of timm.
+        adapted_paths: The paths of the layers with adapters.
+
+    Raises:
+        DefinitionError: One of these layers is never called.
+    """
+    never_called = _NEVER_CALLED.get(architecture, ())
+    for path in adapted_paths:
+        last_name = path.split(".")[-1]
+        if last_name in never_called:
+            raise DefinitionError(
+                f"training.lora.targets.{architecture} names '{last_name}', but the model reads "
+                "the weight of this layer without calling it, so an adapter has no effect; choose "
+                "other layers, such as attn.proj"
+            )

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.base import BENCHMARKS
+from benchmarks.harness.base import BENCHMARKS, distinct
 from benchmarks.harness.config.benchmark import Domain, benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models
 from benchmarks.harness.config.suite import Suite
@@ -202,15 +202,12 @@ def loss_comparison(comparison: Comparison) -> Comparison:
 
 def claimed_benchmarks(suite: Suite) -> list[str]:
     """Return a suite's benchmarks that test the paper's claims, in the order of the claims."""
-    claimed: list[str] = []
+    compared = []
     for claim in load_claims().values():
         for test in claim.tests:
-            if test.compare is None:
-                continue
-            benchmark = test.compare.benchmark
-            if benchmark in suite.settings.benchmarks and benchmark not in claimed:
-                claimed.append(benchmark)
-    return claimed
+            if test.compare is not None:
+                compared.append(test.compare.benchmark)
+    return [name for name in distinct(compared) if name in suite.settings.benchmarks]
 
 
 def check_comparison(comparison: Comparison, where: Location) -> None:

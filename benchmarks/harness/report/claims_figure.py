@@ -24,7 +24,6 @@ CAPTION = (
 _AXIS_LABEL = "Difference in points, with 95 % interval; shaded: the margin of equivalence"
 # added to the label if an undecided interval excludes 0
 _CORRECTED = "undecided: not significant after correction for the number of tests"
-_HEADING = "Intervals cover {}s, not training"
 _TRAININGS = ("seed", "trial")  # pairs that are trainings
 _LABEL_WIDTH = 1.4  # inches of a test's title, beside its marks
 _MINUS = "\u2212"
@@ -75,11 +74,9 @@ def draw_claims(rows: pd.DataFrame, path: Path, *, narrow: bool = False) -> None
         placeholder_figure(path)
         return
 
-    is_training = shown["pair"].isin(_TRAININGS)
-    headings = shown["pair"].map(_HEADING.format)
-    groups = headings.mask(is_training, "")
-    # trainings have no heading, so they come first
-    grouped = shown.assign(group=groups).sort_values("group", kind="stable")
+    headings = [_heading(pair) for pair in shown["pair"]]
+    # trainings have no heading, and an empty text comes first
+    grouped = shown.assign(group=headings).sort_values("group", kind="stable")
 
     marks = pd.concat([_our_marks(grouped), _paper_marks(grouped)])
     titles = list(marks["test"])
@@ -94,11 +91,24 @@ def draw_claims(rows: pd.DataFrame, path: Path, *, narrow: bool = False) -> None
     draw_forest(_points_to_shares(placed_marks), path, _axis_label(shown), narrow=narrow)
 
 
+def _heading(pair: str) -> str:
+    """Return the heading of the tests with a kind of pairs, such as ``seed`` or ``question``.
+
+    It is empty for pairs that are trainings.
+    """
+    if pair in _TRAININGS:
+        return ""
+    return f"Intervals cover {pair}s, not training"
+
+
 def _axis_label(rows: pd.DataFrame) -> str:
     """Return the label of the axis. It explains undecided intervals that exclude 0, if any."""
     is_undecided = rows["verdict"].eq(Verdict.UNDECIDED)
+    # Only a t-test has a p that is corrected. Other claims, such as that of the same score, are
+    # judged by their intervals alone.
+    has_p = rows["p"].notna()
     excludes_zero = (rows["low"] > 0) | (rows["high"] < 0)
-    if (is_undecided & excludes_zero).any():
+    if (is_undecided & has_p & excludes_zero).any():
         return f"{_AXIS_LABEL}; {_CORRECTED}"
     return _AXIS_LABEL
 

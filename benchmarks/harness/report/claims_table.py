@@ -410,9 +410,9 @@ def _margin_text(margin: float, unit: str) -> str:
 
 
 def _p_of_test(comparison: Comparison, evidence: Evidence) -> float:
-    """Return the uncorrected p of the t-test; nan if the claim is not tested by one.
+    """Return the uncorrected p of the t-test, or nan if there is no test.
 
-    Only claims of a higher or lower number are. After a run diverged, nothing is tested.
+    Only claims of a higher or lower number are tested, and only if no run diverged.
     """
     is_tested = comparison.direction in ("higher", "lower")
     if not is_tested or evidence.num_diverged:

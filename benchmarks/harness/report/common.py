@@ -183,9 +183,10 @@ class Outcomes:
         A method with several settings has several titles.
         """
         methods = titled[["method_title", "method"]].drop_duplicates()
-        return distinct_styles(
-            (row.method_title, self.style(row.method)) for row in methods.itertuples()
-        )
+        titles_and_styles = []
+        for row in methods.itertuples():
+            titles_and_styles.append((row.method_title, self.style(row.method)))
+        return distinct_styles(titles_and_styles)
 
     def with_titles(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Add a column ``<key>_title`` for every column with titles, and ``is_method``.
@@ -488,8 +489,9 @@ def summarize_scores(scores: pd.DataFrame, cell_columns: Sequence[str]) -> pd.Da
     """
     rows = []
     for names, cell_scores in scores.groupby(list(cell_columns), sort=False)["value"]:
+        names_by_column = dict(zip(cell_columns, names, strict=True))
         row = {
-            **dict(zip(cell_columns, names, strict=True)),
+            **names_by_column,
             "mean": cell_scores.mean(skipna=False),
             "std": cell_scores.std(skipna=False),
             "population_std": cell_scores.std(skipna=False, ddof=0),

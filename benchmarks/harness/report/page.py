@@ -299,8 +299,9 @@ def caption_title(caption: str) -> str:
 
     A full stop ends a sentence only before a capital letter, so ``Fig. 4`` does not end one.
     """
-    first, *_rest = re.split(r"\. (?=[A-Z])|: ", caption, maxsplit=1)
-    return first.rstrip(".")  # a caption of one sentence still has its full stop
+    parts = re.split(r"\. (?=[A-Z])|: ", caption, maxsplit=1)
+    title = parts[0]
+    return title.rstrip(".")  # a caption of one sentence still has its full stop
 
 
 def _are_random(sections: Iterable[Section]) -> bool:

@@ -296,9 +296,9 @@ def paper_files(suite: Suite, item: str | None = None) -> list[str]:
     all_items = load_paper().items
     asked = list(all_items) if item is None else [item]
     files = []
-    # the main figure comes first
+    # The main figure comes first. It is made if the suite runs at least one benchmark of the main
+    # averages.
     main = main_item()
-    # it is made if the suite runs at least one benchmark of the main averages
     if main in asked and _runs_any(suite, item_benchmarks(all_items[main])):
         files += main_files(suite.name)
     for output in paper_outputs():

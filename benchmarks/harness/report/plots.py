@@ -70,7 +70,7 @@ _LEGEND_HEIGHT = 0.3
 
 def count_text(counts: Iterable[float], unit: str = "seeds") -> str:
     """Format counts as ``n = 5 to 8 seeds`` or ``n = 5 seeds``; empty if all are zero or nan."""
-    present = {int(count) for count in counts if count and not math.isnan(count)}
+    present = [int(count) for count in counts if count > 0]  # nan is not larger than 0
     if not present:
         return ""
     fewest = min(present)
@@ -265,19 +265,23 @@ def draw_heading(axis: Any, title: Any, heading: str, side: str) -> None:
         side: Where the heading is along the first panel: ``left`` or ``center``.
     """
     place = 0 if side == "left" else 0.5
-    # x is a share of the panel's width, and y a share of the drawn title's height: 1 is its top
     options: Any = {
+        # x is a share of the panel's width, and y a share of the drawn title's height: 1 is its top
+        "xy": (place, 1),
         "xycoords": ("axes fraction", title),
+        "xytext": (0, 7),  # 7 points above
         "textcoords": "offset points",
         "ha": side,
         "fontsize": 8,
         "fontweight": "bold",
     }
-    above_title = {"xy": (place, 1), "xytext": (0, 7)}  # 7 points above the top of the title
     # A heading may be wider than its panel. If the layout knew its width, it would make all panels
-    # narrower. So only a blank text of the same height is part of the layout.
-    axis.annotate(heading, **above_title, **options).set_in_layout(False)
-    axis.annotate(re.sub(r"[^\n]+", " ", heading), **above_title, **options)
+    # narrower. So only a blank text with as many lines is part of the layout.
+    shown_heading = axis.annotate(heading, **options)
+    shown_heading.set_in_layout(False)
+    num_lines = heading.count("\n") + 1
+    blank_lines = [" "] * num_lines
+    axis.annotate("\n".join(blank_lines), **options)
 
 
 def _texts_by_line(rows: pd.DataFrame) -> dict[str, str]:
@@ -380,12 +384,19 @@ def _draw_series_legend(figure: Any, axis: Any, rows: pd.DataFrame, shape: _Fore
 
 
 def _legend_style(styles: pd.Series) -> MethodStyle:
-    """Return the style of a series in the legend: grey if its marks have several colours."""
-    first: MethodStyle = styles.iloc[0]
+    """Return the style of a series in the legend: grey if its marks have several colours.
+
+    Crosses are the paper's numbers, so the style is that of another mark if there is one.
+    """
+    shown: MethodStyle = styles.iloc[0]
+    for style in styles:
+        if style.marker != "x":
+            shown = style
+            break
     colours = {style.colour for style in styles}
     if len(colours) > 1:
-        return replace(first, colour=REFERENCE)
-    return first
+        return replace(shown, colour=REFERENCE)
+    return shown
 
 
 def legend_below(figure: Any, axes: Iterable[Any], columns: int) -> float:
@@ -402,8 +413,12 @@ def legend_below(figure: Any, axes: Iterable[Any], columns: int) -> float:
     if not handles_by_label:
         return 0.0
 
-    def draw(num_columns: int) -> Any:
-        return figure.legend(
+    # not the whole width, because letters of a saved figure may be a little wider
+    widest = 0.97 * figure.bbox.width
+    num_columns = min(len(handles_by_label), columns)
+    # the width is known only after drawing, so it is drawn with fewer columns until it fits
+    while True:
+        legend = figure.legend(
             handles_by_label.values(),
             handles_by_label.keys(),
             ncols=num_columns,
@@ -411,16 +426,11 @@ def legend_below(figure: Any, axes: Iterable[Any], columns: int) -> float:
             fontsize=7,
             frameon=False,
         )
-
-    # not the whole width, because letters of a saved figure may be a little wider
-    widest = 0.97 * figure.bbox.width
-    num_columns = min(len(handles_by_label), columns)
-    legend = draw(num_columns)
-    while num_columns > 1 and legend.get_window_extent().width > widest:
+        extent = legend.get_window_extent()
+        if extent.width <= widest or num_columns == 1:
+            return float(extent.height / figure.dpi)
         legend.remove()
         num_columns -= 1
-        legend = draw(num_columns)
-    return float(legend.get_window_extent().height / figure.dpi)
 
 
 @contextmanager
@@ -431,7 +441,8 @@ def curve_figure(
 
     The figure has a column of panels for each title, and a row of panels for each label of a
     vertical axis. Panels of a column share the steps, and panels of a row share the values. One
-    legend names the lines of all panels. ``panel_height`` is in inches.
+    legend names the lines of all panels. The label of a column's steps, from :func:`label_steps`,
+    is given to the panel in the last row. ``panel_height`` is in inches.
     """
     width = min(_CURVES_WIDTH * len(titles) + _LABELS_WIDTH, WIDTH)
     height = panel_height * len(labels) + _LEGEND_HEIGHT
@@ -447,11 +458,20 @@ def curve_figure(
     )
     with panels as (figure, axes):
         yield axes
-        for axis, title in zip(axes[0], titles, strict=True):
-            axis.set_title(wrap_text(title, inches=title_width), fontsize=8)
-        for axis, label in zip(axes[:, 0], labels, strict=True):
-            # shorter than the panel, so that labels of neighbours do not touch
-            axis.set_ylabel(wrap_text(label, inches=0.9 * panel_height))
+
+        # Panels without data are hidden, with their labels. So the labels are on the first or last
+        # panel with data of each column and row.
+        for column, title in zip(axes.T, titles, strict=True):
+            shown = [axis for axis in column if axis.has_data()]
+            if shown:
+                shown[0].set_title(wrap_text(title, inches=title_width), fontsize=8)
+                shown[-1].set_xlabel(column[-1].get_xlabel())
+        for row, label in zip(axes, labels, strict=True):
+            shown = [axis for axis in row if axis.has_data()]
+            if shown:
+                # shorter than the panel, so that labels of neighbours do not touch
+                shown[0].set_ylabel(wrap_text(label, inches=0.9 * panel_height))
+                shown[0].tick_params(labelleft=True)
         legend_columns = len(titles) + 1  # the labels at the left have room for one more
         legend_below(figure, axes.flat, legend_columns)
 

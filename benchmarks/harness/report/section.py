@@ -228,7 +228,7 @@ def find_mixed_sets(records: Sequence[Record]) -> list[MixedSet]:
 
     mixed = []
     for expected, summaries in summaries_by_expected_rows.items():
-        # rows that runs should read alike, by the digest of the rows that they did read
+        # these runs should have read the same rows, so all their digests should be equal
         by_digest: dict[str, list[DataSummary]] = {}
         for summary in summaries:
             by_digest.setdefault(str(summary.digest), []).append(summary)
@@ -249,7 +249,7 @@ class _ExpectedRows(NamedTuple):
 
 
 def _evaluated_rows(record: Record) -> Iterator[tuple[_ExpectedRows, DataSummary]]:
-    """Yield for each evaluated split of a run the rows that it should read, and those it did read.
+    """Yield each evaluated split of a run: what determines its rows, and a summary of those read.
 
     Splits without a digest of the rows are left out.
     """

@@ -70,13 +70,13 @@ def write_tables(suite: Suite, benchmark: str, data_set: str | None = None) -> s
         section_file.unlink(missing_ok=True)
 
     # claims compare numbers of all sets, so they are not written for a single set
-    has_numbers = data_set is None and benchmark in claimed_benchmarks(suite)
-    if has_numbers and is_complete:
-        numbers = of_benchmark.outcomes.claim_numbers()
-        write_claim_numbers(suite.name, benchmark, numbers)
-    elif has_numbers:
-        # the claims would not say that either
-        Path(numbers_file(suite.name, benchmark)).unlink(missing_ok=True)
+    if data_set is None and benchmark in claimed_benchmarks(suite):
+        if is_complete:
+            numbers = of_benchmark.outcomes.claim_numbers()
+            write_claim_numbers(suite.name, benchmark, numbers)
+        else:
+            # the table of the claims would not say which records it is made from either
+            Path(numbers_file(suite.name, benchmark)).unlink(missing_ok=True)
     return note
 
 

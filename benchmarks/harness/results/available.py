@@ -53,7 +53,10 @@ def find_finished(suite: Suite, benchmark: str, data_set: str | None = None) -> 
     if not num_missing:
         return FoundRecords(records)
     if not finished:
-        return FoundRecords([], f"{benchmark}: no run of '{suite.name}' is finished here")
+        planned = f"'{suite.name}'"
+        if data_set:  # runs on the other data sets may be finished
+            planned += f" on {data_set}"
+        return FoundRecords([], f"{benchmark}: no run of {planned} is finished here")
     return FoundRecords(records, f"{benchmark}: {missing_text(suite, num_missing, len(runs))}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,14 +25,15 @@ def bless(suite: Suite, benchmarks: Sequence[str], say: Say) -> list[Path]:
     Args:
         suite: The suite.
         benchmarks: The names of the benchmarks.
-        say: Prints a line about each rerun, and the differences if there are any.
+        say: Prints a line about each rerun and each file that is made, and the differences if there
+            are any.
 
     Returns:
         The paths of the written files.
 
     Raises:
-        DefinitionError: The checkout is not clean, a run is not finished, or a rerun has other
-            numbers.
+        DefinitionError: The folder is not a clean checkout, a run is not finished, or a rerun fails
+            or has other numbers.
         DataError: A ``metrics.json`` is damaged, or a package could not be downloaded.
         RunError: A model could not be rebuilt, or its neurons not be clustered.
     """
@@ -85,11 +87,11 @@ def _check_repeatable(suite: Suite, records: Sequence[Record], say: Say) -> None
         trained_runs = folder / paths.RUNS
         trained_runs.parent.mkdir(parents=True, exist_ok=True)
         trained_runs.symlink_to(paths.RUNS.resolve())
-        repeated, failures = run_again(reruns, folder / "again", folder, say)
+        repeated, failed_runs = run_again(reruns, folder / "again", folder, say)
     before = collect_numbers(records)
     after = collect_numbers(repeated)
-    failed = [failure.text for failure in failures]
-    result = compare(before, after, suite.name, failures=failed)
+    failures = [run.name for run in failed_runs]
+    result = compare(before, after, suite.name, failures=failures)
     # a comparison within tolerances may pass too, but it proves less
     if not result.passed or not result.is_exact:
         say(str(result))
@@ -105,9 +107,13 @@ def clean_commit() -> str:
     Changes to blessed numbers are allowed.
 
     Raises:
-        DefinitionError: Another file has changes that are not committed.
+        DefinitionError: Another file has changes that are not committed, or the folder is not a
+            checkout.
     """
-    status = git(ROOT, "status", "--porcelain", "--", ".", ":(exclude)results/reference")
+    try:
+        status = git(ROOT, "status", "--porcelain", "--", ".", ":(exclude)results/reference")
+    except subprocess.CalledProcessError as error:
+        raise DefinitionError(f"{ROOT} is not a checkout: {error.stderr}") from error
     # one line per file: letters for the kind of change, a blank, and the path
     changed = status.splitlines()
     if changed:

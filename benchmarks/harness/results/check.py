@@ -58,8 +58,8 @@ class Numbers:
         rows: One row per number, with the columns :data:`KEY_COLUMNS`, ``value`` (text with all
             digits) and ``machine``.
         machines: The fingerprints of the machines, by the names in ``rows``.
-        code: The digest of the checkout's code, from :func:`code_digest`: for blessed numbers, of
-            the checkout that blessed them.
+        code: The digest of the code in this checkout, from :func:`code_digest`. Blessed numbers
+            have the digest of the code in the checkout that blessed them.
     """
 
     rows: pd.DataFrame
@@ -79,7 +79,7 @@ class CheckResult:
         machine_sentences: One sentence per pair of old and new machine: how many numbers were
             compared, and whether exactly or within tolerances.
         is_exact: True if all common numbers had to be equal to the last digit.
-        failures: For each run that failed when it was repeated, its name and the reason.
+        failures: The names of the runs that failed when they were repeated.
     """
 
     differences: pd.DataFrame
@@ -181,7 +181,7 @@ def compare(
         after: The new numbers.
         suite_name: The name of the suite, which may have its own scale of tolerances.
         elsewhere: True to apply tolerances even on the same machine.
-        failures: For each run that failed when it was repeated, its name and the reason.
+        failures: The names of the runs that failed when they were repeated.
     """
     joined = _join_numbers(before, after, suite_name)
 
@@ -224,6 +224,7 @@ def _join_numbers(before: Numbers, after: Numbers, suite_name: str) -> pd.DataFr
     if there is no new number, ``new`` if there is no old one, and ``compared`` with both numbers.
     The absent number and its machine are empty texts.
     """
+    # the column "sides" says which of the two frames have the number
     joined = before.rows.merge(
         after.rows, on=KEY_COLUMNS, how="outer", suffixes=("_before", "_after"), indicator="sides"
     )
@@ -241,6 +242,7 @@ def _join_numbers(before: Numbers, after: Numbers, suite_name: str) -> pd.DataFr
     with_tolerance = without_sides.assign(benchmark=benchmarks, tolerance=scaled, status=status)
     # metrics that are not compared, such as times, have no tolerance
     compared = with_tolerance.dropna(subset="tolerance")
+    # only an absent number and its machine are still missing
     return compared.fillna("")
 
 

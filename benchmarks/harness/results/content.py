@@ -24,11 +24,13 @@ class Recorded(BaseModel):
         if not isinstance(content, dict):
             return content
         for key, field in cls.model_fields.items():
-            # An optional field has the type `... | None`, so pydantic would accept null for it. For
-            # all other fields, pydantic itself decides by the type whether null is valid.
-            none_marks_missing_key = not field.is_required() and field.default is None
-            is_null = key in content and content[key] is None
-            if none_marks_missing_key and is_null:
+            if key not in content or content[key] is not None:
+                continue
+            # The key is null. If None is the default, it stands for a missing key, and the type
+            # includes it only for this reason: pydantic would accept null. For all other fields,
+            # pydantic decides by the type.
+            stands_for_missing_key = not field.is_required() and field.default is None
+            if stands_for_missing_key:
                 raise refusal(f"'{key}' is null")
         return content
 

@@ -15,10 +15,10 @@ from typing import Any
 from filelock import FileLock
 from mlflow.entities import LifecycleStage, Metric, Param
 from mlflow.tracking import MlflowClient
-from sqlalchemy import NullPool, create_engine, text
+from sqlalchemy import NullPool, create_engine, make_url, text
 
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import RunError, first_line, hide_passwords
+from benchmarks.harness.base import RunError, distinct, first_line, hide_passwords
 from benchmarks.harness.config.benchmark import OOD_MEAN
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.results.records import (
@@ -63,14 +63,16 @@ def mirror(records: Sequence[Record], uri: str) -> dict[str, int]:
     """
     # The lock file of a SQLite store is beside the database: `.x.db.lock` for `x.db`. The lock file
     # of any other store is in the results folder.
-    is_sqlite = uri.startswith(_SQLITE)
-    store = paths.RESULTS / "mlflow"
-    if is_sqlite:
-        store = Path(uri.removeprefix(_SQLITE))
-    store.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(store.with_name(f".{store.name}.lock")):
-        if is_sqlite:
-            store.touch()  # so that the file has the permissions of the umask
+    database: Path | None = None
+    locked = paths.RESULTS / "mlflow"
+    if uri.startswith(_SQLITE):
+        # without options, such as "?timeout=30"
+        database = Path(str(make_url(uri).database))
+        locked = database
+    locked.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(locked.with_name(f".{locked.name}.lock")):
+        if database is not None:
+            database.touch()  # so that the file has the permissions of the umask
         with _open_store(uri) as client:
             return _write_all(records, client, has_files=not uri.startswith("http"))
 
@@ -227,12 +229,12 @@ def _score_names(records: Sequence[Record]) -> list[str]:
         shown = numbers[is_tested]
     else:  # a measurement tests nothing
         shown = numbers[~numbers["part"].isin(["cost", "model"])]
-    names: list[str] = []
+    names = []
     for row in shown.itertuples():
         name = _number_name(str(row.part), str(row.eval_task), str(row.metric))
-        if name not in names:
-            names.append(name)
-    return names[:_MOST_COLUMNS]
+        names.append(name)
+    # many runs have the same numbers
+    return distinct(names)[:_MOST_COLUMNS]
 
 
 def run_links(uri: str, server: str) -> list[str]:
@@ -349,7 +351,9 @@ def _numbers(record: Record, time: int) -> Iterator[Metric]:
 
 def _number_name(part: str, data_set: str, metric: str) -> str:
     """Return the name of a number in MLflow, such as ``test.tweets.accuracy``."""
-    return _plain(".".join(text for text in (part, data_set, metric) if text))
+    words = [part, data_set, metric]
+    given_words = [word for word in words if word]  # costs have no data set
+    return _plain(".".join(given_words))
 
 
 def _point(

@@ -48,7 +48,7 @@ class BlessedOrigin(BaseModel):
     machines: dict[str, dict[str, str]]
     """The fingerprints of the machines, by the names that the csv uses."""
     code: str
-    """The digest of this checkout's code. It has repeated a run of each code that made numbers."""
+    """The digest of the code in this checkout. `bless` repeated runs with this code."""
 
     @property
     def processors(self) -> str:

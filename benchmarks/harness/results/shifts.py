@@ -83,8 +83,8 @@ def _read_numbers(compared: pd.DataFrame) -> pd.DataFrame:
     - ``run`` gets this conversion at its end.
     - ``tolerance`` becomes absolute.
     """
-    # "test as emoe" is the part "test" of a model that was converted to "emoe"; without a
-    # conversion, the separator and the method after it are empty
+    # "test as emoe" is split into "test", the separator " as " and "emoe", the method to which the
+    # model was converted. Without a conversion, the last two are empty.
     split_parts = compared["part"].str.partition(AS)
     part = split_parts[0]
     separator = split_parts[1]
@@ -120,20 +120,24 @@ def _read_numbers(compared: pd.DataFrame) -> pd.DataFrame:
 
 
 def _scatter(numbers: pd.DataFrame) -> pd.Series[float]:
-    """Return how much the differences of single numbers scatter, for each number.
+    """Return for each number how much the differences (new - old) of single numbers scatter.
 
-    It is the standard deviation over the seeds, pooled over a benchmark's numbers of the same part
-    and metric. A shift of all seeds does not enlarge it.
+    It is the standard deviation of the differences over the seeds. All numbers of a benchmark with
+    the same part and metric are a pool, and share one estimate. A shift of all seeds does not
+    enlarge it.
     """
+    # rows that differ only in the seed form a group
     with_difference = numbers.assign(difference=numbers["after"] - numbers["before"])
     over_seeds = with_difference.groupby(["run", "part", "eval_task", "metric"])["difference"]
-    deviation = with_difference["difference"] - over_seeds.transform("mean")
+    mean_of_group = over_seeds.transform("mean")
     num_seeds = over_seeds.transform("size")
+    deviation = with_difference["difference"] - mean_of_group
+
     # n seeds have n - 1 degrees of freedom, because their mean is estimated. Each of the n rows
     # gets an equal share, (n - 1) / n, so the sum over a pool is the freedom of all its groups.
-    terms = numbers.assign(square=deviation**2, freedom=1 - 1 / num_seeds)
+    terms = numbers.assign(squared_deviation=deviation**2, freedom=1 - 1 / num_seeds)
     pools = terms.groupby(["benchmark", "part", "metric"])
-    sum_of_squares = pools["square"].transform("sum")
+    sum_of_squares = pools["squared_deviation"].transform("sum")
     degrees_of_freedom = pools["freedom"].transform("sum")
     return np.sqrt(sum_of_squares / degrees_of_freedom)
 

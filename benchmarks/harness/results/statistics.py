@@ -155,10 +155,10 @@ def paired_differences(
     reference_means = matching["value"].mean(skipna=False)
     references = reference_means.rename("reference_score").reset_index()
     # put the reference score beside each score; scores without one are left out
-    both = scores[~is_reference].merge(references, on=must_agree)
+    with_reference = scores[~is_reference].merge(references, on=must_agree)
 
     # one row per cell and seed: both mean scores, and how many scores they average
-    by_pair = both.groupby([*cell_columns, pair], sort=False)
+    by_pair = with_reference.groupby([*cell_columns, pair], sort=False)
     mean_scores = by_pair[["value", "reference_score"]].mean(skipna=False)
     means = mean_scores.assign(num_scores=by_pair.size())
 
@@ -341,14 +341,17 @@ def shuffled_information(
         Bits, ``[1 + PERMUTATIONS, layers]``; the first row is unshuffled.
     """
     random = np.random.default_rng(seed)
-    rows_by_stratum = np.argsort(strata, kind="stable")  # row numbers, sorted by stratum
+    # the numbers of the rows, one stratum after the other
+    rows_by_stratum = np.argsort(strata, kind="stable")
 
     counts = [_sum_by_label(loads, labels)]
     for _ in range(PERMUTATIONS):
-        # both orders list stratum after stratum; the second is random within each stratum, so each
-        # row gets the label of a random row of its stratum
+        # again one stratum after the other (the last key of lexsort comes first), but in random
+        # order within each stratum
         random_keys = random.random(len(labels))
         shuffled_rows_by_stratum = np.lexsort((random_keys, strata))
+        # each row gets the label of the row at the same place of the other order, which is in the
+        # same stratum
         shuffled_labels = np.empty_like(labels)
         shuffled_labels[rows_by_stratum] = labels[shuffled_rows_by_stratum]
         counts.append(_sum_by_label(loads, shuffled_labels))
@@ -362,11 +365,14 @@ def _sum_by_label(loads: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArra
 
     Returns ``[labels, layers, experts]``.
     """
+    # put the rows of each label next to each other
     rows_by_label = np.argsort(labels, kind="stable")
     sorted_labels = labels[rows_by_label]
+    sorted_loads = loads[rows_by_label]
     # a label begins where it differs from the label before; no label is -1
     starts = np.flatnonzero(np.diff(sorted_labels, prepend=-1))
-    sums: NDArray[np.int64] = np.add.reduceat(loads[rows_by_label], starts)
+    # sums the rows from each start up to the next one
+    sums: NDArray[np.int64] = np.add.reduceat(sorted_loads, starts)
     return sums
 
 

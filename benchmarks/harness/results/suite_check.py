@@ -38,7 +38,7 @@ class OldAndNew:
     Attributes:
         before: The blessed numbers.
         after: The new numbers.
-        failures: For each run that failed, its name and the reason.
+        failures: The names of the runs that failed.
     """
 
     before: Numbers
@@ -173,6 +173,7 @@ def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -
     for name, before in blessed.items():
         records = _finished_records(suite, name)
         after = collect_numbers(records)
+        # the numbers of other runs would be listed one by one as missing
         before_of_finished = rows_of_runs(before, [record.run for record in records])
         finished[name] = records
         old_and_new[name] = OldAndNew(before_of_finished, after)

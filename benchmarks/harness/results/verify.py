@@ -54,26 +54,14 @@ class Rerun(NamedTuple):
     threads: str
 
 
-class Failure(NamedTuple):
-    """A run that failed when it was repeated.
-
-    Attributes:
-        run: The run.
-        text: Its name and the last line of its output.
-    """
-
-    run: Run
-    text: str
-
-
 @dataclass(frozen=True)
 class VerifyResult:
     """The numbers of repeated runs, compared with the blessed ones.
 
     Attributes:
         results: The comparisons of :func:`.compare_benchmarks`.
-        other_failures: The names of the failed runs whose benchmark has no blessed numbers, each
-            with the reason. Such a run is repeated only for an evaluation.
+        other_failures: The names of the failed runs whose benchmark has no blessed numbers. Such a
+            run is repeated only for an evaluation.
     """
 
     results: Sequence[CheckResult]
@@ -86,7 +74,7 @@ class VerifyResult:
         return all_agree and not self.other_failures
 
     def __str__(self) -> str:
-        lines = [f"an unblessed run failed: {failure}" for failure in self.other_failures]
+        lines = [f"an unblessed run failed: {name}" for name in self.other_failures]
         lines += [str(result) for result in self.results]
         return "\n".join(lines)
 
@@ -130,8 +118,8 @@ def verify(suite: Suite, count: int, seed: int, say: Say) -> VerifyResult:
         folder = Path(temporary)
         make_inputs(reruns, folder, say)
         # trained runs are looked for in the working directory of the processes
-        records, failures = run_again(reruns, folder / paths.RUNS, folder, say)
-    return _compare_with_blessed(suite, blessed, records, failures)
+        records, failed_runs = run_again(reruns, folder / paths.RUNS, folder, say)
+    return _compare_with_blessed(suite, blessed, records, failed_runs)
 
 
 def _threads_by_run(suite: Suite, benchmark: str, numbers: Numbers) -> dict[NameAndSeed, str]:
@@ -314,7 +302,7 @@ def _make(path: Path, arguments: Sequence[str], directory: Path, say: Say) -> No
 
 def run_again(
     reruns: Sequence[Rerun], runs_folder: Path, directory: Path, say: Say
-) -> tuple[list[Record], list[Failure]]:
+) -> tuple[list[Record], list[Run]]:
     """Repeat runs, each in a new process.
 
     Args:
@@ -322,13 +310,13 @@ def run_again(
         runs_folder: The folder that gets a folder for each run.
         directory: The working directory of the processes. An evaluation reads the trained runs
             from ``results/runs`` there.
-        say: Prints a line about each run.
+        say: Prints a line about each run, and why a run failed.
 
     Returns:
         The new records, and the runs that failed.
     """
     records: list[Record] = []
-    failures: list[Failure] = []
+    failed_runs: list[Run] = []
     for number, rerun in enumerate(reruns, start=1):
         run = rerun.run
         say(f"running {run.name} ({number} of {len(reruns)})")
@@ -339,16 +327,15 @@ def run_again(
         if problem is None:
             records.append(read_record(run, runs_folder))
         else:
-            # say it here, because the result names only the first of several failed runs
             say(f"failed: {problem}")
-            failures.append(Failure(run, f"{run.name}: {problem}"))
-    return records, failures
+            failed_runs.append(run)
+    return records, failed_runs
 
 
 def _run_command(arguments: Sequence[str], directory: Path) -> str | None:
     """Run a command of the suite in a new process with this working directory.
 
-    Returns the last line of its error output if it fails, else None.
+    Returns None if it succeeds, else the last line of its error output, or "no output".
     """
     environment = dict(os.environ)
     # the process finds this checkout's code, data and models from any working directory
@@ -379,7 +366,7 @@ def _compare_with_blessed(
     suite: Suite,
     blessed: Mapping[str, Numbers],
     records: Sequence[Record],
-    failures: Sequence[Failure],
+    failed_runs: Sequence[Run],
 ) -> VerifyResult:
     """Compare the records of repeated runs with the blessed numbers.
 
@@ -389,7 +376,7 @@ def _compare_with_blessed(
         suite: The suite.
         blessed: The blessed numbers by the name of the benchmark.
         records: The records of the runs that did not fail.
-        failures: The runs that failed.
+        failed_runs: The runs that failed.
     """
     old_and_new = []
     for name, numbers in blessed.items():
@@ -400,10 +387,10 @@ def _compare_with_blessed(
             is_blessed = name_and_seed(record.run) in blessed_runs
             if record.run.benchmark == name and is_blessed:
                 repeated.append(record)
-        failed = [failure.text for failure in failures if failure.run.benchmark == name]
-        if repeated or failed:
+        failures = [run.name for run in failed_runs if run.benchmark == name]
+        if repeated or failures:
             before = rows_of_runs(numbers, [record.run for record in repeated])
             after = collect_numbers(repeated)
-            old_and_new.append(OldAndNew(before=before, after=after, failures=failed))
-    other_failures = [failure.text for failure in failures if failure.run.benchmark not in blessed]
+            old_and_new.append(OldAndNew(before=before, after=after, failures=failures))
+    other_failures = [run.name for run in failed_runs if run.benchmark not in blessed]
     return VerifyResult(compare_benchmarks(suite, old_and_new), other_failures)

@@ -133,22 +133,22 @@ def fixed_rows(rows: Any) -> list[Any]:
     return [rows[number] for number in range(count)]
 
 
-# about the standard deviation of uniform integers from -1000 to 1000, sqrt((2001**2 - 1) / 12)
+# about the standard deviation of random integers from -1000 to 1000, sqrt((2001**2 - 1) / 12)
 _INTEGERS_DEVIATION = 577
 
 
 def summarise_logits(logits: Tensor) -> dict[str, float]:
     """Summarise logits of any shape with numbers that hardly depend on the order of summation.
 
-    ``projection`` is the product with a fixed random direction, so it changes if two logits are
-    exchanged.
+    ``projection`` is the product with a fixed random direction of about unit length. It changes if
+    two logits are exchanged.
     """
     flat = logits.detach().double().flatten().cpu()
     generator = torch.Generator().manual_seed(derive_seed("probe", len(flat)))
     # random integers are the same on all processors; normal numbers are not
     integers = torch.randint(-1000, 1001, (len(flat),), generator=generator)
+    # n elements with a standard deviation of about 1 have a length of about sqrt(n)
     direction = integers.double() / _INTEGERS_DEVIATION
-    # about the length of the direction, because its elements have a standard deviation of about 1
     length = max(len(flat), 1) ** 0.5
     projection = flat @ direction / length
     return {

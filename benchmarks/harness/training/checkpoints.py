@@ -164,8 +164,9 @@ def _find_change(file: Path, origin: Origin) -> str | None:
 def keep_complete_checkpoints(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """Remove the checkpoints that a run cannot resume from, and return the newest of the others.
 
-    The files and the best checkpoint of a kept checkpoint are complete. A warning describes the
-    fault of each removed checkpoint. The result is None if no checkpoint is left.
+    A checkpoint is removed if one of its files is missing or has changed, or if its best checkpoint
+    is missing. A warning describes the fault of each removed checkpoint. The result is None if no
+    checkpoint is left.
 
     Args:
         folder: The folder of the checkpoints.

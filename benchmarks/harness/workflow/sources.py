@@ -109,10 +109,13 @@ def _code_folders(name: str) -> set[str]:
     folders = set()
     kind = type(load_benchmark(name))
     for cls in kind.__mro__:
-        # such as "benchmarks", "text" and "grid"
-        package, *path_in_package = cls.__module__.split(".")
-        if package == BENCHMARKS.name and path_in_package[0] != "harness":
-            folders.add(path_in_package[0])
+        module_names = cls.__module__.split(".")  # such as "benchmarks", "text" and "grid"
+        # base classes such as `object` are not of this package
+        if module_names[0] != BENCHMARKS.name:
+            continue
+        folder = module_names[1]
+        if folder != "harness":
+            folders.add(folder)
     return folders
 
 

@@ -250,7 +250,9 @@ def explain_file_of_other_suite(other: str, file: str, suite: Suite) -> str:
 def _explain_not_run(
     target: str, benchmarks: list[str], suite: Suite, data_set: str | None = None
 ) -> str:
-    """Explain that a suite does not run what a target needs, and list the suites that do.
+    """Explain that a suite does not run what a target needs, and name suites that do.
+
+    If only the values of the command line are the reason, this is the suite itself.
 
     Args:
         target: The name of the target.
@@ -258,16 +260,35 @@ def _explain_not_run(
         suite: The suite.
         data_set: The data set that the target needs; None if it is not for a single data set.
     """
-    others = []
-    for name in suite_names():
-        if name != suite.name and _makes_any(plain_suite(name), benchmarks, data_set):
-            others.append(name)
     wanted = data_set or " or ".join(benchmarks)
+    if _makes_any(plain_suite(suite.name), benchmarks, data_set):
+        return (
+            f"--config leaves {wanted} out of the suite '{suite.name}': "
+            f"`snakemake --cores all {target} --config suite={suite.name}`"
+        )
+    others = [name for name in suite_names() if _makes_any(plain_suite(name), benchmarks, data_set)]
     problem = f"the suite '{suite.name}' does not run {wanted}"
     if not others:
         return f"{problem}; no suite does"
     command = f"snakemake --cores all {target} --config suite={others[0]}"
     return f"{problem}; suites that do: {', '.join(others)} (`{command}`)"
+
+
+def warn_of_missing_sets(missing: Sequence[str], suite: Suite) -> str:
+    """Write a warning, in one line, that runs will fail because data sets are missing.
+
+    Args:
+        missing: The names of the missing data sets.
+        suite: The suite.
+    """
+    names = ", ".join(missing)
+    # The option replaces the suite's own list, so it repeats that list. A blank would end it.
+    excluded = ",".join([*suite.settings.exclude, *missing])
+    return (
+        f"warning: missing data sets: {names}. Runs that need them will fail. "
+        f"`python -m benchmarks data --check --suite {suite.name}` prints their sources. "
+        f"`--config exclude=[{excluded}]` leaves them out."
+    )
 
 
 def _makes_any(suite: Suite, benchmarks: list[str], data_set: str | None) -> bool:
