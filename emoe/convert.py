@@ -18,6 +18,7 @@ from emoe.config import EMoEConfig, GMoEConfig, resolve_layers
 from emoe.errors import CheckpointError, ConversionError
 from emoe.layer import RoutedActivation, check_one_conversion, resize_parameter_, routed_layers
 from emoe.model_config import (
+    check_holds_described_experts,
     copy_config_,
     describe_experts_,
     described_configs,
@@ -326,12 +327,15 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
         The same model.
 
     Raises:
-        ConversionError: the model is dense or a GMoE, ``quantize_dynamic`` has quantised an
-            out-projection, or accelerate has offloaded the experts' output biases. With
-            ``restore_order``, an FFN has adapters, or its order is unknown because the model was
-            saved without ``emoe_partition.safetensors``. The model is unchanged.
+        ConversionError: the model is dense or a GMoE, or a part of a transformers model that has
+            experts elsewhere. Or ``quantize_dynamic`` has quantised an out-projection, or
+            accelerate has offloaded the experts' output biases. With ``restore_order``, an FFN has
+            adapters, or its order is unknown because the model was saved without
+            ``emoe_partition.safetensors``. The model is unchanged.
     """
     layers = converted_layers(model, "to_dense_", "it is dense already")
+    # a model that is dense in part could not be described, so it would load as a dense model
+    check_holds_described_experts(model)
     # check all layers before the first one is changed
     for layer in layers:
         _check_foldable(layer)

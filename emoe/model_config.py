@@ -161,6 +161,22 @@ def update_description_(model: nn.Module) -> None:
         _write_description(config, experts)
 
 
+def check_holds_described_experts(model: nn.Module) -> None:
+    """Raise :class:`ConversionError` if a configuration in a model describes experts outside it.
+
+    An example is a single layer of a transformers model: its attention holds the configuration of
+    the whole model.
+    """
+    num_held = len(routed_layers(model))
+    for config in described_configs(model):
+        num_described = len(_stored_layers(config))
+        if num_held < num_described:
+            raise ConversionError(
+                f"{type(model).__name__} holds {num_held} of the {num_described} FFNs with experts "
+                "that its configuration describes: call to_dense_ for the whole model"
+            )
+
+
 def _described_layer(model: nn.Module, config: Any) -> RoutedActivation:
     """Return one of the routed FFNs that a configuration describes.
 

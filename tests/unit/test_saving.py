@@ -461,6 +461,22 @@ def test_a_state_is_checked_once_after_a_second_conversion(
     assert len(caplog.messages) == len(routed_layers(model))
 
 
+def test_a_part_is_not_folded_if_the_configuration_describes_experts_elsewhere(
+    tmp_path: Path,
+) -> None:
+    model = converted.model("bert")
+    num_layers = len(routed_layers(model))
+    message = (
+        f"BertLayer holds 1 of the {num_layers} FFNs with experts that its configuration describes"
+    )
+    with pytest.raises(emoe.ConversionError, match=message):
+        emoe.to_dense_(model.encoder.layer[0])
+    # nothing has changed: it is saved and loaded with all its experts
+    emoe.save_pretrained(model, tmp_path)
+    loaded = tiny_models.loader("bert").from_pretrained(tmp_path)
+    assert len(routed_layers(loaded)) == num_layers
+
+
 LOAD_WITHOUT_EMOE = """
 import sys
 import torch
