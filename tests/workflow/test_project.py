@@ -136,6 +136,12 @@ def test_new_pins_are_installed_by_the_next_command() -> None:
     )
 
 
+def test_make_run_hands_its_words_to_snakemake() -> None:
+    planned = planned_by_make("run", "SUITE=full", "SEEDS=2", "DATA_ROOT=/data")
+    assert "--config suite=full seeds=2 data_root=/data\n" in planned
+    assert "--config suite=mini\n" in planned_by_make("run")
+
+
 def test_snakemake_plans_a_part_of_the_paper(tmp_path: Path) -> None:
     command = [SNAKEMAKE, "--snakefile", ROOT / "Snakefile", "--directory", tmp_path]
     command += [
