@@ -299,7 +299,8 @@ def mirror(suite: str, output: Path | None) -> None:
     records = []
     for name in loaded.settings.benchmarks:
         for record in find_finished(loaded, name).records:
-            # MLflow also gets the files of the run, which its collected record may outlive
+            # MLflow also gets the files of the run. A collected record may still exist after they
+            # were deleted.
             if record.run.metrics_file.exists():
                 records.append(record)
 
@@ -368,9 +369,9 @@ def check(suite: str, benchmarks: tuple[str, ...], elsewhere: bool) -> None:
     """Compare a suite's numbers with the blessed ones.
 
     `bless` wrote these into results/reference/. Finished runs are compared even if others are
-    missing. The exit status is 1 if a number or a mean differs by more than its tolerance, a test
-    of the paper's claims has moved, a run is not finished or was made by other code, or a blessed
-    run is not planned.
+    missing. The exit status is 1 if a number or a mean differs by more than its tolerance, or if a
+    test of the paper's claims has moved. It is also 1 if a run is not finished, was made by other
+    code, or is blessed but not planned.
     """
     from benchmarks.harness.report.claims_check import check_claims
     from benchmarks.harness.results.suite_check import check as check_suite
@@ -425,10 +426,10 @@ def verify(suite: str, count: int, seed: int | None) -> None:
 def bless(suite: str, benchmarks: tuple[str, ...]) -> None:
     """Bless the current numbers of a suite.
 
-    Writes them into results/reference/, as the numbers that `check` compares with, and the records
-    that `claims` and `tables` read if no run is finished. Needs a clean checkout. For each
-    benchmark and each version of the code that made its runs, the fastest run is rerun, and must
-    give exactly the same numbers.
+    Writes them into results/reference/. `check` then compares new numbers with them. `claims` and
+    `tables` read the blessed records if no run is finished. All changes to the checkout must be
+    committed. First, the fastest run of each benchmark is repeated, and must give exactly the same
+    numbers. If several versions of the code made its runs, the fastest run of each is repeated.
     """
     from benchmarks.harness.results.bless import bless as bless_suite
 
@@ -554,7 +555,8 @@ def serve_command(listener: int, names: tuple[str, ...]) -> None:
     from benchmarks.harness.config.methods import plugin_files
     from benchmarks.harness.workflow.sources import file_times
 
-    # an edit of methods.yaml may name other plugins, but it is noticed anyway
+    # The server declines commands after an edit of these files. The list is made once: it changes
+    # only with methods.yaml, and an edit of methods.yaml is noticed too.
     plugins = plugin_files()
 
     def import_all() -> None:
@@ -562,9 +564,8 @@ def serve_command(listener: int, names: tuple[str, ...]) -> None:
         import benchmarks.harness.run.execution  # noqa: F401
         from benchmarks.harness.config.benchmark import load_benchmark
 
-        # imports PyTorch, which takes seconds
         for name in names:
-            load_benchmark(name).pipeline()
+            load_benchmark(name).pipeline()  # imports PyTorch, which takes seconds
 
     serve(socket.socket(fileno=listener), import_all, lambda: file_times(plugins), _run_command)
 
@@ -646,10 +647,13 @@ def _run_command(arguments: list[str]) -> int:
     """
     start_time = time.time()
     try:
+        # the command `run` gets the start time as its context object
         exit_status = cli(arguments, standalone_mode=False, obj=start_time)
         return int(exit_status or 0)  # a command without an exit status returns None
     except click.Abort as stop:
-        if isinstance(stop.__cause__, EOFError):  # click treats EOFError as an interrupted prompt
+        # Click raises Abort for Ctrl-C and for EOFError. No command has a prompt, so an EOFError is
+        # an error of the program.
+        if isinstance(stop.__cause__, EOFError):
             raise stop.__cause__ from None
         return _INTERRUPTED
     except click.ClickException as error:

@@ -233,7 +233,7 @@ def _layer_table(experts: Experts, tensors: dict[str, torch.Tensor]) -> str:
     """Make a text table with a row for each converted layer.
 
     ``tensors`` is the content of the partition file. It is empty if the folder has no such file.
-    Then the table lacks two columns: the neurons of the layer, and those of an expert (``size``).
+    Then the table has no columns for the number of neurons in a layer and in an expert (``size``).
     """
     num_experts = experts.config.num_experts
     if not tensors:
@@ -242,8 +242,11 @@ def _layer_table(experts: Experts, tensors: dict[str, torch.Tensor]) -> str:
 
     rows_with_neurons = []
     for layer in experts.layers:
-        # one key norm per neuron
-        neurons = len(tensors.get(f"key_norms.{layer}", ()))
+        # the file has one key norm for each neuron of the layer
+        key_norms = tensors.get(f"key_norms.{layer}")
+        neurons = 0
+        if key_norms is not None:
+            neurons = len(key_norms)
         rows_with_neurons.append((layer, num_experts, neurons, neurons // num_experts))
     headers = ["layer", "experts", "neurons", "size"]
     return tabulate(rows_with_neurons, headers=headers, tablefmt="simple")

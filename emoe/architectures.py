@@ -68,7 +68,8 @@ class FFNSpec:
             except AttributeError:
                 return path
             is_module = isinstance(getattr(parent, name, None), nn.Module)
-            # an attribute of the instance can be replaced, a method of the class cannot
+            # The activation may also be a function. vars() finds it only if it is an attribute of
+            # the instance: a conversion can replace such a function, but not a method of the class.
             is_function = path == self.activation and callable(vars(parent).get(name))
             if not is_module and not is_function:
                 return path
@@ -415,19 +416,19 @@ class FFN:
         return dims
 
     def take(self, path: str, tensor: Tensor, neurons: Tensor) -> Tensor:
-        """Return a projection's tensor with the chosen neurons; ``neurons[i]`` becomes neuron i.
+        """Return a projection's tensor with only the chosen neurons, in a new order.
 
         Args:
             path: path of the tensor, a key of :meth:`neuron_dims`.
             tensor: the FFN's tensor at this path.
-            neurons: numbers ``[n]`` of the neurons, in their new order. A number may occur several
-                times.
+            neurons: numbers ``[n]`` of the chosen neurons. Neuron ``neurons[i]`` becomes neuron i.
+                A number may occur several times.
         """
         dim = self.neuron_dims()[path]
         indices = neurons.to(tensor.device)
         is_in_projection = path != f"{self.spec.proj_out}.weight"
         if is_in_projection and self.spec.fused is not None:
-            # each neuron is in both halves, whose order stays
+            # each neuron has a row in both halves, so choose in each half by itself
             halves = [half.index_select(dim, indices) for half in tensor.chunk(2, dim)]
             return torch.cat(halves, dim)
         return tensor.index_select(dim, indices)
@@ -516,22 +517,22 @@ def find_ffns(model: nn.Module) -> list[FFN]:
         raise ConversionError(f"{type(model).__name__} has no list of layers '{specs[0].layers}'")
 
     ffns: dict[tuple[int, str], FFN] = {}
-    missing = []
+    mismatches = []
     for spec, name, layer in candidates:
         missing_path = spec.missing_path(layer)
         if missing_path is not None:
-            missing.append(f"{name} has no module '{missing_path}'")
+            mismatches.append(f"{name} has no module '{missing_path}'")
             continue
-        # If several specs match the same FFN, the first one is used. The FFNs of a layer that has
-        # two of them differ in their in-projections.
+        # The in-projection is a part of the key, because a layer may have two FFNs. If several
+        # specs match the same FFN, the first one is used.
         key = (id(layer), spec.proj_in)
         if key not in ffns:
             ffns[key] = _locate_ffn(index=len(ffns), name=name, layer=layer, spec=spec)
 
-    # with several specs, one may be for FFNs that this model does not have
-    may_miss = len(specs) > 1 and len(ffns) > 0
-    if missing and not may_miss:
-        raise ConversionError(f"{missing[0]}, which the row of its architecture names")
+    # one of several specs may be for FFNs that this model does not have
+    is_mismatch_allowed = len(specs) > 1 and len(ffns) > 0
+    if mismatches and not is_mismatch_allowed:
+        raise ConversionError(f"{mismatches[0]}, which the row of its architecture names")
     return list(ffns.values())
 
 
@@ -613,8 +614,7 @@ def has_float_matrix(module: nn.Module) -> bool:
     """
     weight: Any = getattr(module, "weight", None)
     is_ordinary = type(weight) in (Tensor, nn.Parameter)
-    # torch.export traces with fake tensors. Their class is compared by the name of its module,
-    # which is slow to import.
+    # torch.export traces with fake tensors. Importing their class for isinstance() would be slow.
     is_fake = type(weight).__module__ == "torch._subclasses.fake_tensor"
     is_sharded = hasattr(weight, "full_tensor")
     if not (is_ordinary or is_fake or is_sharded):

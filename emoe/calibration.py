@@ -34,7 +34,7 @@ def record_activations(
     Args:
         model: the model to run.
         ffns: the FFNs to record.
-        batches: inputs of the model: dictionaries or sequences of arguments, or tensors.
+        batches: inputs of the model. Each is a dictionary or a sequence of arguments, or a tensor.
         seed: seed of the sample, which has at most :data:`MAX_TOKENS` tokens.
 
     Returns:
@@ -63,7 +63,7 @@ def record_activations(
             sample_hook.remove()
     # samples have a row per token, but the clustering takes a row per neuron
     activations = {index: sample.rows.t().contiguous() for index, sample in samples.items()}
-    if any(rows.numel() == 0 for rows in activations.values()):
+    if any(of_layer.numel() == 0 for of_layer in activations.values()):
         raise ConversionError("partition='coactivation': the calibration batches have no token")
     return activations
 
@@ -104,15 +104,15 @@ class _Sample:
 
     def add(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         """Update the sample with the absolute inputs of an out-projection. A forward pre-hook."""
-        neurons = args[0]  # [..., d]
-        magnitudes = neurons.flatten(0, -2).abs()
-        rows = self._without_padding(magnitudes).float().cpu()
+        activated_neurons = args[0]  # [..., d]
+        magnitudes = activated_neurons.flatten(0, -2).abs()  # [tokens, d]
+        new_rows = self._without_padding(magnitudes).float().cpu()
         # a uniform sample: every row draws a number, and the rows with the lowest numbers stay
-        numbers = torch.rand(len(rows), generator=self._generator, dtype=torch.float64)
-        all_numbers = torch.cat([self._lowest.numbers, numbers])
-        all_rows = torch.cat([self._lowest.rows, rows])
-        lowest = all_numbers.argsort()[:MAX_TOKENS]
-        self._lowest = _NumberedRows(all_numbers[lowest], all_rows[lowest])
+        new_numbers = torch.rand(len(new_rows), generator=self._generator, dtype=torch.float64)
+        all_numbers = torch.cat([self._lowest.numbers, new_numbers])
+        all_rows = torch.cat([self._lowest.rows, new_rows])
+        kept = all_numbers.argsort()[:MAX_TOKENS]
+        self._lowest = _NumberedRows(all_numbers[kept], all_rows[kept])
 
     def _without_padding(self, rows: Tensor) -> Tensor:
         """Drop the rows ``[tokens, d]`` of padding tokens, if the model got a padding mask."""

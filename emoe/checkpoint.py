@@ -100,9 +100,10 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         (folder / CONFIG_FILE).unlink(missing_ok=True)
         (folder / EXTRA_FILE).unlink(missing_ok=True)
     else:
+        # the weights of the dense model, with the experts' configuration and state beside them
         files.save_weights(model, folder, _dense_state(model))
-        _save_small_files(model, folder)
-    save_order(model, folder)
+        _save_config_and_extra_state(model, folder)
+    save_partition_file(model, folder)
     write_model_card(model, folder)
 
 
@@ -141,7 +142,7 @@ def _dense_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _save_small_files(model: nn.Module, folder: Path) -> None:
+def _save_config_and_extra_state(model: nn.Module, folder: Path) -> None:
     """Write the experts' configuration to ``emoe_config.json``.
 
     If experts have state that the dense model lacks, write it to ``emoe_extra.safetensors``.
@@ -151,24 +152,28 @@ def _save_small_files(model: nn.Module, folder: Path) -> None:
     (folder / EXTRA_FILE).unlink(missing_ok=True)  # the file of an older save
     if extra:
         files.write_tensors(extra, folder / EXTRA_FILE)
-    first, *_ = layers.values()
-    content = {"config": first.config.to_dict(), "layers": sorted(layers)}
+    # all layers have the same configuration
+    any_layer = next(iter(layers.values()))
+    layer_numbers = sorted(layers)
+    content = {"config": any_layer.config.to_dict(), "layers": layer_numbers}
     (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _extra_state(layers: Mapping[int, RoutedActivation]) -> dict[str, Tensor]:
     """Return the content of the extra file: the state that the dense model lacks, on the CPU.
 
-    The names are ``{number of the FFN}.{key of the module}.{name in the module}``.
+    A tensor's name is ``{number of the FFN}.{key}.{name in the module}``. The key is that of its
+    module, from :func:`_modules_with_state`.
     """
     extra: dict[str, Tensor] = {}
     for number, layer in layers.items():
         for key, module in _modules_with_state(layer):
-            # offloaded tensors have no values until they are loaded
+            # offloaded tensors have values only inside this context
             with weights_loaded(*module.modules()):
                 state = module.state_dict()
                 for name, tensor in state.items():
-                    extra[f"{number}.{key}.{name}"] = unsharded(tensor).cpu().contiguous()
+                    whole_tensor = unsharded(tensor)
+                    extra[f"{number}.{key}.{name}"] = whole_tensor.cpu().contiguous()
     return extra
 
 
@@ -184,15 +189,16 @@ def _modules_with_state(layer: RoutedActivation) -> list[tuple[str, nn.Module]]:
     return [routing]
 
 
-def save_order(model: nn.Module, folder: Path, *, write: bool = True) -> None:
+def save_partition_file(model: nn.Module, folder: Path, *, write: bool = True) -> None:
     """Write the original order of the neurons and the key norms to the partition file.
 
     Sharded weights are gathered, so every process must call this function. All processes except one
     pass ``write=False``.
     """
     layers = numbered_layers(model)
-    first, *_ = layers.values()
-    tensors = {"num_experts": torch.tensor(first.config.num_experts)}
+    # all layers have the same configuration
+    any_layer = next(iter(layers.values()))
+    tensors = {"num_experts": torch.tensor(any_layer.config.num_experts)}
     for number, layer in layers.items():
         with weights_loaded(layer.ffn.proj_in):
             tensors[f"key_norms.{number}"] = _key_norms(layer.ffn)
@@ -220,26 +226,26 @@ def read_experts(folder: Path) -> Experts | None:
     ``config.json`` takes precedence over ``emoe_config.json``, because the model's library writes
     ``config.json`` together with the weights. A damaged file raises :class:`CheckpointError`.
     """
-    # a transformers model
+    # a transformers model: config.json describes the experts in its quantization_config
     settings = files.read_settings(folder)
-    path = folder / files.STOCK_CONFIG_FILE
+    config_path = folder / files.STOCK_CONFIG_FILE
     quantization_config: Any = settings.get(QUANTIZATION_CONFIG)
     if is_ours(quantization_config):
-        with _damage_reported(path):
+        with _damage_reported(config_path):
             return Experts.from_quantization_config(quantization_config)
 
-    # a quantised model, or a folder of emoe 0.1
-    separate = settings.get(SEPARATE_KEY)
-    if separate:
-        with _damage_reported(path):
-            return Experts.from_json_values(separate["config"], separate["layers"])
+    # a quantised model, or a folder of emoe 0.1: config.json has a separate key for the experts
+    description = settings.get(SEPARATE_KEY)
+    if description:
+        with _damage_reported(config_path):
+            return Experts.from_json_values(description["config"], description["layers"])
 
-    # a timm or plain model
-    small_path = folder / CONFIG_FILE
-    if small_path.exists():
-        content = files.read_object(small_path)
-        with _damage_reported(small_path):
-            return Experts.from_json_values(content["config"], content["layers"])
+    # a timm or plain model: the experts have a file of their own
+    emoe_config_path = folder / CONFIG_FILE
+    if emoe_config_path.exists():
+        description = files.read_object(emoe_config_path)
+        with _damage_reported(emoe_config_path):
+            return Experts.from_json_values(description["config"], description["layers"])
     return None
 
 
@@ -272,7 +278,7 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
         transformers' report.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the small files belong to other weights.
+        CheckpointError: a file is missing or damaged, or emoe's files belong to other weights.
     """
     folder = files.model_folder(str(folder), options)
     experts = read_experts(folder)
@@ -375,12 +381,14 @@ def _dense_arguments(folder: Path, options: Mapping[str, Any]) -> _LoaderArgumen
     else:
         arguments = _LoaderArguments(copy.deepcopy(given), other_options)
 
+    # remove the description of the experts
     config = arguments.config
     if is_ours(getattr(config, QUANTIZATION_CONFIG, None)):
         delattr(config, QUANTIZATION_CONFIG)
     if hasattr(config, SEPARATE_KEY):
         delattr(config, SEPARATE_KEY)
-    # None replaces the configuration's value, with which transformers would refuse the folder
+    # The configuration may name an experts_implementation that transformers does not have. This
+    # option replaces it, else transformers would refuse the folder.
     return _LoaderArguments(config, {**arguments.options, IMPLEMENTATION_KEY: None})
 
 
@@ -424,8 +432,12 @@ def _read_auto_config(folder: Path, options: Mapping[str, Any]) -> _LoaderArgume
 def _load_quantised(loader: Any, folder: Path, experts: Experts, options: Mapping[str, Any]) -> Any:
     """Load a checkpoint quantised, then build its experts.
 
-    Usually :mod:`emoe.loader` builds the experts before the weights are loaded. To transformers it
-    is a quantizer, and a model can have only one. Here that is the one that quantises.
+    Usually :mod:`emoe.loader` builds the experts before the weights are loaded. It is registered as
+    a quantizer of transformers, and a model can have only one quantizer. Here the quantizer must be
+    the one that quantises the weights.
+
+    The arguments and the result are those of :func:`from_pretrained`. ``experts`` is the
+    description of the folder's experts.
     """
     config = experts.config
     if isinstance(config, GMoEConfig) or config.gate_momentum:
@@ -444,7 +456,7 @@ def _load_quantised(loader: Any, folder: Path, experts: Experts, options: Mappin
         # transformers saved the routing with the weights
         _load_routing_(layers, files.Weights(folder), folder)
     check_placement(layers)
-    read_order_(layers, folder)
+    read_partition_file_(layers, folder)
     finish_conversion_(model)
     model.eval()
     if options.get("output_loading_info"):
@@ -459,13 +471,13 @@ def _load_plain(
     model = files.build_without_weights(loader, folder, **options)
     layers = build_experts_(model, experts, folder)
     stored = files.read_tensors(folder / files.WEIGHT_FILE)
-    # load_extra_ sets these tensors
+    # the tensors that load_extra_ sets below
     loaded_later = _names_loaded_later(model, layers)
     dense_state = {name: tensor for name, tensor in stored.items() if name not in loaded_later}
     may_be_missing = loaded_later | files.requested_head_names(model, options)
     files.load_state_(model, dense_state, folder, may_be_missing)
     load_extra_(layers, folder)
-    read_order_(layers, folder)
+    read_partition_file_(layers, folder)
     finish_conversion_(model)
     return model.eval()
 
@@ -512,10 +524,12 @@ def build_experts_(
     Raises:
         CheckpointError: the model has fewer FFNs than the experts need.
         ConversionError: the model has no FFNs in the registry, an FFN cannot be split evenly, or
-            the experts count tokens and the model passes them in chunks.
+            the configuration has a capacity or balance loss and the model passes its tokens in
+            chunks.
     """
     ffns = find_ffns(model)
     config = experts.config
+    # the capacity and the balance loss need all tokens of a pass at once
     if config.counts_tokens:
         check_unchunked(model)
     last = experts.layers[-1]  # in ascending order
@@ -530,6 +544,7 @@ def build_experts_(
     for ffn in chosen:
         if isinstance(config, GMoEConfig):
             widen(ffn, config.num_experts)
+        # The constructor puts the module into the model. The partition file has its permutation.
         layers.append(RoutedActivation(ffn, config, permutation=None))
     return layers
 
@@ -561,10 +576,15 @@ def check_placement(layers: Sequence[RoutedActivation]) -> None:
             )
 
 
-def read_order_(layers: Sequence[RoutedActivation], folder: Path) -> None:
-    """Read the original order of the neurons from the partition file into the layers.
+def read_partition_file_(layers: Sequence[RoutedActivation], folder: Path) -> None:
+    """Check the partition file, and read the neurons' original order from it into the layers.
 
+    The file also has the norms of the neurons' keys. They show if it belongs to the weights.
     If the folder has no partition file, the order stays unknown.
+
+    Args:
+        layers: routed FFNs of the loaded model; sets their ``permutation``.
+        folder: folder of the checkpoint.
 
     Raises:
         CheckpointError: the file is damaged or belongs to other weights, or the folder has
@@ -577,11 +597,11 @@ def read_order_(layers: Sequence[RoutedActivation], folder: Path) -> None:
         return
     tensors = files.read_tensors(path)
 
-    # key norms are stored for every converted layer
-    expected = {f"key_norms.{layer.ffn.index}" for layer in layers}
-    stored = {name for name in tensors if name.startswith("key_norms.")}
+    # the file must be for the same layers, each of which has key norms, and as many experts
+    expected_norms = {f"key_norms.{layer.ffn.index}" for layer in layers}
+    stored_norms = {name for name in tensors if name.startswith("key_norms.")}
     num_experts = layers[0].config.num_experts
-    if stored != expected or _stored_num_experts(tensors) != num_experts:
+    if stored_norms != expected_norms or _stored_num_experts(tensors) != num_experts:
         raise CheckpointError(
             f"{path} describes other layers or numbers of experts than the configuration; "
             f"{_LOADS_WITHOUT_FILE}"
@@ -592,7 +612,9 @@ def read_order_(layers: Sequence[RoutedActivation], folder: Path) -> None:
         permutation = tensors.get(f"permutation.{ffn.index}")
         if permutation is not None and not is_permutation(permutation, ffn.d):
             raise CheckpointError(f"{path} has no permutation of {ffn.name}'s {ffn.d} neurons")
-        _check_key_norms(ffn, tensors[f"key_norms.{ffn.index}"].float(), path)
+        # other norms mean that the permutation belongs to other weights
+        saved_norms = tensors[f"key_norms.{ffn.index}"].float()
+        _check_key_norms(ffn, saved_norms, path)
         layer.permutation = permutation
 
 
@@ -617,18 +639,20 @@ def _check_key_norms(ffn: FFN, saved: Tensor, path: Path) -> None:
         if is_never_loaded:
             return
         norms = _key_norms(ffn)
-    have_same_shape = norms.shape == saved.shape
-    # allclose needs equal shapes
-    if not have_same_shape or not torch.allclose(norms, saved, rtol=_NORM_TOLERANCE, atol=1e-6):
+    are_close = False
+    if norms.shape == saved.shape:  # allclose needs equal shapes
+        are_close = torch.allclose(norms, saved, rtol=_NORM_TOLERANCE, atol=1e-6)
+    if not are_close:
         raise CheckpointError(
             f"{path} does not match the weights of {ffn.name}; {_LOADS_WITHOUT_FILE}"
         )
 
 
 def load_extra_(layers: Sequence[RoutedActivation], folder: Path) -> None:
-    """Load from the extra file what the dense model lacks: routers, experts' biases, GMoE's copies.
+    """Load the state that the dense model lacks from the extra file.
 
-    If experts have their own output biases, the dense output bias becomes zero.
+    It consists of routers, experts' output biases and GMoE's copied projections. If experts have
+    their own output biases, the dense output bias becomes zero.
 
     Raises:
         CheckpointError: the file is damaged, or lacks a tensor.
@@ -662,11 +686,11 @@ def _load_routing_(
     Transformers has loaded the rest of the model, but not this state, because it built the model
     without experts.
     """
-    matches = stored_routing(layers, weights.files)
+    stored_names = stored_routing(layers, weights.files)
     for layer in layers:
         state = {}
         for name in layer.state_dict():
-            stored_name = matches.get((layer, name))
+            stored_name = stored_names.get((layer, name))
             if stored_name is None:
                 raise _missing_error(folder, name)
             state[name] = weights[stored_name]

@@ -109,7 +109,7 @@ def inertia(rows: Tensor, labels: Tensor, num_clusters: int) -> float:
     """Sum the squared distances of rows ``[n, h]`` to their cluster means, in float64."""
     # a copy, because it is squared in place below to save memory
     precise_rows = rows.to(torch.float64, copy=True)
-    sums = _sums(precise_rows, labels.to(rows.device), num_clusters)
+    sums = _cluster_sums(precise_rows, labels.to(rows.device), num_clusters)
     # no division by zero for an empty cluster
     counts = torch.bincount(labels, minlength=num_clusters).clamp(min=1).to(precise_rows)
     # sum over rows of |x|^2, minus sum over clusters of count * |mean|^2
@@ -136,7 +136,7 @@ def explained_variance_ratio(points: Tensor, labels: Tensor, num_clusters: int) 
     return 0.0
 
 
-def _sums(rows: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
+def _cluster_sums(rows: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
     """Sum the rows ``[n, h]`` of each cluster: ``[clusters, h]``."""
     return rows.new_zeros(num_clusters, rows.shape[1]).index_add_(0, labels, rows)
 
@@ -198,14 +198,14 @@ def _balanced_lloyd(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
     size = rows.shape[0] // num_clusters
     centres = _initial_centres(rows, num_clusters, seed)
     labels = _assign(_affinity(rows, centres), size).to(rows.device)
-    sums = _sums(rows, labels, num_clusters)
+    sums = _cluster_sums(rows, labels, num_clusters)
     # Clusters have equal sizes, so the inertia is the rows' sum of squares minus score / size. The
     # higher the score, the lower the inertia.
     score = _sum_of_squares(sums)
     for _ in range(_LLOYD_ITERATIONS - 1):
         centres = sums / size
         new_labels = _assign(_affinity(rows, centres), size).to(rows.device)
-        new_sums = _sums(rows, new_labels, num_clusters)
+        new_sums = _cluster_sums(rows, new_labels, num_clusters)
         new_score = _sum_of_squares(new_sums)
         # the assignment is greedy, so the new score may even be lower
         if new_score <= score * (1 + _LLOYD_TOLERANCE):
@@ -248,7 +248,9 @@ def _assign(affinity: Tensor, size: int) -> Tensor:
     """
     best, second_best = affinity.topk(2, dim=1).values.unbind(1)
     gap = best - second_best
+    # rows in the order in which they choose
     order = torch.sort(gap, descending=True, stable=True).indices.tolist()
+    # for each row, all clusters from the best to the worst
     preferences = torch.sort(affinity, dim=1, descending=True, stable=True).indices.tolist()
     num_rows, num_clusters = affinity.shape
     free = [size] * num_clusters
@@ -285,22 +287,24 @@ def _exchange_rows(rows: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
         Cluster of each row after the exchanges, ``[n]``.
     """
     squares = rows.square().sum(1)
-    sums = _sums(rows, labels, num_clusters)
+    sums = _cluster_sums(rows, labels, num_clusters)
     products = rows @ sums.t()  # [n, clusters]
     score = _sum_of_squares(sums)
     stage = _MANY_EXCHANGES
     for _ in range(_EXCHANGE_ROUNDS):
+        # row numbers [2, count]: the two rows of a column change places
         exchanges = _best_exchanges(rows, squares, labels, products, stage)
-        if exchanges.numel() == 0:
-            if stage == _ALL_PAIRS:
-                break
+        has_found_none = exchanges.numel() == 0
+        if has_found_none and stage == _ALL_PAIRS:
+            break
+        if has_found_none:
             stage = _ALL_PAIRS
             continue
 
-        # each of the two rows of an exchange gets the other one's cluster
+        # flip(0) swaps the two rows of each pair, so that each gets the other one's cluster
         changed_labels = labels.clone()
         changed_labels[exchanges] = labels[exchanges.flip(0)]
-        changed_sums = _sums(rows, changed_labels, num_clusters)
+        changed_sums = _cluster_sums(rows, changed_labels, num_clusters)
         changed_score = _sum_of_squares(changed_sums)
         if changed_score <= score:
             # with one exchange per cluster gains are exact, so this gain was a rounding error
@@ -370,10 +374,13 @@ def _best_exchanges(
         Row numbers ``[2, count]``: each column is a pair of rows that change places. A row is in at
         most one pair.
     """
+    num_clusters = products.shape[1]
+    # rows that may move, for each pair of clusters
     candidates = _find_candidates(labels, products)
-    first, second = _pairs_to_search(candidates.gains, all_pairs=stage.all_pairs)
-    exchanges = _best_of_each_pair(rows, squares, candidates, first, second)
-    return _select_exchanges(exchanges, products.shape[1], stage.exchanges_per_cluster)
+    # the clusters of each pair that is searched: both [pairs]
+    first_clusters, second_clusters = _pairs_to_search(candidates.gains, all_pairs=stage.all_pairs)
+    best_exchanges = _best_of_each_pair(rows, squares, candidates, first_clusters, second_clusters)
+    return _select_exchanges(best_exchanges, num_clusters, stage.exchanges_per_cluster)
 
 
 def _find_candidates(labels: Tensor, products: Tensor) -> _Candidates:
@@ -392,13 +399,15 @@ def _find_candidates(labels: Tensor, products: Tensor) -> _Candidates:
     # gains of moving each row from its own cluster to each other one [n, clusters]
     products_with_own_sum = products.gather(1, labels.unsqueeze(1))  # [n, 1]
     gains_of_rows = products - products_with_own_sum
-    # the same by cluster a, its member i and the other cluster b, then in the order [a, b, i]
+    # the same, grouped by the rows' own clusters: [own cluster, member, other cluster]
     gains_of_members = gains_of_rows[members]
+    # the members last, to find the best of them: [own cluster, other cluster, member]
     gains = gains_of_members.transpose(1, 2).contiguous()
     count = min(_EXCHANGE_CANDIDATES, size)
-    # both [a, b, count]; this overwrites `gains`
+    # both [own cluster, other cluster, count]; this overwrites `gains`
     largest_gains, positions = _largest_(gains, count)
-    # convert positions among the members of a into row numbers; `gather` takes [a, b * count]
+    # Convert positions among a cluster's members into row numbers. `gather` needs a matrix, so the
+    # last two dimensions are flattened and then restored.
     candidate_rows = members.gather(1, positions.flatten(1)).view_as(positions)
     return _Candidates(rows=candidate_rows, gains=largest_gains)
 
@@ -407,21 +416,24 @@ def _pairs_to_search(gains: Tensor, *, all_pairs: bool) -> tuple[Tensor, Tensor]
     """Choose the pairs of clusters between which exchanges are searched.
 
     Args:
-        gains: gains ``[clusters, clusters, candidates]`` of :class:`_Candidates`.
+        gains: gains ``[clusters, clusters, candidates]`` of :class:`_Candidates`, in descending
+            order for each pair.
         all_pairs: choose all pairs instead of the most promising ones.
 
     Returns:
         The first and the second cluster of each pair, both ``[pairs]``.
     """
     num_clusters = gains.shape[0]
-    # the clusters numbered (0, 1), (0, 2), ..., (1, 2), ...
+    # all pairs of different clusters: (0, 1), (0, 2), ..., (1, 2), ...
     first, second = torch.triu_indices(num_clusters, num_clusters, offset=1, device=gains.device)
     if all_pairs:
         return first, second
-    # the gain of the best exchange, estimated without the distance of its two rows
-    promise = gains[first, second, 0] + gains[second, first, 0]
-    count = min(_PAIRS_PER_CLUSTER * num_clusters, promise.numel())
-    most_promising = promise.topk(count).indices
+    # The gain of a pair's best exchange, estimated without the distance of its two rows. Candidate
+    # 0 is the row with the largest gain.
+    best_gains = gains[:, :, 0]
+    estimated_gains = best_gains[first, second] + best_gains[second, first]
+    count = min(_PAIRS_PER_CLUSTER * num_clusters, estimated_gains.numel())
+    most_promising = estimated_gains.topk(count).indices
     return first[most_promising], second[most_promising]
 
 
@@ -437,19 +449,20 @@ def _best_of_each_pair(
         first: first cluster of each pair ``[pairs]``.
         second: second cluster of each pair ``[pairs]``.
     """
-    # candidates of both clusters [pairs, candidates]
+    # row numbers of the candidates of both clusters [pairs, candidates]
     left = candidates.rows[first, second]
     right = candidates.rows[second, first]
     left_gains = candidates.gains[first, second]
     right_gains = candidates.gains[second, first]
-    # every candidate on the left with every one on the right [pairs, candidates, candidates]
+    # Gain of exchanging each candidate on the left with each one on the right: all of these are
+    # [pairs, candidates, candidates]. |x - y|^2 is |x|^2 + |y|^2 - 2 x y.
     sums_of_squares = squares[left].unsqueeze(2) + squares[right].unsqueeze(1)
     products = _products_of_pairs(rows, left, right)
     squared_distances = sums_of_squares - 2 * products
     sums_of_gains = left_gains.unsqueeze(2) + right_gains.unsqueeze(1)
-    total = sums_of_gains + squared_distances
-    best_gain, best = total.flatten(1).max(1)
-    # `best` counts all combinations of a pair: convert it into a position on each side
+    total_gains = sums_of_gains + squared_distances
+    best_gain, best = total_gains.flatten(1).max(1)
+    # `best` is a position among all combinations: convert it into a position on each side
     num_candidates = left.shape[1]
     best_left = best // num_candidates
     best_right = best % num_candidates

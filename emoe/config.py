@@ -183,16 +183,19 @@ class RoutingConfig:
 
     @classmethod
     def as_published(cls, implementation: str, **values: Any) -> Self:
-        """Build a configuration with the authors' settings (Qiu, Huang, Fu 2024, released code).
+        """Build a configuration with the settings of the authors' released code.
+
+        The authors are Qiu, Huang and Fu (2024). They released two implementations.
 
         Args:
-            implementation: ``"tutel"`` for their language and vision code: capacity 1.5, router
-                noise, balance loss, dropout inside the experts, one output bias per expert.
-                ``"llama"`` for their code for gated FFNs, only for EMoE: an expert's score is the
-                mean pre-activation of its neurons (``score="gate"``).
-            **values: other fields, which override the authors' settings. ``router="cosine"``
-                implies ``weighting="softmax"``. Their vision code has ``dropout_position="after"``,
-                and for GMoE ``output_bias="per_expert_whole"``.
+            implementation: ``"tutel"`` or ``"llama"``. ``"tutel"`` is their code for language and
+                vision: capacity 1.5, router noise, balance loss, dropout inside the experts, one
+                output bias per expert. ``"llama"`` is their code for gated FFNs, only for EMoE: an
+                expert's score is the mean pre-activation of its neurons (``score="gate"``).
+            **values: other fields of the configuration. They override the authors' settings. For
+                the vision code, pass ``dropout_position="after"``, and for its GMoE also
+                ``output_bias="per_expert_whole"``. With ``router="cosine"``, the default of
+                ``weighting`` is ``"softmax"``.
 
         Raises:
             ConfigError: the implementation, a field or a value does not exist.
@@ -434,6 +437,7 @@ class EMoEConfig(RoutingConfig):
             if getattr(self, name) and not uses_mean_keys:
                 raise self._error(name, "off unless router is 'avg_k' and score is 'keys'")
 
+        # the task's loss trains a router's parameters only through the experts' weights
         has_parameters = ROUTERS[self.router]
         if has_parameters and self.weighting == "binary":
             wanted = f"'softmax' or 'softmax_times_k' {with_router}, else no gradient"

@@ -228,7 +228,8 @@ def _convert_ffn(
     # the constructor puts the module into the model
     RoutedActivation(ffn, config, permutation)
 
-    # only a Partition knows these two, not a dictionary of the caller
+    # A Partition also has these numbers for the report. Permutations that the caller passed as a
+    # dictionary have none.
     explained = None
     seconds = None
     if isinstance(permutations, Partition):
@@ -262,14 +263,19 @@ def _build_report(
         num_dense_neurons: number of neurons of the dense model's FFNs.
         num_added: number of parameters that the dense model does not have.
     """
-    # the dense FFN has the neurons of one copy of GMoE, or of all experts of EMoE
-    experts_per_dense_ffn = 1 if isinstance(config, GMoEConfig) else config.num_experts
-    # all neurons of the dense model, with those of each converted FFN replaced
+    # A token used all neurons of the dense model. In each converted FFN, it now uses those of its
+    # active experts instead.
     num_active = num_dense_neurons
     for report in reports:
-        neurons_of_dense_ffn = report.expert_size * experts_per_dense_ffn
+        if isinstance(config, GMoEConfig):
+            # each expert is a copy of the dense FFN
+            neurons_of_dense_ffn = report.expert_size
+        else:
+            # the experts are the parts of the dense FFN
+            neurons_of_dense_ffn = report.expert_size * config.num_experts
         neurons_of_active_experts = report.expert_size * config.num_active_experts
-        num_active += neurons_of_active_experts - neurons_of_dense_ffn
+        num_active -= neurons_of_dense_ffn
+        num_active += neurons_of_active_experts
     return ConversionReport(
         layers=tuple(reports),
         total_layers=num_ffns,
@@ -327,10 +333,10 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
         The same model.
 
     Raises:
-        ConversionError: the model is dense or a GMoE, or a part of a transformers model that has
-            experts elsewhere. Or ``quantize_dynamic`` has quantised an out-projection, or
-            accelerate has offloaded the experts' output biases. With ``restore_order``, an FFN has
-            adapters, or its order is unknown because the model was saved without
+        ConversionError: the model is dense or a GMoE; it is a part of a transformers model that has
+            experts elsewhere; ``quantize_dynamic`` has quantised an out-projection; or accelerate
+            has offloaded the experts' output biases. With ``restore_order`` also if an FFN has
+            adapters, or if its order is unknown because the model was saved without
             ``emoe_partition.safetensors``. The model is unchanged.
     """
     layers = converted_layers(model, "to_dense_", "it is dense already")
@@ -392,6 +398,7 @@ def finish_conversion_(model: nn.Module) -> None:
     The hooks check the state dicts that are loaded and, if the configuration needs it, read the
     padding mask.
     """
+    # other models may share the configuration, so this model gets a copy to change
     copy_config_(model)
     describe_experts_(model)
     # if only a part of the model was folded back, hooks of the earlier conversion are left
@@ -453,6 +460,7 @@ def _check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: ob
     original order of the neurons becomes unknown. If the order is unknown already, neurons in
     another order only give a warning.
     """
+    # names of the modules in the state dict, by id
     names = {id(module): f"{prefix}{name}" for name, module in model.named_modules()}
     for layer in routed_layers(model):
         name = names.get(id(layer.ffn.proj_in))
@@ -486,16 +494,18 @@ def _check_order_(layer: RoutedActivation, weight: Tensor) -> None:
     model's, set ``layer.permutation`` to None: the original order is unknown.
     """
     permutation = cast(Tensor, layer.permutation)
-    keys = layer.ffn.keys().detach().float()
-    loaded_keys = layer.ffn.keys_of(weight).to(keys)
-    # the loaded keys, permuted as the conversion permuted the dense model's
-    permuted_keys = loaded_keys[permutation.to(keys.device)]
-    similarity = _mean_cosine(keys, loaded_keys)
-    similarity_permuted = _mean_cosine(keys, permuted_keys)
+    # a neuron's key is its row of in-projection weights: both [d, h]
+    present_keys = layer.ffn.keys().detach().float()
+    loaded_keys = layer.ffn.keys_of(weight).to(present_keys)
+    # A dense model's neurons are similar to the present ones only after the permutation that the
+    # conversion applied.
+    permuted_keys = loaded_keys[permutation.to(present_keys.device)]
+    similarity = _mean_cosine(present_keys, loaded_keys)
+    similarity_permuted = _mean_cosine(present_keys, permuted_keys)
 
     # if the permutation is 0, 1, 2, …, the two similarities differ only by rounding
-    orders_differ = bool((permutation.diff() != 1).any())
-    if orders_differ and similarity_permuted > max(similarity, _SAME_MODEL_COSINE):
+    changes_order = bool((permutation.diff() != 1).any())
+    if changes_order and similarity_permuted > max(similarity, _SAME_MODEL_COSINE):
         raise CheckpointError(
             f"{layer.ffn.name}: the state dict has a dense model's order of neurons; "
             "load it before emoe.convert_, or after emoe.to_dense_(model, restore_order=True)"
@@ -510,14 +520,16 @@ def _warn_of_other_order(ffn: FFN, weight: Tensor) -> None:
     This is for an FFN whose original order is unknown. A dense model's order would make its experts
     random groups of neurons. But the weight may also be that of another partition, which is valid.
     """
-    keys = ffn.keys().detach().float()
-    loaded_keys = ffn.keys_of(weight).to(keys)
+    # a neuron's key is its row of in-projection weights: both [d, h]
+    present_keys = ffn.keys().detach().float()
+    loaded_keys = ffn.keys_of(weight).to(present_keys)
     # the same order as now: nothing to warn of
-    if _mean_cosine(keys, loaded_keys) >= _SAME_MODEL_COSINE:
+    if _mean_cosine(present_keys, loaded_keys) >= _SAME_MODEL_COSINE:
         return
-    # for some loaded neurons, the most similar one of all present neurons
-    sampled_keys = F.normalize(loaded_keys[:_SAMPLED_NEURONS], dim=1)
-    cosines = sampled_keys @ F.normalize(keys, dim=1).t()  # [sampled, d]
+    # for some loaded neurons, the cosine with the most similar one of all present neurons
+    sampled_directions = F.normalize(loaded_keys[:_SAMPLED_NEURONS], dim=1)
+    present_directions = F.normalize(present_keys, dim=1)
+    cosines = sampled_directions @ present_directions.t()  # [sampled, d]
     highest_cosines = cosines.max(1).values
     if float(highest_cosines.mean()) > _SAME_NEURON_COSINE:
         logging.getLogger("emoe").warning(

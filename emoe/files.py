@@ -63,12 +63,14 @@ def _readable(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _writable(path: Path) -> Iterator[None]:
-    """Raise a one-line :class:`CheckpointError` if safetensors cannot write in a ``with`` block.
+    """Correct the errors and file permissions of safetensors, which writes in the ``with`` block.
 
-    ``path`` is the file or folder to which the block writes.
+    If safetensors cannot write, raise a one-line :class:`CheckpointError`. After the block, new
+    files get the permissions that the umask allows. A file that replaces an older one gets the
+    permissions of the older file.
 
-    Afterwards, give new files the permissions that the umask allows. A file that replaces an older
-    one gets the permissions of the older file.
+    Args:
+        path: file to which the block writes, or folder in which it writes safetensors files.
     """
     permissions_before = _permissions_of_tensor_files(path)
     try:
@@ -84,7 +86,8 @@ def _writable(path: Path) -> Iterator[None]:
     permissions_of_new_file = 0o666 & ~umask
     for file, permissions in _permissions_of_tensor_files(path).items():
         wanted = permissions_before.get(file, permissions_of_new_file)
-        # equal for other files in the folder, which may belong to another user
+        # The block did not write the folder's other files, which have the wanted permissions. They
+        # may belong to another user, so do not touch them.
         if permissions != wanted:
             file.chmod(wanted)
 
@@ -376,11 +379,11 @@ def _load_with_timm(loader: Any, folder: Path, options: Mapping[str, Any]) -> An
 
     The arguments are those of :func:`load_stock`.
     """
-    _check_head(folder, options)
+    _check_num_classes(folder, options)
     with _one_line_errors(loader, folder):
         model = loader(f"local-dir:{folder}", pretrained=True, **options)
     if "num_classes" not in options:  # with this option, the caller asks for a new head
-        _check_head_is_stored(model, folder)
+        _check_stored_heads_are_loaded(model, folder)
     return model
 
 
@@ -408,7 +411,7 @@ def build_without_weights(loader: Any, folder: Path, **options: Any) -> nn.Modul
     if not _is_timm(loader):
         # errors of the user's own function are not caught
         return cast(nn.Module, loader(**options))
-    _check_head(folder, options)
+    _check_num_classes(folder, options)
     with _one_line_errors(loader, folder):
         return cast(nn.Module, loader(f"local-dir:{folder}", pretrained=False, **options))
 
@@ -432,7 +435,7 @@ def _one_line_errors(loader: Any, folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_head(folder: Path, options: Mapping[str, Any]) -> None:
+def _check_num_classes(folder: Path, options: Mapping[str, Any]) -> None:
     """Raise :class:`CheckpointError` if ``num_classes`` in a timm folder does not fit its weights.
 
     timm would then create a new head without a message. With a ``num_classes`` in ``options``,
@@ -480,10 +483,10 @@ def _timm_heads(model: Any) -> tuple[str, ...]:
     return tuple(heads)
 
 
-def _check_head_is_stored(model: nn.Module, folder: Path) -> None:
+def _check_stored_heads_are_loaded(model: nn.Module, folder: Path) -> None:
     """Raise :class:`CheckpointError` if timm replaced a stored head by a new one.
 
-    It does so without a message if two settings name different numbers of classes.
+    timm does so without a message if two settings name different numbers of classes.
     """
     weights = Weights(folder)
     state = model.state_dict()
@@ -493,7 +496,8 @@ def _check_head_is_stored(model: nn.Module, folder: Path) -> None:
             continue
         stored = weights[name]
         loaded = state.get(name)
-        if loaded is None or not _are_same(loaded.cpu(), stored.to(loaded.dtype)):
+        is_loaded = loaded is not None and _are_same(loaded.cpu(), stored.to(loaded.dtype))
+        if not is_loaded:
             path = folder / STOCK_CONFIG_FILE
             raise CheckpointError(
                 f"{path}: timm did not load the stored {head} of {len(stored)} classes; set "
@@ -529,9 +533,11 @@ def _load_with_transformers(
     The arguments and the result are those of :func:`load_stock`.
     """
     loader_options = {
+        # the caller's options may replace this one, but not those below
         "trust_remote_code": False,
         **options,
         "use_safetensors": True,
+        # the loader then also returns the names of missing and mismatched tensors
         "output_loading_info": True,
         # sizes are checked below, because transformers' error does not name the tensors
         "ignore_mismatched_sizes": True,
@@ -596,7 +602,7 @@ def _missing_head_names(model: Any, missing: Iterable[str], folder: Path) -> set
 
 
 def _head_names(model: Any, names: Iterable[str]) -> set[str]:
-    """Return those of ``names`` that are tensors in the head or pooler of a transformers model."""
+    """Return the names in ``names`` that belong to the head or pooler of a transformers model."""
     # Names begin with the base model's name, such as "bert.", except in the head. A base model
     # itself has no head, and its names have no such prefix.
     base_prefix = f"{model.base_model_prefix}."
@@ -633,16 +639,17 @@ def check_layers(model: nn.Module, stored: Iterable[str], folder: Path) -> None:
 
 
 def _name_in_absent_layer(names: Iterable[str], others: Collection[str]) -> str | None:
-    """Return the first tensor in ``names`` whose layer has no tensor in ``others``, or None.
+    """Return the first name in ``names`` of a tensor in a layer that ``others`` lack, or None.
 
-    A tensor that ``others`` have in no layer at all, such as one of a head, is skipped.
+    ``others`` must have the same tensor in another layer. So tensors outside the list of layers,
+    such as those of a head, are skipped.
     """
     layers_of_others: set[str] = set()
     for other in others:
         layers_of_others.update(_layers_of(other))
+    # the same text for all tensors whose names differ only in the layer's number
     patterns_of_others = {_without_numbers(other) for other in others}
     for name in sorted(names):
-        # if only the number differs, `others` have this tensor in another layer
         is_in_another_layer = _without_numbers(name) in patterns_of_others
         absent_layers = set(_layers_of(name)) - layers_of_others
         if absent_layers and is_in_another_layer:
@@ -703,18 +710,18 @@ def _check_complete(missing: Collection[str], folder: Path) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers' warnings and progress bars within a ``with`` block."""
-    from transformers.utils import logging as reports
+    from transformers.utils import logging as transformers_logging
 
-    level = reports.get_verbosity()
-    has_bars = reports.is_progress_bar_enabled()
-    reports.set_verbosity_error()
-    reports.disable_progress_bar()
+    level = transformers_logging.get_verbosity()
+    has_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        reports.set_verbosity(level)
+        transformers_logging.set_verbosity(level)
         if has_bars:
-            reports.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None = None) -> None:

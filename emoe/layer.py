@@ -105,9 +105,11 @@ class RoutedActivation(nn.Module):
         self.record: Any = None
         self.padding_hook: PaddingMaskHook | None = None
         self.replaced: dict[str, nn.Module] = {}
-        # compiled code uses the second state, because a compiler cannot follow thread-local ones
+        # Hooks pass tensors to this module in one of these states. Compiled code uses the second
+        # one, because a compiler cannot follow thread-local state.
         self._eager = _ThreadState()
         self._traced = _CallState()
+        # the router needs the FFN's input, which only the in-projection gets
         self._handles = [ffn.proj_in.register_forward_pre_hook(self._keep_input)]
         if config.output_bias != "shared":
             self._split_output_bias()
@@ -119,9 +121,11 @@ class RoutedActivation(nn.Module):
             # a hook disables PyTorch's fused transformer layers, which would bypass this module
             self.register_forward_pre_hook(do_nothing)
             self.num_own_hooks = 1
+        # put this module in the place of the activation, in the mode of the module around it
         self.train(parent.training)
         ffn.replace(path, self)
-        # a copy of torch's decoder layer computes ReLU if its __dict__ has no activation
+        # PyTorch keeps modules outside an object's __dict__. But a copy of its decoder layer
+        # computes ReLU if the __dict__ has no activation, so set it there too.
         vars(parent)[attribute_name(path)] = self
 
     @property
@@ -166,7 +170,8 @@ class RoutedActivation(nn.Module):
             proj_out = _without_adapter(self.ffn.proj_out)
             is_trained = self.output_bias.requires_grad
             bias = nn.Parameter(self.folded_output_bias(), requires_grad=is_trained)
-            # remove the buffer of zeros that _split_output_bias registered under this name
+            # _split_output_bias registered a buffer of zeros under this name; delete it, because a
+            # buffer cannot become a parameter
             del proj_out.bias
             proj_out.register_parameter("bias", bias)
 
@@ -178,25 +183,27 @@ class RoutedActivation(nn.Module):
             return
         # The biases of a token's experts sum to the dense bias. With "per_expert_whole", each
         # expert has the whole dense bias.
-        parts = self.config.num_active_experts
+        num_parts = self.config.num_active_experts
         if self.config.output_bias == "per_expert_whole":
-            parts = 1
-        # an integer, which no cast rounds
-        self.output_bias_parts = torch.tensor(parts, device=bias.device)
+            num_parts = 1
+        # an integer tensor, which a cast of the model to bfloat16 does not round
+        self.output_bias_parts = torch.tensor(num_parts, device=bias.device)
 
         # compute both before the next step, which changes `bias` itself
         zeros = torch.zeros_like(bias)
-        expert_bias = bias.detach() / parts
+        expert_bias = bias.detach() / num_parts
         expert_biases = expert_bias.repeat(self.config.num_experts, 1)  # [N, h]
 
-        # An optimizer may hold the parameter. So the same object is kept: it is resized in the
-        # projection, then moved to this module.
+        # An optimizer may hold the bias parameter. So the same object becomes the experts' biases:
+        # it gets their shape and values, and moves from the projection to this module.
         resize_parameter_(proj_out, name="bias", values=expert_biases)
         self.output_bias = cast(nn.Parameter, proj_out.bias)
         del proj_out.bias
 
-        # a buffer of zeros, because not every projection works without a bias (GPT-2's Conv1D)
+        # The projection gets a bias of zeros instead, because not every projection works without a
+        # bias (GPT-2's Conv1D). A buffer is not trained.
         proj_out.register_buffer("bias", zeros)
+        # a hook adds the biases of the chosen experts to the projection's output
         self._handles.append(proj_out.register_forward_hook(self._output_bias_hook))
 
     def folded_output_bias(self) -> Tensor:
@@ -225,10 +232,11 @@ class RoutedActivation(nn.Module):
         return x.reshape(-1, x.shape[-1])
 
     def _output_bias_hook(self, _module: nn.Module, _args: Any, y: Tensor) -> Tensor:
-        """Add to the FFN's output the biases of the experts that the activation chose.
+        """Add the biases of the chosen experts to the FFN's output ``[..., h]``.
 
         This is a hook on the out-projection.
         """
+        # take the weights that activate() stored, so that the next call cannot use them again
         call = self._call_state
         weights = call.weights
         call.weights = None
@@ -271,12 +279,12 @@ class RoutedActivation(nn.Module):
             )
         x = self._take_input()
         if x is not None:
-            masked = self._activate_quickly(x, z)
+            masked = self._activate_with_kernel(x, z)
             if masked is not None:
                 return masked
 
-        # Without one kernel for all of it: score, activate, route, and multiply. If `x` is unknown,
-        # scores that need it raise an error.
+        # Without the kernel: compute scores and neurons, choose experts, and multiply. If `x` is
+        # unknown, a router that needs it raises an error.
         config = self.config
         drops = self.training and config.expert_dropout > 0
         drops_before = drops and config.dropout_position == "before"
@@ -314,10 +322,11 @@ class RoutedActivation(nn.Module):
             scores = self._scores(x, rows, hidden.reshape(rows.shape))
         return scores, hidden
 
-    def _activate_quickly(self, x: Tensor, z: Tensor) -> Tensor | None:
-        """Activate the neurons, and mask those of the other experts, with one compiled kernel.
+    def _activate_with_kernel(self, x: Tensor, z: Tensor) -> Tensor | None:
+        """Activate the neurons. Then choose experts and mask neurons with one compiled kernel.
 
-        For a few tokens, the many small steps of :meth:`route` take longer than the FFN's products.
+        This is faster for a few tokens. There, the many small steps of :meth:`route` take longer
+        than the FFN's matrix products.
 
         Args:
             x: FFN inputs ``[T, h]``.
@@ -325,7 +334,7 @@ class RoutedActivation(nn.Module):
 
         Returns:
             The activated neurons ``[..., d]``, 0 for experts that are not chosen. None if there are
-            no kernels for this pass, or no :meth:`_choosing_keys`.
+            no kernels for this pass, or if :meth:`_choosing_keys` returns None.
         """
         kernels = kernels_for(x)
         if kernels is None:
@@ -346,8 +355,8 @@ class RoutedActivation(nn.Module):
             kernels: compiled kernels, which this pass may use (:func:`kernels_for`).
 
         Returns:
-            The mask ``[T, N]`` that :meth:`route` would choose. None without
-            :meth:`_choosing_keys`.
+            The mask ``[T, N]`` that :meth:`route` would choose. None if :meth:`_choosing_keys`
+            returns None.
         """
         keys = self._choosing_keys()
         if keys is None:
@@ -357,9 +366,10 @@ class RoutedActivation(nn.Module):
         return kernels.route(x, keys, config.top_k, chooses_highest)
 
     def _choosing_keys(self) -> Tensor | None:
-        """Return keys ``[N, h]`` whose products with the inputs alone choose the experts.
+        """Return the experts' keys ``[N, h]`` if their products with the inputs are the scores.
 
-        Only for a pass that may use the kernels. None if :meth:`route` must choose:
+        Then a kernel can choose the experts. Call this only in a pass that may use the kernels. The
+        result is None if :meth:`route` must choose the experts:
 
         - the layer trains, or no earlier pass has kept keys;
         - the routing is recorded, or the experts have their own output biases;
@@ -377,7 +387,7 @@ class RoutedActivation(nn.Module):
             return None
         if torch.is_autocast_enabled("cpu"):  # would round the kernels' product
             return None
-        # The kept keys are None in training, so there is no noise or dropout to leave out here.
+        # The router keeps no keys in training. So the kernels need neither noise nor dropout.
         return self.router.kept_keys()
 
     def _weighted(self, hidden: Tensor, weights: Tensor) -> Tensor:
@@ -460,6 +470,7 @@ class RoutedActivation(nn.Module):
 
             chosen, kept = self._choose_masks(noisy, token_mask)
             weights = expert_weights(noisy, chosen, config.weighting, config.num_active_experts)
+            # an expert without capacity left for a token gets the weight 0
             if config.capacity_factor is not None:
                 weights = weights * kept
 
@@ -482,12 +493,14 @@ class RoutedActivation(nn.Module):
             token_mask: mask ``[T]`` that is false for padding, None if there is none.
         """
         config = self.config
-        # the authors' formula divides by the noise in evaluation too
+        # There is noise only in training. But the authors' formula also divides by its standard
+        # deviation in evaluation.
         divides_by_noise = self.training or config.balance_loss == "published"
         noise_std = 0.0
         if divides_by_noise:
             noise_std = config.router_noise / config.num_experts
-        self._traced.loss = None  # else aux_loss would return an older loss
+        # aux_loss prefers a loss of compiled code, which would be older than this one
+        self._traced.loss = None
         self._call_state.loss = balance_loss(
             clean, noisy, chosen, noise_std, config.balance_loss, token_mask
         )

@@ -27,7 +27,7 @@ from emoe.checkpoint import (
     check_placement,
     check_routing_is_stored,
     load_extra_,
-    read_order_,
+    read_partition_file_,
     stored_routing,
 )
 from emoe.convert import finish_conversion_
@@ -89,19 +89,20 @@ class ExpertsLoader(HfQuantizer):
         paths = [Path(file) for file in checkpoint_files]
         folder = paths[0].parent  # all files are in one folder
         self._folder = folder
-        stored = files.tensor_files(paths)
-        files.check_layers(model, _names_in_model(model, stored), folder)
+        file_of_tensor = files.tensor_files(paths)
+        names_in_model = _names_in_model(model, file_of_tensor)
+        files.check_layers(model, names_in_model, folder)
         self._layers = build_experts_(model, experts, folder)
         # Folders of emoe 0.1 have the routers in the extra file. If a Trainer wrote such a folder,
         # the routers are among the weights instead.
         has_extra_file = (folder / EXTRA_FILE).exists()
-        self._uses_extra_file = has_extra_file and not stored_routing(self._layers, stored)
+        self._uses_extra_file = has_extra_file and not stored_routing(self._layers, file_of_tensor)
         if not self._uses_extra_file:
-            check_routing_is_stored(self._layers, stored, folder)
+            check_routing_is_stored(self._layers, file_of_tensor, folder)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        """Load emoe's own files of the checkpoint, and finish the conversion.
+        """Load the checkpoint's files that only emoe writes, and finish the conversion.
 
         Transformers calls this method after it has loaded the weights.
         """
@@ -110,7 +111,7 @@ class ExpertsLoader(HfQuantizer):
             if self._uses_extra_file:
                 load_extra_(self._layers, self._folder)
             # the neurons' original order is never among the weights
-            read_order_(self._layers, self._folder)
+            read_partition_file_(self._layers, self._folder)
         finish_conversion_(model)
         return model
 
@@ -124,7 +125,7 @@ class ExpertsLoader(HfQuantizer):
         return True
 
 
-def _names_in_model(model: PreTrainedModel, stored: Iterable[str]) -> list[str]:
+def _names_in_model(model: PreTrainedModel, stored_names: Iterable[str]) -> list[str]:
     """Return the names that stored tensors have in the model.
 
     Transformers renames the tensors of some models while it loads them. For ViT,
@@ -135,7 +136,7 @@ def _names_in_model(model: PreTrainedModel, stored: Iterable[str]) -> list[str]:
 
     renamings = get_model_conversion_mapping(model)
     names_in_model = []
-    for stored_name in stored:
+    for stored_name in stored_names:
         name = stored_name
         # each renaming continues with the result of the one before
         for renaming in renamings:

@@ -47,7 +47,7 @@ tags:
 
 ## Other software
 
-{others}
+{other_software}
 """
 _SPLIT = (
     "Emergent Mixture-of-Experts: "
@@ -69,7 +69,7 @@ def model_card(model: nn.Module) -> str:
     """Return a converted model's card as Markdown."""
     layers = numbered_layers(model)
     first, *_ = layers.values()
-    config = first.config
+    config = first.config  # all layers have the same configuration
     if isinstance(config, GMoEConfig):
         method = _COPIED
         folding = _FOLDED_COPIES
@@ -89,7 +89,7 @@ def model_card(model: nn.Module) -> str:
         router=config.router,
         example=texts.example,
         folding=folding,
-        others=texts.others,
+        other_software=texts.other_software,
     )
 
 
@@ -99,12 +99,12 @@ class _LibraryTexts(NamedTuple):
     Attributes:
         library: name of the library.
         example: code that loads the checkpoint.
-        others: what other software does with the checkpoint.
+        other_software: what software without emoe does with the checkpoint.
     """
 
     library: str
     example: str
-    others: str
+    other_software: str
 
 
 def _library_texts(model: Any, config: EMoEConfig | GMoEConfig) -> _LibraryTexts:
@@ -125,7 +125,7 @@ def _library_texts(model: Any, config: EMoEConfig | GMoEConfig) -> _LibraryTexts
                     f"import emoe\nfrom transformers import {name}\n\n"
                     f'model = emoe.from_pretrained({name}, "this folder")'
                 ),
-                others="Transformers itself refuses this quantised checkpoint.",
+                other_software="Transformers itself refuses this quantised checkpoint.",
             )
         return _LibraryTexts(
             library="transformers",
@@ -133,7 +133,7 @@ def _library_texts(model: Any, config: EMoEConfig | GMoEConfig) -> _LibraryTexts
                 f"import emoe\nfrom transformers import {name}\n\n"
                 f'model = {name}.from_pretrained("this folder")'
             ),
-            others=(
+            other_software=(
                 "Transformers (from 5.24) refuses this checkpoint until `emoe` is imported. "
                 "Software that ignores both `quantization_config` and `experts_implementation` "
                 f"in `config.json` reads {read_as}."
@@ -146,7 +146,7 @@ def _library_texts(model: Any, config: EMoEConfig | GMoEConfig) -> _LibraryTexts
                 "import emoe\nimport timm\n\n"
                 'model = emoe.from_pretrained(timm.create_model, "this folder")'
             ),
-            others=f"timm does not know the experts and reads {read_as}.",
+            other_software=f"timm does not know the experts and reads {read_as}.",
         )
     return _LibraryTexts(
         library="pytorch",
@@ -154,5 +154,5 @@ def _library_texts(model: Any, config: EMoEConfig | GMoEConfig) -> _LibraryTexts
             "import emoe\n\n"
             f'model = emoe.from_pretrained(build, "this folder")  # build() returns a {name}'
         ),
-        others=f"Code that reads only `model.safetensors` reads {read_as}.",
+        other_software=f"Code that reads only `model.safetensors` reads {read_as}.",
     )

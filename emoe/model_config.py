@@ -112,8 +112,9 @@ def is_ours(quantization_config: Any) -> bool:
 def describe_experts_(model: nn.Module) -> None:
     """Write a description of the model's experts into its transformers configuration.
 
-    A model without such a configuration stays as it is. A base model inside the model gets the same
-    configuration, so that a later change of the base model's experts changes it too.
+    A model without such a configuration stays as it is. A base model inside the model, such as
+    ``model.bert``, gets the same configuration object. So it also shows later changes of the base
+    model's experts.
 
     Raises:
         ConversionError: a routed FFN is not among the FFNs that the registry names for the model.
@@ -121,11 +122,12 @@ def describe_experts_(model: nn.Module) -> None:
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_diff_dict"):
         return
-    # another dense model may share a configuration without experts
+    # A dense model may share a configuration that describes no experts yet. Only a copy is changed.
     if not _describes_experts(config):
         copy_config_(model)
     layers = numbered_layers(model)
-    first, *_ = layers.values()  # emoe.save_pretrained checks that all have the same configuration
+    # one layer's configuration stands for all: emoe.save_pretrained checks that they are the same
+    first, *_ = layers.values()
     experts = Experts(first.config, tuple(sorted(layers)))
     _write_description(model.config, experts)
     _share_config_with_base_(model)
@@ -148,8 +150,8 @@ def _share_config_with_base_(model: Any) -> None:
 def update_description_(model: nn.Module) -> None:
     """Update each transformers configuration in a model that describes experts.
 
-    It gets the present settings of the experts that it describes. If the model has no experts left,
-    the description is removed.
+    Each description gets the present settings of its experts. If the model has no experts left,
+    the descriptions are removed.
     """
     has_experts = bool(routed_layers(model))
     for config in described_configs(model):
@@ -190,8 +192,9 @@ def _described_layer(model: nn.Module, config: Any) -> RoutedActivation:
         if holds_config and routed_layers(module):
             holders_with_experts.append(module)
 
-    # In a part of a model, such as its list of layers, only modules without experts may hold the
-    # configuration, such as the attention. Then it describes the experts of the whole part.
+    # `model` may be only a part of a transformers model, such as its list of layers. There, only
+    # modules without experts, such as the attention, hold the configuration. Then it describes all
+    # experts of the part.
     if not holders_with_experts:
         return routed_layers(model)[0]
     # A module around several models may also hold the configuration of one of them. So the
@@ -215,7 +218,7 @@ def described_configs(model: nn.Module) -> list[Any]:
 
 
 def numbered_layers(model: nn.Module) -> dict[int, RoutedActivation]:
-    """Return the routed FFNs of a model by their numbers.
+    """Map the number of each routed FFN of a model to the FFN.
 
     The numbers count all FFNs of ``model``, even if only a submodule of it was converted.
 

@@ -60,7 +60,8 @@ def partition(
 ) -> Partition:
     """Group the neurons of each selected FFN into ``num_experts`` experts of equal size.
 
-    The model is not changed. Keys are used without biases, and normalised to unit length.
+    The model is not changed. A neuron's key is its vector of weights in the in-projection. Keys are
+    used without biases, and normalised to unit length.
 
     >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
@@ -102,15 +103,18 @@ def partition(
         raise ConversionError(
             "partition='coactivation' needs calibration=[...], and no other partition takes it"
         )
-    features: dict[int, Tensor] = {}
+    activations_of_layer: dict[int, Tensor] = {}
     if calibration is not None:
-        features = record_activations(model, chosen, calibration, seed=config.partition_seed)
+        seed = config.partition_seed
+        activations_of_layer = record_activations(model, chosen, calibration, seed=seed)
     from tqdm.auto import tqdm  # `import emoe` imports only PyTorch and safetensors
 
     partitions = []
     for ffn in tqdm(chosen, "Grouping neurons", unit="layer", disable=not progress):
-        activations = features.get(ffn.index)
-        partitions.append(group_neurons(ffn.keys(), config, ffn.index, activations))
+        keys = ffn.keys()
+        # None unless neurons are grouped by co-activation
+        activations = activations_of_layer.get(ffn.index)
+        partitions.append(group_neurons(keys, config, ffn.index, activations))
     return join_partitions(partitions)
 
 
@@ -158,11 +162,13 @@ def _group(keys: Tensor, config: EMoEConfig, layer: int, activations: Tensor | N
     if config.partition == "coactivation":
         return balanced_kmeans(cast(Tensor, activations), num_experts, seed=seed)
     num_neurons = len(keys)
-    contiguous = torch.arange(num_experts).repeat_interleave(num_neurons // num_experts)
+    # the first s neurons get expert 0, the next s neurons expert 1, and so on
+    experts_in_order = torch.arange(num_experts).repeat_interleave(num_neurons // num_experts)
     if config.partition == "random":
         generator = _random_generator(seed, layer)
-        return contiguous[torch.randperm(num_neurons, generator=generator)]
-    return contiguous
+        shuffled = torch.randperm(num_neurons, generator=generator)
+        return experts_in_order[shuffled]
+    return experts_in_order
 
 
 def _random_generator(seed: int, layer: int) -> torch.Generator:

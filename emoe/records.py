@@ -91,8 +91,9 @@ class LayerRecord:
     def _move_counts_(self, device: torch.device) -> None:
         """Move the counts to a device, if they are not there yet.
 
-        Counts on the device of the forward passes do not make an accelerator wait. The first pass
-        shows this device. The weights might not: accelerate keeps offloaded weights on ``meta``.
+        They belong on the device of the choices, because an accelerator would wait for each copy to
+        the CPU. The weights may be on another device: accelerate keeps offloaded weights on
+        ``meta``. So the device is known only in the first forward pass.
         """
         if self._loads.device == device:
             return

@@ -197,11 +197,12 @@ class Stamp:
         self._weight = weight
         self._version = _version(weight)
         self._address = weight.data_ptr()
-        compared = weight.new_empty(0)  # a view needs no comparison of elements
+        elements = weight.new_empty(0)  # none are compared if the caller has no copy
         if has_copy:
-            compared = _compared_elements(weight)
-        self._elements = compared  # a view of the weight: it shows later changes
-        self._stored = compared.clone()
+            elements = _compared_elements(weight)
+        # a view of the weight, which shows later changes, and a copy, which does not
+        self._current_elements = elements
+        self._old_elements = elements.clone()
 
     def still_matches(self, projection: nn.Module) -> bool:
         """Check if a projection is the stamped one, and its weight unchanged."""
@@ -214,22 +215,24 @@ class Stamp:
             return False
         if _version(weight) != self._version:
             return False
-        # without a copy of the weight, no elements are compared
-        return len(self._stored) == 0 or torch.equal(self._elements, self._stored)
+        # no elements are compared if the caller has no copy of the weight
+        if len(self._old_elements) == 0:
+            return True
+        return torch.equal(self._current_elements, self._old_elements)
 
 
 def _compared_elements(weight: Tensor) -> Tensor:
     """Return a view of some elements of a contiguous matrix, from rows and columns all over it."""
     rows, columns = weight.shape
     num_compared = min(rows, _COMPARED_ELEMENTS)
-    # Elements on a diagonal: each step goes down some rows and along some columns. So the elements
-    # are from all experts, whose neurons are rows, or columns in GPT-2's Conv1D.
+    # The elements lie on diagonals: from each to the next, some rows down and some columns along.
+    # So all experts have some, whether neurons are rows or, as in GPT-2's Conv1D, columns.
     rows_down = rows // num_compared
     columns_along = max(columns // num_compared, 1)
-    # in one long vector, the element in the next row is `columns` further
+    # in the flat matrix, the next row is `columns` elements further, and the next column is one
     step = rows_down * columns + columns_along
-    elements = weight.detach().view(-1)
-    return elements[::step]
+    flat = weight.detach().view(-1)
+    return flat[::step]
 
 
 def _version(weight: Tensor) -> int | None:
@@ -301,15 +304,15 @@ class AvgKRouter(Router):
     def kept_keys(self) -> Tensor | None:
         """Return the mean keys ``[N, h]`` that an earlier call kept (:meth:`Router.kept_keys`).
 
-        None if there are none of the current weights, or if scores are not their products with the
-        input.
+        None if no keys are kept, if the weights have changed since, or if the scores are not the
+        products of these keys and the input.
         """
         if self.training:
             return None
-        # The products must be the scores: without a bias, and without a running gate, which is not
-        # the mean of the weights.
-        uses_current_keys = self.config.score == "keys" and self.gate is None
-        if not uses_current_keys or self.config.score_bias:
+        if self.config.score != "keys":
+            return None
+        # the scores use the running mean keys instead, or add a bias
+        if self.gate is not None or self.config.score_bias:
             return None
         # a subclass or a hook may change the scores
         is_subclass = type(self) is not AvgKRouter
@@ -506,7 +509,8 @@ class AvgKRouter(Router):
         if old_gate is None or moved_gate is None:
             return self
         # A running gate moves with the model but stays in float32. `fn` may have rounded it to the
-        # model's dtype, so the values are taken from the old gate. On the meta device it has none.
+        # model's dtype, so the values are taken from the old gate. If the old gate was on the meta
+        # device, it had no values.
         values = moved_gate if old_gate.is_meta else old_gate
         self.gate = values.to(moved_gate.device, torch.float32)
         return self

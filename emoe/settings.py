@@ -87,7 +87,9 @@ def _make_sparse_(layers: list[RoutedActivation]) -> None:
     masked_outputs = [probe_output(layer) for layer in layers]
     for layer in layers:
         install_(layer)
-    if any(_is_on_cpu(layer) for layer in layers):
+    # Only CPUs use the compiled kernels. They are built now, so that the comparison uses them too.
+    has_layer_on_cpu = any(_is_on_cpu(layer) for layer in layers)
+    if has_layer_on_cpu:
         prepare_kernels()
     for layer, masked_output in zip(layers, masked_outputs, strict=True):
         # None means that the layer's code cannot be run alone, so outputs cannot be compared

@@ -294,19 +294,20 @@ def _module_with_mask(
     ``""``, the name of the whole model.
     """
     # Find the layer's name. `ffn.name` may not fit: it is the name in the converted model, and this
-    # model may be a wrapper around it. For the path "mlp.act", the parent "blocks.0.mlp" of the
-    # activation is one step below the layer "blocks.0": one step for each dot of the path.
-    path = ffn.spec.activation
-    layer_name = names[ffn.parents[path]]
-    for _ in range(path.count(".")):
+    # model may be a wrapper around it. So go up from the module that holds the activation, one step
+    # for each dot of the activation's path. If the path is "mlp.act", "blocks.0.mlp" holds the
+    # activation, and one step up is the layer "blocks.0".
+    activation_path = ffn.spec.activation
+    layer_name = names[ffn.parents[activation_path]]
+    for _ in range(activation_path.count(".")):
         layer_name = _parent_name(layer_name)
 
     # the search begins above the layer, because torch's own layers also take a padding mask
     name = _parent_name(layer_name)
-    inputs = {_TEXT_INPUT, *_OTHER_INPUTS, *_TORCH_MASKS}
+    input_names = {_TEXT_INPUT, *_OTHER_INPUTS, *_TORCH_MASKS}
     while name != "":
-        takes_inputs = not inputs.isdisjoint(_argument_names(modules[name]))
-        if takes_inputs:
+        arguments = _argument_names(modules[name])
+        if any(argument in input_names for argument in arguments):
             return name
         name = _parent_name(name)
     return ""

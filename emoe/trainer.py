@@ -15,7 +15,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from emoe.architectures import is_registered
-from emoe.checkpoint import save_order
+from emoe.checkpoint import save_partition_file
 from emoe.convert import converted_layers
 from emoe.errors import ConfigError
 from emoe.layer import aux_loss, update_gates_
@@ -85,7 +85,7 @@ class TrainerCallback(transformers.TrainerCallback):
         # one process writes, if Trainer has made a folder for the checkpoint
         is_written_here = args.should_save and folder.is_dir()
         # every process must make this call, because it gathers sharded weights from all of them
-        save_order(model, folder, write=is_written_here)
+        save_partition_file(model, folder, write=is_written_here)
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
@@ -192,21 +192,24 @@ def _add_balance_loss(model: nn.Module, _args: Any, kwargs: dict[str, Any], outp
 def _loss_weight(model: nn.Module, kwargs: dict[str, Any], loss: Tensor) -> Tensor | float:
     """Return the weight that a forward pass has in the loss of an optimizer step.
 
-    It is the pass's share of the step's labels if the model divides by their number, else 1.
+    If the model divides its loss by the number of labels in the step, the weight is the share of
+    these labels that the pass has. Otherwise it is 1.
     """
-    count = kwargs.get("num_items_in_batch")
-    if count is None or not _depends_on(loss, count):
+    # Trainer's number of labels in the step
+    num_items = kwargs.get("num_items_in_batch")
+    if num_items is None or not _depends_on(loss, num_items):
         return 1.0
     labels_in_pass = _count_labels(model, kwargs)
     # DataParallel repeats the number for each device
-    labels_in_step = count.detach().flatten()[0]
+    labels_in_step = num_items.detach().flatten()[0]
     weight = labels_in_pass / labels_in_step
     return weight.to(loss.device)
 
 
-def _depends_on(loss: Tensor, count: Tensor) -> bool:
+def _depends_on(loss: Tensor, num_items: Tensor) -> bool:
     """Check if a loss was computed from ``num_items_in_batch``."""
-    (gradient,) = torch.autograd.grad(loss, count, retain_graph=True, allow_unused=True)
+    # the gradient is None if the number was not used
+    (gradient,) = torch.autograd.grad(loss, num_items, retain_graph=True, allow_unused=True)
     return gradient is not None
 
 

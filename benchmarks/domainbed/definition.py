@@ -162,7 +162,7 @@ class ImageSource(ExplicitNulls):
     """The source of an image set."""
 
     exactly_one_of = ("folder", "mnist")
-    together = (("mnist", "digits"), ("hub", "folder"))
+    key_requirements = (("mnist", "digits"), ("hub", "folder"))
     folder: str | None = None
     """Name of the set's folder below data_root. Its layout is DomainBed's:
     `<environment>/<class>/<image>`.

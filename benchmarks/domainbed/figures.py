@@ -56,13 +56,14 @@ def draw_accuracy(outcomes: DomainOutcomes, data_set: str, path: Path) -> None:
         return
     # one mean over trials for each combination of model, environment and method
     keys_of_mark = ["model", "eval_task", "method"]
-    means = our_means(cells.set_index(keys_of_mark)["value"], keys_of_mark)
+    accuracies = cells.set_index(keys_of_mark)["value"]
+    means = our_means(accuracies, keys_of_mark)
     rows = outcomes.order(means, ["model", "method"])
     style_of_method = {method: outcomes.style(method) for method in rows["method"]}
-    # changed, so that methods with the same style can be told apart
+    # methods with the same style get different dashes and markers
     styles = distinct_styles(style_of_method.items())
     lines = [f"{outcomes.env_title(data_set, env_name)} held out" for env_name in rows["eval_task"]]
-    # the columns that draw_forest reads; it draws ``delta``, which usually is a difference
+    # the columns that draw_forest reads; ``delta`` usually is a difference, here an accuracy
     drawn = rows.assign(
         panel=rows["model_title"],
         line=lines,
@@ -112,7 +113,8 @@ def step_values(outcomes: DomainOutcomes, data_set: str) -> pd.DataFrame:
         A row for each run, step and ``quantity``, with titles and these columns:
 
         - ``model``, ``method`` and ``run_id``
-        - ``environment`` (the held-out one), ``trial``, and ``pair``: both as text
+        - ``environment`` (the held-out one), ``trial``, and ``pair`` (environment and trial as one
+          text)
         - ``step``: the number of the last update before the evaluation, counted from 0
         - ``quantity`` and ``value``: ``loss`` is the mean training loss since the evaluation
           before. ``in_domain`` is the mean accuracy on the *out* splits of the training
@@ -179,6 +181,7 @@ def _chosen_runs(outcomes: DomainOutcomes, data_set: str) -> Iterator[_SingleRun
     """
     is_of_set = outcomes.cells["task"] == data_set
     is_selected = outcomes.cells["selection"] == _SELECTION
+    # cells have no run ids, so their runs are found by what identifies a run
     chosen_keys = set()
     for cell in outcomes.cells[is_of_set & is_selected].itertuples():
         chosen_key = _RunKey(
@@ -259,21 +262,19 @@ def draw_steps(outcomes: DomainOutcomes, data_set: str, path: Path) -> None:
     placeholder if there is nothing to draw.
     """
     values = step_values(outcomes, data_set)
-    # beside each row, the number of evaluated steps of its model
-    num_steps = values.groupby("model")["step"].transform("nunique")
+    # transform gives each row the number of evaluated steps of its model
+    num_steps_of_model = values.groupby("model")["step"].transform("nunique")
     # a line needs two steps besides the first, which has no differences
-    drawn = values[num_steps > 2]
-    # empty if no pair has all methods, as in an unfinished suite
-    shared = shared_pairs(drawn, within=["model"], compared=["method"], pair="pair")
+    drawn = values[num_steps_of_model > 2]
+    # the values of the pairs that all methods have; empty if the suite has no such pair yet
+    shared_values = shared_pairs(drawn, within=["model"], compared=["method"], pair="pair")
     # empty without the baseline
     differences = step_differences(outcomes, drawn)
 
     # rows of panels without any values are left out
     panel_rows = []
     for panel_row in _STEP_ROWS:
-        panel_values = shared
-        if panel_row.is_difference:
-            panel_values = differences
+        panel_values = differences if panel_row.is_difference else shared_values
         if not panel_values.empty:
             panel_rows.append(panel_row)
     if not panel_rows:
@@ -285,7 +286,7 @@ def draw_steps(outcomes: DomainOutcomes, data_set: str, path: Path) -> None:
     styles = outcomes.styles_by_title(drawn)
     with plots.curve_figure(path, models, labels, _STEPS_HEIGHT) as axes:
         for column, model in enumerate(models):
-            values_of_model = shared[shared["model_title"] == model]
+            values_of_model = shared_values[shared_values["model_title"] == model]
             differences_of_model = differences[differences["model_title"] == model]
             _draw_model(axes[:, column], panel_rows, values_of_model, differences_of_model, styles)
             label = _steps_label(outcomes, values_of_model, differences_of_model)
@@ -347,21 +348,22 @@ def _draw_differences(
     # the first step, the last step, and evenly spaced steps between them
     steps = np.sort(differences["step"].unique())
     num_shown = min(len(steps), _MOST_STEPS)
-    places = np.linspace(0, len(steps) - 1, num_shown)
-    shown_steps = steps[places.round().astype(int)]
+    spaced_positions = np.linspace(0, len(steps) - 1, num_shown)
+    indices = spaced_positions.round().astype(int)
+    shown_steps = steps[indices]
     shown = differences[differences["step"].isin(shown_steps)]
 
     # the marks of all methods are centred on their step
     methods = list(differences["method_title"].unique())
     middle = (len(methods) - 1) / 2
-    gap = 0.0  # a single step has no space between steps
+    gap = 0.0  # with a single step, there is no distance between steps to divide
     if len(shown_steps) > 1:
         gap = _MARKS_GAP * np.diff(shown_steps).min()
     for number, method in enumerate(methods):
         rows = shown[shown["method_title"] == method]
         shift = gap * (number - middle)
         half_intervals = rows["high"] - rows["delta"]
-        # nan, which draws no interval, if there are too few trials
+        # where() makes the interval nan if there are too few trials; nan is not drawn
         drawn_half_intervals = half_intervals.where(rows["n"] >= plots.FEW)
         axis.errorbar(
             rows["step"] + shift,

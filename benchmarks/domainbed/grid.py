@@ -103,7 +103,7 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         # replace the names of held-out environments by their numbers, which depend on the set
         environments = list(self.tasks[data_set].environments)
         lists["test_envs"] = _test_env_tuples(block.test_envs, environments, where.at("test_envs"))
-        # keys that the block leaves out are not in its dump
+        # model_dump leaves out the keys that the block leaves out
         keys = [key for key in _AXES if key in lists]
         lists_of_keys = [lists[key] for key in keys]
         for values in itertools.product(*lists_of_keys):
@@ -158,6 +158,7 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
             test_envs=list(test_envs),
             hparams_seed=hparams_seed,
             hparams=hparams,
+            # the digest of the settings that all runs of the method share
             sweep=_sweep(self.definition.version, methods[point["method"]], settings),
             training={**settings.spec(), "eval_every": eval_every},
             learning_rate=float(hparams["lr"]),

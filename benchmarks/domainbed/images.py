@@ -114,7 +114,9 @@ def open_image(file: Path | bytes, where: str, truncated: str) -> Image.Image:
 
 
 def load_folders(task: RunImageSet, truncated: str) -> ImageSet:
-    """Load a set from its folder below the data root (``EMOE_DATA_ROOT``), else from the hub.
+    """Load a set from its folder below the data root (``EMOE_DATA_ROOT``).
+
+    Without the folder, the set is loaded from the hub if it is there.
 
     Args:
         task: The set.
@@ -203,7 +205,7 @@ def _in_domainbeds_order(present: list[str], task: RunImageSet, where: str) -> l
     present_by_key = {normalize_name(name): name for name in present}
     needed_keys = [normalize_name(str(disk_name)) for _, disk_name in task.environments]
     has_needed_keys = set(present_by_key) == set(needed_keys)
-    # two names may have the same key, so their number is compared, too
+    # two present names may have the same key; then there are more names than keys
     has_needed_number = len(present) == len(needed_keys)
     if not has_needed_keys or not has_needed_number:
         needed = ", ".join(f"{disk_name} ({name})" for name, disk_name in task.environments)
@@ -261,17 +263,18 @@ def _from_hub(task: RunImageSet, truncated: str) -> ImageSet:
 
     # without decoding, the column has the bytes of the files; each image is decoded when it is read
     images = rows.cast_column("image", datasets.Image(decode=False))
-    class_names = _column_texts(rows, "label")  # of each row
-    domains = _column_texts(rows, "domain")  # of each row
-    classes = sorted(set(class_names))
-    class_numbers = [classes.index(class_name) for class_name in class_names]
-    ordered_domains = _in_domainbeds_order(sorted(set(domains)), task, where)
+    class_of_row = _column_texts(rows, "label")
+    domain_of_row = _column_texts(rows, "domain")
+    classes = sorted(set(class_of_row))
+    label_of_row = [classes.index(class_name) for class_name in class_of_row]
+    domains = sorted(set(domain_of_row))
+    ordered_domains = _in_domainbeds_order(domains, task, where)
     environments = []
     for (name, _), domain in zip(task.environments, ordered_domains, strict=True):
-        in_domain = [index for index in range(len(rows)) if domains[index] == domain]
+        in_domain = [index for index in range(len(rows)) if domain_of_row[index] == domain]
         # a stable sort: within a class, rows stay in the order of the hub
-        indices = sorted(in_domain, key=lambda index: class_numbers[index])
-        labels = [class_numbers[index] for index in indices]
+        indices = sorted(in_domain, key=lambda index: label_of_row[index])
+        labels = [label_of_row[index] for index in indices]
         _check_all_classes(labels, classes, f"{where}: the domain '{domain}'")
         # takes a row of the environment, and opens the image when it is needed
         open_row = partial(_open_row, images, indices, where, truncated)

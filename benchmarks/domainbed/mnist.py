@@ -49,7 +49,7 @@ def load_digits(digits: str) -> Digits:
     """
     if digits == "package":
         return _load_packaged_digits()
-    # without a data root, the message below names the place
+    # without a data root, this folder usually does not exist; then the message below names it
     root = Path(os.environ.get(DATA_ROOT) or "data_root")
     try:
         train = MNIST(root, train=True)

@@ -87,7 +87,9 @@ class DomainOutcomes(Outcomes):
             pair="seed",
         )
         self.differences = self._differences(self.shared)
-        self.tests = with_verdicts(self._differences(self.cells))
+        # a test compares only two methods, so it uses every trial that these two have
+        differences_of_all_trials = self._differences(self.cells)
+        self.tests = with_verdicts(differences_of_all_trials)
 
     def _differences(self, cells: pd.DataFrame) -> pd.DataFrame:
         """Compute the mean difference between each method and the baseline.
@@ -214,14 +216,17 @@ class DomainOutcomes(Outcomes):
         the trial lacks an environment that another trial of the image set has, because means over
         different environments are not comparable.
         """
-        by_trial = self._accuracies_by_trial()
-        means = by_trial.mean()
-        num_environments = by_trial.count()
-        # for each image set, the environments that any trial has
+        grouped_by_trial = self._accuracies_by_trial()
+        means = grouped_by_trial.mean()
+        num_environments = grouped_by_trial.count()
+        # for each image set, the number of environments that any trial has
         num_compared = self.shared.groupby("task")["eval_task"].nunique()
+        # for each mean, that number of its image set
         image_sets = means.index.get_level_values("task")
         num_needed = [num_compared[name] for name in image_sets]
-        return means.where(num_environments == num_needed)
+        has_all_environments = num_environments == num_needed
+        # where() replaces the other means by nan
+        return means.where(has_all_environments)
 
     def complete_trial_means(self) -> pd.Series[float]:
         """Average the accuracies of :attr:`shared` over environments, for complete trials.
@@ -229,9 +234,10 @@ class DomainOutcomes(Outcomes):
         Returns one mean for each :data:`CELL` and ``seed``, as in :meth:`trial_means`. Trials that
         lack an environment of the image set are omitted.
         """
-        by_trial = self._accuracies_by_trial()
-        means = by_trial.mean()
-        num_environments = by_trial.count()
+        grouped_by_trial = self._accuracies_by_trial()
+        means = grouped_by_trial.mean()
+        num_environments = grouped_by_trial.count()
+        # for each mean, the number of environments of its image set
         image_sets = means.index.get_level_values("task")
         num_needed = [len(self.environments(name)) for name in image_sets]
         return means[num_environments == num_needed]

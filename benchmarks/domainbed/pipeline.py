@@ -59,6 +59,7 @@ def run(spec: ImageSpec, folder: Path, progress: Progress) -> dict[str, Any]:
         dropout=spec.hparams.vit_dropout or 0.0,
     )
     environments = data.image_set.environments
+    # the output of frozen layers never changes, so it is computed once, before the training
     if classifier.prefix is not None:
         environments = _add_prefixes(classifier.prefix, spec, environments, splits)
 
@@ -70,7 +71,7 @@ def run(spec: ImageSpec, folder: Path, progress: Progress) -> dict[str, Any]:
         folder=folder,
         progress=progress,
     )
-    # the training
+    # a checkpoint is used only if it comes from the same images and pre-trained weights
     origin = {"images": digest_images(data.image_set), "weights": classifier.weights_id}
     evaluated_steps = trainer.fit(origin)
     records = _add_epochs(evaluated_steps, spec, splits)
@@ -275,27 +276,28 @@ def _split(spec: ImageSpec, image_set: ImageSet) -> list[Split]:
 def _add_prefixes(
     prefix: Prefix, spec: ImageSpec, environments: Sequence[Environment], splits: Sequence[Split]
 ) -> list[Environment]:
-    """Add the output of the model's frozen layers (the prefix) to each environment.
+    """Return copies of the environments with the output of the model's frozen layers (the prefix).
 
     It is computed for all images that training or evaluation reads.
     """
     training = spec.training
-    prefixed = list(environments)
-    # methods begin with different environments, so that concurrent runs share the work instead of
-    # waiting for each other
+    extended = list(environments)
+    # Runs share the files of outputs. Methods begin with different environments, so that concurrent
+    # runs compute different files instead of waiting for the same one.
     num_envs = len(environments)
-    first = derive_seed("first", spec.method.name) % num_envs
-    for place in range(num_envs):
-        env = (first + place) % num_envs
+    first_env = derive_seed("first", spec.method.name) % num_envs
+    for offset in range(num_envs):
+        env = (first_env + offset) % num_envs
         within = splits[env].within
         # a held-out environment is only evaluated, and an evaluation reads only the first rows
         if env in spec.test_envs:
             within = within[: training.eval_rows]
         out = splits[env].out[: training.eval_rows]
-        # sorted, so that trials share the cache if they use all rows
+        # Trials shuffle the rows differently, and a file depends on their order. Sorted rows let
+        # trials that use all rows share one file.
         rows = sorted([*within, *out])
-        prefixed[env] = with_prefix(environments[env], prefix, rows, training.image_size)
-    return prefixed
+        extended[env] = with_prefix(environments[env], prefix, rows, training.image_size)
+    return extended
 
 
 def _evaluation_splits(
@@ -313,7 +315,7 @@ def _evaluation_splits(
         # held-out environments are never augmented
         augments = spec.hparams.data_augmentation and training.val_augment and not is_test
         transform = _transform(spec, augments=augments)
-        # of the in splits, selections and tables read only those of held-out environments
+        # selections and tables read the in splits of held-out environments only
         if is_test or training.evaluate == "all":
             in_rows = split.within[: training.eval_rows]
             in_splits[f"env{env}_in"] = EvaluationRows(environment, in_rows, transform)

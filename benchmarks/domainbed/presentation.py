@@ -98,14 +98,17 @@ def _with_accuracies(outcomes: DomainOutcomes, data_set: str) -> tuple[pd.DataFr
     """Average the accuracies on each held-out environment of an image set over trials.
 
     Returns:
-        - a row for each selection, model and method, with the number of trials ``n``.
+        - a frame with a row for each selection, model and method: the mean accuracies, their
+          errors, and the number of trials ``n``.
         - the printed columns: one for each held-out environment, and their average.
     """
     cells = outcomes.shared[outcomes.shared["task"] == data_set]
-    by_environment = cells.groupby([*CELL, "eval_task"], sort=False)["value"]
-    means = by_environment.agg(mean="mean", error=_domainbed_error).reset_index()
+    # the accuracies of all trials, for each row of the table and each held-out environment
+    accuracies = cells.groupby([*CELL, "eval_task"], sort=False)["value"]
+    means = accuracies.agg(mean="mean", error=_domainbed_error).reset_index()
 
-    trials = cells.groupby(CELL, sort=False).agg(n=("seed", "nunique")).reset_index()
+    # the rows of the table, with the number of trials
+    trial_counts = cells.groupby(CELL, sort=False).agg(n=("seed", "nunique")).reset_index()
     # the printed environments: those that runs hold out, in DomainBed's order
     held_out = set(cells["eval_task"])
     headings = {}
@@ -113,7 +116,7 @@ def _with_accuracies(outcomes: DomainOutcomes, data_set: str) -> tuple[pd.DataFr
         if env_name in held_out:
             headings[env_name] = outcomes.env_title(data_set, env_name)
     with_envs, env_columns = common.spread_over_columns(
-        trials,
+        trial_counts,
         on=CELL,
         numbers=means,
         name_column="eval_task",
@@ -148,8 +151,8 @@ def choices(outcomes: DomainOutcomes, data_set: str) -> Table:
     ordered = outcomes.order(of_set, _ORDER_OF_SET)
     env_titles = [outcomes.env_title(data_set, env_name) for env_name in ordered["eval_task"]]
     # hparams_seed 0 stands for the default hyper-parameters
-    draws = ordered["hparams_seed"].astype(str).replace("0", "defaults")
-    frame = ordered.assign(eval_task_title=env_titles, draw=draws)
+    draw_titles = ordered["hparams_seed"].astype(str).replace("0", "defaults")
+    frame = ordered.assign(eval_task_title=env_titles, draw=draw_titles)
     # the columns that name a row, with their headings
     keys = {
         **_HEADINGS_OF_SET,
@@ -170,7 +173,7 @@ def choices(outcomes: DomainOutcomes, data_set: str) -> Table:
             Column("accuracy", "value", "Accuracy"),
         ],
         frame=frame,
-        # a row lists the runs of all trials and held-out environments
+        # without the seed, a row of one trial is linked to the runs of all trials
         origins=outcomes.recorded_numbers.drop(columns="seed"),
     )
 
@@ -191,8 +194,10 @@ def summary(outcomes: DomainOutcomes) -> Table:
     It has a row for each selection, model and method. With one image set, there is no average.
     """
     keys = ["selection", "model", "method"]
-    by_cell = outcomes.trial_means().groupby(CELL, sort=False)
-    # size also counts the trials of a dash, as in the table of each set
+    # the means of all trials, for each selection, model, image set and method
+    trial_means = outcomes.trial_means()
+    by_cell = trial_means.groupby(CELL, sort=False)
+    # size also counts trials whose mean is nan (printed as a dash), as the table of each set does
     means = by_cell.agg(mean="mean", error=_domainbed_error, n="size").reset_index()
     numbers = means[["task", *keys, "mean", "error"]]
 
@@ -342,9 +347,9 @@ def _averages_of_four(outcomes: DomainOutcomes) -> pd.DataFrame:
 
 
 def verdicts(outcomes: DomainOutcomes) -> Iterator[str]:
-    """Yield a sentence for each model, set and selection: each method's difference to the baseline.
+    """Yield a sentence for each model, image set and selection.
 
-    Controls are omitted.
+    It has the difference of each method to the baseline. Controls are omitted.
     """
     ordered = outcomes.order(outcomes.tests, _ORDER)
     has_method_role = ordered["method"].map(outcomes.role) == "method"
@@ -388,14 +393,16 @@ def _limit_note(outcomes: DomainOutcomes, data_set: str) -> str:
 
 def _selections_note(outcomes: DomainOutcomes, data_sets: list[str]) -> str:
     """Return sentences on the selections, and on the augmentation of validation images, if any."""
+    # True if a run augments validation images, False if a run does not; maybe both
     val_augments = set()
     for run in _runs_on(outcomes, data_sets):
         spec = outcomes.specs[run.id]
         # MNIST's digits are never augmented
         if spec.hparams.data_augmentation and not spec.task.source.mnist:
             val_augments.add(spec.training.val_augment)
-    validation = [text for value, text in _VALIDATION_NOTES.items() if value in val_augments]
-    return _sentences(_SELECTIONS_NOTE, *validation)
+    # in the order of _VALIDATION_NOTES
+    notes = [note for augments, note in _VALIDATION_NOTES.items() if augments in val_augments]
+    return _sentences(_SELECTIONS_NOTE, *notes)
 
 
 def _experts_note(outcomes: DomainOutcomes, data_sets: list[str]) -> str:

@@ -164,21 +164,21 @@ def _definitions(registry: Registry, dataset: str) -> dict[str, _HyperParameter]
         "class_balanced": _fixed(False),
         "nonlinear_classifier": _fixed(False),
     }
-    # the fork's registry is older than this hyper-parameter
+    # only DomainBed's registry has this one; the fork's registry is older
     vit_dropout = {}
     if registry == "domainbed":
         vit_dropout = {"vit_dropout": _HyperParameter(0.0, _dropout)}
 
     if dataset in SMALL_IMAGES:
-        own = _small_image_definitions()
+        of_data_set = _small_image_definitions()
     elif registry == "domainbed":
-        own = _image_definitions(dataset, _DOMAINBED_DEFAULT_LR)
+        of_data_set = _image_definitions(dataset, _DOMAINBED_DEFAULT_LR)
     elif dataset in _FORK_DEFAULTS:
-        own = _fork_definitions(dataset, _FORK_DEFAULTS[dataset])
+        of_data_set = _fork_definitions(dataset, _FORK_DEFAULTS[dataset])
     else:
         # the fork uses DomainBed's ranges for other data sets, with another default
-        own = _image_definitions(dataset, _FORK_DEFAULT_LR)
-    return {**shared, **vit_dropout, **own}
+        of_data_set = _image_definitions(dataset, _FORK_DEFAULT_LR)
+    return {**shared, **vit_dropout, **of_data_set}
 
 
 def _small_image_definitions() -> dict[str, _HyperParameter]:
@@ -291,8 +291,8 @@ def best_record(
     """
     candidates = []
     for record in records:
-        trained = [env for env in _environments(record) if env not in test_envs]
-        accuracies = [record[f"env{env}_out_acc"] for env in trained]
+        trained_envs = [env for env in _environments(record) if env not in test_envs]
+        accuracies = [record[f"env{env}_out_acc"] for env in trained_envs]
         value = float(np.mean(accuracies))
         candidates.append(SelectedRecord(value, record, settings_number))
     return _first_best(candidates)
@@ -341,6 +341,7 @@ def _cross_validate(run: RunRecords, runs: Sequence[RunRecords], env: int) -> Se
     """
     number = run.settings_number
     same_settings = [other_run for other_run in runs if other_run.settings_number == number]
+    # by the other environment and the step
     accuracy_on = _accuracies_of_pairs(same_settings, env)
     candidates = []
     for record in run.records:

@@ -110,10 +110,10 @@ class DomainTrainer(RoutedTrainer):
 
         images_per_step = len(draws) // training.steps
         arguments = _arguments(spec, folder, images_per_step, self._precision)
-        # never None here, because a run's spec has the image set's number instead of null
+        # never None: a run's spec has the image set's number if the suite has null
         eval_every = cast(int, training.eval_every)
 
-        # the probe compares machines, so any fixed images will do
+        # The probe records the model's output on a fixed batch, to compare machines. Any images do.
         first_split = next(iter(splits.values()))
         fixed_images = default_collate(fixed_rows(first_split))
         probe = Probe()
@@ -205,7 +205,7 @@ class DomainTrainer(RoutedTrainer):
         """
         if not emoe.is_converted(self._module):
             return self._confusion(splits, num_classes), {}
-        # the record tells images apart by their number, counted from 0 over all splits
+        # images are numbered from 0 over all splits, and the record stores routing by this number
         num_images = sum(len(rows) for rows in splits)
         image_numbers = torch.arange(num_images)
         with (
@@ -218,7 +218,7 @@ class DomainTrainer(RoutedTrainer):
     def _confusion(self, splits: Sequence[EvaluationRows], num_classes: int) -> NDArray[np.int64]:
         """Count predictions, ``[environments, true classes, predicted classes]``.
 
-        ``splits`` has one split per environment. The model sees each image once, in their order.
+        ``splits`` has one split per environment. The model reads every image once, split by split.
         """
         model = self._module.eval()
         device = next(model.parameters()).device
@@ -230,7 +230,9 @@ class DomainTrainer(RoutedTrainer):
                 with torch.inference_mode(), self.compute_loss_context_manager():
                     logits = model(**inputs)["logits"]
                 predicted = logits.argmax(-1).cpu()
-                np.add.at(confusion[env], (labels.numpy(), predicted.numpy()), 1)
+                # add.at counts every image; `+= 1` would count images of the same cell once
+                cells = (labels.numpy(), predicted.numpy())
+                np.add.at(confusion[env], cells, 1)
         return confusion
 
     def _routing(
@@ -240,11 +242,12 @@ class DomainTrainer(RoutedTrainer):
 
         Returns:
             - the statistics of the record, as means over layers.
-            - the mutual information of experts with ``class`` and ``environment`` in bits, as means
-              over layers, with their values by chance.
-            - ``loads``: for each layer, the expert choices ``[environments, classes, experts]``.
+            - the mutual information of experts with ``class`` and with ``environment`` in bits, as
+              means over layers. Beside each are the mean and the quantile for shuffled labels.
+            - ``loads``: for each layer, the counts of expert choices
+              ``[environments, classes, experts]``.
             - ``chance``: for each layer, two numbers for ``class`` and two for ``environment``: the
-              mean and the 95 % quantile of the information that shuffled labels have, in bits.
+              mean and the 95 % quantile of the mutual information of shuffled labels, in bits.
         """
         # the environment and the class of each image, in the order of the recorded images
         images_of_split = [len(rows) for rows in splits]
@@ -255,19 +258,23 @@ class DomainTrainer(RoutedTrainer):
         loads_of_layers = [loads_by_row(layer, num_images) for layer in record.layers.values()]
         image_loads = np.stack(loads_of_layers, axis=1)
 
-        # Classes are shuffled within each environment, and environments within each class, so that
-        # chance includes what one label tells about the other. Both results are
-        # [1 + shuffles, layers]; the first row is of the true labels.
-        class_bits = shuffled_information(image_loads, classes, environments, self._shuffle_seed)
+        # Mutual information in bits, [1 + shuffles, layers]. The first row has the true labels, the
+        # others have shuffled labels. Environments differ in their classes, so an expert that
+        # depends on the environment alone also has information on the class. Classes are shuffled
+        # within each environment (its stratum), so that chance includes this. Environments are
+        # shuffled within each class.
+        class_bits = shuffled_information(
+            image_loads, labels=classes, strata=environments, seed=self._shuffle_seed
+        )
         environment_bits = shuffled_information(
-            image_loads, environments, classes, self._shuffle_seed
+            image_loads, labels=environments, strata=classes, seed=self._shuffle_seed
         )
 
         # the sums over the images with the same environment and class:
         # [environments, classes, layers, experts]
         _num_images, num_layers, num_experts = image_loads.shape
         loads = np.zeros((len(splits), num_classes, num_layers, num_experts), dtype=np.int64)
-        # `+=` would add only one of these images, `add.at` adds all
+        # add.at adds the loads of every image; `+=` would keep one image per environment and class
         np.add.at(loads, (environments, classes), image_loads)
 
         loads_by_layer = {}

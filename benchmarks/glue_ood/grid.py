@@ -87,51 +87,53 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
             raise DefinitionError(
                 f"{file}: 'evaluates' is '{other.name}', which trains no text classifiers"
             )
-        trained = other.definition
+        # the rows are the other benchmark's methods, and its trained models as another method
+        other_definition = other.definition
         definition = EvaluationDefinition(
             **evaluation_file.given(),
-            baseline=trained.baseline,
-            method_defaults=trained.method_defaults,
+            baseline=other_definition.baseline,
+            method_defaults=other_definition.method_defaults,
             methods={
                 **_main_rows(other),
-                **transformed_rows(evaluation_file.transformed, trained, file),
+                **transformed_rows(evaluation_file.transformed, other_definition, file),
             },
         )
         benchmark = cls(name, definition, other.tasks, {**DOMAINS, OOD_RANK: _RANKS})
-        # transformed rows are shown only in ablations, so they have no rank
-        main = [row for row in definition.methods if row not in definition.transformed]
-        check_names(Location(file, "ranked"), definition.ranked, main)
+        # only the other rows are ranked, because transformed rows are shown only in ablations
+        main_rows = [row for row in definition.methods if row not in definition.transformed]
+        check_names(Location(file, "ranked"), definition.ranked, main_rows)
         check_ablations(benchmark)
         return benchmark
 
     def specs(
         self, part: Part[EvaluationPart], exclude: Collection[str], others: Sequence[Run]
     ) -> Iterator[dict[str, Any]]:
-        # The learning rate and the variant are chosen when the runs of the other benchmark are
-        # finished. So a spec names all candidates of its cells, of all seeds. The run itself
-        # chooses with their records.
+        # The runs of the other benchmark may be unfinished when this plan is made. Then their best
+        # learning rate and variant are unknown. So a spec names all candidate runs, of all seeds.
+        # The evaluation itself chooses one of them by their dev scores.
         settings = self.settings("evaluation", part).model_dump()
         cells = self._candidates(part, others)
         for row in _rows(self.definition, cells):
-            first = row.first_run
-            task = self.tasks[first.task]
-            ood = [self.tasks[name].spec() for name in task.ood if name not in exclude]
-            if not ood:
+            first_run = row.first_run
+            task = self.tasks[first_run.task]
+            ood_sets = [self.tasks[name].spec() for name in task.ood if name not in exclude]
+            if not ood_sets:
                 continue
+            # without a conversion, a spec does not have the key
             conversion = {}
             if row.used_as is not None:
                 conversion = {"used_as": row.used_as}
             for seed in row.seeds:
                 yield self.spec(
                     "",  # no variant, because it is not chosen yet
-                    protocol=first.protocol,
-                    model=first.model_spec,
-                    task=first.task_spec,
-                    ood=ood,
+                    protocol=first_run.protocol,
+                    model=first_run.model_spec,
+                    task=first_run.task_spec,
+                    ood=ood_sets,
                     evaluation=settings,
                     candidates=[run.folder for run in row.candidates],
                     trained=row.trained,
-                    # the configuration is that of the chosen run
+                    # the configuration, like the learning rate, is that of the chosen run
                     method={"name": row.name, "variant": "", "config": None},
                     learning_rate=0.0,
                     seed=seed,
@@ -171,10 +173,11 @@ def _main_rows(benchmark: TextBenchmark) -> dict[str, Method]:
 
 
 def _rows(definition: EvaluationDefinition, cells: Mapping[_Cell, list[Run]]) -> Iterator[_Row]:
-    """Yield a row for each cell, then a row for each cell whose models are converted.
+    """Yield a row for each cell, then the rows with models that are converted before evaluation.
 
-    A row with converted models needs runs of the method that they are converted to, with the same
-    model, task and protocol. Without such runs, the row is left out.
+    ``definition.transformed`` has such rows. Their models are trained as one method (``trained``)
+    and evaluated as another (``used_as``). A row needs runs of both methods with the same model,
+    task and protocol. Without them, the row is left out.
     """
     for cell, runs in cells.items():
         yield _Row(
@@ -190,18 +193,20 @@ def _rows(definition: EvaluationDefinition, cells: Mapping[_Cell, list[Run]]) ->
             if cell.method != transformed.trained:
                 continue
             # the runs of the method to convert to, with the same model, task and protocol
-            runs_of_other = cells.get(cell._replace(method=transformed.used_as))
-            if runs_of_other is None:
+            cell_of_target = cell._replace(method=transformed.used_as)
+            target_runs = cells.get(cell_of_target)
+            if target_runs is None:
                 continue
-            # the other method may have fewer seeds, and one of its runs is chosen for each seed
-            other_seeds = _seeds(runs_of_other)
+            # each evaluation takes a run of both methods with its seed
+            seeds_of_target = _seeds(target_runs)
+            seeds_of_both = [seed for seed in _seeds(runs) if seed in seeds_of_target]
             yield _Row(
                 name=name,
                 trained=cell.method,
                 used_as=transformed.used_as,
                 first_run=runs[0],
-                candidates=[*runs, *runs_of_other],
-                seeds=[seed for seed in _seeds(runs) if seed in other_seeds],
+                candidates=[*runs, *target_runs],
+                seeds=seeds_of_both,
             )
 
 

@@ -54,14 +54,14 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
     test = load(spec.task, "test")
     ood_splits = {other.name: _load_ood(other, load) for other in spec.ood}
     candidates = [read_run(RUNS / candidate / "run.json") for candidate in spec.candidates]
-    chosen = _chosen(spec, spec.trained, candidates)
+    chosen = _choose_run(spec, spec.trained, candidates)
     chosen_spec = parse(chosen.spec, TextSpec, chosen.folder)
     recorded = read_record(chosen).metrics
     tokenizer = load_tokenizer(chosen_spec.model)
     classifier = _reopen(chosen, chosen_spec, recorded, tokenizer)
     # evaluate the trained weights with the experts of another method, or without experts
     if spec.used_as is not None:
-        target = _chosen(spec, spec.used_as, candidates)
+        target = _choose_run(spec, spec.used_as, candidates)
         target_spec = parse(target.spec, TextSpec, target.folder)
         convert_trained_(classifier.model, target_spec.method.config)
     evaluator = TextEvaluator(
@@ -78,7 +78,8 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
     first_set = ood_splits[spec.ood[0].name]
     probe.observe(classifier.model, evaluator.first_batch(first_set))
 
-    # a model with experts is evaluated anyway, to record its routing
+    # The training run may already have the test score. But a model with experts is evaluated again,
+    # to record its routing.
     is_dense = not emoe.is_converted(classifier.model)
     can_reuse_score = is_dense and _has_recorded_score(spec, chosen_spec)
     if can_reuse_score:
@@ -153,7 +154,7 @@ def _load_ood(other: RunTask, load: Callable[..., TextSplit]) -> TextSplit:
         ) from error
 
 
-def _chosen(spec: EvaluationSpec, method: str, candidates: Sequence[Run]) -> Run:
+def _choose_run(spec: EvaluationSpec, method: str, candidates: Sequence[Run]) -> Run:
     """Return the candidate run of a method with the seed of the spec and the best hyper-parameters.
 
     The best variant and learning rate have the highest dev score, averaged over seeds.

@@ -24,11 +24,12 @@ _RANK_COLUMNS = ["protocol", "model", "method", "rank", "sets", "ranked", "paper
 
 
 def complete_scores(outcomes: TextOutcomes) -> Scores:
-    """Map each protocol and model to the ranked methods' scores ``[methods, data sets and seeds]``.
+    """Collect the OOD scores for which all ranked methods can be compared.
 
-    A data set is a pair of training task and OOD set. A column is dropped if one of the methods
-    lacks the score. A method without any score has no row. A protocol and model without any column
-    is left out.
+    Returns:
+        A frame for each protocol and model. It has a row for each ranked method that has any score.
+        It has a column for each ``scope`` (pair of training task and OOD set) and ``seed`` for
+        which all these methods have a score. A protocol and model without such columns is left out.
     """
     methods = cast(EvaluationDefinition, outcomes.benchmark.definition).ranked
     is_ood = outcomes.seeds["domain"] == OOD
@@ -36,12 +37,12 @@ def complete_scores(outcomes: TextOutcomes) -> Scores:
     seeds = outcomes.seeds[is_ood & is_ranked]
     scores = {}
     for key, group in seeds.groupby(["protocol", "model"], sort=False):
-        # [methods, data sets and seeds]
-        by_seed = group.pivot_table(
+        # a row for each method, a column for each data set and seed; missing scores are nan
+        all_scores = group.pivot_table(
             index="method", columns=["scope", "seed"], values="value", sort=False
         )
-        # keep the seeds of each data set for which every method has a score
-        complete = by_seed.dropna(axis=1)
+        complete = all_scores.dropna(axis=1)
+        # put the methods in the order of the definition
         in_order = [name for name in methods if name in complete.index]
         table = complete.loc[in_order]
         if not table.empty:
@@ -77,6 +78,7 @@ def ranks_by_seed(outcomes: TextOutcomes) -> pd.DataFrame:
         num_sets = by_seed.columns.get_level_values("scope").nunique()
         for seed in by_seed.columns.get_level_values("seed").unique():
             scores = by_seed.xs(seed, axis=1, level="seed")  # [methods, data sets]
+            # the seed lacks a data set
             if scores.shape[1] < num_sets:
                 continue
             mean_ranks, _ = friedman_ranks(scores)

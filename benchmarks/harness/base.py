@@ -334,6 +334,7 @@ def read_yaml(path: Path) -> Any:
     except OSError as error:
         raise DefinitionError(f"{path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # such as an impossible date
+        # the parser got a text, so it names no file: `in "<unicode string>", line 3`
         problem = str(error).replace('in "<unicode string>", ', "at ")
         raise DefinitionError(f"{path} is not valid YAML: {problem}") from error
 

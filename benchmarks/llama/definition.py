@@ -96,7 +96,7 @@ class Finetuning(Entry):
             spec["weights"] = self.weights
         if self.quantize:
             spec["quantize"] = self.quantize
-            # layers whose FFNs keep whole weights
+            # the layers whose FFNs are not quantised
             spec["whole"] = self.layers
         return spec
 

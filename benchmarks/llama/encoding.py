@@ -69,24 +69,26 @@ class EncodedRows(Dataset[dict[str, Any]]):
         self.rows: list[EncodedRow] = []
         self.broken: list[str] = []
         self._states: PrefixStates | None = None
-        # the offsets of the tokens separate prompt and response
+        # a token's offsets are its place in the text, so they tell where the response starts
         options = {"add_special_tokens": template.special_tokens, "return_offsets_mapping": True}
         for row in instructions:
             prompt = template.prompt(row)
             response = template.response(row)
             encoded = template.tokenizer(prompt + response, **options)
             tokens = encoded["input_ids"]
-            begin = _response_start(prompt, encoded["offset_mapping"])
+            response_start = _response_start(prompt, encoded["offset_mapping"])
             # without a response token, nothing could be learned
-            if begin >= max_length:
+            if response_start >= max_length:
                 self.broken.append(
-                    f"{row.position} has a prompt of {begin} tokens, "
+                    f"{row.position} has a prompt of {response_start} tokens, "
                     f"so the response does not fit into {max_length}"
                 )
                 continue
-            cut = max(len(tokens) - max_length, 0)
+            num_cut = max(len(tokens) - max_length, 0)
             self.rows.append(
-                EncodedRow(source=row, tokens=tokens[:max_length], begin=begin, cut=cut)
+                EncodedRow(
+                    source=row, tokens=tokens[:max_length], begin=response_start, cut=num_cut
+                )
             )
 
     def select(self, numbers: Sequence[int]) -> EncodedRows:
@@ -105,7 +107,7 @@ class EncodedRows(Dataset[dict[str, Any]]):
         """
         collate = collator(tokenizer)
 
-        def batch(numbers: Sequence[int]) -> dict[str, Tensor]:
+        def make_inputs(numbers: Sequence[int]) -> dict[str, Tensor]:
             """Make the model inputs of the rows with these indices."""
             rows = [self[number] for number in numbers]
             return model_inputs(collate(rows))
@@ -113,7 +115,7 @@ class EncodedRows(Dataset[dict[str, Any]]):
         # outputs are kept on disk for other runs; the file name depends on this digest of the rows
         digest = columns_digest(self._columns())
         extended = copy.copy(self)
-        extended._states = PrefixStates(prefix, digest, self.lengths, batch)
+        extended._states = PrefixStates(prefix, digest, self.lengths, make_inputs)
         return extended
 
     @property
@@ -217,15 +219,16 @@ def without_prompt_logits(collate: Collate, model: nn.Module) -> Collate:
         """Collate rows, cut the labels, and add the number of kept logits."""
         batch = dict(collate(rows))
         labels = batch["labels"]  # [rows, tokens]
-        # the positions at which any row has a response token
-        learned_positions = (labels != IGNORED).any(dim=0).nonzero()
+        # only response tokens have labels that are not ignored
+        has_response_token = (labels != IGNORED).any(dim=0)  # in any row: [tokens]
+        response_positions = has_response_token.nonzero()
         num_positions = labels.shape[1]
-        first_learned = num_positions  # without a response, it is after the last
-        if len(learned_positions):
-            first_learned = int(learned_positions[0])
+        first_position = num_positions  # behind the last token, if no row has a response token
+        if len(response_positions):
+            first_position = int(response_positions[0])
         # One position more, because the token before the response predicts its first token. So the
         # number is at least 1, also without a response: the value 0 would keep all logits.
-        keep = num_positions - first_learned + 1
+        keep = num_positions - first_position + 1
         return {**batch, "labels": labels[:, -keep:], "logits_to_keep": keep}
 
     return collated

@@ -64,14 +64,14 @@ def load_task(entry: EvaluationTask) -> LoadedTask:
     """Load a task or group of lm-eval, draw its questions, and check that it can be evaluated.
 
     Raises:
-        DefinitionError: The task does not exist, executes code, needs images, or forbids few-shot
-            examples that are requested. Or MMLU or MMLU-dev has fewer of them than requested. Or
-            ``draw`` is below the number of tasks or above the number of questions. Or the tasks of
-            the group share no metric.
+        DefinitionError: The task does not exist, executes code, or needs images. The requested
+            few-shot examples are forbidden, or MMLU or MMLU-dev has too few. ``draw`` is below the
+            number of tasks or above the number of questions. The tasks share no metric.
         DataError: The data of the task cannot be loaded.
     """
     where = f"'evaluation.tasks' names '{entry.task}'"  # the beginning of error messages
-    written = write_tasks(entry.task)  # None: lm-eval's own task is evaluated
+    # the folder of tasks that this suite writes for MMLU; None if lm-eval's own task is evaluated
+    written = write_tasks(entry.task)
     manager = _manager(written.path if written else None)
     content = _load_content(entry.task, manager, where)
     # in a group, each subject is a task of its own
@@ -167,7 +167,7 @@ def _check_subject(entry: EvaluationTask, subject: str, task: Any, where: str) -
 
     Raises:
         DefinitionError: The task executes code, needs images, or forbids the few-shot examples
-            that ``entry`` requests. Or a subject of MMLU or MMLU-dev has fewer of them.
+            that ``entry`` requests. Or a subject of MMLU or MMLU-dev has fewer examples.
     """
     if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
         raise DefinitionError(f"{where}, but '{subject}' executes generated code or needs images")
@@ -318,23 +318,23 @@ def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
         - ``scores``: means over all questions.
         - ``correct`` and ``nats_per_byte``: the results of single questions, by subject.
     """
-    # groups have no count of questions
+    # "n-samples" has the tasks (subjects) only; groups of tasks are not in it
     counts = {name: int(count["effective"]) for name, count in result["n-samples"].items()}
-    names = list(counts)  # of the subjects
-    metrics = {name: _metric_values(result["results"][name]) for name in names}
-    subjects = _Subjects(counts, metrics)
-    metrics_of_subjects = [list(values) for values in metrics.values()]
+    names = list(counts)
+    values_by_subject = {name: _metric_values(result["results"][name]) for name in names}
+    subjects = _Subjects(counts, values_by_subject)
+    metrics_of_subjects = [list(values) for values in values_by_subject.values()]
     metric = _shared_metric(metrics_of_subjects)
     assert metric is not None  # noqa: S101  load_task checked it
 
-    titled_subjects = {}
-    for name, values in metrics.items():
-        titled_subjects[_title(result, name)] = {**values, "questions": counts[name]}
+    subjects_by_title = {}
+    for name, values in values_by_subject.items():
+        subjects_by_title[_title(result, name)] = {**values, "questions": counts[name]}
     summary = {
         "questions": subjects.count(names),
         "metric": metric,
         "categories": _summarise_categories(result, subjects, metric),
-        "subjects": titled_subjects,
+        "subjects": subjects_by_title,
     }
     # results of single questions are recorded only for tasks with an accuracy
     if metric == _ACCURACY:
@@ -359,6 +359,7 @@ def _summarise_answers(
         - ``nats_per_byte``: the numbers of :func:`nats_per_byte`, by title of the task. If a task
           has none, this key is missing, here and in ``scores``.
     """
+    # a copy whose type allows None, because the mean nats may be None
     scores: dict[str, float | None] = {**_accuracies(subjects)}
     correct = _correct_by_subject(samples)
     nats = _nats_by_subject(samples)
@@ -486,8 +487,8 @@ def nats_per_byte(samples: Sequence[Mapping[str, Any]]) -> list[float | None] | 
     nats = []
     for sample in in_order:
         right = sample["target"]  # the index of the right choice
-        _, right_answer = sample["arguments"][right]
-        log_likelihood, _ = sample["filtered_resps"][right]
+        _prompt, right_answer = sample["arguments"][right]
+        log_likelihood, _is_greedy = sample["filtered_resps"][right]
         value = -float(log_likelihood) / _count_bytes(right_answer)
         # JSON has no numbers that are not finite
         nats.append(round(value, 6) if math.isfinite(value) else None)

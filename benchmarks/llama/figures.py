@@ -20,26 +20,29 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
     There is a column of panels for each model, set and fine-tuning. A column has a panel with the
     training loss. A second panel shows the held-out loss if runs computed it. A line is a method.
     """
+    # a row for each run and point, with the fields of _LossPoint as columns
     points = outcomes.collect_rows(_LossPoint._fields, _loss_points)
     titled = outcomes.with_titles(points.astype({"value": float}))
     if titled.empty:
         plots.placeholder_figure(path)
         return
     labels = list(titled["panel"].unique())  # "training loss" and, if there is one, "held-out loss"
-    # the columns of panels, with the points of each
-    groups = titled.groupby(GROUP, sort=False)
+    # each model, set and fine-tuning is a column of panels
+    points_by_column = titled.groupby(GROUP, sort=False)
     titles = []
-    for (model, task, tuning), _points_of_group in groups:
+    for (model, task, tuning), _points in points_by_column:
         titles.append(_column_title(outcomes, model, task, tuning))
     styles = outcomes.styles_by_title(titled)
     with plots.curve_figure(path, titles, labels, _PANEL_HEIGHT) as axes:
-        for column, (_names, group) in enumerate(groups):
-            axes_of_group = axes[:, column]
-            for axis, label in zip(axes_of_group, labels, strict=True):
-                points_of_panel = group[group["panel"] == label]
+        for column, (_names, points_of_column) in enumerate(points_by_column):
+            axes_of_column = axes[:, column]
+            for axis, label in zip(axes_of_column, labels, strict=True):
+                points_of_panel = points_of_column[points_of_column["panel"] == label]
                 plots.draw_means(axis, points_of_panel, styles)
-            num_seeds = group.groupby("method_title")["run_id"].nunique()
-            plots.label_steps(axes_of_group[-1], f"step; means of {plots.count_text(num_seeds)}")
+            # each run of a method has another seed
+            num_seeds = points_of_column.groupby("method_title")["run_id"].nunique()
+            lowest_axis = axes_of_column[-1]
+            plots.label_steps(lowest_axis, f"step; means of {plots.count_text(num_seeds)}")
 
 
 def _column_title(outcomes: InstructionOutcomes, model: str, task: str, tuning: str) -> str:

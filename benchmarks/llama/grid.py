@@ -85,15 +85,16 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
             """Return the training settings, with the suite's changes for this model."""
             return self.settings("training", part, model=name)
 
-        # the valid names, by key of a block
-        names = {
+        # by key of a block
+        valid_names = {
             "model": model_names("language"),
             "task": self.tasks,
             "finetuning": tunings,
             "method": methods,
         }
-        axes = (*names, *VARIANT_KEYS, "learning_rate", "seed")
-        for where, point in part.grid_points(names, axes):
+        # the keys of a point; runs are in the order of the first key, then of the second, …
+        axes = (*valid_names, *VARIANT_KEYS, "learning_rate", "seed")
+        for where, point in part.grid_points(valid_names, axes):
             task_name = point["task"]
             if task_name in exclude:
                 continue
@@ -159,6 +160,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
             # an evaluation uses one process
             super().check_processes(spec, processes, parallel)
             return
+        # raises an error if the processes cannot share a step's rows equally
         accumulation(training, processes)
         if processes > 1 and training.frozen_layers:
             raise RunError("a run with training.frozen_layers needs a single process")
@@ -220,18 +222,20 @@ def _check_layers(
     # without `layers`, the fine-tuning is the same for all layers
     if config is None or tuning.layers is None:
         return
-    converted_layers = _layers_by_depth(config["layers"])
-    # the layers that are trained, or that stay unquantised
-    tuning_layers = _layers_by_depth(tuning.layers)
-    depths = converted_layers.keys() & tuning_layers.keys()
+    # sets of layer numbers by depth, which is the number of layers of a model
+    converted_by_depth = _layers_by_depth(config["layers"])
+    # the layers that are trained (``train: blocks``), or that stay unquantised (``quantize``)
+    tuning_by_depth = _layers_by_depth(tuning.layers)
+    # the depths at which both requests are valid
+    depths = converted_by_depth.keys() & tuning_by_depth.keys()
     if tuning.train == "blocks":
-        fits = all(converted_layers[depth] == tuning_layers[depth] for depth in depths)
+        fits = all(converted_by_depth[depth] == tuning_by_depth[depth] for depth in depths)
         verb = "trains the blocks"
     else:
-        # all converted layers are among the unquantised ones
-        fits = all(converted_layers[depth] <= tuning_layers[depth] for depth in depths)
+        # `<=` of sets: every converted layer is one of the unquantised layers
+        fits = all(converted_by_depth[depth] <= tuning_by_depth[depth] for depth in depths)
         verb = "leaves unquantised only"
-    # without a common number of layers, the two can never be used together
+    # without a common depth, no model can be converted and tuned in this way
     if not depths or not fits:
         finetuning = point["finetuning"]
         raise DefinitionError(
@@ -287,7 +291,8 @@ def _finetuning_methods(
     tunings = {}
     for name, tuning in benchmark.definition.finetuning.items():
         # a change may replace a single key of a fine-tuning method
-        settings = merge(tuning.model_dump(exclude_unset=True), changes.get(name, {}))
+        settings_of_benchmark = tuning.model_dump(exclude_unset=True)
+        settings = merge(settings_of_benchmark, changes.get(name, {}))
         key_path = ("benchmarks", benchmark.name, "finetuning", name)
         tunings[name] = parse(settings, Finetuning, part.file, *key_path)
     return tunings

@@ -85,9 +85,10 @@ class InstructionOutcomes(Outcomes):
         self.chosen = _best_rate_runs(finished)
         self.rates_chosen = len(self.chosen) < len(finished)
         runs = [record.run for record in self.chosen]
-        tunings = {name: tuning.title for name, tuning in benchmark.definition.finetuning.items()}
-        sets = {name: task.title for name, task in benchmark.tasks.items()}
-        super().__init__(benchmark, runs, [*GROUP, "method"], task=sets, tuning=tunings)
+        finetuning = benchmark.definition.finetuning
+        tuning_titles = {name: tuning.title for name, tuning in finetuning.items()}
+        set_titles = {name: task.title for name, task in benchmark.tasks.items()}
+        super().__init__(benchmark, runs, [*GROUP, "method"], task=set_titles, tuning=tuning_titles)
         self.recorded_numbers = _tabulate_by_cell(self.chosen)
         self.several_sets = self.recorded_numbers["task"].nunique() > 1
         self.draws_templates = any(run.spec["data"]["template"] == RANDOM for run in runs)
@@ -97,13 +98,13 @@ class InstructionOutcomes(Outcomes):
         self.eval_tasks = _first_results(self.chosen)
         self._layers = _converted_layers(self.chosen)
         self.questions = self.collect_rows(QuestionValue._fields, _question_values)
-        # each cell is compared with two references, which are cells that differ from it only in
-        # these columns
+        # each cell is compared with two references: the cells that have these values, and are equal
+        # to it in the other columns of CELL
         self._references = {
             BASELINE: {"method": self.baseline, "variant": ""},
             UNTUNED: {"tuning": _untuned_name(runs)},
         }
-        self.tests = {metric: self._tests(metric) for metric in (ACCURACY, NATS)}
+        self.tests = {metric: self._test_metric(metric) for metric in (ACCURACY, NATS)}
 
     def collect_rows(
         self, columns: Sequence[str], read: Callable[[Metrics], Iterable[Row]]
@@ -155,7 +156,7 @@ class InstructionOutcomes(Outcomes):
         filled = counted.fillna({"n": 0}).astype({"n": int})
         return filled.reset_index(drop=True)
 
-    def _tests(self, metric: str) -> pd.DataFrame:
+    def _test_metric(self, metric: str) -> pd.DataFrame:
         """Compute the frame of :attr:`tests` for one metric, in the order of the tasks."""
         is_metric = self.questions["metric"] == metric
         values = self.questions[is_metric].drop(columns=["run_id", "metric"])
@@ -163,8 +164,8 @@ class InstructionOutcomes(Outcomes):
         to_baseline = paired_differences(
             values, cell_columns, reference=self._references[BASELINE], pair="question"
         )
-        # the answers of an untuned model do not depend on the seed, so every seed is compared with
-        # it; tasks of lm-eval do not use the template
+        # The answers of an untuned model do not depend on the seed, because tasks of lm-eval do not
+        # use the template that the seed may draw. So every seed is compared with its mean answers.
         to_untuned = paired_differences(
             values,
             cell_columns,
@@ -176,17 +177,18 @@ class InstructionOutcomes(Outcomes):
             [to_baseline.assign(against=BASELINE), to_untuned.assign(against=UNTUNED)],
             ignore_index=True,
         )
-        # ``n`` counts pairs, and here a pair is a question; ``values`` counts the answers of all
-        # seeds, and every seed answers every question
-        num_seeds = differences["values"] // differences["n"]
+        # Here ``n`` counts questions, and ``values`` counts the answers of all seeds. Every seed
+        # answers every question.
+        num_questions = differences["n"]
+        num_seeds = differences["values"] // num_questions
         # in the order of the tasks, not of their names
         position_of_task = {task: position for position, task in enumerate(self.eval_tasks)}
         positions = differences["eval_task"].map(position_of_task)
-        tests = differences.assign(
-            questions=differences["n"], seeds=num_seeds, position=positions
-        ).sort_values("position", kind="stable")
+        counted = differences.assign(questions=num_questions, seeds=num_seeds, position=positions)
+        tests = counted.sort_values("position", kind="stable")
         columns = [*CELL, "against", "eval_task", "questions", "seeds", *Difference.COLUMNS]
-        return with_verdicts(tests[columns], lower_is_better=metric == NATS)
+        lower_is_better = metric == NATS
+        return with_verdicts(tests[columns], lower_is_better=lower_is_better)
 
     def loss_differences(self, against: str) -> pd.DataFrame:
         """Compare the held-out loss of each cell with its reference, paired by shared seed.
@@ -212,9 +214,9 @@ class InstructionOutcomes(Outcomes):
         return differences.drop(columns=["n", "values"])
 
     def expert_counts(self) -> pd.DataFrame:
-        """Return the numbers of experts of each converted cell.
+        """Return the number of experts of each converted cell, and the number that a token uses.
 
-        These are the columns of :data:`CELL`, ``num_experts`` and ``top_k`` (both as text).
+        A row has the columns of :data:`CELL`, ``num_experts`` and ``top_k`` (both as text).
         """
         rows = []
         for run in self.runs:
@@ -223,7 +225,7 @@ class InstructionOutcomes(Outcomes):
             num_experts = str(run.config["num_experts"])
             top_k = str(run.config["top_k"])
             rows.append({**cell_of(run), "num_experts": num_experts, "top_k": top_k})
-        # the runs of a cell differ only in their seeds
+        # the runs of a cell differ only in their seeds, so their rows are equal; one is kept
         return pd.DataFrame(rows, columns=[*CELL, "num_experts", "top_k"]).drop_duplicates()
 
     def claim_numbers(self) -> pd.DataFrame:
@@ -312,7 +314,8 @@ def _tabulate_by_cell(records: Sequence[Record]) -> pd.DataFrame:
     cells = pd.DataFrame(cell_rows, columns=["run_id", *CELL])
 
     frames = [tabulate_numbers(records)]
-    # the table above leaves out missing scores; their nan prevents means over the other seeds
+    # tabulate_numbers leaves out the missing scores of a diverged run. They are added as nan, so
+    # that the mean of the cell is nan, instead of a mean over its other seeds.
     missing_rows: list[dict[str, Any]] = []
     for record in records:
         missing_rows.extend(_missing_scores(record))
@@ -320,10 +323,10 @@ def _tabulate_by_cell(records: Sequence[Record]) -> pd.DataFrame:
         frames.append(pd.DataFrame(missing_rows))
     numbers = pd.concat(frames, ignore_index=True)
 
-    # the variant of a run also names the fine-tuning; it is replaced by the variant of the cell,
-    # which does not
-    without_cells = numbers.drop(columns=["task", "model", "method", "variant"])
-    return without_cells.merge(cells, on="run_id", sort=False)
+    # replace the names of runs by those of cells: the variant of a run begins with the fine-tuning,
+    # and a cell has these in two columns
+    without_names = numbers.drop(columns=["task", "model", "method", "variant"])
+    return without_names.merge(cells, on="run_id", sort=False)
 
 
 def _missing_scores(record: Record) -> Iterator[dict[str, Any]]:

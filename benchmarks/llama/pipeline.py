@@ -78,8 +78,11 @@ def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, An
     if trainable.prefix:
         rows = rows.with_prefix(trainable.prefix)
     _report_experts(trainable, progress)
+    # the probe records the model's output on a fixed batch, to compare machines
     probe = Probe()
-    probe.observe(trainable.model, collator(tokenizer)([rows.train[0]]))
+    collate = collator(tokenizer)
+    fixed_batch = collate([rows.train[0]])
+    probe.observe(trainable.model, fixed_batch)
 
     if isinstance(training, RunInstructionTraining):
         trained = train(
@@ -95,7 +98,7 @@ def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, An
         )
         trainable = _gather_model(spec, trainable)
     else:
-        # the run only evaluates
+        # the run only evaluates, so its cost is that of 0 steps
         trained = Trained(curve=[], cost=Stopwatch().cost(0))
     # the main process evaluates alone
     destroy_process_group()
@@ -104,9 +107,10 @@ def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, An
     if training.keep_weights:
         save_trained(trainable.model, folder / "model")
     evaluated = _evaluate(spec, trainable, rows, tasks, progress)
-    curve_section = {}  # without a curve of the held-out loss, there is no such section
+    # the section is left out if the training computed no held-out loss
+    curve_section = {}
     if trained.held_out_curve:
-        # the training does not compute the loss of the last step, because the evaluation does
+        # the training does not compute the loss of the last step, so take it from the evaluation
         final_loss = evaluated["scores"]["dev"][spec.task.name]["loss"]
         last_point = {"step": trained.cost["steps"], "loss": final_loss}
         curve_section = {"held_out_curve": [*trained.held_out_curve, last_point]}
@@ -272,7 +276,7 @@ def _build(spec: InstructionSpec, rows: RunRows) -> Trainable:
         broadcast(permutations(built.model))
     else:
         partition = broadcast(None)  # receives
-        # a dense model has no partition
+        # a dense model and GMoE have no partition; then it is empty
         built = build_language_model(spec, partition=partition or None, empty=True)
     shard_(cast(PreTrainedModel, built.model), available_precision(spec.training.precision))
     return built
@@ -296,6 +300,7 @@ def _gather_model(spec: InstructionSpec, trainable: Trainable) -> Trainable:
         return trainable
     # all processes take part in the gathering, but only the main one gets whole tensors
     state = trained_state(trainable.model)
+    # the partition of the neurons into experts; empty for a dense model and GMoE
     partition = permutations(trainable.model)
     if not is_main():
         return trainable
@@ -329,7 +334,7 @@ def _evaluate(
     tokenizer = rows.template.tokenizer
     _move_to_accelerator(model)
     model.eval()
-    model.config.use_cache = True
+    model.config.use_cache = True  # Trainer sets it to False
     progress.say("evaluating on held-out instructions")
     compute_loss = partial(
         held_out_loss,

@@ -167,6 +167,7 @@ def _short_titles(outcomes: InstructionOutcomes) -> dict[str, str]:
     short_titles = {}
     settings = set()
     for task in outcomes.eval_tasks:
+        # such as "mmlu" and "(5-shot)"
         name, _, setting = task.partition(" ")
         full_titles[task] = format_task(task)
         short_titles[task] = format_task(name)
@@ -464,6 +465,7 @@ def _gain_text(
     group = [row[key] for key in GROUP]
     baseline_cell = (*group, outcomes.baseline, "")  # without a variant
     texts = []
+    # with `z`, a number that is rounded to 0 has no minus
     if method_cell in gains.index:
         texts.append(f"{row['method_title']} {gains[method_cell]:+z.3f}")
     if baseline_cell in gains.index:

@@ -358,6 +358,7 @@ def _write_mmlu(folder: Path, questions: Mapping[str, Mapping[str, Sequence[Ques
 
     ``questions`` has the questions by split and subject.
     """
+    # settings of lm-eval's tasks: the split of evaluated questions, and that of few-shot examples
     splits = {"test_split": "test", "fewshot_split": "dev"}
     for subject in _subjects():
         files = {}  # by split
@@ -455,8 +456,8 @@ def _write_subject(
         name: ``mmlu`` or ``mmlu_dev``, with which the name of the task begins.
         subject: The name of the subject, such as ``anatomy``.
         files: The file of questions of each split.
-        splits: The split of the evaluated questions, ``test_split``, and that of the few-shot
-            examples, ``fewshot_split``.
+        splits: Two names of splits: ``test_split`` for the evaluated questions, and
+            ``fewshot_split`` for the few-shot examples.
     """
     data_files = {split: str(file) for split, file in files.items()}
     for form, ending in _FORMS.items():

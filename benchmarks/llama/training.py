@@ -99,7 +99,7 @@ def train(
         )
         # added after the stopwatch, so that the stopwatch does not time it
         trainer.add_callback(HeldOutCurve(compute_loss, training.eval_every))
-    # the losses in a checkpoint are of these rows
+    # a checkpoint is used only if it comes from the same rows and pre-trained weights
     origin = {
         "training rows": rows.digest,
         "held-out rows": held_out.digest,

@@ -42,8 +42,8 @@ class ModularityBenchmark(TextSets[ModularityDefinition, ModularityPart]):
             # avg-k, the usual router, follows from the weights
             has_avg_k = settings.get("router", "avg_k") == "avg_k"
             # the partition "coactivation" is calibrated on rows
-            has_experts_of_weights = settings.get("partition") != "coactivation"
-            if not (is_emoe and has_avg_k and has_experts_of_weights):
+            has_experts_from_weights = settings.get("partition") != "coactivation"
+            if not (is_emoe and has_avg_k and has_experts_from_weights):
                 raise DefinitionError(
                     f"{file}: 'methods.{key}' must be an EMoE with avg-k and experts from the "
                     "weights"
@@ -54,11 +54,13 @@ class ModularityBenchmark(TextSets[ModularityDefinition, ModularityPart]):
         self, part: Part[ModularityPart], exclude: Collection[str], others: Sequence[Run]
     ) -> Iterator[dict[str, Any]]:
         methods = self.methods(part)
-        names = part.settings.tasks
-        check_names(part.where("tasks"), names, self.tasks)
-        tasks = [self.tasks[name].spec() for name in names if name not in exclude]
+        task_names = part.settings.tasks
+        check_names(part.where("tasks"), task_names, self.tasks)
+        tasks = [self.tasks[name].spec() for name in task_names if name not in exclude]
         if len(tasks) < 2:
             raise DefinitionError(f"{part.where('tasks')} needs two tasks that are not excluded")
+        # The spec of any run has one task and a list of OOD sets. A run of this benchmark reads all
+        # tasks alike, so the first one is put in `task`, and the others in `ood`.
         first_task, *other_tasks = tasks
         reading = self.settings("reading", part).model_dump()
         # every task has the same share of the shown tokens, and at least one
@@ -70,8 +72,9 @@ class ModularityBenchmark(TextSets[ModularityDefinition, ModularityPart]):
             )
         valid_names = {"model": model_names(None), "method": methods}
         axes = ("model", "method", *VARIANT_KEYS, "seed")
+        # a point has one value for each axis, and `where` is its location in the suite's file
         for where, point in part.grid_points(valid_names, axes):
-            method = method_spec(methods, point, point["seed"], None, where)
+            method = method_spec(methods, point, point["seed"], lora=None, where=where)
             layers = method["config"]["layers"]
             # a run measures a single layer
             if not isinstance(layers, list) or len(layers) != 1:

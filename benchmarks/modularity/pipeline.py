@@ -54,7 +54,7 @@ def run(spec: ModularitySpec, _folder: Path, progress: Progress) -> dict[str, An
     model.to(cast(Any, device))
     source = source_of(spec.model, model)
     config = cast(dict[str, Any], spec.method.config)  # a plan of this benchmark always has one
-    (layer,) = config["layers"]
+    (layer,) = config["layers"]  # the plan gives each run a single layer
     read_batches = _batch_readers(spec, splits)
 
     # before the conversion, because the magnitudes are of the dense model
@@ -72,7 +72,7 @@ def run(spec: ModularitySpec, _folder: Path, progress: Progress) -> dict[str, An
     progress.say("reading them again with experts")
     routing = _read_with_experts(model, layer, splits, read_batches)
 
-    # the neurons of an expert become neighbours
+    # sort the neurons so that those of an expert are neighbours
     order = permutations(model)[layer]
     sorted_magnitudes = [tokens[:, order] for tokens in magnitudes_by_task.values()]
     magnitudes = torch.cat(sorted_magnitudes)  # [tokens of all tasks, d]
@@ -148,7 +148,8 @@ def _read_with_experts(
     used_bottom = []
     for name, split in splits.items():
         read = read_batches[name]
-        # the model usually chooses the top k experts, so their pass also records the routing
+        # Two passes: one uses the top k experts of each token, the other the bottom k. Only the
+        # first one also records the routing, because the model usually chooses the top k.
         with (
             emoe.record_routing(model) as record,
             label_rows(model, record, labels=torch.arange(len(split))),

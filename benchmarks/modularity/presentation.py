@@ -93,11 +93,11 @@ def concentration(outcomes: ModularityOutcomes) -> Table:
     """Make the table of the concentration of active neurons, beside the paper's numbers."""
     published_keys = ["method", "num_experts"]
     published = read_published(outcomes.benchmark)
-    # a row for each method and N, and a column for each metric
+    # the paper's numbers, with a row for each method and N, and a column for each metric
     by_metric = published.pivot(index=published_keys, columns="metric", values="value")
     paper_columns = by_metric.astype(float).add_suffix("_paper")
     joined = outcomes.means.join(paper_columns, on=published_keys)
-    # published in percent
+    # the paper has percentages, our numbers are shares of 1
     frame = joined.assign(best_quarter_paper=joined["best_quarter_paper"] / 100)
     return Table(
         title="Activations in blocks of neurons, nothing trained",
@@ -202,7 +202,7 @@ def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
     Each row of panels shows the first layer of a model. It has one panel for each method, which
     constructs the experts in its own way.
     """
-    # by the title of each model, one run of each method
+    # for each model (by title), one run of each method
     runs_by_title = {}
     for title, rows in outcomes.panels():
         runs_by_title[title] = list(_first_runs(rows).itertuples())
@@ -220,7 +220,7 @@ def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
     )
     with figure_of_panels as (_, axes):
         for axes_of_model, (title, runs) in zip(axes, runs_by_title.items(), strict=True):
-            # a model may have fewer methods than there are columns
+            # zip is not strict, because a model may have fewer methods than there are columns
             for axis, run in zip(axes_of_model, runs, strict=False):
                 _draw_matrix(axis, run.matrix, run.num_experts)
                 axis.set_title(f"{run.method_title}, N = {run.num_experts}", fontsize=7.5)
@@ -336,6 +336,7 @@ def draw_experts(outcomes: ModularityOutcomes, path: Path) -> None:
         baseline_runs = rows[rows["method"] == outcomes.baseline]
         if baseline_runs.empty:
             continue
+        # the first run after sorting has the smallest number of experts
         by_size = baseline_runs.sort_values("num_experts", kind="stable")
         run = next(by_size.itertuples())
         panels.append(UsagePanel(f"{title}, N = {run.num_experts}", run.usage))
@@ -365,14 +366,15 @@ FIGURES = {
 
 
 def verdicts(outcomes: ModularityOutcomes) -> Iterator[str]:
-    """Yield a sentence on the baseline with the largest number of experts of each model and layer.
+    """Yield a sentence on the baseline for each model and layer.
 
-    The sentence has the share of active neurons in the best quarter of the blocks, beside those of
-    other methods. It also has the information of an expert's choice on the task, beside chance.
+    Only the largest number of experts is described. The sentence has the share of a token's active
+    neurons in the best quarter of the blocks, with the shares of other methods in brackets. It also
+    has the information that the choice of an expert has on the task, and the value by chance.
     """
-    for (_, layer), rows in outcomes.means.groupby(PLACE, sort=False):
-        has_largest = rows["num_experts"] == rows["num_experts"].max()
-        by_method = rows[has_largest].set_index("method")
+    for (_model, layer), rows in outcomes.means.groupby(PLACE, sort=False):
+        has_most_experts = rows["num_experts"] == rows["num_experts"].max()
+        by_method = rows[has_most_experts].set_index("method")
         # the suite may lack the baseline
         if outcomes.baseline not in by_method.index:
             continue

@@ -61,13 +61,15 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
             check_names(
                 Location(file, f"mixtures.{key}.tasks"), mixture.tasks, benchmark.trainable()
             )
-        for row, method in benchmark.methods().items():
+        for method_name, method in benchmark.methods().items():
+            # with these settings, only the parameters that they name are trained
             trains_only_a_part = method.tune or method.also_train
             # such groups need calibration rows, which runs of this benchmark do not have
             groups_by_coactivation = method.given().get("partition") == "coactivation"
             if trains_only_a_part or groups_by_coactivation:
                 raise DefinitionError(
-                    f"{file}: 'methods.{row}' must train everything, without co-activation groups"
+                    f"{file}: 'methods.{method_name}' must train everything, "
+                    "without co-activation groups"
                 )
         return benchmark
 
@@ -87,26 +89,32 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
         tasks_of_mixture = {name: [name] for name in self.trainable()}
         for name, mixture in self.definition.mixtures.items():
             tasks_of_mixture[name] = mixture.tasks
-        # the names that a grid may give for these keys
-        names = {"model": model_names("seq2seq"), "mixture": tasks_of_mixture, "method": methods}
-        axes = (*names, *VARIANT_KEYS, "learning_rate", "seed")
+        valid_names = {
+            "model": model_names("seq2seq"),
+            "mixture": tasks_of_mixture,
+            "method": methods,
+        }
+        axes = (*valid_names, *VARIANT_KEYS, "learning_rate", "seed")
 
         # a suite may change the settings of a model; they are merged once, not for each of its runs
         @functools.cache
         def training_settings(model: str) -> MultitaskTraining:
             return self.settings("training", part, model=model)
 
-        for where, point in part.grid_points(names, axes):
+        # a point has one value for each axis, and `where` is its location in the suite's file
+        for where, point in part.grid_points(valid_names, axes):
             tasks = tasks_of_mixture[point["mixture"]]
+            # a mixture with an excluded task is not learned
             if any(name in exclude for name in tasks):
                 continue
-            method = method_spec(methods, point, point["seed"], None, where)
-            training = training_settings(point["model"])
+            model = point["model"]
+            method = method_spec(methods, point, point["seed"], lora=None, where=where)
+            training = training_settings(model)
             check_validation_rows(training, part.where("training"))
             yield self.spec(
                 method["variant"],
                 protocol=CLEAN,
-                model=load_models()[point["model"]].spec(point["model"]),
+                model=load_models()[model].spec(model),
                 task={"name": point["mixture"], "tasks": self._learned_tasks(tasks)},
                 ood=self._ood_sets(tasks, exclude),
                 method=method,
@@ -126,23 +134,29 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
     def _ood_sets(self, tasks: Collection[str], exclude: Collection[str]) -> list[dict[str, Any]]:
         """Make the specs of the OOD sets of learned tasks.
 
-        Sets that are excluded or learned are left out. A set is read as the first task that lists
-        it. It gets the prefix, field names and answers of this task.
+        Sets that are excluded or learned are left out. The spec of a set has the key ``read_as``:
+        the first task that lists the set. The set gets the prefix, field names and answers of this
+        task.
 
         Raises:
             DefinitionError: A set and a task that lists it have different numbers of text fields.
         """
-        read_as: dict[str, str] = {}
-        for name in tasks:
-            for other in self.tasks[name].ood:
+        read_as: dict[str, str] = {}  # by name of the OOD set
+        for task_name in tasks:
+            task = self.tasks[task_name]
+            for set_name in task.ood:
                 # a learned set is not out of domain
-                if other in tasks or other in exclude:
+                if set_name in tasks or set_name in exclude:
                     continue
                 # its texts get the field names of the learned task
-                if len(self.tasks[other].fields) != len(self.tasks[name].fields):
+                if len(self.tasks[set_name].fields) != len(task.fields):
                     raise DefinitionError(
-                        f"{self.file}: '{other}' cannot be read as '{name}', because they have "
-                        "different numbers of text fields"
+                        f"{self.file}: '{set_name}' cannot be read as '{task_name}', because they "
+                        "have different numbers of text fields"
                     )
-                read_as.setdefault(other, name)
-        return [{**self.tasks[other].spec(), "read_as": name} for other, name in read_as.items()]
+                # if several tasks list the set, keep the first one
+                read_as.setdefault(set_name, task_name)
+        specs = []
+        for set_name, task_name in read_as.items():
+            specs.append({**self.tasks[set_name].spec(), "read_as": task_name})
+        return specs

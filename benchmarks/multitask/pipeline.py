@@ -192,12 +192,12 @@ class LearnedRows(TokenisedRows):
 class MixedOrder(EpochOrder):
     """The order of the concatenated rows of several tasks, which depends only on seed and epoch.
 
-    An epoch has at most ``most`` rows of a task. The next epoch continues with the rows of the task
-    that were not used yet. The rows of all tasks in an epoch are shuffled together.
+    An epoch has at most ``max_rows`` rows of a task. The next epoch continues with the rows of the
+    task that were not used yet. The rows of all tasks in an epoch are shuffled together.
 
     Args:
         lengths_by_task: The number of tokens of each row, by task.
-        most: The maximum number of rows of a task in an epoch; None for all rows.
+        max_rows: The maximum number of rows of a task in an epoch; None for all rows.
         batch_size: The number of rows of a step.
         seed: The seed of the run.
         by_length: True to batch rows of similar length.
@@ -206,20 +206,21 @@ class MixedOrder(EpochOrder):
     def __init__(
         self,
         lengths_by_task: Mapping[str, list[int]],
-        most: int | None,
+        max_rows: int | None,
         batch_size: int,
         seed: int,
         *,
         by_length: bool,
     ) -> None:
-        # without lengths, because each epoch has other rows: `__iter__` collects their lengths
+        # The parent gets no lengths of rows, because each epoch has other rows. `__iter__` collects
+        # the lengths of its epoch.
         super().__init__([], batch_size, seed, by_length=by_length)
         self._lengths_by_task = lengths_by_task
         self._rows_per_epoch = {}
         for name, lengths in lengths_by_task.items():
             rows_per_epoch = len(lengths)
-            if most is not None:
-                rows_per_epoch = min(rows_per_epoch, most)
+            if max_rows is not None:
+                rows_per_epoch = min(rows_per_epoch, max_rows)
             self._rows_per_epoch[name] = rows_per_epoch
 
     def __len__(self) -> int:
@@ -353,11 +354,11 @@ class MultitaskTrainer(RoutedTrainer):
         if training.checkpoint_selection == "best":
             self._selection_metric = _MEAN
 
-        learned = self._learned_rows()
-        lengths = {name: task_rows.lengths for name, task_rows in learned.items()}
+        learned_rows = self._learned_rows()
+        lengths = {name: task_rows.lengths for name, task_rows in learned_rows.items()}
         # the tasks are concatenated in the order in which MixedOrder counts their rows
-        rows: ConcatDataset[dict[str, Any]] = ConcatDataset(learned.values())
-        self._origin = self._find_origin(trainable, learned)
+        rows: ConcatDataset[dict[str, Any]] = ConcatDataset(learned_rows.values())
+        self._origin = self._find_origin(trainable, learned_rows)
         collate = DataCollatorForSeq2Seq(tokenizer, model=network)
         # observe the model before training, on the same rows in every run
         probe.observe(network, collate(fixed_rows(rows)))
@@ -371,7 +372,7 @@ class MultitaskTrainer(RoutedTrainer):
             ),
             order=MixedOrder(
                 lengths_by_task=lengths,
-                most=training.rows_per_epoch,
+                max_rows=training.rows_per_epoch,
                 batch_size=training.batch_size,
                 seed=spec.seed,
                 by_length=training.sampling != "random",
@@ -385,7 +386,7 @@ class MultitaskTrainer(RoutedTrainer):
         )
 
     def _find_origin(
-        self, trainable: Trainable, learned: Mapping[str, LearnedRows]
+        self, trainable: Trainable, learned_rows: Mapping[str, LearnedRows]
     ) -> dict[str, str]:
         """Return the digests of the weights and rows that determine the checkpoints of this run.
 
@@ -393,10 +394,10 @@ class MultitaskTrainer(RoutedTrainer):
 
         Args:
             trainable: The model.
-            learned: The training rows of each task.
+            learned_rows: The training rows of each task.
         """
         origin = {"weights": trainable.weights_id}
-        for name, task_rows in learned.items():
+        for name, task_rows in learned_rows.items():
             origin[f"training rows of {name}"] = task_rows.digest
             # their scores select the epoch
             origin[f"dev rows of {name}"] = self._splits[name]["dev"].digest
@@ -404,13 +405,13 @@ class MultitaskTrainer(RoutedTrainer):
 
     def _learned_rows(self) -> dict[str, LearnedRows]:
         """Format and tokenise the training rows of each task."""
-        learned = {}
+        learned_rows = {}
         for name, task in self._tasks.items():
             texts = as_text(self._splits[name]["train"], task)
-            learned[name] = LearnedRows(
+            learned_rows[name] = LearnedRows(
                 texts, self._tokenizer, self._max_length, self._answers[name]
             )
-        return learned
+        return learned_rows
 
     @property
     def cost(self) -> dict[str, Any]:
@@ -467,35 +468,46 @@ class MultitaskTrainer(RoutedTrainer):
         return scores
 
     def score(self, split: TextSplit, task: LearnedTask | OtherTask) -> dict[str, float | None]:
-        """Score a split of a task, or an OOD set, by the most likely answer to each row.
+        """Score a split of a learned task, or an OOD set.
 
-        Training is not disturbed: RNG state and train/eval mode are restored.
+        The prediction for a row is its most likely answer. The time is added to the seconds of
+        evaluation in :attr:`cost`.
+
+        Args:
+            split: The rows.
+            task: The learned task or the OOD set that the rows belong to.
 
         Returns:
-            The scores by metric, and losses if the set has as many classes as the task.
+            The scores by metric, and losses if the rows have as many classes as the learned task.
         """
         start = time.perf_counter()
-        # `learned` is the task whose prefix and answers the model knows
+        # the rows of an OOD set get the prefix, field names and answers of a learned task
         if isinstance(task, OtherTask):
-            learned = self._tasks[task.read_as]
+            learned_task = self._tasks[task.read_as]
             metrics = task.ood_metrics
         else:
-            learned = task
+            learned_task = task
             metrics = [task.metric]
         rows = TokenisedRows(
-            as_text(split, learned),
+            as_text(split, learned_task),
             self._tokenizer,
             self._max_length,
             by_length=True,
             labelled=False,
         )
-        likelihoods = self._answer_likelihoods(rows, self._answers[learned.name])
-        scores = score_and_loss(likelihoods, rows.labels, learned, task, metrics)
+        answers = self._answers[learned_task.name]
+        likelihoods = self._answer_likelihoods(rows, answers)  # [rows, answers]
+        scores = score_and_loss(
+            likelihoods, rows.labels, trained=learned_task, evaluated=task, metrics=metrics
+        )
         self._stopwatch.evaluation += time.perf_counter() - start
         return scores
 
     def _answer_likelihoods(self, rows: TokenisedRows, answers: Answers) -> NDArray[np.float32]:
-        """Compute :func:`log_likelihoods` for all rows, in batches: ``[rows, answers]``."""
+        """Compute :func:`log_likelihoods` for all rows, in batches: ``[rows, answers]``.
+
+        RNG state and train/eval mode are restored afterwards, so that training is not disturbed.
+        """
         collate = DataCollatorWithPadding(self._tokenizer)
         network = cast(PreTrainedModel, self.model)
         likelihoods = []

@@ -136,15 +136,20 @@ def _gains_caption(outcomes: MultitaskOutcomes) -> str:
 def _gain_rows(outcomes: MultitaskOutcomes) -> pd.DataFrame:
     """Compute the rows of :func:`gains`, not yet in order.
 
-    Each row has the mean score of a method over the sets of a domain, and joined numbers: the
-    number of seeds of its gain (``pairs``), the number of sets (``sets``), the set with the largest
-    gain (columns ``best_…``), and the paper's gain (``paper``, as a share of 1).
+    Each row has the mean score of a method over several data sets. These are the tasks of a mixture
+    (domain ``id``) or their OOD sets (domain ``ood``). A row also has:
+
+    - ``pairs``: the number of seeds of the gain, as text
+    - ``sets``: the number of data sets
+    - ``best_set`` and columns ``best_…``: the set with the largest gain, and this gain
+    - ``paper``: the paper's gain, as a share of 1
     """
     rows = outcomes.select_mixtures(outcomes.rows)
     means = _mean_rows(rows)
     single_sets = rows[rows["domain"].isin(DOMAIN_TITLES)]
 
-    # four frames with one row for each key, to be joined to the means
+    # Four frames to join to the means: seed counts, set counts, best sets and the paper's gains.
+    # Each has at most one row for a combination of the keys.
     seed_counts = common.format_counts(means, _KEYS_OF_GAIN, count="pairs")
     sets_of_rows = single_sets.groupby(_KEYS_OF_GAIN, sort=False)
     set_counts = sets_of_rows.size().rename("sets").reset_index()
@@ -152,7 +157,7 @@ def _gain_rows(outcomes: MultitaskOutcomes) -> pd.DataFrame:
     published = common.read_published(outcomes.benchmark)
     published_gains = published[[*_KEYS_OF_GAIN, "value"]]
 
-    # `seed_counts` brings `pairs` as text, in place of the column with numbers
+    # the text `pairs` of `seed_counts` replaces the numbers in the column of this name
     means_without_pairs = means.drop(columns="pairs")
     with_seed_counts = common.with_numbers(means_without_pairs, _KEYS_OF_GAIN, seed_counts)
     with_set_counts = common.with_numbers(with_seed_counts, _KEYS_OF_GAIN, set_counts)
@@ -169,10 +174,10 @@ def _gain_rows(outcomes: MultitaskOutcomes) -> pd.DataFrame:
 
 
 def _mean_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows with means over sets, with the domain of the averaged sets.
+    """Select the means over several data sets, and give them the domain of these sets.
 
-    So a mean can be joined with numbers of the sets: the domain ``id_mean`` becomes ``id``, and
-    ``ood_mean`` becomes ``ood``.
+    The domain ``id_mean`` becomes ``id``, and ``ood_mean`` becomes ``ood``. So a mean has the same
+    keys as the numbers of single sets, and can be joined with them.
 
     Args:
         rows: Rows of :attr:`MultitaskOutcomes.rows`, of single sets and of means.
@@ -201,11 +206,12 @@ def _best_sets(sets: pd.DataFrame) -> pd.DataFrame:
 def transfer(outcomes: MultitaskOutcomes) -> Table:
     """Make a table of the scores of tasks in a mixture minus their scores if learned alone.
 
-    It has a row for each mixture, task and method.
+    It has a row for each mixture, task and method. A second number is this difference minus that of
+    the baseline.
     """
     differences = outcomes.of(TRANSFER, CLEAN)
     keys = [*CELL, "eval_task"]
-    # brings `pairs` as text, in place of the column with numbers
+    # its column `pairs` is text, and replaces the numbers in the column of this name
     seed_counts = common.format_counts(differences, keys, count="pairs")
     # `scope` only repeats the titles of the mixture and the task
     without_counts = differences.drop(columns=["scope", "pairs"])
@@ -251,7 +257,7 @@ def _folders_of_compared_runs(outcomes: MultitaskOutcomes, rows: pd.DataFrame) -
     A text has the folders of one row, separated by blanks. The runs that learn the whole mixture
     come first, then the runs that learn only the row's task.
     """
-    # the folders of all runs, by model, method and what they learn: a mixture or a single task
+    # the folders of all runs, by model, method and task; `task` is a mixture or a single task
     folders: dict[tuple[str, str, str], list[str]] = {}
     runs = outcomes.origins[["model", "method", "task", "run_id"]].drop_duplicates()
     for run in runs.itertuples():

@@ -44,47 +44,50 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
     def specs(
         self, part: Part[MeasurementPart], exclude: Collection[str], others: Sequence[Run]
     ) -> Iterator[dict[str, Any]]:
-        for number in range(len(part.settings.grid)):
-            yield from self._specs_of_block(part, number)
+        for index in range(len(part.settings.grid)):
+            yield from self._specs_of_block(part, index)
 
     def _candidates_of(self, measure: str) -> list[str]:
-        """Return the candidates that a measure can compare.
+        """Return the candidates that the grid may list for a measure.
 
-        ``partition`` compares ways to cluster the neurons. The other measures compare ways to
-        compute layers and models; the dense model is always one of them.
+        The measure ``partition`` compares ways to cluster the neurons. The other measures compare
+        ways to compute layers and models.
         """
+        # by default, `partition` compares all clusterings that there are
         clusterings: list[str] = []
         if "partition" in self.definition.measures:
             clusterings = self.definition.measures["partition"].settings.given()["candidates"]
         if measure == "partition":
             return clusterings
-        # the dense model is measured in any case
-        excluded = {"dense", *clusterings}
-        return [name for name in self.definition.candidates if name not in excluded]
+        # the dense model is always measured, so it is not listed
+        not_listed = {"dense", *clusterings}
+        return [name for name in self.definition.candidates if name not in not_listed]
 
-    def _specs_of_block(self, part: Part[MeasurementPart], number: int) -> Iterator[dict[str, Any]]:
+    def _specs_of_block(self, part: Part[MeasurementPart], index: int) -> Iterator[dict[str, Any]]:
         """Yield a spec for every model and every combination of a block's settings.
 
         Args:
-            part: The benchmark's part of the suite.
-            number: The index of the block in the grid.
+            part: What the suite sets for this benchmark.
+            index: The index of the block in the grid.
 
         Raises:
             DefinitionError: The block has an unknown name, or an invalid setting.
         """
         definition = self.definition
-        block = part.settings.grid[number]
-        where = part.where("grid", number)
+        block = part.settings.grid[index]
+        # check all names of the block; `where` is its location, for error messages
+        where = part.where("grid", index)
         check_names(where.at("measure"), [block.measure], definition.measures)
         check_names(where.at("model"), block.model, self._known_models())
         defaults = definition.measures[block.measure].settings.given()
         check_names(where.at("settings"), block.settings, defaults)
         known_candidates = self._candidates_of(block.measure)
-        key_path = ("benchmarks", self.name, "grid", number, "settings")
+        key_path = ("benchmarks", self.name, "grid", index, "settings")
         for model in block.model:
             for varied in _combinations(block.settings):
+                # parsing checks the values; `given` leaves out settings that the measure lacks
                 parsed = parse({**defaults, **varied}, Settings, part.file, *key_path)
-                settings = parsed.given()  # without the settings that the measure does not use
+                settings = parsed.given()
                 candidates = settings["candidates"]
                 check_names(where.at("settings", "candidates"), candidates, known_candidates)
                 variant = _variant(settings, defaults)

@@ -73,7 +73,10 @@ def run(spec: MeasurementSpec, _folder: Path, progress: Progress) -> dict[str, A
 
 
 def make_timers(dense: Any, measure: str, settings: Settings, seed: int) -> dict[str, Timer]:
-    """Make a timer of the measure's statement for the dense model and each candidate, by name."""
+    """Make a timer for the dense model and for each candidate, by name.
+
+    All of them time the same statement, that of the measure in ``_STATEMENTS``.
+    """
     statement = _STATEMENTS[measure]
     timers = {}
     for name in ("dense", *settings.candidates):
@@ -195,18 +198,18 @@ def measure_partition(net: Any, settings: Settings) -> dict[str, dict[str, float
         the variance that the clusters do not explain.
     """
     last_ffn = find_ffns(net)[-1]
-    keys = last_ffn.keys().detach().float()
+    key_vectors = last_ffn.keys().detach().float()  # [neurons, width]
     num_clusters = settings.num_experts
     numbers = {}
     for candidate in settings.candidates:
         # a single call is enough: it takes seconds
         start = time.perf_counter()
         if candidate == "emoe":
-            labels = balanced_kmeans(keys, num_clusters)
+            labels = balanced_kmeans(key_vectors, num_clusters)
         else:
-            labels = _kmeans_constrained(keys, num_clusters)
+            labels = _kmeans_constrained(key_vectors, num_clusters)
         seconds = time.perf_counter() - start
-        unexplained = 1 - explained_variance_ratio(keys, labels, num_clusters)
+        unexplained = 1 - explained_variance_ratio(key_vectors, labels, num_clusters)
         numbers[candidate] = {"seconds": seconds, "inertia": unexplained}
     return numbers
 

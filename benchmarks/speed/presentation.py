@@ -48,22 +48,28 @@ def measure_table(name: str, measured: Measurements) -> Table:
     numbers of each measured implementation (candidate).
     """
     measure = measured.definition.measures[name]
-    # candidates have columns of their own, so a row is not identified by them
+    # a row is identified by the model and all settings except its candidates, which are columns
     settings = [key for key in measure.settings.given() if key != "candidates"]
     keys = ["model", *settings]
-    runs = _settings_of_runs(measured.runs, name, keys)
-    numbers = _numbers_of_runs(measured.origins, name)
-    frame = runs.merge(numbers, on="run_id")
+    settings_of_runs = _settings_of_runs(measured.runs, name, keys)
+    numbers_of_runs = _numbers_of_runs(measured.origins, name)
+    frame = settings_of_runs.merge(numbers_of_runs, on="run_id")
 
-    shown = []
+    shown_columns = []
     for candidate, title in measured.definition.candidates.items():
         for column in _candidate_columns(candidate, title):
-            # the ratio of the dense model to itself is 1
-            if column.value in frame and column.value != "dense_ratio":
-                shown.append(column)
+            # the ratio of the dense model to itself is always 1, so it is not shown
+            is_dense_ratio = column.value == "dense_ratio"
+            if column.value in frame and not is_dense_ratio:
+                shown_columns.append(column)
+    # the heading of `batch_size` is "Batch size"
     headings = {key: key.replace("_", " ").capitalize() for key in keys}
     return Table(
-        title=measure.title, caption=measure.caption, keys=headings, columns=shown, frame=frame
+        title=measure.title,
+        caption=measure.caption,
+        keys=headings,
+        columns=shown_columns,
+        frame=frame,
     )
 
 

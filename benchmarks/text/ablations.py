@@ -80,14 +80,17 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     with_differences = summaries.merge(differences, on=_KEYS_OF_ROW, how="left")
     tested = with_verdicts(with_differences, family=_KEYS_OF_GROUP)
 
-    # on other tasks, a main row may have other settings
+    # Add the active neurons, a mean over runs. Runs on other tasks than those of the ablation are
+    # left out, because a main row may have other settings there.
     records = _records_of_ablated_tasks(ablated, ablation, ablated.recorded_numbers)
     neurons = cell_means(records, cell_columns=["model", "method"], metrics=["active_neurons"])
     ours = with_numbers(tested, on=["model", "method"], numbers=neurons)
+
     with_paper = _join_paper(ablated, ablation, ours)
     in_order = _sort_rows(ablation, with_paper)
     titled = ablated.with_titles(in_order)
-    return _add_titles(ablated, titled, main_settings=_main_settings(ablated, records))
+    main_settings = _main_settings(ablated, records)
+    return _add_titles(ablated, titled, main_settings)
 
 
 def _row_names(outcomes: TextOutcomes, ablation: Ablation) -> list[str]:
@@ -131,13 +134,13 @@ def _compared_seeds(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
         & scores["method"].isin(names)
         & scores["domain"].isin([ID, OOD])
     )
-    # scores on single tasks or pairs of tasks
-    single = scores[is_shown]
-    with_averages = pd.concat([single, _averages(single)])
+    # each score is on a single task or a pair of tasks
+    single_scores = scores[is_shown]
+    with_averages = pd.concat([single_scores, _averages(single_scores)])
     seeds = with_averages[[*_KEYS_OF_ROW, "seed", "value"]]
 
-    # other tables show the groups that have only main rows
     def has_comparison(group: pd.DataFrame) -> bool:
+        # other tables show the groups that have only main rows
         has_ablated = group["method"].isin(ablated_names).any()
         has_baseline = group["method"].eq(outcomes.baseline).any()
         return bool(has_ablated and has_baseline)
@@ -146,23 +149,26 @@ def _compared_seeds(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
 
 
 def _summarise(seeds: pd.DataFrame) -> pd.DataFrame:
-    """Compute the mean and the shown deviation of each row over the seeds that its group shares.
+    """Compute the mean and the deviation of each row over the seeds that its group shares.
 
-    A row without shared seeds has no mean, and its ``n`` is 0.
+    The deviation is the one that tables show (:func:`.outcomes.shown_deviation`). A row without
+    shared seeds has no mean, and its ``n`` is 0.
     """
     shared = shared_pairs(seeds, within=_KEYS_OF_GROUP, compared=["method"], pair="seed")
     summaries = summarize_scores(shared, cell_columns=_KEYS_OF_ROW)
-    # Ablations show the mean and the deviation of pandas' groupby, which differ from those of
-    # `summarize_scores` in the last digit. Both have the keys as index, so `assign` puts the
-    # numbers into the rows with the same keys.
-    by_keys = summaries.set_index(_KEYS_OF_ROW)
-    scores_of_row = shared.groupby(_KEYS_OF_ROW, sort=False)["value"]
-    grouped = by_keys.assign(mean=scores_of_row.mean(), std=scores_of_row.std()).reset_index()
-    # the shown deviation is that of the population for the authors' selection
-    with_scores = grouped.assign(std=shown_deviation(grouped))
+    # Ablations show the mean and the sample deviation that pandas computes with `groupby`. They
+    # differ in the last digit from those of `summarize_scores`, and replace them here.
+    scores_of_rows = shared.groupby(_KEYS_OF_ROW, sort=False)["value"]
+    # with the keys as index, `assign` finds the row of each number
+    indexed = summaries.set_index(_KEYS_OF_ROW)
+    replaced = indexed.assign(mean=scores_of_rows.mean(), std=scores_of_rows.std())
+    summarised = replaced.reset_index()
+    with_shown_deviation = summarised.assign(std=shown_deviation(summarised))
 
+    # the rows without shared seeds are missing so far
     all_rows = seeds[_KEYS_OF_ROW].drop_duplicates()
-    return all_rows.merge(with_scores, on=_KEYS_OF_ROW, how="left").fillna({"n": 0})
+    joined = all_rows.merge(with_shown_deviation, on=_KEYS_OF_ROW, how="left")
+    return joined.fillna({"n": 0})
 
 
 def _differences_to(reference: str, seeds: pd.DataFrame) -> pd.DataFrame:
@@ -181,6 +187,7 @@ def _differences_to_row_above(ablation: Ablation, seeds: pd.DataFrame) -> pd.Dat
     """Compare the scores of each row with those of the row above it in the table."""
     differences = []
     for _, group in seeds.groupby(_KEYS_OF_GROUP, sort=False):
+        # in the order of the table
         names = sorted(group["method"].unique(), key=partial(_method_key, ablation))
         for above, name in itertools.pairwise(names):
             scores_of_both = group[group["method"].isin([above, name])]
@@ -228,14 +235,16 @@ def _averages(seeds: pd.DataFrame) -> pd.DataFrame:
     Methods of the same protocol, domain and model are averaged over the scopes that all of them
     have. There is no average over fewer than two scopes.
     """
-    averages = [seeds.iloc[:0]]  # no rows, but the columns, if there is no average
+    # this empty frame has the columns of the result, in case there is no average
+    averages = [seeds.iloc[:0]]
     keys = ["protocol", "domain", "model"]
     for (protocol, domain, model), group in seeds.groupby(keys, sort=False):
         shared_scopes = _scopes_of_all_methods(group)
         if len(shared_scopes) < 2:
             continue
+        in_shared_scopes = group[group["scope"].isin(shared_scopes)]
         # rows: method and seed, columns: scopes
-        by_scope = group[group["scope"].isin(shared_scopes)].pivot_table(
+        by_scope = in_shared_scopes.pivot_table(
             index=["method", "seed"], columns="scope", values="value", sort=False
         )
         # a method and seed without a score in one of the scopes has no average
@@ -305,13 +314,16 @@ def _read_paper(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
 def _add_titles(
     outcomes: TextOutcomes, rows: pd.DataFrame, main_settings: Mapping[tuple[str, str], str]
 ) -> pd.DataFrame:
-    """Add ``is_average``, and ``method_title`` with the setting of the row.
+    """Add the column ``is_average``, and ``method_title``: the method and the setting of the row.
 
-    Some ablations vary k, the number of experts in use. There, our rows without a setting also show
-    N, the number of experts, and k/N, if all runs of the row have the same. Their titles end with
-    :data:`_MAIN_MARK`, because another row may vary N and k, and reach the same values.
+    Main rows have no setting. But if other rows of the table vary k, the number of experts in use,
+    the title of a main row shows its N, the number of experts, and its k/N. This title ends with
+    :data:`_MAIN_MARK`, because another row may have the same N and k.
 
-    ``main_settings`` are those of :func:`_main_settings`.
+    Args:
+        outcomes: The results, including the rows of ablations.
+        rows: The rows of the table.
+        main_settings: N and k/N of the runs of each model and method, from :func:`_main_settings`.
     """
     settings = [split_name(name).setting for name in rows["method"]]
     k_varies = any("k" in setting_values(setting) for setting in settings)
@@ -320,7 +332,7 @@ def _add_titles(
         method, setting = split_name(row.method)
         words = setting_text(setting)
         mark = ""
-        # the paper's rows have no run, and so no main setting
+        # a main row; the rows that only the paper has have no runs, whose N and k could be shown
         if k_varies and not setting and row.is_ours:
             words = setting_text(main_settings[row.model, row.method])
             mark = _MAIN_MARK
@@ -338,10 +350,10 @@ def _main_settings(outcomes: TextOutcomes, records: pd.DataFrame) -> dict[tuple[
     """
     setting_by_run = {run.id: _main_setting(run.config) for run in outcomes.runs}
     settings = {}
-    for model_and_method, of_row in records.groupby(["model", "method"], sort=False):
-        settings_of_row = {setting_by_run[run_id] for run_id in of_row["run_id"]}
-        if len(settings_of_row) == 1:
-            settings[model_and_method] = settings_of_row.pop()
+    for model_and_method, records_of_both in records.groupby(["model", "method"], sort=False):
+        distinct_settings = {setting_by_run[run_id] for run_id in records_of_both["run_id"]}
+        if len(distinct_settings) == 1:
+            settings[model_and_method] = distinct_settings.pop()
         else:
             settings[model_and_method] = ""
     return settings
@@ -447,10 +459,10 @@ def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
     """Draw the differences of the ablation ``name`` as a forest plot.
 
     They are differences to the baseline or, if the ablation has ``steps``, to the row above. Each
-    panel shows the runs of one model under the first protocol that the model has. Its title says
-    how many seeds they have, or that only the paper has numbers. Each line is a method. A mark is a
-    difference in domain or out of domain, averaged over sets if there are several. With three or
-    more seeds, it has a 95 % interval.
+    panel shows the runs of one model under the first protocol that the model has. The title of the
+    panel shows the number of seeds, or that only the paper has numbers. Each line is a method. Each
+    mark on a line is a difference in domain or out of domain, averaged over sets if there are
+    several. With three or more seeds, the mark has a 95 % interval.
     """
     definition: Ablation = outcomes.benchmark.definition.ablations[name]
     rows = ablation_rows(outcomes, definition)
@@ -464,9 +476,9 @@ def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
     panel_titles = {}
     for model, of_model in marks.groupby("model_title", sort=False):
         panel_titles[model] = _panel_title(str(model), of_model)
-    # the names of the series in the legend, such as "in domain" and "the paper, in domain"
-    beginnings = marks["is_ours"].map({True: "", False: "the paper, "})
-    series = beginnings + marks["domain"].map(DOMAIN_TITLES)
+    # the text of each mark in the legend, such as "in domain" or "the paper, in domain"
+    owners = marks["is_ours"].map({True: "", False: "the paper, "})
+    series = owners + marks["domain"].map(DOMAIN_TITLES)
     drawn = marks.assign(
         panel=marks["model_title"].map(panel_titles),
         line=[plots.wrap_text(title, inches=2, size=7) for title in marks["method_title"]],
@@ -509,15 +521,16 @@ def _shown_differences(ours: pd.DataFrame) -> pd.DataFrame:
 def _paper_differences(rows: pd.DataFrame) -> pd.DataFrame:
     """Average the paper's differences over scopes, by model, domain and method.
 
-    A method is left out if the paper lacks its difference in a scope of the model and domain. The
-    average would be over other scopes than those of the other methods.
+    A method is left out if the paper lacks its difference in one of the scopes. Its average would
+    be over fewer scopes than the averages of the other methods.
     """
     # only rows from the paper have a status, also if their number is unknown
     published = rows[rows["status"].notna()]
     panel = ["model_title", "domain"]
     keys = [*panel, "method", "method_title"]
-    # beside each row: how many scopes its panel and domain has, and how many differences its method
+    # `transform` returns a value for each row: the number of scopes of its model and domain
     num_scopes = published.groupby(panel)["scope"].transform("nunique")
+    # and the number of known differences of its method there; `count` skips nan
     num_differences = published.groupby(keys)["paper_delta"].transform("count")
     complete = published[num_differences == num_scopes]
     by_mark = complete.groupby(keys, sort=False)

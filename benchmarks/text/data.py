@@ -116,7 +116,8 @@ class TextSplit:
 
         chosen: list[int] = []
         for label, rows in sorted(by_class.items()):
-            # the order does not depend on the share, so that smaller shares are subsets
+            # Shuffle the rows, and keep the first ones. Their order does not depend on the share,
+            # so a smaller share is a subset of a larger one.
             draw = random.Random(derive_seed("part", seed_name, label))
             draw.shuffle(rows)
             count = max(1, round(share * len(rows)))
@@ -203,9 +204,11 @@ def describe_rows(name: str, part: str, split: TextSplit, entry: TaskEntry) -> S
     """
     if split.has_classes:
         counts = Counter(split.labels)
-        by_class = [f"{label} {counts[number]:,}" for number, label in enumerate(entry.labels)]
-        labels = ", ".join(by_class)
+        # such as "negative 428, positive 444"
+        class_counts = [f"{name} {counts[number]:,}" for number, name in enumerate(entry.labels)]
+        labels = ", ".join(class_counts)
     else:
+        # the scores of a regression
         labels = f"{min(split.labels):g} to {max(split.labels):g}"
     # the paper's row count is that of the test part
     published = entry.published_rows if part == "test" else None
@@ -240,14 +243,16 @@ def load_part(
         warn: A function that prints a warning. It is called if the row count is unexpected.
             Without ``warn`` or ``entries``, row counts are not checked.
     """
-    read_part = resolve_part(task.splits, part)
-    split = load_whole_part(task, read_part)
+    # "dev" instead of "test", if the task has no test split
+    loaded_part = resolve_part(task.splits, part)
+    split = load_whole_part(task, loaded_part)
     # warn if the row count is unexpected, because a copy of the set may be incomplete
     if warn and entries and task.name in entries:
-        note = describe_rows(task.name, read_part, split, entries[task.name]).note
+        description = describe_rows(task.name, loaded_part, split, entries[task.name])
+        note = description.note
         if note:
             warn(note)
-    return split.sample(num_rows, f"{task.name}/{read_part}")
+    return split.sample(num_rows, f"{task.name}/{loaded_part}")
 
 
 class TaskSplits(NamedTuple):
@@ -268,9 +273,9 @@ def load_splits(
 ) -> TaskSplits:
     """Load all training rows of a task, and the rows for selection and for the report.
 
-    If the task has no test split, its dev split is reported. Then held-out training rows are for
-    selection, or the reported rows themselves if ``held_out_share`` is None. The rows are the same
-    in every run.
+    If the task has a test split, its dev split is for selection, and its test split is reported.
+    Otherwise the dev split is reported. Then selection uses held-out training rows, or the reported
+    rows themselves if ``held_out_share`` is None. The rows are the same in every run.
 
     Args:
         task: The training task.
@@ -293,10 +298,10 @@ def load_splits(
 
 
 def load_whole_part(task: RunTask, part: str) -> TextSplit:
-    """Load all rows of a part of a task, without fallback and without sampling.
+    """Load all rows of the ``train``, ``dev`` or ``test`` part of a task.
 
-    The part is ``train``, ``dev`` or ``test``. Rows without a text or a gold label are left out.
-    :attr:`TextSplit.dropped` counts them.
+    The dev split never replaces a missing test split here. Rows without a text or a gold label are
+    left out. :attr:`TextSplit.dropped` counts them.
 
     If the task names a package or a csv, the rows come from there. Otherwise they come from the
     set's folder below the data root (``EMOE_DATA_ROOT``). Without that folder, they come from the
@@ -335,7 +340,7 @@ def _load_vader(domain: str, label: str | None, splits: Sequence[str]) -> TextSp
     strong.
     """
     is_strength = label == "strength"
-    texts: list[tuple[str, ...]] = []  # each with one field
+    texts: list[tuple[str, ...]] = []  # the tuple of a row has a single text
     labels: list[int] = []
     dropped = 0
     for split in splits:
@@ -346,7 +351,9 @@ def _load_vader(domain: str, label: str | None, splits: Sequence[str]) -> TextSp
     name = domain
     if label:
         name = f"{domain}, {label}"
-    source = f"{PACKAGE} {find_package(PACKAGE).version}, {name}, {'+'.join(splits)}"
+    version = find_package(PACKAGE).version
+    split_names = "+".join(splits)
+    source = f"{PACKAGE} {version}, {name}, {split_names}"
     return TextSplit(texts, labels, dropped=dropped, source=source)
 
 
@@ -461,7 +468,7 @@ def _read_folder(folder: Path, task: RunTask, split: str) -> list[_Table]:
     # on the hub, the files of a configuration are in a folder with its name, or in `data`
     if task.source.config:
         folders += [folder / task.source.config, folder / "data"]
-    # the first folder and format with files of the split
+    # read the files in the first folder that has any, and in the first format there
     for subfolder in folders:
         for suffix in _BUILDERS:
             files = _find_files(subfolder, split, suffix)
@@ -476,25 +483,32 @@ def _read_folder(folder: Path, task: RunTask, split: str) -> list[_Table]:
 
 
 def _find_files(folder: Path, split: str, suffix: str) -> list[Path]:
-    """Find the files of a split with the ending ``suffix``: one file, or its pieces in order.
+    """Find the files of a split with the ending ``suffix``, in the order of their rows.
 
-    The list is empty if there are none.
+    A split is stored in one of three layouts. The first one that exists is used:
+
+    - one file, such as ``train.parquet``
+    - numbered pieces, such as ``train-00000-of-00002.parquet``
+    - a folder of pieces, such as ``train/0000.parquet``, from the hub's conversion to Parquet
+
+    The list is empty if there are no files.
 
     Raises:
         DataError: A piece is missing.
     """
-    whole = sorted(folder.glob(f"{split}.{suffix}"))
-    if whole:
-        return whole
-    # such as train-00000-of-00002.parquet
+    whole_file = folder / f"{split}.{suffix}"
+    if whole_file.exists():
+        return [whole_file]
+
     pieces = sorted(folder.glob(f"{split}-*-of-*.{suffix}"))
     if pieces:
         # the name of each piece ends with the number of pieces
         if not pieces[0].stem.endswith(f"-of-{len(pieces):05}"):
             raise DataError(f"{folder} lacks a piece of the split '{split}'")
         return pieces
-    # the hub's conversion to Parquet writes files such as train/0000.parquet
+
     converted = sorted(folder.glob(f"{split}/[0-9]*.{suffix}"))
+    # if a number is skipped, a piece is missing
     for number, file in enumerate(converted):
         wanted = f"{number:04}.{suffix}"
         if file.name != wanted:
@@ -503,16 +517,17 @@ def _find_files(folder: Path, split: str, suffix: str) -> list[Path]:
 
 
 def _read_file(file: Path, folders: Sequence[Path], task: RunTask) -> _Table:
-    """Read a file of a format of ``_BUILDERS`` as a table.
+    """Read a file as a table. Its format is one of :data:`_BUILDERS`.
 
-    If it stores no class names, they come from the metadata files in ``folders``.
+    If the file stores no class names, they come from the metadata files in ``folders``.
     """
     with _name_file_in_errors(file):
         if file.suffix == ".csv":
             table = _Table(str(file), read_csv(file))
         else:
             builder = _BUILDERS[file.suffix.removeprefix(".")]
-            # streaming writes no copy of the file into the cache
+            # Streaming writes no copy of the file into the cache. The library calls all rows of a
+            # single file "train".
             dataset = datasets.load_dataset(
                 builder, data_files=glob.escape(str(file)), split="train", streaming=True
             )
@@ -530,9 +545,10 @@ def _documented_class_names(
     Return None if no folder has them.
     """
     for folder in folders:
+        # the metadata by configuration; a set without configurations has only "default"
         infos = DatasetInfosDict.from_directory(str(folder))
         info = infos.get(task.source.config) or infos.get("default")
-        # no metadata in this folder, or none on columns
+        # this folder has no metadata, or none on the columns
         if not info or not info.features:
             continue
         label_column = table.column(task.label, task)
@@ -602,11 +618,14 @@ def _split_by_hash(text: str) -> str:
 
 def _to_table(dataset: Any, source: str, task: RunTask) -> _Table:
     """Convert a data set of the library ``datasets`` to a table, with the class names it stores."""
-    # batches of arrow tables also work for a streamed set, which has no length
+    # read arrow tables of 10,000 rows each, because a streamed set has no length
     batches = list(dataset.with_format("arrow").iter(batch_size=10_000))
+    # with the default promotion, a column without values in one batch fits the other batches
     cells = pa.concat_tables(batches, promote_options="default").to_pydict()
     table = _Table(source, pd.DataFrame(cells, dtype=object))
-    feature = (dataset.features or {}).get(table.column(task.label, task))
+    # the types of the columns; a streamed set may have none
+    features = dataset.features or {}
+    feature = features.get(table.column(task.label, task))
     if isinstance(feature, datasets.ClassLabel):
         return replace(table, class_names=feature.names)
     return table
@@ -691,18 +710,19 @@ def _complete_rows(table: _Table, task: RunTask) -> Iterator[tuple[tuple[str, ..
     for index, *text_cells, label_cell in table.cells[columns].itertuples(name=None):
         texts = _row_texts(text_cells)
         label = reader.text(label_cell)
+        # the row lacks a text, or its label means that it has no gold label
         if texts is None or label in reader.unlabelled:
             continue
         number = reader.number(label)
-        if number is not None:
-            yield texts, number
-            continue
-        # a missing label drops the row; an unknown label is an error
-        if label.casefold() not in _NO_LABEL:
+        if number is None:
+            # the label is not one of the task's; one such as "null" means that there is no label
+            if label.casefold() in _NO_LABEL:
+                continue
             raise DataError(
                 f"{table.source}, row {index + 1}: '{label}' is no label of task '{task.name}'"
                 f"{reader.hint(label)}"
             )
+        yield texts, number
 
 
 def _row_texts(cells: Sequence[object]) -> tuple[str, ...] | None:
@@ -731,33 +751,33 @@ def _class_numbers(table: _Table, task: RunTask) -> dict[str, int]:
 
 
 def _class_names_by_spelling(table: _Table, task: RunTask) -> dict[str, str]:
-    """Map each spelling of a label to the class name.
+    """Map each accepted spelling of a label to the name of its class.
 
-    The spellings depend on the class names that the table stores:
+    A label may be spelled as the name of a class, as one of the task's ``label_names``, as a class
+    number, or as the makers of the set spell it. Which of these spellings are accepted depends on
+    the class names that the table stores:
 
-    - none: class numbers, the task's class names, and its ``label_names``
-    - only the numbers from 0: class numbers
-    - real names: the task's class names, its ``label_names``, and the makers' spellings
+    - If the table stores none, its labels are names or class numbers.
+    - If it stores only the numbers from 0 as names, its labels are class numbers.
+    - If it stores other names, its labels are names or the makers' spellings.
 
-    If one of the task's names is itself a number, there are no class numbers, and any stored names
-    are real names.
+    If the task has a class whose name is a number, every number is a name, not a class number.
     """
-    by_name = dict(task.label_names)
+    names = dict(task.label_names)
     for name in task.labels:
-        by_name[name] = name
-    # if a class name is a number, a number in a file is a name
+        names[name] = name
+    class_numbers = {str(number): name for number, name in enumerate(task.labels)}
     numbers_are_names = any(_is_number(name) for name in (*task.labels, *task.label_names))
-    by_number = {str(number): name for number, name in enumerate(task.labels)}
 
     if table.class_names is None:
         if numbers_are_names:
-            return by_name
-        return {**by_number, **by_name}
-    # the stored names are only the class numbers; a regression has none
-    if task.labels and not numbers_are_names and _are_numbers_from_0(table.class_names):
-        return by_number
-    # the stored names are real names, which may be spelled as the makers do
-    return {**_makers_spellings(task), **by_name}
+            return names
+        return {**class_numbers, **names}
+    # a regression has no class numbers
+    may_have_class_numbers = bool(task.labels) and not numbers_are_names
+    if may_have_class_numbers and _are_numbers_from_0(table.class_names):
+        return class_numbers
+    return {**_makers_spellings(task), **names}
 
 
 def _is_number(name: str) -> bool:

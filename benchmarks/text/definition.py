@@ -224,7 +224,7 @@ class TextSource(Strict):
     package."""
 
     exactly_one_of = ("folder", "csv", "vader_sentiment")
-    together = (("vader_label", "vader_sentiment"),)
+    key_requirements = (("vader_label", "vader_sentiment"),)
     hub: str | None = optional()
     """Repository on the hub."""
     config: str | None = None
@@ -318,32 +318,35 @@ class RunTask(Strict):
 def merged_classes(larger: RunTask, smaller: RunTask) -> list[int]:
     """Map the classes of a task to the classes of a task that has fewer.
 
-    Returns a list. Its entry i is the number of the smaller task's class for class i.
-
     Args:
-        larger: The task with more classes, whose ``label_map`` has the mapping.
+        larger: The task with more classes. Its ``label_map`` has the mapping.
         smaller: The task with fewer classes.
 
+    Returns:
+        A list with an entry for each class of the larger task: the number of the class of the
+        smaller task into which it is merged.
+
     Raises:
-        DefinitionError: The larger task has no such ``label_map``, or the smaller one is a
-            regression.
+        DefinitionError: The larger task has no such mapping, or the smaller task is a regression.
     """
-    most = len(larger.labels)
-    fewer = len(smaller.labels)
-    if fewer == 0:
+    num_larger = len(larger.labels)
+    num_smaller = len(smaller.labels)
+    if num_smaller == 0:
         raise DefinitionError(
             f"'{larger.name}' has classes, but '{smaller.name}' is a regression; their labels do "
             "not fit"
         )
-    numbers = larger.label_map.get(str(fewer), [])
-    uses_all_classes = set(numbers) == set(range(fewer))
-    if len(numbers) != most or not uses_all_classes:
+    # `label_map` has a list for each smaller number of classes
+    merged_into = larger.label_map.get(str(num_smaller), [])
+    maps_all_classes = len(merged_into) == num_larger
+    uses_all_smaller_classes = set(merged_into) == set(range(num_smaller))
+    if not maps_all_classes or not uses_all_smaller_classes:
         raise DefinitionError(
-            f"'{larger.name}' has {most} classes, '{smaller.name}' {fewer}: the larger one needs "
-            f"'label_map' with \"{fewer}\": {most} numbers, each class from 0 to {fewer - 1} "
-            "among them"
+            f"'{larger.name}' has {num_larger} classes, '{smaller.name}' {num_smaller}: the larger "
+            f"one needs 'label_map' with \"{num_smaller}\": {num_larger} numbers, each class from "
+            f"0 to {num_smaller - 1} among them"
         )
-    return numbers
+    return merged_into
 
 
 class TaskEntry(RunTask, Entry):
@@ -379,6 +382,7 @@ class TaskFile(Strict):
         Content of another form stays as it is, and is refused by a later check.
         """
         match content:
+            # a dictionary whose key `tasks` has a dictionary of tasks
             case {"tasks": dict(tasks)}:
                 named = dict(tasks)
                 for name, task in tasks.items():

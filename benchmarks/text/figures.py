@@ -35,13 +35,16 @@ def epoch_numbers(outcomes: TextOutcomes) -> pd.DataFrame:
     """Collect the dev score and the dev loss of the chosen runs after each epoch.
 
     The runs are those of :meth:`.TextOutcomes.chosen_runs`, without controls. Only the seeds that
-    all methods of a model and task have are used. If a seed of a method stopped early, the method
-    has no later epochs.
+    all methods of a model and task have are used. If one seed of a method stopped early, the later
+    epochs of its other seeds are left out, too.
 
     Returns:
-        A row for each run, epoch and ``metric`` (that of the task, or ``loss``), with titles. The
-        other columns are those of :data:`.outcomes.CELL`, ``seed``, ``step`` (the epoch) and
-        ``value`` (the number as it is printed; nan if the model diverged).
+        Two rows for each run and epoch, one with the score and one with the loss. The columns are:
+
+        - ``model``, ``task``, ``method`` and their titles, and ``seed``
+        - ``metric``: the metric of the task, or ``loss``
+        - ``step``: the epoch
+        - ``value``: the number as it is printed, such as in %; nan if the model diverged
     """
     rows = []
     for run, metrics in outcomes.chosen_runs():
@@ -51,16 +54,17 @@ def epoch_numbers(outcomes: TextOutcomes) -> pd.DataFrame:
         metric_of_task = outcomes.benchmark.tasks[run.task].metric
         for metric in (metric_of_task, _LOSS):
             for epoch in metrics.epochs:
-                value = _printed_number(metric, epoch.numbers()[metric])
+                recorded = epoch.numbers()[metric]
+                value = _printed_number(metric, recorded)
                 rows.append({**keys_of_run, "metric": metric, "step": epoch.epoch, "value": value})
     columns = [*CELL, "seed", "metric", "step", "value"]
     numbers = pd.DataFrame(rows, columns=columns).astype({"step": float, "value": float})
     shared = shared_pairs(numbers, within=["model", "task"], compared=["method"], pair="seed")
-    # beside each number: how many seeds its method has, and how many of them have its epoch
-    seeds = shared.groupby(CELL)["seed"].transform("nunique")
-    seeds_of_epoch = shared.groupby([*CELL, "step"])["seed"].transform("nunique")
-    # keep the epochs that all seeds of the method have
-    is_complete = seeds_of_epoch == seeds
+    # `transform` returns a value for each row: the number of seeds of its method
+    num_seeds = shared.groupby(CELL)["seed"].transform("nunique")
+    # and the number of these seeds that reached the epoch of the row
+    num_seeds_of_epoch = shared.groupby([*CELL, "step"])["seed"].transform("nunique")
+    is_complete = num_seeds_of_epoch == num_seeds
     return outcomes.with_titles(shared[is_complete])
 
 
@@ -78,6 +82,7 @@ def draw_curves(outcomes: TextOutcomes, path: Path) -> None:
     drawn. The figure is a placeholder if none is left.
     """
     numbers = epoch_numbers(outcomes)
+    # for each row: the number of epochs of its model and task
     num_epochs = numbers.groupby(["model", "task"])["step"].transform("nunique")
     with_curves = numbers[num_epochs > 1]
     all_groups = list(with_curves.groupby(["model_title", "task_title"], sort=False))
@@ -88,7 +93,7 @@ def draw_curves(outcomes: TextOutcomes, path: Path) -> None:
     styles = outcomes.styles_by_title(with_curves)
     columns = _count_columns(len(groups))
     group_rows = math.ceil(len(groups) / columns)
-    panel_rows = 2 * group_rows  # the scores of a row of groups, and below them the losses
+    panel_rows = 2 * group_rows  # each group has two panels, one below the other
     height = min(_PANEL_HEIGHT * panel_rows, _MOST_HEIGHT)
     width = max(_COLUMN_WIDTH * columns, _LEAST_WIDTH)
     figure_of_panels = plots.panel_figure(
@@ -129,12 +134,13 @@ def _draw_group(
         panel_size: The width and the height of a panel with its labels, in inches.
     """
     panel_width, panel_height = panel_size
-    # shorter than a panel with its numbers, so that labels of neighbours do not touch
-    label_height = 0.75 * panel_height
+    # The label of the vertical axis runs along the height of the panel. It is shorter than the
+    # panel, so that it does not touch the labels of the panels above and below.
+    label_length = 0.75 * panel_height
     title_width = 0.5 * panel_width  # the labels take the rest
     is_loss = numbers["metric"] == _LOSS
-    _draw_panel(score_axis, numbers[~is_loss], styles, label_height)
-    _draw_panel(loss_axis, numbers[is_loss], styles, label_height)
+    _draw_panel(score_axis, numbers[~is_loss], styles, label_length)
+    _draw_panel(loss_axis, numbers[is_loss], styles, label_length)
     wrapped_titles = [plots.wrap_text(title, inches=title_width) for title in titles]
     score_axis.set_title("\n".join(wrapped_titles), fontsize=8)
     seed_counts = numbers.groupby("method")["seed"].nunique()
@@ -152,18 +158,23 @@ def _count_columns(num_groups: int) -> int:
 
 
 def _draw_panel(
-    axis: Any, points: pd.DataFrame, styles: Mapping[str, MethodStyle], label_height: float
+    axis: Any, points: pd.DataFrame, styles: Mapping[str, MethodStyle], label_length: float
 ) -> None:
     """Draw one metric of a model and task by epoch, and label the vertical axis.
 
-    ``label_height`` is the largest length of a line of the label, in inches.
+    Args:
+        axis: The axis of the panel.
+        points: The rows of :func:`epoch_numbers` with this model, task and metric.
+        styles: The style of each method, by title.
+        label_length: The length of the label in inches; a longer label is broken into lines.
     """
     plots.draw_means(axis, points, styles)
     plots.label_steps(axis, "", _MOST_TICKS)
     (metric,) = points["metric"].unique()
     label = f"{load_metrics()[metric].label} on dev"
-    heading = Column(metric, "value", label).heading
-    axis.set_ylabel(plots.wrap_text(heading, inches=label_height))
+    # the heading of a table column is its label with the unit of the metric, as needed here
+    column = Column(metric, value="value", label=label)
+    axis.set_ylabel(plots.wrap_text(column.heading, inches=label_length))
 
 
 CURVES = Figure(

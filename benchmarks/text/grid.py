@@ -147,17 +147,19 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
 
     @classmethod
     def load(cls, name: str, content: object, file: Path) -> Self:
-        given = parse(content, TextDefinition, str(file))
-        rows = transformed_rows(given.transformed, given, file)
-        _check_trained_once(given.transformed, file)
+        parsed = parse(content, TextDefinition, str(file))
+        methods_of_rows = transformed_rows(parsed.transformed, parsed, file)
+        _check_trained_once(parsed.transformed, file)
         # tables show a transformed row like a method, so it is added to the methods
-        definition = given.model_copy(update={"methods": {**given.methods, **rows}})
+        methods = {**parsed.methods, **methods_of_rows}
+        definition = parsed.model_copy(update={"methods": methods})
         tasks = read(file.parent / definition.tasks, TaskFile).tasks
         benchmark = cls(name, definition, tasks, _TRAINING_DOMAINS)
         check_ablations(benchmark)
         task_file = benchmark.folder / definition.tasks
         for task_name in benchmark.tasks:
-            _check_task(Location(task_file, f"tasks.{task_name}"), task_name, benchmark.tasks)
+            where = Location(task_file, f"tasks.{task_name}")
+            _check_task(where, task_name, benchmark.tasks)
         return benchmark
 
     def specs(
@@ -170,9 +172,10 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
             # a transformed row is trained as another method
             "method": [name for name in methods if name not in self.definition.transformed],
         }
+        # the keys that a block of the grid may have
         axes = (*allowed_names, *VARIANT_KEYS, *_OTHER_AXES)
 
-        # once for each model and task, because their points have the same settings
+        # cached, because all points with the same model and task have the same settings
         @functools.cache
         def training_settings(model: str, task: str) -> TextTraining:
             return self._training_settings(part, model, task)
@@ -187,16 +190,17 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
             method_sections = self._method_sections(methods, point, settings, where)
             protocol = _protocol(task, point, where)
             training = run_training(settings, task, point, protocol)
-            # no method may convert or train a frozen layer
             method = MethodSpec(**method_sections["method"])
+            # no method may convert or train a frozen layer
             check_frozen(training.get("frozen_layers"), method, where)
             ood = []
             if _evaluates_ood(settings, point["method"]):
                 ood = [self.tasks[name].spec() for name in task.ood if name not in exclude]
+            model = load_models()[point["model"]]
             yield self.spec(
                 method.variant,
                 protocol=protocol,
-                model=load_models()[point["model"]].spec(point["model"]),
+                model=model.spec(point["model"]),
                 task=task.spec(),
                 ood=ood,
                 training=training,
@@ -229,32 +233,31 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
             where: The place of the point in the file, for messages.
         """
 
-        def resolved(name: str) -> dict[str, Any]:
-            # the same point of the grid with another method
-            with_method = {**point, "method": name}
-            return method_spec(methods, with_method, point["seed"], settings.lora, where)
+        def spec_of(method: str) -> dict[str, Any]:
+            """Return the spec of a method at this point of the grid."""
+            point_of_method = {**point, "method": method}
+            return method_spec(methods, point_of_method, point["seed"], settings.lora, where)
 
-        sections: dict[str, Any] = {"method": resolved(point["method"])}
-        # at most one row fits, because the models of a method are converted only once
+        sections: dict[str, Any] = {"method": spec_of(point["method"])}
+        # `_check_trained_once` ensures that at most one transformed row is trained as this method
         for name, row in self.definition.transformed.items():
             if row.trained == point["method"]:
-                target = resolved(row.used_as)
-                sections["used_as"] = {"name": name, "config": target["config"]}
+                new_method = spec_of(row.used_as)
+                sections["used_as"] = {"name": name, "config": new_method["config"]}
         return sections
 
     def _training_settings(self, part: Part[TextPart], model: str, task: str) -> TextTraining:
         """Return the training settings of a suite for a model and a task.
 
         Raises:
-            DefinitionError: A setting names a method that does not exist, or two do not fit
-                together.
+            DefinitionError: A setting names a method that does not exist, or two settings do not
+                fit together.
         """
         training: TextTraining = self.settings("training", part, model=model, task=task)
         where = part.where("training")
-        if not isinstance(training.evaluate_ood, bool):
-            check_names(
-                where.at("evaluate_ood"), training.evaluate_ood or (), self.definition.methods
-            )
+        # `evaluate_ood` is True, False, None, or a list of methods
+        if isinstance(training.evaluate_ood, list):
+            check_names(where.at("evaluate_ood"), training.evaluate_ood, self.definition.methods)
         # a block of the grid may ask for clean runs of a task without a test split
         check_validation_rows(training, where)
         if training.patience is not None and training.checkpoint_selection != "best":
@@ -333,12 +336,12 @@ def transformed_rows(
         if name in definition.methods:
             raise DefinitionError(f"{where} has the name of a method; choose another name")
         _check_transformed_row(row, usual_methods, where)
-        given = definition.methods[row.trained].given()
-        # the key `method` names the entry of methods.yaml, by default the method's own name; the
-        # new method has another name, so it needs the key
-        entry = given.get("method", row.trained)
-        changes = {"method": entry, "title": row.title, "role": ABLATION}
-        methods[name] = Method(**{**given, **changes})
+        settings = definition.methods[row.trained].given()
+        # The key `method` names an entry of methods.yaml. By default, this is the entry with the
+        # method's own name. The row has another name, so its method needs the key.
+        entry = settings.get("method", row.trained)
+        settings_of_row = {**settings, "method": entry, "title": row.title, "role": ABLATION}
+        methods[name] = Method(**settings_of_row)
     return methods
 
 
@@ -448,7 +451,7 @@ def _check_task(where: Location, name: str, tasks: Mapping[str, TaskEntry]) -> N
             _check_classes_fit(task, tasks[other])
         except DefinitionError as error:
             raise DefinitionError(f"{where.at('ood')}: {error}") from error
-        # the side with more classes is merged into the classes of the other
+        # predictions or labels are merged, so the scored classes are those of the smaller task
         classes = min(len(task.labels), len(tasks[other].labels))
         for metric in tasks[other].ood_metrics:
             _check_metric(f"{where.at('ood')}: 'ood_metrics' of '{other}'", metric, classes)
@@ -463,7 +466,7 @@ def _check_task(where: Location, name: str, tasks: Mapping[str, TaskEntry]) -> N
 
 
 def _check_metric(where: Location | str, metric: str, classes: int) -> None:
-    """Check that a metric can score predictions of some classes.
+    """Check that a metric can score a task with this number of classes.
 
     Metrics of plugins are not checked.
 
@@ -473,7 +476,7 @@ def _check_metric(where: Location | str, metric: str, classes: int) -> None:
         classes: The number of classes; 0 for a regression.
 
     Raises:
-        DefinitionError: The metric cannot score them.
+        DefinitionError: The metric cannot score such a task.
     """
     if classes == 0:
         scored = "a regression"
@@ -533,8 +536,10 @@ def run_training(
     """
     training = settings.spec()
     training["epochs"] = settings.epochs * point.get("epochs_factor", 1)
-    # only a clean run of a task without a test split needs held-out training rows
-    if protocol == PUBLISHED or task.splits.test is not None:
+    # These runs hold out no training rows, because they select with the dev split. Only a clean run
+    # of a task without a test split holds out rows, because it reports the dev split.
+    selects_with_dev_split = protocol == PUBLISHED or task.splits.test is not None
+    if selects_with_dev_split:
         training["validation_fraction"] = 0.0
     if "train_share" in point:
         training["train_share"] = point["train_share"]
@@ -548,15 +553,19 @@ def _advice(name: str, task: TaskEntry, problem: str) -> str:
     is.
     """
     source = task.source.model_dump()
-    # the set exists: in a package, a csv or the user's folder
+    # the set is not missing: it is in a package, in a csv or in the user's folder
     if task.source.vader_sentiment or task.source.csv or local_path(name, source) is not None:
         return f"{name}: {problem}"
+    # the set is missing: say where to get it, and into which folder to put it
     if task.download_instructions:
         solution = f"by hand. {task.download_instructions.strip()}"
     else:
         hub = f"{task.source.hub} ({task.source.config})"
         solution = f"on the hub as {hub}; `python -m benchmarks data` or the first run downloads it"
-    files = ", ".join(_raw_files(task)) or "its files"
+    files = "its files"
+    file_names = _raw_files(task)
+    if file_names:
+        files = ", ".join(file_names)
     columns = ", ".join([*task.fields, task.label])
     folder = f"{expected_path(source)} ({files}; hub columns {columns})"
     return f"{name}: {solution}.\n    Folder: {folder}. Without it: `exclude: [{name}]`"

@@ -42,18 +42,19 @@ def new_benchmark(name: str, file: Path, text: str = "text", label: str = "label
     labels = _labels(file, text, label)
     # the name changes with the content, so that changed rows make new runs
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
-    rows = f"rows-{digest}.csv"
+    csv_name = f"rows-{digest}.csv"
+    # the texts for the placeholders of the templates
     values = {
         "text": _yaml(text),
         "label": _yaml(label),
         "labels": _yaml(labels),
         "name": name,
         "title": name.replace("_", " ").capitalize(),
-        "csv": f"benchmarks/{name}/{rows}",
+        "csv": f"benchmarks/{name}/{csv_name}",
     }
     folder = BENCHMARKS / name
     folder.mkdir()
-    with atomic_write(folder / rows) as temporary:
+    with atomic_write(folder / csv_name) as temporary:
         temporary.write_bytes(file.read_bytes())
     # the suite goes to config/, the other files to the benchmark's folder
     for template in _TEMPLATE.iterdir():
@@ -75,8 +76,8 @@ def _check_name(name: str) -> None:
     for path in (BENCHMARKS / name, BENCHMARKS / f"{name}.py", CONFIG / f"{name}.yaml"):
         if path.exists():
             raise DefinitionError(f"{path} exists; choose another name than '{name}'")
-    targets = [artifacts.name for artifacts in all_artifacts()]
     # the workflow has a target for each benchmark, and for each data set with its own tables
+    targets = [artifacts.name for artifacts in all_artifacts()]
     if name in targets:
         raise DefinitionError(f"'{name}' is the target of a set's tables; choose another name")
 

@@ -122,13 +122,14 @@ def select_runs(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
     A run may be chosen under another protocol than its own. In the result, ``protocol`` is the
     argument in all rows. ``run_protocol`` is the run's own.
     """
-    table = choices(records, protocol)
-    chosen = table.loc[table["chosen"], [*CELL, *CHOICE]]
-    # A run of the other protocol may have the chosen settings. Without a dev score under this
-    # protocol, it is left out.
+    all_choices = choices(records, protocol)
+    best_choices = all_choices.loc[all_choices["chosen"], [*CELL, *CHOICE]]
+    # A run of the other protocol may have the best hyper-parameters, too. It is left out if it has
+    # no dev score under this protocol.
     scored_runs = selection_scores(records, protocol)["run_id"]
-    of_scored = records[records["run_id"].isin(scored_runs)]
-    selected = of_scored.merge(chosen, on=[*CELL, *CHOICE], how="inner")
+    scored = records[records["run_id"].isin(scored_runs)]
+    # the inner join keeps the records with the best hyper-parameters of their cell
+    selected = scored.merge(best_choices, on=[*CELL, *CHOICE], how="inner")
     # keep the run's own protocol in a new column before its column is overwritten
     with_run_protocol = selected.assign(run_protocol=selected["protocol"])
     return with_run_protocol.assign(protocol=protocol)
@@ -228,12 +229,15 @@ class TextOutcomes(Outcomes):
         )
         self._include_ablations = include_ablations
         self._finished = finished
-        # with the records of the methods that are not shown, which `ablated` needs
-        self._all_records = tabulate_numbers(finished) if records is None else records
+        if records is None:
+            records = tabulate_numbers(finished)
+        # also has the records of the methods that are not shown, which `ablated` needs
+        self._all_records = records
 
         # each of the following attributes is computed from those before it
         self.recorded_numbers = self._shown_records(shown_methods)
         if include_ablations:
+            # each setting gets a row of its own, so the rows need other names than the methods
             self.recorded_numbers = self._name_rows(self.recorded_numbers)
             self.methods = self._methods_by_row_name()
         self.chosen = pd.concat([self._chosen(protocol) for protocol in PROTOCOL_TITLES])
@@ -243,9 +247,11 @@ class TextOutcomes(Outcomes):
         self.shared = shared_pairs(
             self.seeds, within=_KEYS_OF_SET, compared=["method"], pair="seed"
         )
-        differences = paired_differences(
+        paired = paired_differences(
             self.seeds, cell_columns=_KEYS_OF_ROW, reference={"method": self.baseline}, pair="seed"
-        ).drop(columns="values")
+        )
+        # with one score per seed, the count of scores in `values` repeats the count of seeds
+        differences = paired.drop(columns="values")
         self.rows = self._summarise_rows(differences)
         self.tests = self._test_differences(differences)
 
@@ -286,30 +292,33 @@ class TextOutcomes(Outcomes):
         settings = self._settings_in_names(records)
         has_setting = settings != ""
         names_with_setting = methods + SETTING_SEPARATOR + settings
+        # without a setting, the name is only the method
         names = names_with_setting.where(has_setting, methods)
-        # The best variant of a row is chosen later. These rows have nothing to choose, because each
-        # shows one setting, so their variants are removed.
+        # Later, the best variant of each row is chosen. A row with a single setting has nothing to
+        # choose, so its variant becomes an empty text.
         is_ablation = methods.map(self.role) == ABLATION
         shows_one_setting = is_ablation | has_setting
         variants = records["variant"].mask(shows_one_setting, "")
         return records.assign(method=names, variant=variants)
 
     def _settings_in_names(self, records: pd.DataFrame) -> pd.Series[str]:
-        """Return the setting that the row name of each record contains, or an empty text.
+        """Return for each record the setting in the name of its table row, or an empty text.
 
-        The name of an ablation contains its variant, without the usual settings of the model. Other
-        names contain the variant if the row has several. Models that are converted after training
-        have the variants of their training, so their rows are not treated as ablations.
+        A variant is a text with settings of the method, such as ``N16-L22``. The name of an
+        ablation contains its variant, without the usual settings of the model. Other names contain
+        the variant if the row has several. Rows of models that are converted after training are not
+        treated as ablations, because they have the variants of the training.
         """
         usual_by_model = self._usual_settings_by_model(records)
         transformed = self.benchmark.definition.transformed
         rows = records.groupby(["protocol", "model", "task", "method"])
-        # beside each record: the number of variants of its row
+        # for each record: the number of variants in its row
         num_variants = rows["variant"].transform("nunique")
 
         settings = []
         for record in records.assign(num_variants=num_variants).itertuples():
-            if self.role(record.method) == ABLATION and record.method not in transformed:
+            is_ablation = self.role(record.method) == ABLATION
+            if is_ablation and record.method not in transformed:
                 # a model may have only ablations, and so no usual settings
                 usual = usual_by_model.get(record.model, set())
                 settings.append(remove_settings(record.variant, usual))
@@ -322,25 +331,27 @@ class TextOutcomes(Outcomes):
     def _usual_settings_by_model(self, records: pd.DataFrame) -> dict[str, set[str]]:
         """Map each model to the settings that all its main rows with experts share.
 
-        An example is the converted layers. A model without main rows is left out.
+        An example is ``L22``, if all of them convert layer 22. A model without main rows is left
+        out.
         """
         kind_by_method = {name: method.kind for name, method in self.methods.items()}
         is_main = records["method"].map(self.role) != ABLATION
         usual_by_model: dict[str, set[str]] = {}
-        for model, main_rows in records[is_main].groupby("model", sort=False):
-            kinds = main_rows["method"].map(kind_by_method)
-            with_experts = main_rows[kinds != "dense"]
+        for model, main_records in records[is_main].groupby("model", sort=False):
+            kinds = main_records["method"].map(kind_by_method)
+            with_experts = main_records[kinds != "dense"]
             settings_of_variants = []
             for variant in with_experts["variant"].unique():
                 # the variant N16-L22 has the settings N16 and L22
                 values = setting_values(variant)
                 settings = {f"{letter}{value}" for letter, value in values.items()}
                 settings_of_variants.append(settings)
-            # a model with only dense rows has no usual settings
-            usual: set[str] = set()
             if settings_of_variants:
-                usual = set.intersection(*settings_of_variants)
-            usual_by_model[str(model)] = usual
+                # the settings that occur in every variant
+                usual_by_model[str(model)] = set.intersection(*settings_of_variants)
+            else:
+                # a model with only dense rows has no usual settings
+                usual_by_model[str(model)] = set()
         return usual_by_model
 
     def _methods_by_row_name(self) -> dict[str, Method]:
@@ -395,8 +406,11 @@ class TextOutcomes(Outcomes):
     def _collect_seeds(self) -> pd.DataFrame:
         """Return the scores of the chosen runs under each protocol, a row for each set and seed.
 
-        The scores are in domain, out of domain, and means over the OOD sets. The columns are the
-        protocol, ``domain``, model, training task, evaluation task, method, ``seed`` and ``value``.
+        A score is in domain, on one OOD set, or a mean over the OOD sets.
+
+        Returns:
+            The columns ``protocol``, ``domain``, ``model``, ``task``, ``eval_task``, ``method``,
+            ``seed`` and ``value``.
         """
         scores = []
         if self._shows_in_domain:
@@ -406,21 +420,23 @@ class TextOutcomes(Outcomes):
             scores.append(scores_of(records, domain).assign(domain=domain))
         columns = ["protocol", "domain", *_MODEL_AND_TASKS, "method", "seed", "value"]
         seeds = pd.concat(scores)[columns]
+        # a stable sort keeps the order of the rows of a protocol
         return seeds.sort_values("protocol", kind="stable")
 
     def _summarise_rows(self, differences: pd.DataFrame) -> pd.DataFrame:
         """Summarise the scores of each row in ``shared``, and add its difference to the baseline.
 
-        ``pairs`` counts the seeds of the difference.
+        ``n`` counts the seeds of the scores, and ``pairs`` those of the difference.
         """
         summaries = summarize_scores(self.shared, cell_columns=_KEYS_OF_ROW)
-        counted = differences.rename(columns={"n": "pairs"}).drop(columns="p")
-        # a row without shared seeds has no mean, and the baseline has no difference
+        # the summaries have a column `n`, too
+        renamed = differences.rename(columns={"n": "pairs"}).drop(columns="p")
+        # the left joins keep rows without shared seeds, and the baseline, which has no difference
         all_rows = self.seeds[_KEYS_OF_ROW].drop_duplicates()
         with_scores = all_rows.merge(summaries, how="left", on=_KEYS_OF_ROW)
-        rows = with_scores.merge(counted, how="left", on=_KEYS_OF_ROW)
-        with_counts = rows.fillna({"n": 0}).astype({"n": int})
-        return self._by_set(with_counts)
+        with_differences = with_scores.merge(renamed, how="left", on=_KEYS_OF_ROW)
+        rows = with_differences.fillna({"n": 0}).astype({"n": int})
+        return self._by_set(rows)
 
     def _test_differences(self, differences: pd.DataFrame) -> pd.DataFrame:
         """Test the differences to the baseline on single sets, in domain and out of domain.
@@ -446,7 +462,7 @@ class TextOutcomes(Outcomes):
         return self.rows[has_domain & has_protocol]
 
     def claim_numbers(self) -> pd.DataFrame:
-        """Return the numbers that claims may compare, by seed where they have one.
+        """Return the numbers that claims may compare. Most of them are of a single seed.
 
         These are scores, losses, the information in the choice of an expert, how expert loads
         change over training, ratios of memory, and parameter counts. They include the rows of
@@ -469,14 +485,14 @@ class TextOutcomes(Outcomes):
         if self._include_ablations or not self.benchmark.definition.ablations:
             return numbers
 
-        # Add what only ablations have: rows, settings, and the domain `id` if this benchmark
-        # evaluates the runs of another. Main rows also occur in ablations, and are left out there.
-        numbers_of_ablations = self.ablated.claim_numbers()
+        # Add what only ablations have: methods, settings, and the domain `id` if this benchmark
+        # evaluates the runs of another. Main rows also occur in ablations. Their copies are left
+        # out: an index of the three columns finds the combinations that `numbers` already has.
+        with_ablations = self.ablated.claim_numbers()
         keys = ["method", "setting", "domain"]
-        keys_of_main = pd.MultiIndex.from_frame(numbers[keys])
-        keys_of_ablations = pd.MultiIndex.from_frame(numbers_of_ablations[keys])
-        is_of_main = keys_of_ablations.isin(keys_of_main)
-        only_in_ablations = numbers_of_ablations[~is_of_main]
+        main_keys = pd.MultiIndex.from_frame(numbers[keys])
+        is_copy = pd.MultiIndex.from_frame(with_ablations[keys]).isin(main_keys)
+        only_in_ablations = with_ablations[~is_copy]
         return pd.concat([numbers, only_in_ablations], ignore_index=True)
 
     def _losses(self) -> pd.DataFrame:
@@ -486,7 +502,7 @@ class TextOutcomes(Outcomes):
         because its loss, the squared error, has another unit. A set whose classes are merged has no
         loss, so the mean leaves it out. The loss of a run that diverged is nan.
 
-        The columns are those of :attr:`seeds`, except ``scope``, and ``metric``.
+        The columns are ``metric`` and those of :attr:`seeds`, without ``scope``.
         """
         records = with_own_protocol(self.chosen)
         tasks: Mapping[str, TaskEntry] = self.benchmark.tasks
@@ -494,16 +510,17 @@ class TextOutcomes(Outcomes):
         is_loss = records["metric"].isin(LOSSES) & ~records["eval_task"].isin(regressions)
         losses = _add_diverged(records[is_loss], records)
         columns = [*_KEYS_OF_RUN, "eval_task", "domain", "metric", "value"]
-        parts = []
+        frames = []
         if self._shows_in_domain:
             in_domain = losses[losses["part"] == "test"].assign(domain=ID)
-            parts.append(in_domain[columns])
+            frames.append(in_domain[columns])
 
-        others = losses[losses["part"] == OOD]
-        by_run = others.groupby([*_KEYS_OF_RUN, "metric"], sort=False)["value"]
+        on_ood_sets = losses[losses["part"] == OOD]
+        by_run = on_ood_sets.groupby([*_KEYS_OF_RUN, "metric"], sort=False)["value"]
+        # a run that diverged on one set has no mean
         means = by_run.mean(skipna=False).reset_index()
-        parts.append(means.assign(domain=OOD_MEAN, eval_task="")[columns])
-        return pd.concat(parts)
+        frames.append(means.assign(domain=OOD_MEAN, eval_task="")[columns])
+        return pd.concat(frames)
 
     def _information(self) -> pd.DataFrame:
         """Return the mutual information of expert and class, and of expert and data set, in bits.
@@ -517,8 +534,9 @@ class TextOutcomes(Outcomes):
     def _load_changes(self) -> pd.DataFrame:
         """Return how much expert loads change between windows of training, for each chosen run.
 
-        The number is that of :func:`.traces.mean_load_change`. It grows if a window has fewer
-        choices. So ``eval_task`` contains N and k, and claims compare only runs with equal ones.
+        The number is that of :func:`.traces.mean_load_change`. It depends on N and k, because it
+        grows if a window has fewer choices. So ``eval_task`` contains N and k: claims compare only
+        runs with the same ``eval_task``.
         """
         change_by_run_and_method: dict[tuple[str, str], _LoadChange] = {}
         for record in self._finished:
@@ -537,8 +555,8 @@ class TextOutcomes(Outcomes):
         unknown = _LoadChange(experts="", value=math.nan)
         changes = []
         for row in runs.itertuples():
-            method = split_name(row.method).method
-            changes.append(change_by_run_and_method.get((row.run_id, method), unknown))
+            run_and_method = (row.run_id, split_name(row.method).method)
+            changes.append(change_by_run_and_method.get(run_and_method, unknown))
         # the types are given, because pandas cannot infer them if there are no runs
         with_changes = runs.assign(
             domain=TRAINING,
@@ -557,16 +575,17 @@ class TextOutcomes(Outcomes):
         and task. Runs on a CPU are left out: there the peak is that of the whole process, mostly of
         libraries and the evaluation.
         """
-        on_gpu = []
+        runs_on_gpu = []
         for record in self._finished:
             if record.metrics.environment.gpus:
-                on_gpu.append(record.run.id)
+                runs_on_gpu.append(record.run.id)
         numbers = self.recorded_numbers
-        is_peak = numbers["metric"].eq("peak_memory_mb") & numbers["run_id"].isin(on_gpu)
+        is_peak = numbers["metric"].eq("peak_memory_mb") & numbers["run_id"].isin(runs_on_gpu)
         peaks = numbers[is_peak]
-        same = ["model", "task", "protocol", "learning_rate", "seed"]
-        of_baseline = peaks.loc[peaks["method"] == self.baseline, [*same, "value"]]
-        paired = peaks.merge(of_baseline, on=same, suffixes=("", "_baseline"))
+        # put the peak of the baseline's run beside the peak of each run, as `value_baseline`
+        shared_keys = ["model", "task", "protocol", "learning_rate", "seed"]
+        baseline_peaks = peaks.loc[peaks["method"] == self.baseline, [*shared_keys, "value"]]
+        paired = peaks.merge(baseline_peaks, on=shared_keys, suffixes=("", "_baseline"))
         ratios = paired.assign(ratio=paired["value"] / paired["value_baseline"])
 
         by_cell = ratios.groupby(CELL, sort=False)["ratio"]
@@ -624,7 +643,11 @@ def _add_diverged(losses: pd.DataFrame, records: pd.DataFrame) -> pd.DataFrame:
 
 
 def add_transformed_rows(records: pd.DataFrame) -> pd.DataFrame:
-    """Assign the numbers of models that were converted after training to the new method.
+    """Give the numbers of models that were converted after training to their new method.
+
+    A run evaluates the model that it trained, and may then convert it to another method and
+    evaluate it again. In ``records``, the second evaluation still has the trained method, and a
+    part such as "test as emoe". In the result, it has the method "emoe" and the part "test".
 
     The new method also gets a copy of the run's dev scores, for the choice of hyper-parameters.
 
@@ -635,14 +658,13 @@ def add_transformed_rows(records: pd.DataFrame) -> pd.DataFrame:
         The numbers of the trained models, the copied dev scores, and the numbers of the converted
         models.
     """
-    # such as "test as emoe": the part "test" of a model that was converted to the method "emoe"
     is_converted = pd.Series([AS in part for part in records["part"]], records.index, dtype=bool)
     trained = records[~is_converted]
     converted = records[is_converted]
     parts = []
     new_methods = []
-    for name in converted["part"]:
-        part, _, method = name.partition(AS)
+    for part_and_method in converted["part"]:
+        part, _, method = part_and_method.partition(AS)
         parts.append(part)
         new_methods.append(method)
     # the type is given, because pandas cannot infer it if no model was converted
@@ -651,7 +673,7 @@ def add_transformed_rows(records: pd.DataFrame) -> pd.DataFrame:
         method=pd.Series(new_methods, converted.index, dtype=str),
     )
 
-    # a run has many numbers, but was converted to one method
+    # a run has many numbers, but was converted to one method, so it has one row here
     new_method_of_run = renamed[["run_id", "method"]].drop_duplicates()
     dev = trained[trained["part"] == "dev"].drop(columns="method")
     copied_dev = dev.merge(new_method_of_run, on="run_id")

@@ -38,7 +38,9 @@ def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
     """
     task = spec.task
     training = spec.training
-    load = partial(load_part, entries=load_benchmark(spec.benchmark).tasks, warn=progress.warn)
+    # `load_part` checks row counts against the entries of tasks.yaml
+    entries = load_benchmark(spec.benchmark).tasks
+    load = partial(load_part, entries=entries, warn=progress.warn)
     splits = _load_splits(spec, load)
     ood_rows = training.ood_rows or training.eval_rows
     ood = {other.name: load(other, "test", ood_rows) for other in spec.ood}
@@ -54,6 +56,7 @@ def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
     classifier = build_classifier(
         spec, labels=len(task.labels), tokenizer=tokenizer, calibration=calibration
     )
+    # fail before the training if the trained model could not be converted after it
     if spec.used_as and spec.used_as.config:
         check_layers(classifier.model, spec.used_as.config)
     trainer = TextTrainer(
@@ -138,7 +141,8 @@ def _load_splits(spec: TextSpec, load: Callable[..., TextSplit]) -> TaskSplits:
     splits = load_splits(
         task,
         load,
-        # 0 if no rows are held out: in a published run, or if the task has a test split
+        # the fraction is 0 in a published run, and if the task has a test split; None holds out no
+        # rows
         held_out_share=training.validation_fraction or None,
         dev_rows=training.dev_rows or training.eval_rows,
         test_rows=training.eval_rows,

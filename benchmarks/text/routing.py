@@ -53,23 +53,25 @@ def draw_usage_by_set(outcomes: TextOutcomes, path: Path) -> None:
 
 
 def _usage_panels(outcomes: TextOutcomes) -> list[UsagePanel]:
-    """Return a panel for each routed method of the first model and task, without controls.
+    """Return a panel for each routed method of one model and task, without controls.
 
-    It shows the first seed of the method.
+    The model and the task are those of the first run with expert use. A panel shows the first seed
+    of its method.
     """
     panels: dict[str, UsagePanel] = {}
-    first_run = None
+    shown_model_and_task = None
     for run, metrics in outcomes.chosen_runs():
         if outcomes.role(run.method) == CONTROL:
             continue
         # dense models and runs on a single set have no expert use to show
         if not metrics.usage or not metrics.usage.tasks:
             continue
-        if first_run is None:
-            first_run = run
-        if run.model != first_run.model or run.task != first_run.task:
+        model_and_task = (run.model, run.task)
+        if shown_model_and_task is None:
+            shown_model_and_task = model_and_task
+        if model_and_task != shown_model_and_task:
             continue
-        # an earlier seed of the method has the panel
+        # the method already has the panel of an earlier seed
         if run.method in panels:
             continue
         title = f"{run.method_title}, {run.model_title}, trained on {run.task_title}"
@@ -98,10 +100,11 @@ def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> 
     if not shows_classes:
         heights = [_count_lines(panel.usage, with_classes=False) for panel in panels]
 
-    # inches: each line, the title of each panel, and the label and legend below the last one
+    # in inches
     lines_height = 0.16 * sum(heights)
     titles_height = 0.7 * len(panels)  # with the numbers of the experts
-    size = (plots.WIDTH, lines_height + titles_height + 0.5)
+    legend_height = 0.5  # with the label of the last panel
+    size = (plots.WIDTH, lines_height + titles_height + legend_height)
     figure_of_panels = plots.panel_figure(
         path,
         rows=len(panels),
@@ -163,16 +166,18 @@ def _draw_use(axis: Any, usage: Usage, lines: Sequence[_Line]) -> None:
     Triangles mark the experts that a set uses more or less than by chance. Dots below the last line
     mark the experts that all sets share.
     """
-    mean = np.mean([use.shares for use in usage.tasks.values()], axis=0)  # [experts]
+    # `lines` may also have classes, but the mean is only over whole sets
+    shares_of_sets = [use.shares for use in usage.tasks.values()]
+    mean_shares = np.mean(shares_of_sets, axis=0)  # [experts]
     shares = np.array([line.shares for line in lines])  # [lines, experts]
-    plots.show_use(axis, plots.divide_by_mean(shares, mean))
+    plots.show_use(axis, plots.divide_by_mean(shares, mean_shares))
 
     axis.set_yticks(range(len(lines)), [line.label for line in lines])
     for tick, line in zip(axis.get_yticklabels(), lines, strict=True):
         # names of sets are bold, names of classes are not
         weight = "normal" if line.marks is None else "bold"
         tick.set_fontweight(weight)
-    num_experts = len(mean)
+    num_experts = len(mean_shares)
     plots.number_experts(axis, num_experts, _PANEL_WIDTH)
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
@@ -180,7 +185,9 @@ def _draw_use(axis: Any, usage: Usage, lines: Sequence[_Line]) -> None:
         axis.tick_params(axis="x", pad=7)  # room for the dots
 
     for row, line in enumerate(lines):
-        _draw_marks(axis, row, line.marks or ())  # classes have no marks
+        # classes have no marks
+        if line.marks is not None:
+            _draw_marks(axis, row, line.marks)
     # without shared experts, an empty plot would be drawn in the figure's corner
     if usage.shared:
         below_last_line = [len(lines) - 0.15] * len(usage.shared)
@@ -212,7 +219,7 @@ _USAGE_CAPTION = (
 
 
 def usage_table(outcomes: TextOutcomes) -> Table:
-    """Make a table of what the choice of an expert says about a token's data set and class.
+    """Make a table of how a token's expert depends on the token's data set and class.
 
     It shows their mutual information, and the counts of specialised and shared experts. It has a
     row per model, training task and method, with means over seeds.
@@ -220,18 +227,20 @@ def usage_table(outcomes: TextOutcomes) -> Table:
     # for the data set and for the class: the information, and its mean and quantile by chance
     information_names = information_metrics("task", "class")
     numbers = [*information_names, "specialised_experts", "shared_experts"]
-    by_run = pd.DataFrame(_usage_rows(outcomes, information_names), columns=[*CELL, *numbers])
+    rows_of_runs = _usage_rows(outcomes, information_names)
+    by_run = pd.DataFrame(rows_of_runs, columns=[*CELL, *numbers])
     means = average_over_seeds(by_run, cell_columns=CELL, numbers=numbers)
     # the count of seeds is one of the table's text columns
     rows = means.astype({"n": str})
     # the deviations of the counts of experts are left out
     deviations = [f"{name}_std" for name in information_names]
+    shown = rows[[*CELL, *numbers, *deviations, "n"]]
     return Table(
         title="Information in the choice of an expert after training",
         caption=_USAGE_CAPTION,
         keys={**HEADINGS, "n": "n"},
         columns=[_usage_column(name) for name in numbers],
-        frame=outcomes.order(rows[[*CELL, *numbers, *deviations, "n"]], CELL),
+        frame=outcomes.order(shown, CELL),
     )
 
 
@@ -274,8 +283,11 @@ USAGE = Figure(
 def traces(outcomes: TextOutcomes) -> pd.DataFrame:
     """Return the traces of the chosen runs with routing, under the first protocol with runs.
 
-    The frame has a row per run and layer, with the columns ``model``, ``task``, ``method``,
-    ``seed``, ``layer``, ``trace`` and titles.
+    A trace is a frame with the expert loads of one layer in each window of training steps.
+
+    Returns:
+        A frame with a row per run and layer, and with the columns ``model``, ``task``, ``method``,
+        ``seed``, ``layer``, ``trace`` and titles. Each cell of ``trace`` has a whole trace.
     """
     rows = []
     for run, metrics in outcomes.chosen_runs():
@@ -284,20 +296,28 @@ def traces(outcomes: TextOutcomes) -> pd.DataFrame:
         keys_of_run = {key: getattr(run, key) for key in _KEYS_OF_RUN}
         for layer, trace in layer_traces(metrics.routing.windows).items():
             rows.append({**keys_of_run, "layer": layer, "trace": trace})
-    return outcomes.with_titles(pd.DataFrame(rows, columns=[*_KEYS_OF_RUN, "layer", "trace"]))
+    # the columns are named, because there may be no rows
+    all_traces = pd.DataFrame(rows, columns=[*_KEYS_OF_RUN, "layer", "trace"])
+    return outcomes.with_titles(all_traces)
 
 
 def published_traces(outcomes: TextOutcomes) -> dict[str, pd.DataFrame]:
-    """Read the paper's traces, by method; empty if the definition has no ``published_traces``."""
+    """Read the paper's traces from csv files without a header, a row for each window.
+
+    Returns:
+        The trace of each method, by name; empty if the definition has no ``published_traces``.
+    """
     definition = outcomes.benchmark.definition.published_traces
     if definition is None:
         return {}
     published = {}
     for name, file in definition.rows.items():
-        # [windows, experts]
-        shares = np.loadtxt(outcomes.benchmark.folder / file, delimiter=",", ndmin=2)
+        path = outcomes.benchmark.folder / file
+        # with ndmin, a file with a single line is a matrix, too
+        shares = np.loadtxt(path, delimiter=",", ndmin=2)  # [windows, experts]
         # the file has rounded shares, which do not quite sum to 1
         normalised = shares / shares.sum(axis=1, keepdims=True)
+        # the last step of each window: 100, 200, and so on
         last_steps = _PUBLISHED_WINDOW * np.arange(1, 1 + len(shares))
         published[name] = pd.DataFrame(normalised, index=last_steps)
     return published
@@ -320,13 +340,15 @@ def trace_table(outcomes: TextOutcomes) -> Table:
     It has a row per model, task and routed method, and a row for each of the paper's traces.
     """
     numbers = ["windows", *NUMBERS]
-    frame = _our_trace_numbers(outcomes, numbers)
+    rows = _our_trace_numbers(outcomes, numbers)
     published = published_traces(outcomes)
     if published:
-        frame = pd.concat([frame, _paper_trace_numbers(outcomes, published)], ignore_index=True)
-    shown = frame.assign(
-        n=frame["n"].astype(int).astype(str), windows=frame["windows"].map("{:.0f}".format)
-    )
+        paper_rows = _paper_trace_numbers(outcomes, published)
+        rows = pd.concat([rows, paper_rows], ignore_index=True)
+    # the counts of seeds and windows are text columns of the table, so format them here
+    seed_counts = rows["n"].astype(int).astype(str)
+    window_counts = rows["windows"].map("{:.0f}".format)  # a mean over seeds
+    shown = rows.assign(n=seed_counts, windows=window_counts)
     deviations = [f"{name}_std" for name in NUMBERS]
     return Table(
         title="Shares of experts over training",
@@ -387,6 +409,7 @@ def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
         plots.placeholder_figure(path)
         return
 
+    # the largest group fills a row
     columns = max(len(group.panels) for group in groups)
     our_rows = _fill_rows(our_groups, columns)[:_MOST_PANEL_ROWS]
     rows = our_rows + _fill_rows(paper_groups, columns)
@@ -424,8 +447,8 @@ def _draw_trace_row(axes: Sequence[Any], row: Sequence[_TraceGroup], panel_width
 
     ``panel_width`` is in inches.
     """
-    first_axes = []  # of each group
-    first_column = 0  # of the group
+    first_axes = []  # the first axis of each group
+    first_column = 0  # the column of this axis
     for group in row:
         end_column = first_column + len(group.panels)
         group_axes = axes[first_column:end_column]
@@ -434,16 +457,16 @@ def _draw_trace_row(axes: Sequence[Any], row: Sequence[_TraceGroup], panel_width
         _label_steps(group_axes, group)
         first_axes.append(group_axes[0])
         first_column = end_column
-    # only the first axis of a row names the steps, because labels between panels take their room
+    # only the first axis of a row has the label "step", because there is no room between the panels
     axes[0].set_ylabel("step")
 
     # all groups have their titles at the same height: above the panel title with the most lines
     panel_titles = [axis.title for axis in axes]
-    longest = max(panel_titles, key=lambda title: title.get_text().count("\n"))
+    highest_title = max(panel_titles, key=lambda title: title.get_text().count("\n"))
     for axis, group in zip(first_axes, row, strict=True):
         group_width = panel_width * len(group.panels)
         heading = plots.wrap_text(group.title, inches=group_width)
-        plots.draw_heading(axis, longest, heading, "left")
+        plots.draw_heading(axis, highest_title, heading, "left")
 
 
 def _label_steps(axes: Sequence[Any], group: _TraceGroup) -> None:
@@ -468,26 +491,28 @@ def _paper_trace_groups(outcomes: TextOutcomes) -> list[_TraceGroup]:
 def _our_trace_groups(outcomes: TextOutcomes) -> list[_TraceGroup]:
     """Return a group of panels for each model and task, those of the paper's task first.
 
-    Controls are left out.
+    Each panel shows one method: the trace of its first seed and first routed layer. Controls are
+    left out.
     """
     all_traces = traces(outcomes)
-    of_methods = all_traces[all_traces["is_method"]]
-    first = of_methods.drop_duplicates(CELL)  # the first seed and layer
-    titled = first.assign(group_title=first["model_title"] + ", " + first["task_title"])
+    without_controls = all_traces[all_traces["is_method"]]
+    # a model, task and method has a row for each seed and layer; this keeps the first one
+    shown = without_controls.drop_duplicates(CELL)
     definition = outcomes.benchmark.definition.published_traces
-    if definition is None:
-        in_order = titled
-    else:
-        is_of_paper = titled["task"] == definition.task
-        in_order = pd.concat([titled[is_of_paper], titled[~is_of_paper]])
+    if definition is not None:
+        is_of_paper = shown["task"] == definition.task
+        shown = pd.concat([shown[is_of_paper], shown[~is_of_paper]])
     groups = []
-    for title, rows in in_order.groupby("group_title", sort=False):
-        groups.append(_trace_group(str(title), rows))
+    for (model, task), rows in shown.groupby(["model_title", "task_title"], sort=False):
+        groups.append(_trace_group(f"{model}, {task}", rows))
     return groups
 
 
 def _trace_group(title: str, rows: pd.DataFrame) -> _TraceGroup:
-    """Make a group of one model and task. Its title names the layer, if all panels show the same.
+    """Make the group of panels of one model and task.
+
+    If all panels show the same layer, the title of the group names it. Otherwise the title of each
+    panel names the layer of the panel.
 
     Args:
         title: The model and the task.
@@ -501,8 +526,9 @@ def _trace_group(title: str, rows: pd.DataFrame) -> _TraceGroup:
         if not has_one_layer:
             panel_title = f"{row.method_title}, layer {row.layer}"
         panels.append(_TracePanel(panel_title, cast(pd.DataFrame, row.trace)))
-    group_title = f"{title}, layer {layers[0]}" if has_one_layer else title
-    return _TraceGroup(group_title, panels)
+    if has_one_layer:
+        title = f"{title}, layer {layers[0]}"
+    return _TraceGroup(title, panels)
 
 
 def _draw_trace(axis: Any, panel: _TracePanel, width: float) -> None:
@@ -510,13 +536,16 @@ def _draw_trace(axis: Any, panel: _TracePanel, width: float) -> None:
 
     ``width`` is the width of the panel in inches.
     """
-    trace = panel.trace
-    _, experts = trace.shape
-    # left, right, bottom, top; the centre of the first expert is at 0, and the y axis shows steps
-    extent = (-0.5, experts - 0.5, trace.index[-1], 0)
-    # a balanced load is 1 / N, so shares times N are loads over the mean load
-    plots.show_use(axis, trace.to_numpy() * experts, interpolation="nearest", extent=extent)
-    plots.number_experts(axis, experts, width)
+    shares = panel.trace.to_numpy()  # [windows, experts]
+    num_experts = shares.shape[1]
+    last_step = panel.trace.index[-1]
+    # left, right, bottom, top: expert 0 has its centre at 0, and the y axis shows steps
+    extent = (-0.5, num_experts - 0.5, last_step, 0)
+    # the mean share is 1 / N, so this is the load of each expert over the mean load
+    relative_loads = shares * num_experts
+    plots.show_use(axis, relative_loads, interpolation="nearest", extent=extent)
+    plots.number_experts(axis, num_experts, width)
+    # at most five ticks, at whole steps
     axis.yaxis.set_major_locator(mpl.ticker.MaxNLocator(4, integer=True))
     axis.set_title(plots.wrap_text(panel.title, inches=width, size=7), fontsize=7)
 

@@ -18,15 +18,15 @@ _KEYS_OF_ROW = [*_KEYS_OF_GROUP, "method"]
 
 
 def selection_gains(outcomes: TextOutcomes) -> pd.DataFrame:
-    """Compute the gain of each row from choosing its best hyper-parameters, and the gain by luck.
+    """Compute what choosing the best hyper-parameters adds to scores, and what luck would add.
 
     A choice is a variant and a learning rate. Its score is the mean dev score over seeds. For each
     model and task, the choices are those of the authors' selection if it has runs, else of the
     clean selection. A model and task is left out if no method has several choices.
 
     Returns:
-        One row per protocol, model, task and method, with titles and these columns (scores and
-        gains are shares):
+        One row per protocol, model, task and method. Scores and gains are shares of 1. Besides
+        titles, a row has these columns:
 
         - ``n``: the number of seeds of each choice, as text
         - ``num_choices``: the number of choices
@@ -39,23 +39,24 @@ def selection_gains(outcomes: TextOutcomes) -> pd.DataFrame:
     """
     tried = _tried_choices(outcomes)
     gains = _gains_by_row(tried)
-    # put the baseline's standard error beside each row of the same group
+    # give all rows of a model and task the `error` of the baseline, as `baseline_error`
     is_baseline = gains["method"] == outcomes.baseline
+    baseline_errors = gains.loc[is_baseline, [*_KEYS_OF_GROUP, "error"]]
     with_baseline = with_numbers(
-        gains,
-        on=_KEYS_OF_GROUP,
-        numbers=gains.loc[is_baseline, [*_KEYS_OF_GROUP, "error"]],
-        prefix="baseline_",
+        gains, on=_KEYS_OF_GROUP, numbers=baseline_errors, prefix="baseline_"
     )
+    num_choices = with_baseline["num_choices"]
     with_luck = with_baseline.assign(
-        luck=_gain_by_luck(with_baseline["num_choices"], with_baseline["error"]),
-        baseline_luck=_gain_by_luck(with_baseline["num_choices"], with_baseline["baseline_error"]),
+        luck=_gain_by_luck(num_choices, with_baseline["error"]),
+        baseline_luck=_gain_by_luck(num_choices, with_baseline["baseline_error"]),
     )
-    # beside each row: the most choices that a method of its group has
+    # keep the models and tasks for which some method has several choices; `transform` repeats the
+    # maximum of a model and task for each of its rows
     most_choices = with_luck.groupby(_KEYS_OF_GROUP)["num_choices"].transform("max")
-    shown = with_luck[most_choices > 1].drop(columns=["error", "baseline_error"])
-    counts = format_counts(tried, _KEYS_OF_ROW)
-    return outcomes.order(shown.merge(counts, on=_KEYS_OF_ROW), CELL)
+    kept = with_luck[most_choices > 1].drop(columns=["error", "baseline_error"])
+    seed_counts = format_counts(tried, _KEYS_OF_ROW)  # the column `n`, as text
+    with_counts = kept.merge(seed_counts, on=_KEYS_OF_ROW)
+    return outcomes.order(with_counts, CELL)
 
 
 def _tried_choices(outcomes: TextOutcomes) -> pd.DataFrame:
@@ -68,28 +69,31 @@ def _tried_choices(outcomes: TextOutcomes) -> pd.DataFrame:
     for protocol in (PUBLISHED, CLEAN):
         tables.append(choices(outcomes.recorded_numbers, protocol).assign(protocol=protocol))
     tried = pd.concat(tables, ignore_index=True)
+    # The authors' selection comes first. So the first protocol of a model and task is this one if
+    # it has runs. `transform` repeats the protocol for each row of the model and task.
     first_protocol = tried.groupby(["model", "task"])["protocol"].transform("first")
     return tried[tried["protocol"] == first_protocol]
 
 
 def _gains_by_row(tried: pd.DataFrame) -> pd.DataFrame:
-    """Compute ``num_choices``, ``best_gain`` and ``deviation`` of each row of the table.
+    """Compute ``num_choices``, ``best_gain`` and ``deviation`` for each model, task and method.
 
-    A further column is ``error``, the standard error of a choice's mean score.
+    See :func:`selection_gains` for these columns. A further column is ``error``, the standard
+    error of a choice's mean score.
 
     Args:
         tried: The choices from :func:`_tried_choices`.
     """
     rows = []
-    for names, of_row in tried.groupby(_KEYS_OF_ROW, sort=False):
-        scores = of_row["mean"]
-        deviation = _pooled_deviation(of_row)
+    for key_values, choices_of_row in tried.groupby(_KEYS_OF_ROW, sort=False):
+        scores = choices_of_row["mean"]
+        deviation = _pooled_deviation(choices_of_row)
         # The score of a choice is a mean over n seeds, so its variance is 1/n of that of a seed.
         # Choices may have different n, so 1/n is averaged.
-        variance_factor = (1 / of_row["n"]).mean()
+        variance_factor = (1 / choices_of_row["n"]).mean()
         row = {
-            **dict(zip(_KEYS_OF_ROW, names, strict=True)),
-            "num_choices": len(of_row),
+            **dict(zip(_KEYS_OF_ROW, key_values, strict=True)),
+            "num_choices": len(choices_of_row),
             "best_gain": scores.max() - scores.mean(),
             "deviation": deviation,
             "error": deviation * math.sqrt(variance_factor),
@@ -135,9 +139,10 @@ def _gain_by_luck(num_choices: pd.Series[int], error: pd.Series[float]) -> pd.Se
 
 
 def selection_gain_table(outcomes: TextOutcomes) -> Table:
-    """Make a table of what the selection adds to each row, beside the differences to the baseline.
+    """Make a table of what choosing the best hyper-parameters adds to the dev score.
 
-    It has a row per model, training task and method.
+    It has a row per model, training task and method. A row also has the difference of the reported
+    score to the baseline, under each protocol.
     """
     columns = [
         Column(metric="runs", value="num_choices", label="Choices"),
@@ -152,6 +157,7 @@ def selection_gain_table(outcomes: TextOutcomes) -> Table:
         ),
     ]
     frame = selection_gains(outcomes)
+    # for each protocol, add the difference to the baseline, and the number of seeds of both
     for protocol in (PUBLISHED, CLEAN):
         differences = outcomes.of(ID, protocol)[[*CELL, "delta", "low", "high", "pairs"]]
         frame = with_numbers(frame, on=CELL, numbers=differences, prefix=f"{protocol}_")
@@ -175,7 +181,7 @@ def selection_gain_table(outcomes: TextOutcomes) -> Table:
         keys={**HEADINGS, "selection": "Selection", "n": "n"},
         columns=columns,
         frame=frame,
-        # without protocol, because the runs of both selections are behind a row
+        # A row uses the runs of both protocols. Without the column, it is linked to all of them.
         origins=outcomes.recorded_numbers.drop(columns="protocol"),
     )
 

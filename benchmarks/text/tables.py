@@ -119,14 +119,20 @@ def results_table(outcomes: TextOutcomes) -> Table:
 
 
 def _result_rows(outcomes: TextOutcomes) -> pd.DataFrame:
-    """Return the rows of :func:`results_table`, with the numbers of all blocks side by side."""
-    numbers = ["mean", "std", "population_std", "delta", "low", "high"]
-    counts = common.format_counts(outcomes.rows, CELL)
-    pairs = common.format_counts(outcomes.rows, CELL, count="pairs")
-    frame = outcomes.order(counts.merge(pairs, on=CELL), CELL)
+    """Return the rows of :func:`results_table`, one for each model, task and method.
+
+    Each block has columns of its own, such as ``id_mean``, ``id_delta`` and ``ood_mean``. The
+    columns ``n`` and ``pairs`` have numbers of seeds as text.
+    """
+    score_counts = common.format_counts(outcomes.rows, CELL)
+    pair_counts = common.format_counts(outcomes.rows, CELL, count="pairs")
+    counts = score_counts.merge(pair_counts, on=CELL)
+    # begin with the sorted rows and their counts, then join the numbers of each block
+    frame = outcomes.order(counts, CELL)
     for block in _RESULT_BLOCKS:
-        of_block = outcomes.of(block.domain, block.protocol)[[*CELL, *numbers]]
-        frame = common.with_numbers(frame, on=CELL, numbers=of_block, prefix=f"{block.prefix}_")
+        rows_of_block = outcomes.of(block.domain, block.protocol)
+        numbers = rows_of_block[[*CELL, "mean", "std", "population_std", "delta", "low", "high"]]
+        frame = common.with_numbers(frame, on=CELL, numbers=numbers, prefix=f"{block.prefix}_")
     return frame
 
 
@@ -157,10 +163,11 @@ def tasks_table(outcomes: TextOutcomes, domain: str = ID) -> Table:
     """
     of_domain = outcomes.rows[outcomes.rows["domain"] == domain]
     rows = of_domain.assign(std=shown_deviation(of_domain))
-    # the title of a task (or pair of tasks) is the heading of its column
+    # a scope is the title of a task (or pair of tasks), and so the heading of its column as it is
     headings = {scope: scope for scope in rows["scope"].unique()}
+    seed_counts = common.format_counts(rows, _KEYS_OF_ROW)  # a row for each row of the table
     frame, columns = common.spread_over_columns(
-        common.format_counts(rows, _KEYS_OF_ROW),
+        seed_counts,
         on=_KEYS_OF_ROW,
         numbers=rows[["scope", *_KEYS_OF_ROW, "mean", "std"]],
         name_column="scope",
@@ -216,8 +223,9 @@ def ood_table(outcomes: TextOutcomes) -> Table:
     is_single_set = outcomes.rows["domain"].isin([ID, OOD])
     rows = outcomes.rows[is_clean & is_single_set]
     headings = {name: outcomes.title("task", name) for name in rows["eval_task"].unique()}
+    seed_counts = common.format_counts(rows, CELL)  # a row for each row of the table
     frame, columns = common.spread_over_columns(
-        outcomes.order(common.format_counts(rows, CELL), CELL),
+        outcomes.order(seed_counts, CELL),
         on=CELL,
         numbers=rows[["eval_task", *CELL, "mean", "std"]],
         name_column="eval_task",
@@ -243,19 +251,22 @@ def cost_table(outcomes: TextOutcomes) -> Table:
 
     It has a row per model, training task and method.
     """
-    # Clean records come first. So the first protocol of a cell is clean if the cell has clean runs,
-    # else published.
+    # Each model, task and method shows the runs of one protocol: clean if it has clean runs, else
+    # published. Clean records come first, so this is the protocol of its first record. `transform`
+    # repeats this protocol for each of its records.
     records = outcomes.origins
-    first_protocol = records.groupby(CELL)["protocol"].transform("first")
-    of_first = records[records["protocol"] == first_protocol]
+    shown_protocol = records.groupby(CELL)["protocol"].transform("first")
+    shown_records = records[records["protocol"] == shown_protocol]
     # mutual information is in the table of expert use
-    is_information = of_first["metric"].str.contains("_information")
-    cells = outcomes.rows[CELL].drop_duplicates()
+    is_information = shown_records["metric"].str.contains("_information")
+    # `outcomes.rows` has a row for each protocol and evaluation set, this table has one for all
+    table_rows = outcomes.rows[CELL].drop_duplicates()
+    sorted_rows = outcomes.order(table_rows, CELL)
     return common.cost_table(
         keys=HEADINGS,
-        frame=outcomes.order(cells, CELL),
+        frame=sorted_rows,
         cell_columns=CELL,
-        numbers=of_first[~is_information],
+        numbers=shown_records[~is_information],
         averaged="Means over seeds of the chosen runs",
         measured_on="the ID test split without padding",
     )
@@ -306,21 +317,22 @@ def _choice_rows(outcomes: TextOutcomes, protocols: Iterable[str]) -> pd.DataFra
 
 
 def verdicts(outcomes: TextOutcomes) -> Iterator[str]:
-    """Yield a sentence for each model, method and protocol, on its differences to the baseline.
+    """Yield a sentence for each protocol, model and method, on its differences to the baseline.
 
-    Controls have no sentence.
+    Controls and ablations have no sentence.
     """
-    has_method_role = outcomes.tests["method"].map(outcomes.role) == "method"
+    roles = outcomes.tests["method"].map(outcomes.role)
+    tests_of_methods = outcomes.tests[roles == "method"]
     keys = ["protocol", "model", "method"]
-    tested = outcomes.order(outcomes.tests[has_method_role], keys)
+    tested = outcomes.order(tests_of_methods, keys)
     for (protocol, model, method), group in tested.groupby(keys, sort=False):
         method_title = outcomes.title("method", method)
         model_title = outcomes.title("model", model)
         texts = []
-        for domain, words in DOMAIN_TITLES.items():
-            of_domain = group[group["domain"] == domain]
-            if len(of_domain):
-                texts.append(f"{words} {_differences_text(of_domain)}")
+        for domain, domain_title in DOMAIN_TITLES.items():
+            differences_in_domain = group[group["domain"] == domain]
+            if len(differences_in_domain):
+                texts.append(f"{domain_title} {_differences_text(differences_in_domain)}")
         differences = "; ".join(texts)
         selection = f"{PROTOCOL_TITLES[protocol]} selection"
         yield f"{method_title}, {model_title}, {selection}: {differences}."
@@ -350,11 +362,12 @@ def _differences_text(differences: pd.DataFrame) -> str:
 
 
 def _metric_note(outcomes: TextOutcomes, *domains: str) -> str:
-    """Return a sentence with the metrics of the domains that have numbers.
+    """Return a sentence for captions that names the metrics of the scores.
 
     Args:
         outcomes: The outcomes.
-        domains: ``id``, ``ood`` or both.
+        domains: The domains of the scores: ``id``, ``ood`` or both. A domain without scores is
+            left out of the sentence.
     """
     texts_by_domain = {}
     for domain in domains:
@@ -366,7 +379,7 @@ def _metric_note(outcomes: TextOutcomes, *domains: str) -> str:
     if len(texts_by_domain) > 1:
         scores = f"{texts_by_domain[ID]} in domain, and {texts_by_domain[OOD]} out of domain"
     else:
-        (scores,) = texts_by_domain.values()
+        (scores,) = texts_by_domain.values()  # the only text
     return f"Scores are {scores}, in %."
 
 
@@ -513,7 +526,7 @@ def _task_averages(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
     is_of_paper = rows["task"].isin(tasks_of_paper)
     has_score = rows["n"] > 0  # a row without shared seeds has none
     by_method = rows[is_of_paper & has_score].groupby(["model", "method"], sort=False)
-    # a task without the baseline has no difference, and then the average has none
+    # a task without the baseline has no difference (nan); skipna=False then gives no average either
     averages = by_method[["mean", "delta"]].mean(skipna=False)
     ran_all_tasks = by_method.size() == len(tasks_of_paper)
     return averages[ran_all_tasks].reset_index().assign(scope="average")

@@ -45,11 +45,11 @@ class TokenisedRows(Dataset[dict[str, Any]]):
         prefix: Prefix | None = None,
     ) -> None:
         self._labelled = labelled
-        # in the order of the split
+        # attributes in the order of the split
         self._rows = _tokenise(split, tokenizer, max_length)
         self._lengths = np.asarray([len(row["input_ids"]) for row in self._rows], dtype=np.int32)
         self._split_labels = split.labels
-        # in the order of this data set
+        # attributes in the order of this data set, which is that of the split unless it is sorted
         self.order = np.arange(len(split))
         if by_length:
             self.order = np.argsort(self._lengths, kind="stable")

@@ -20,7 +20,16 @@ NUMBERS = ("load_entropy", "load_max_over_mean", "load_change", "load_drift", "l
 
 
 def layer_traces(windows: Windows) -> dict[str, pd.DataFrame]:
-    """Return the trace of each layer of a run, by layer."""
+    """Return the shares of the experts in each window of training steps, by layer.
+
+    Args:
+        windows: The expert loads of a run: for each layer and window, how often each expert was
+            chosen.
+
+    Returns:
+        For each layer a trace: a frame ``[windows, experts]`` of shares. They are 0 in a window
+        without choices. The index of the frame is the last training step of each window.
+    """
     traces = {}
     for layer, loads in windows.loads.items():
         counts = np.asarray(loads, dtype=np.float64)  # [windows, experts]
@@ -78,13 +87,12 @@ def _measure_changes(shares: NDArray[np.float64]) -> dict[str, float]:
         - ``load_change``: the mean distance between consecutive windows. It grows if windows have
           fewer tokens, so compare it only between runs with the same data, N and k.
         - ``load_drift``: the distance between the mean shares of the first and the last quarter.
-        - ``load_drift_chance``: the drift that is expected by chance. In the first two quarters
-          and in the last two, it is the distance between the mean shares of the even and the odd
-          windows. The two distances are averaged.
+        - ``load_drift_chance``: an estimate of the drift by chance. For each half of the training,
+          it takes the distance between the mean shares of the even and the odd windows. It is the
+          mean of the two distances.
 
-        A quarter has a quarter of the windows, rounded down, but at least one.
-
-        All numbers are nan for a single window.
+        A quarter has a quarter of the windows, rounded down, but at least one. A half has two
+        quarters. All numbers are nan for a single window.
     """
     windows = len(shares)
     if windows < 2:

@@ -88,20 +88,17 @@ def score_and_loss(
     head_classes = len(trained.labels)
     set_classes = len(evaluated.labels)
     # merge the side with more classes: the labels of the data set, or the predictions
+    merged_labels = labels
+    class_by_prediction = None  # None leaves the predictions as they are
     if set_classes > head_classes:
-        new_numbers = np.asarray(merged_classes(evaluated, trained))  # by class of the data set
-        merged_labels = new_numbers[labels]
-        merged_head = None  # the predictions stay as they are
+        class_by_label = np.asarray(merged_classes(evaluated, trained))
+        merged_labels = class_by_label[labels]
     elif set_classes < head_classes:
-        merged_labels = labels
-        merged_head = merged_classes(trained, evaluated)  # by class of the head
-    else:
-        merged_labels = labels
-        merged_head = None
+        class_by_prediction = merged_classes(trained, evaluated)
 
     scores: dict[str, float | None] = {}
     for name in metrics:
-        scores[name] = score(name, logits, merged_labels, merged_head)
+        scores[name] = score(name, logits, merged_labels, class_by_prediction)
     has_same_classes = head_classes == set_classes
     if has_same_classes:
         scores["loss"] = finite_or_none(mean_loss(logits, labels))
@@ -153,18 +150,23 @@ class SplitEvaluator:
             labelled=False,
             prefix=self.prefix,
         )
-        evaluated = task or self.task
-        # the recorder gets the classes in the order in which the model sees the rows
+        if task is None:
+            evaluated = self.task
+            metrics = [self.task.metric]
+        else:
+            evaluated = task
+            metrics = task.ood_metrics
         recording: AbstractContextManager[None] = nullcontext()
         if recorder:
-            recording = recorder.record_set(evaluated.name, split.class_numbers[rows.order])
+            # the model sees the rows sorted by length, so their classes are put in this order
+            classes = split.class_numbers[rows.order]
+            recording = recorder.record_set(evaluated.name, classes)
         with recording:
             output = self.trainer.predict(cast(Any, rows), metric_key_prefix="eval")
         logits = extract_logits(output.predictions)
-        metrics = [self.task.metric]
-        if task:
-            metrics = task.ood_metrics
-        return score_and_loss(logits, rows.labels, self.task, evaluated, metrics)
+        return score_and_loss(
+            logits, rows.labels, trained=self.task, evaluated=evaluated, metrics=metrics
+        )
 
 
 class TextEvaluator(SplitEvaluator):
@@ -316,8 +318,8 @@ class TextTrainer(SplitEvaluator):
         folder: Path,
         progress: Progress,
     ) -> None:
-        # the parent's initialiser is called last, because the trainer that it gets needs the rows,
-        # their order, and `_scores`, which reads attributes of this class
+        # The parent's initialiser is called last, because it gets the trainer. The trainer needs
+        # the rows, their order, and `_scores`, which reads attributes that are set here.
         training = spec.training
         self._metric = spec.task.metric
         self._warn = progress.warn
@@ -342,7 +344,7 @@ class TextTrainer(SplitEvaluator):
         rows = tokenise(train, by_length=False)
         self._dev = tokenise(dev, by_length=True)  # `_scores` needs its labels, too
         collate = padding_collator(tokenizer, self._precision)
-        # the epochs of a checkpoint were trained and scored on these rows
+        # a checkpoint is resumed only if it was made with the same rows and weights
         self._origin = {
             "training rows": rows.digest,
             "dev rows": self._dev.digest,

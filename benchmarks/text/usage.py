@@ -62,7 +62,7 @@ def class_information(
     Returns:
         The mean over the tasks with several classes; None if there is no such task.
     """
-    bits = []  # for each task, an array [1 + PERMUTATIONS, 1]
+    bits = []  # for each task [1 + PERMUTATIONS, 1]: the measured bits, then those of the shuffles
     for task in np.unique(tasks):
         is_of_task = (tasks == task) & (classes >= 0)
         labels = classes[is_of_task]
@@ -210,14 +210,14 @@ def _shares_by_class(set_loads: SetLoads) -> dict[str, list[float]]:
 _SAMPLED_ROWS = 200  # of each set
 
 
-def _routing_labels(num_rows: int, chosen: NDArray[np.int64]) -> torch.Tensor:
+def _routing_labels(num_rows: int, sampled: NDArray[np.int64]) -> torch.Tensor:
     """Return the label of each row, under which a routing record counts its choices of experts.
 
-    The label of a chosen row is its index among the chosen rows. Other rows have the label -1, and
-    their choices are not counted.
+    The label of a sampled row is its index among the sampled rows. Other rows have the label -1,
+    and their choices are not counted.
     """
     labels = torch.full((num_rows,), -1)
-    labels[torch.from_numpy(chosen)] = torch.arange(len(chosen))
+    labels[torch.from_numpy(sampled)] = torch.arange(len(sampled))
     return labels
 
 
@@ -256,18 +256,20 @@ class RoutingRecorder:
         if not emoe.is_converted(self._model):
             yield
             return
+        # the sample depends only on the name and size of the set, so all runs have the same rows
         random = np.random.default_rng(derive_seed("rows by their routing", name))
         shuffled = random.permutation(len(classes))
-        chosen = np.sort(shuffled[:_SAMPLED_ROWS])
-        labels = _routing_labels(len(classes), chosen)
+        sampled = np.sort(shuffled[:_SAMPLED_ROWS])
+        # expert choices are counted separately for each sampled row
+        labels = _routing_labels(len(classes), sampled)
         with (
             emoe.record_routing(self._model) as record,
             label_rows(self._model, record, labels),
         ):
             yield
-        last_layer = record.layers[max(record.layers)]
-        loads = loads_by_row(last_layer, len(chosen))
-        self._sets[name] = SetLoads(loads, classes[chosen])
+        last_layer = max(record.layers)
+        loads = loads_by_row(record.layers[last_layer], len(sampled))
+        self._sets[name] = SetLoads(loads, classes[sampled])
         self._summaries[name] = routing_summary(record)
 
     def routing_of_set(self, name: str) -> SetRouting:

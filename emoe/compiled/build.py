@@ -77,7 +77,9 @@ def build_kernels() -> Path:
         # built in a temporary folder and moved, because several processes may start together
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             _compile(folder)
-            (Path(folder) / library.name).replace(library)
+            built = Path(folder) / library.name
+            built.replace(library)
+    # an earlier call may have found no library, and cached this
     compiled_kernels.cache_clear()
     return library
 

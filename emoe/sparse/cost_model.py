@@ -109,9 +109,10 @@ def predicted_time_ratio(
     costs = _costs_of(dtype, compiled)
     if costs is None:
         return None
-    # the lower efficiency of small experts
+    # The three terms of the formula in the module's docstring. The first is `active`, the second is
+    # the lower efficiency of small experts.
     small_experts = (costs.per_expert + costs.per_share * active) / expert_size
-    # a cost that does not depend on the tokens, as a share of the time of all tokens
+    # the third: a cost that does not depend on the tokens, as a share of the time of all tokens
     per_call = costs.per_call + costs.per_product / (width * expert_size)
     few_tokens = threads * per_call / max(tokens, 1)
     # without compiled kernels, PyTorch computes one expert after another and uses threads badly

@@ -62,8 +62,8 @@ def sparse_ffn(
         if up is not None:
             hidden = hidden * up
         if weights is not None:
-            per_pair = weights[pairs.token, pairs.expert]
-            hidden = hidden * per_pair.unsqueeze(1).to(hidden.dtype)
+            weight_of_pair = weights[pairs.token, pairs.expert]  # [P]
+            hidden = hidden * weight_of_pair.unsqueeze(1).to(hidden.dtype)
         return scatter_mm(hidden, blocks.values, pairs)
 
 

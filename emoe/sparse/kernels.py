@@ -66,7 +66,7 @@ def list_pairs(mask: Tensor, num_chunks: int) -> Pairs:
     chunk_size = _ceil_divide(num_tokens, num_chunks)
     # append tokens that choose no expert, so that all chunks have the same size
     num_missing = chunk_size * num_chunks - num_tokens
-    padded = F.pad(mask, (0, 0, 0, num_missing))
+    padded = F.pad(mask, (0, 0, 0, num_missing))  # adds rows at the end
     # [chunks, N, tokens of the chunk]
     by_expert = padded.view(num_chunks, chunk_size, num_experts).transpose(1, 2)
     # nonzero lists the pairs by chunk, then expert, then token
@@ -118,14 +118,15 @@ def gather_mm(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs) -> T
         return _gather_mm_grouped(x, weight, bias, pairs)
     expert_size = weight.shape[1]
     out = x.new_empty(len(pairs.token), expert_size)
-    for block in _blocks(pairs, out):
-        inputs = x.index_select(0, block.tokens)
-        weight_of_expert = weight[block.expert].t()
-        # the rows of a block are a view of `out`, so the products are written into it
+    # one expert after another
+    for of_expert in _split_by_expert(pairs, out):
+        inputs = x.index_select(0, of_expert.tokens)
+        weight_of_expert = weight[of_expert.expert].t()
+        # `rows` is a view of the expert's rows in `out`, so the products are written into `out`
         if bias is None:
-            torch.mm(inputs, weight_of_expert, out=block.per_pair)
+            torch.mm(inputs, weight_of_expert, out=of_expert.rows)
         else:
-            torch.addmm(bias[block.expert], inputs, weight_of_expert, out=block.per_pair)
+            torch.addmm(bias[of_expert.expert], inputs, weight_of_expert, out=of_expert.rows)
     return out
 
 
@@ -171,9 +172,10 @@ def scatter_mm(a: Tensor, weight: Tensor, pairs: Pairs) -> Tensor:
         products = F.grouped_mm(pad_neurons(a), pad_neurons(weight), offs=pairs.ends)
         sums.index_add_(0, pairs.token, products.to(sum_dtype))
     else:
-        for block in _blocks(pairs, a):
-            products = block.per_pair @ weight[block.expert]
-            sums.index_add_(0, block.tokens, products.to(sum_dtype))
+        # one expert after another
+        for of_expert in _split_by_expert(pairs, a):
+            products = of_expert.rows @ weight[of_expert.expert]
+            sums.index_add_(0, of_expert.tokens, products.to(sum_dtype))
     return sums.to(a.dtype)
 
 
@@ -202,9 +204,9 @@ def outer_mm(a: Tensor, x: Tensor, pairs: Pairs, like: Tensor) -> Tensor:
         return out.copy_(padded_sums[:, :expert_size])
     # the loop below skips experts without pairs, so their sums of 0 are set here
     out[pairs.starts.diff() == 0] = 0
-    for block in _blocks(pairs, a):
-        inputs = x.index_select(0, block.tokens)
-        torch.mm(block.per_pair.t(), inputs, out=out[block.expert])
+    for of_expert in _split_by_expert(pairs, a):
+        inputs = x.index_select(0, of_expert.tokens)
+        torch.mm(of_expert.rows.t(), inputs, out=out[of_expert.expert])
     return out
 
 
@@ -255,33 +257,33 @@ def pad_neurons(x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 0, num_missing)).contiguous()
 
 
-class _Block(NamedTuple):
+class _PairsOfExpert(NamedTuple):
     """The pairs of one expert.
 
     Attributes:
         expert: number of the expert.
         tokens: token of each pair ``[count]`` int64.
-        per_pair: rows of these pairs ``[count, ...]``, a view.
+        rows: a row for each of these pairs ``[count, ...]``, as a view.
     """
 
     expert: int
     tokens: Tensor
-    per_pair: Tensor
+    rows: Tensor
 
 
-def _blocks(pairs: Pairs, per_pair: Tensor) -> Iterator[_Block]:
+def _split_by_expert(pairs: Pairs, rows: Tensor) -> Iterator[_PairsOfExpert]:
     """Yield the pairs of each expert that has any. Only for pairs in one chunk.
 
     Args:
         pairs: chosen pairs.
-        per_pair: a row for each pair ``[P, ...]``.
+        rows: a row for each pair ``[P, ...]``.
     """
     counts = pairs.starts.diff().tolist()
     tokens_of_experts = pairs.token.split(counts)
-    rows_of_experts = per_pair.split(counts)
+    rows_of_experts = rows.split(counts)
     for expert, count in enumerate(counts):
         if count > 0:
-            yield _Block(expert, tokens_of_experts[expert], rows_of_experts[expert])
+            yield _PairsOfExpert(expert, tokens_of_experts[expert], rows_of_experts[expert])
 
 
 def _compiled_for(x: Tensor) -> ModuleType | None:

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from emoe.architectures import FFN, FFNSpec, bias_of, has_float_matrix, is_local_tensor
+from emoe.architectures import (
+    FFN,
+    FFNSpec,
+    bias_of,
+    has_float_matrix,
+    is_local_tensor,
+    weight_of,
+)
 from emoe.compiled.build import kernels_for
 from emoe.config import LINEAR_SCORES
 from emoe.errors import ConversionError
@@ -78,6 +85,7 @@ class PassThrough(_Replacement):
             return x.new_ones(())
         if self.output == "input":
             return x
+        # a fused projection has two halves, which the FFN's code multiplies: input * 1
         ones = torch.ones_like(x)
         if self.output == "first":
             return torch.cat([x, ones], -1)
@@ -106,8 +114,8 @@ class SparseFFN(_Replacement):
         self.serves = False
         self.always = False
         self.last_path = NOT_CALLED
-        # the result of _count_hooks in the first forward pass; it keeps the dictionaries, because
-        # finding the modules in every forward pass would take longer than counting their hooks
+        # The dictionaries of hooks of the FFN's modules, and their sizes in the first forward pass.
+        # Finding the dictionaries in every forward pass would take longer than counting the hooks.
         self._hook_counts: list[tuple[dict[int, Any], int]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -218,8 +226,8 @@ class SparseFFN(_Replacement):
     def _compute_few(self, rows: Tensor, layout: Layout) -> Tensor:
         """Compute the FFN ``[T, h]`` for a few tokens ``[T, h]``, with the kernels of a layout."""
         layer = self._layer[0]
-        # This choice needs no weights: it is only made if all chosen experts have weight 1 and
-        # share one output bias. Otherwise it is None.
+        # A choice without weights. It is None unless all chosen experts have weight 1 and share one
+        # output bias.
         mask = layer.choose_mask_quickly(rows, layout.kernels)
         weights = None
         if mask is None:
@@ -258,9 +266,9 @@ class SparseFFN(_Replacement):
             return True
         layer = self._layer[0]
         config = layer.config
-        active = config.num_active_experts / config.num_experts
+        active_share = config.num_active_experts / config.num_experts
         expert_size = layer.ffn.d // config.num_experts
-        return pays_off(rows, expert_size, active)
+        return pays_off(rows, expert_size, active_share)
 
     def _reason_for_all_neurons(self, rows: Tensor) -> str | None:
         """Return why a pass of inputs ``[T, h]`` computes all neurons and masks them.
@@ -291,10 +299,10 @@ class SparseFFN(_Replacement):
     def _reason_without_gain(self, rows: Tensor) -> str:
         """Return why the sparse products are not used for inputs ``[T, h]``.
 
-        They should not be faster, or PyTorch has no such products on this device.
+        Either no gain is expected from them, or PyTorch has no such products for these inputs.
         """
         if torch.compiler.is_compiling():
-            # without the number of tokens, which would make compiled code special for this number
+            # With the number of tokens in the text, each number would be compiled separately.
             return "no gain is expected for so few tokens or so small experts"
         device_type = rows.device.type
         dtype = dtype_of_products(rows)
@@ -379,12 +387,13 @@ def _in_shape_of(x: Tensor, y: Tensor) -> Tensor:
 def install_(layer: RoutedActivation) -> None:
     """Install the sparse backend in a routed FFN: replace the projections and the dropouts."""
     ffn = layer.ffn
-    # first, because it reads the modules that are replaced below
+    # made first, because it reads the dropouts and the out-projection, which are replaced below
     sparse = SparseFFN(layer)
     for path, module in ffn.in_projections():
         pass_through = PassThrough(module, _output_to_pass(ffn.spec, path))
         _replace_(layer, path, pass_through)
     _replace_(layer, ffn.spec.proj_out, sparse)
+    # the dropouts between activation and out-projection
     for path, _ in ffn.between():
         _replace_(layer, path, nn.Identity())
 
@@ -422,7 +431,7 @@ def check_supported(layer: RoutedActivation) -> None:
         raise ConversionError(
             f"{ffn.name}: score='{config.score}' needs every neuron: keep it masked"
         )
-    # the products are not tested with activations that change them
+    # the sparse products are not tested with an activation that writes over its input
     if getattr(layer.activation, "inplace", False):
         raise ConversionError(
             f"{ffn.name}.{ffn.spec.activation} writes over its input: build it with inplace=False"
@@ -452,8 +461,8 @@ def _check_supported_weight(ffn: FFN, path: str, projection: nn.Module) -> None:
 def _check_dtype(ffn: FFN, path: str, projection: nn.Module) -> None:
     """Raise :class:`ConversionError` if a projection's dtype is not that of the in-projection."""
     # transformers loads T5 in float16 with an out-projection in float32
-    dtype = cast(Tensor, projection.weight).dtype
-    dtype_in = ffn.keys().dtype
+    dtype = weight_of(projection).dtype
+    dtype_in = weight_of(ffn.proj_in).dtype
     if dtype != dtype_in:
         dtypes = f"{ffn.name}.{path} is {dtype} and {ffn.spec.proj_in} is {dtype_in}"
         raise ConversionError(f"{dtypes}: cast the model to one dtype, or keep it masked")

@@ -48,14 +48,15 @@ class Layout:
             self._up = _contiguous(blocks.up)
         self._values = blocks.values.detach().contiguous()
 
-        # to detect later changes of the weights
+        # The stamps detect later changes of the weights. They must know which of the tensors above
+        # are copies. `contiguous` copied the in-projections if the weights are transposed, as in
+        # GPT-2. Otherwise it copied the values.
         self._in_projections = [module for _, module in layer.ffn.in_projections()]
         self._proj_out = layer.ffn.proj_out
-        # `contiguous` above copied the in-projections if they are transposed, else the values
         has_input_copies = layer.ffn.spec.transposed
-        self._input_stamps = [
-            Stamp(module, has_copy=has_input_copies) for module in self._in_projections
-        ]
+        self._input_stamps = []
+        for module in self._in_projections:
+            self._input_stamps.append(Stamp(module, has_copy=has_input_copies))
         self._value_stamp = Stamp(self._proj_out, has_copy=not has_input_copies)
         self._bias_addresses = self._addresses_of_biases()
 
@@ -91,9 +92,9 @@ class Layout:
             up = self.kernels.few_gather_mm(x, mask, self._up.weight, self._up.bias)
             hidden = hidden * up
         if weights is not None:
-            # A mask selects in the order of its rows. The rows of the transposed mask [N, T] are
-            # experts, so the weights [P] have the order of the pairs.
-            weight_of_pair = weights.t()[mask.t()]
+            # nonzero lists the pairs of the transposed mask [N, T] by expert, then token, like `z`
+            expert, token = mask.t().nonzero(as_tuple=True)
+            weight_of_pair = weights[token, expert]  # [P]
             hidden = hidden * weight_of_pair.unsqueeze(1).to(hidden.dtype)
         return self.kernels.few_scatter_mm(hidden, mask, self._values)
 

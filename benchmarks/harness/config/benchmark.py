@@ -164,7 +164,7 @@ class Part(Generic[P]):
         A block has a list of values for each key. A point has one value of each list.
 
         Args:
-            names: The valid names, by key of a block.
+            names: The valid names for each key of a block that lists names, such as ``model``.
             axes: The keys of a point. The value of the first key changes most slowly. A block may
                 lack some of these keys.
 
@@ -255,9 +255,10 @@ class Benchmark(ABC, Generic[D, E, P]):
         self.task_titles = dict(task_titles or {})
         for key, task in tasks.items():
             self.task_titles[key] = task.title
-        # before self.methods(), which looks up the names
+        # checked first, because self.methods() looks up the names
         if isinstance(definition, MethodsDefinition):
             check_rows(definition, self.file)
+        # unless the kind gives other rows, each method has a row
         titles_of_methods = {key: method.title for key, method in self.methods().items()}
         self.row_titles = row_titles or titles_of_methods
         self._check_paper()
@@ -415,17 +416,17 @@ class Benchmark(ABC, Generic[D, E, P]):
             task: The name of the task whose ``by_task`` is applied; None applies none.
         """
         section: Strict = getattr(self.definition, key)
-        # without the values that pydantic fills in, so that the merged settings know which values
-        # a file gives
-        defaults = section.model_dump(exclude_unset=True)
+        # Without the defaults that pydantic fills in. So the merged settings still record which of
+        # their values come from a file.
+        benchmark_settings = section.model_dump(exclude_unset=True)
         suite_changes = getattr(part.settings, key)
-        suite_settings = merge(defaults, suite_changes)
+        suite_settings = merge(benchmark_settings, suite_changes)
         model_changes = _changes_for(model, suite_settings.get("by_model"))
         task_changes = _changes_for(task, suite_settings.get("by_task"))
         merged = merge(suite_settings, model_changes, task_changes)
 
-        # No file has the merged settings. Messages name the last changes, because the settings
-        # before these changes were valid.
+        # No file contains the merged settings. So an error names the place of the changes that were
+        # merged last: the settings before them are already known to be valid.
         where = part.where(key)
         if task_changes:
             where = self.location_of_changes(part, key, "by_task", str(task)).at(str(task))
@@ -504,8 +505,8 @@ KINDS: dict[str, type[AnyBenchmark]] = {}  # by name; benchmarks/kinds.py fills 
 
 def resolve_methods(
     definition: MethodsDefinition,
-    defaults: Mapping[Kind, Method] = {},
-    changes: Mapping[str, Method] = {},
+    suite_defaults: Mapping[Kind, Method] = {},
+    suite_methods: Mapping[str, Method] = {},
 ) -> dict[str, Method]:
     """Merge the settings of each method that a benchmark compares.
 
@@ -514,24 +515,26 @@ def resolve_methods(
 
     Args:
         definition: The content of ``benchmark.yaml``.
-        defaults: The ``method_defaults`` of a suite.
-        changes: The ``methods`` of a suite.
+        suite_defaults: The ``method_defaults`` of a suite, by kind of method.
+        suite_methods: The ``methods`` of a suite, by name.
 
     Returns:
         The methods by name, each with all its settings.
     """
     resolved = {}
-    for name, row in definition.methods.items():
-        # several rows may name the same method of methods.yaml in `method`
-        catalogue_method = load_methods()[row.method or name]
-        suite_changes = changes.get(name, Method())
-        own_layers = [catalogue_method, row, suite_changes]
-        # the kind decides which defaults come before the method's own settings
+    for name, benchmark_method in definition.methods.items():
+        # the key `method` names the method of methods.yaml, if its name there is another one
+        name_in_catalogue = benchmark_method.method or name
+        catalogue_method = load_methods()[name_in_catalogue]
+        suite_method = suite_methods.get(name, Method())
+        own_layers = [catalogue_method, benchmark_method, suite_method]
+        # the kind is known after this merge, and decides which defaults the method has
         kind = merge_methods(*own_layers).kind
         default_layers = []
-        for defaults_by_kind in (definition.method_defaults, defaults):
-            if kind in defaults_by_kind:
-                default_layers.append(defaults_by_kind[kind])
+        if kind in definition.method_defaults:
+            default_layers.append(definition.method_defaults[kind])
+        if kind in suite_defaults:
+            default_layers.append(suite_defaults[kind])
         resolved[name] = merge_methods(*default_layers, *own_layers)
     return resolved
 
@@ -569,9 +572,11 @@ def load_benchmark(name: str) -> AnyBenchmark:
         near = did_you_mean(name, benchmark_names())
         raise DefinitionError(f"there is no benchmark '{name}'{near}")
     file = BENCHMARKS / name / "benchmark.yaml"
+    # a folder may have a name that the workflow uses for something else
     check_name(name, file)
     content = read_yaml(file)
-    kind = _named_kind(content)  # empty if there is none, and no kind has the empty name
+    # if the file names no kind, `kind` is empty, which is also an error
+    kind = _named_kind(content)
     if kind not in KINDS:
         raise DefinitionError(f"{file}: 'kind' is '{kind}'{did_you_mean(kind, KINDS)}")
     # before the benchmark is loaded, because it may use names that plugins register
@@ -588,36 +593,43 @@ def _named_kind(content: object) -> str:
 
 
 def parse_part(benchmark: AnyBenchmark, suite: str, file: Path, content: object) -> Part[Any]:
-    """Validate a benchmark's part of a suite.
+    """Validate the settings that a suite's file has for one benchmark.
 
     Args:
         benchmark: The benchmark.
         suite: The name of the suite.
         file: The file of the suite.
-        content: The part in that file; None if it has no settings.
+        content: The value of the key ``benchmarks.NAME`` in that file; None if the key has no
+            value.
+
+    Returns:
+        The benchmark's part of the suite: the validated settings, with names for messages.
 
     Raises:
-        DefinitionError: The part is wrong. The error names the file, the key and the nearest valid
+        DefinitionError: A setting is wrong. The error names the file, the key and the nearest valid
             value.
     """
-    # a part without settings (`speed:` with nothing after it) takes the settings of benchmark.yaml
+    # with nothing after its key (`speed:`), the benchmark has the settings of benchmark.yaml
     given = {} if content is None else content
     filled = _apply_grid_defaults(given)
     settings = parse(filled, benchmark.part_model, str(file), "benchmarks", benchmark.name)
     part = Part(benchmark.name, suite, str(file), settings)
     _refuse_row_keys(benchmark, part)
-    for key in _changing_keys(benchmark.part_model):
-        _check_changes(benchmark, part, key)
+    # For a section of benchmark.yaml such as `training`, the suite gives only the values that
+    # differ. Only the merged section is complete, so parse() above could not validate it.
+    for section in _overridable_sections(benchmark.part_model):
+        _check_overridden_section(benchmark, part, section)
     return part
 
 
 def _refuse_row_keys(benchmark: AnyBenchmark, part: Part[Any]) -> None:
-    """Refuse keys that describe rows of tables in the methods of a suite.
+    """Refuse the keys ``title``, ``role`` and ``method`` in the methods of a suite.
 
-    These rows are the same in all suites. ``_ROW_KEYS`` has the keys.
+    They describe the rows of tables, which are the same in all suites.
 
     Raises:
-        DefinitionError: A method or a default has such a key. The error names the file for it.
+        DefinitionError: A method or a default has such a key. The error names the file in which to
+            set it.
     """
     if not isinstance(part.settings, TrainingPart):
         return
@@ -631,13 +643,18 @@ def _refuse_row_keys(benchmark: AnyBenchmark, part: Part[Any]) -> None:
                     )
 
 
-def _changing_keys(model: type[SuitePart]) -> list[str]:
-    """Return the keys of a suite's part that override settings of the benchmark."""
-    keys = []
-    for key, field in model.model_fields.items():
+def _overridable_sections(part_model: type[SuitePart]) -> list[str]:
+    """Return the sections of benchmark.yaml that a suite may override, such as ``training``.
+
+    Args:
+        part_model: The model of the benchmark's part of a suite. An annotation ``Changes`` marks
+            the fields that override a section.
+    """
+    sections = []
+    for name, field in part_model.model_fields.items():
         if any(isinstance(annotation, Changes) for annotation in field.metadata):
-            keys.append(key)
-    return keys
+            sections.append(name)
+    return sections
 
 
 def _apply_grid_defaults(content: object) -> object:
@@ -658,38 +675,44 @@ def _apply_grid_defaults(content: object) -> object:
     return {**content, "grid": filled_blocks}
 
 
-def _check_changes(benchmark: AnyBenchmark, part: Part[Any], key: str) -> None:
-    """Validate one section of the benchmark's settings after a merge with the suite's changes.
+def _check_overridden_section(benchmark: AnyBenchmark, part: Part[Any], section: str) -> None:
+    """Validate a section of benchmark.yaml after a suite's values have replaced some of its own.
 
-    The keys ``by_model`` and ``by_task`` give some models and tasks other settings. The section is
-    also validated for each of these models and tasks.
+    The section may have other settings for some models (``by_model``) or tasks (``by_task``). It is
+    validated once without them, and once for each of these models and tasks.
 
     Args:
         benchmark: The benchmark.
         part: The benchmark's part of the suite.
-        key: The name of the section, such as ``training``.
+        section: The name of the section, such as ``training``.
+
+    Raises:
+        DefinitionError: A value, a model or a task is wrong.
     """
-    # settings() merges and validates; only the merged settings are complete
-    section = benchmark.settings(key, part)
-    by_model = getattr(section, "by_model", None) or {}
-    for model, changes in by_model.items():
-        where = benchmark.location_of_changes(part, key, "by_model", model)
+    # settings() merges the values of both files, and raises the error if they are wrong
+    merged = benchmark.settings(section, part)
+
+    # not all sections have these two keys, and their default is None
+    by_model = getattr(merged, "by_model", None) or {}
+    for model, model_settings in by_model.items():
+        where = benchmark.location_of_changes(part, section, "by_model", model)
         check_names(where, [model], load_models())
-        _refuse_nested(changes, where.at(model))
-        benchmark.settings(key, part, model=model)
-    by_task = getattr(section, "by_task", None) or {}
-    for task, changes in by_task.items():
-        where = benchmark.location_of_changes(part, key, "by_task", task)
+        _refuse_nested(model_settings, where.at(model))
+        benchmark.settings(section, part, model=model)
+
+    by_task = getattr(merged, "by_task", None) or {}
+    for task, task_settings in by_task.items():
+        where = benchmark.location_of_changes(part, section, "by_task", task)
         check_names(where, [task], benchmark.tasks)
-        _refuse_nested(changes, where.at(task))
-        benchmark.settings(key, part, task=task)
+        _refuse_nested(task_settings, where.at(task))
+        benchmark.settings(section, part, task=task)
 
 
-def _refuse_nested(changes: Mapping[str, Any], where: Location) -> None:
+def _refuse_nested(settings: Mapping[str, Any], where: Location) -> None:
     """Raise a DefinitionError if a model's or task's settings have ``by_model`` or ``by_task``.
 
     They would not be applied.
     """
     for key in ("by_model", "by_task"):
-        if key in changes:
+        if key in settings:
             raise DefinitionError(f"{where.at(key)} must stand beside the other settings")

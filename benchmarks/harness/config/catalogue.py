@@ -72,7 +72,7 @@ class ModelEntry(ModelSource):
     """One model of ``models.yaml``."""
 
     exactly_one_of = ("hub", "package", "config", "rebuilt", "timm")
-    together = (
+    key_requirements = (
         ("package", "path"),
         ("package", "sha256"),
         ("config", "tokenizer"),

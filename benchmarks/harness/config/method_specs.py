@@ -185,7 +185,7 @@ def _request_in_words(request: str) -> str:
     """
     if request == "all":
         return "all layers"
-    # "last:2" counts layers; "last-half:2" has a share of the layers, and the step between two
+    # "last:2" is the last 2 layers, but "last-half:2" is every second layer of the last half
     which, number = request.split(":")
     if which == "last" and number == "1":
         return "last layer"
@@ -255,14 +255,14 @@ def _tune(method: Method, lora: LoRA | None, where: str) -> dict[str, Any] | Non
     Raises:
         DefinitionError: ``tune: blocks`` has no layers, or ``also_train`` has no effect.
     """
-    if lora is not None or method.tune is not None:
-        if method.tune == "blocks" and method.layers is None:
-            raise DefinitionError(f"{where} sets 'tune: blocks' but no 'layers', which it needs")
-        return tuning_spec(method.tune, layers=method.layers, also=method.also_train or ())
-    # the run trains all parameters
-    if method.also_train is not None:
-        raise DefinitionError(f"{where} sets 'also_train', which needs training.lora or 'tune'")
-    return None
+    trains_all_parameters = lora is None and method.tune is None
+    if trains_all_parameters:
+        if method.also_train is not None:
+            raise DefinitionError(f"{where} sets 'also_train', which needs training.lora or 'tune'")
+        return None
+    if method.tune == "blocks" and method.layers is None:
+        raise DefinitionError(f"{where} sets 'tune: blocks' but no 'layers', which it needs")
+    return tuning_spec(method.tune, layers=method.layers, also=method.also_train or ())
 
 
 def _varied_settings(method: Method, point: Mapping[str, Any]) -> dict[str, Any]:
@@ -428,7 +428,7 @@ def _lowest_layer(request: str | list[int] | None, num_layers: int | None) -> in
         return None
     if num_layers is not None:
         return min(resolve_layers(request, num_layers))
-    # without this number, only numbers that all count from the first layer are known
+    # the number of layers is unknown, so text and negative numbers cannot be resolved
     if isinstance(request, str) or min(request) < 0:
         return None
     return min(request)

@@ -73,18 +73,20 @@ def register_tuning(name: str, tuning: Tuning) -> None:
 def tuning_spec(name: str | None, layers: Any, also: Iterable[str] = ()) -> dict[str, Any]:
     """Make ``method.tune`` of a run's spec, which :class:`.method_specs.TuneSpec` validates.
 
+    A key without a value is left out, because it would change the ids of runs. Only ``blocks`` and
+    ``also`` are always present.
+
     Args:
         name: The name of the tuning; None if only adapters, head and routers are trained.
         layers: The ``layers`` of the method; None if the method does not set this key.
         also: Further modules to train, by the last part of their name.
     """
     also_trained = list(also)
-    if name is None:
-        return {"blocks": [], "also": also_trained}
-    # the tuning `blocks` stores its layers under the key `blocks`
+    # the tuning `blocks` stores its layers in the key `blocks`, which is empty for other tunings
     if name == "blocks":
         return {"blocks": layers, "also": also_trained}
-    # a key without a value would change the ids of runs
+    if name is None:
+        return {"blocks": [], "also": also_trained}
     if layers is None:
         return {"blocks": [], "also": also_trained, "tuning": name}
     return {"blocks": [], "also": also_trained, "tuning": name, "layers": layers}
@@ -266,7 +268,8 @@ class VariantAxes(Strict):
 def import_plugins() -> None:
     """Import the plugins of ``methods.yaml``, so that their routers and tunings are registered."""
     names = _plugin_names()
-    if names and str(ROOT) not in sys.path:  # a job may have another working directory
+    # a job may have another working directory, from which Python would not find the plugins
+    if names and str(ROOT) not in sys.path:
         sys.path.append(str(ROOT))
     for name in names:
         where = f"{BENCHMARKS / 'methods.yaml'}: 'plugins' names '{name}'"
@@ -274,7 +277,8 @@ def import_plugins() -> None:
             module = importlib.import_module(name)
         except Exception as error:  # a module may raise anything
             raise DefinitionError(f"{where}, which cannot be imported: {error!r}") from error
-        # Python imports such a folder without an error, but runs none of its files
+        # A folder without __init__.py is imported without an error, but none of its files runs, so
+        # nothing would be registered. Such a module has no file.
         if module.__file__ is None:
             raise DefinitionError(
                 f"{where}, a folder without __init__.py; add that file, or name a module in the "
@@ -348,7 +352,8 @@ def merge_methods(*layers: Method) -> Method:
     merged: dict[str, Any] = {}
     for layer in layers:
         settings = layer.given()
-        # a layer that gives one of these keys removes the key that an earlier layer gave
+        # `top_k` and `top_k_fraction` are two forms of one setting. A layer that gives one of them
+        # removes the form of an earlier layer, so that the result does not have both.
         gives_top_k = any(key in settings for key in _FORMS_OF_TOP_K)
         if gives_top_k:
             for key in _FORMS_OF_TOP_K:

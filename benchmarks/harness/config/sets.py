@@ -62,15 +62,16 @@ class SetPart:
 
     @property
     def note(self) -> str | None:
-        """Describe how the number of rows differs from the number of the makers or of the paper.
+        """Describe why the number of rows in use is not the published one.
 
-        None if the part is missing, or if there is no difference that matters.
+        The published number is that of the data's makers, or that of the paper's authors. None if
+        the part is missing, or if there is no difference that matters.
         """
         if self.rows is None:
             return None
         published = self.published
-        scores_as_many_as_paper = published is not None and published.rows == self.rows
-        if scores_as_many_as_paper:  # then the number of the makers does not matter
+        # if the authors score as many rows as we do, the number of the makers does not matter
+        if published is not None and published.rows == self.rows:
             return None
         rows = f"{self.name} ({self.part}): {self.rows:,} rows"
         if not self.as_expected:

@@ -73,7 +73,7 @@ class Location:
 
 
 def _describe_first_mistake(
-    error: ValidationError, content: object, at: Sequence[str | int]
+    error: ValidationError, content: object, path_of_content: Sequence[str | int]
 ) -> str:
     """Describe the first mistake that pydantic reports, in one line.
 
@@ -82,17 +82,18 @@ def _describe_first_mistake(
     Args:
         error: The error of pydantic.
         content: The content that pydantic refused.
-        at: The key path of ``content`` in its file.
+        path_of_content: The keys that lead to ``content`` in its file; empty for the whole file.
     """
     problems = error.errors(include_url=False)
     first = problems[0]
     keys = _keys(first, content)
-    # without keys, the problem is the whole content
-    key = key_path([*at, *keys]) or "the file"
+    path = key_path([*path_of_content, *keys])
+    # without a path, the whole file is wrong, such as a list instead of a dictionary
+    key = path or "the file"
     # for a union, pydantic reports a problem with each of its types
     messages = [problem["msg"] for problem in problems if _keys(problem, content) == keys]
     message = " or ".join(messages)
-    # a missing key has no value, and a refusal describes the value itself
+    # a missing key has no value, and the message of a refusal() already describes the value
     if first["type"] in ("missing", "refusal"):
         return f"'{key}': {message}"
 
@@ -101,6 +102,7 @@ def _describe_first_mistake(
     shown = reprlib.repr(given)[:100]
     valid_values = _valid_texts(first)
     if valid_values:
+        # did_you_mean needs text
         wrong_value = given if isinstance(given, str) else shown
         return f"'{key}' is {shown}{did_you_mean(wrong_value, valid_values)}"
     return f"'{key}' is {shown}: {message}"
@@ -119,7 +121,7 @@ def _keys(problem: Mapping[str, Any], content: Any) -> list[str | int]:
     keys: list[str | int] = []
     value = content
     for step in problem["loc"]:
-        # pydantic's location also has the names of types of a union, which are no keys
+        # pydantic's location also has the names of a union's types, which are not in the content
         if _has_key_or_index(value, step):
             keys.append(step)
             value = value[step]
@@ -145,11 +147,12 @@ class Strict(BaseModel):
 
     Attributes:
         exactly_one_of: Keys of which exactly one must have a value.
-        together: Pairs of a key and another key that it requires.
+        key_requirements: Pairs of a key and another key. If the first has a value, the second must
+            have one.
     """
 
     exactly_one_of: ClassVar[tuple[str, ...]] = ()
-    together: ClassVar[tuple[tuple[str, str], ...]] = ()
+    key_requirements: ClassVar[tuple[tuple[str, str], ...]] = ()
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
@@ -174,10 +177,14 @@ class Strict(BaseModel):
         }
 
     def model_post_init(self, _context: Any, /) -> None:
-        """Check the rules of ``exactly_one_of`` and ``together``."""
+        """Refuse the model if its keys do not fit together.
+
+        Exactly one key of ``exactly_one_of`` must have a value. For each pair in
+        ``key_requirements``, a value of the first key requires a value of the second.
+        """
         if self.exactly_one_of:
             self._check_exactly_one()
-        for key, required in self.together:
+        for key, required in self.key_requirements:
             if getattr(self, key) is not None and getattr(self, required) is None:
                 raise refusal(f"'{key}' needs the key '{required}'")
 

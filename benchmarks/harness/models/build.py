@@ -440,7 +440,8 @@ def reopen(
     if config is not None and config["kind"] == "emoe":
         partition = load_partition(folder / _PARTITION)
     trainable = build(spec, partition=partition)
-    # the saved tensors are only those that training changed, so all others must be the same as then
+    # The folder has only the tensors that training changed. All others are the pre-trained ones, so
+    # these must be the same as when the run was trained.
     present_digest = trainable.summary["source"]["weights"]
     if weights_digest and present_digest != weights_digest:
         raise DataError(
@@ -477,6 +478,6 @@ def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
         "partitions": partition_keys(model, config),
         "explained": partition.explained,
         "seconds": partition.seconds,
-        **content,
+        **content,  # the model and the configuration
     }
     write_json(output, receipt)

@@ -79,7 +79,7 @@ def _convert_(
     if partition is None:
         usage = _count_usage(model, calibration)
     else:
-        # placeholders: the real counts are loaded later, with the trained tensors
+        # a placeholder for every layer: the real counts are loaded later, with the trained tensors
         equal = torch.ones(config.num_experts, dtype=torch.int64)
         usage = dict.fromkeys(partition, equal)
     emoe.fix_experts_(model, usage)
@@ -154,7 +154,8 @@ def _count_usage(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict
     with emoe.record_routing(model) as record:
         for batch in batches:
             model(**batch)
-    emoe.set_backend_(model, "masked")  # as ``convert_`` left it
+    # undoes use_sparse_(): a converted model has the masked backend
+    emoe.set_backend_(model, "masked")
     return {number: layer.loads for number, layer in record.layers.items()}
 
 
@@ -179,4 +180,5 @@ def noisy_tuning_(model: nn.Module, intensity: float, *, seed: int) -> None:
         noise = torch.rand(parameter.shape, generator=generator) - 0.5
         deviation = parameter.float().std().cpu()
         scaled_noise = noise * intensity * deviation
+        # the type and device of the parameter
         parameter.add_(scaled_noise.to(parameter))

@@ -102,14 +102,14 @@ def load_image_classifier(
     if model.timm is not None:
         network, source = _load_timm(model, num_classes, image_size, drop_path, seed)
         head = network.get_classifier()
-        options = {}
+        call_options = {}
     else:
         network, source = _load_transformers(model, num_classes, drop_path, seed)
         head = network.classifier
-        options = _resizing_options(network.config, image_size)
+        call_options = _resizing_options(network.config, image_size)
     if dropout:
         head.register_forward_pre_hook(partial(_apply_dropout, dropout))
-    return ImageClassifier(network, source, options)
+    return ImageClassifier(network, source, call_options)
 
 
 def _resizing_options(config: Any, image_size: int | None) -> dict[str, bool]:
@@ -178,14 +178,15 @@ def _load_timm(
         ConversionError: The FFNs of this architecture are unknown.
     """
     network = _load_timm_backbone(model, drop_path)
-    # before the next lines, because the interface of other architectures may differ
+    # Raises the error for unknown architectures. This comes first, because their networks may lack
+    # the methods that are called below.
     find_ffns(network)
     repository = f"timm/{model.timm}"
     commit = cached_commit(repository, WEIGHT_FILE, model.revision)
     # computed first, because the next lines change the pre-trained weights
     source = {"from": source_text(model, commit), "weights": weights_digest(network)}
     if image_size is not None:
-        network.set_input_size(img_size=image_size)  # resamples the positions
+        network.set_input_size(img_size=image_size)  # resamples the position embeddings
     torch.manual_seed(seed)
     network.reset_classifier(num_classes)
     head = network.get_classifier()

@@ -304,9 +304,9 @@ def _ffns_of(model: PreTrainedModel, layers: Any) -> list[FFN]:
 def _four_bit(model: ModelSpec) -> BitsAndBytesConfig:
     """Return the bitsandbytes settings for a language model in 4 bits.
 
-    They exclude the head, and the FFNs of the layers in ``model.whole``.
+    The head is not quantised, and neither are the FFNs of the layers that ``model.whole`` lists.
     """
-    # without weights, only to find the FFNs
+    # on the device meta, the network has no weights; it only serves to find the FFNs
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(load_config(model))
     unquantised = []  # paths of modules

@@ -68,8 +68,8 @@ def _read_cached(path: Path, layer: int) -> Partition | None:
 def partition_keys(model: nn.Module, config: EMoEConfig) -> dict[int, str]:
     """Return the cache key of each layer to convert, by layer number.
 
-    A cache key has 16 hex digits. It is a hash of the neurons' keys, the layer number, and all
-    settings that determine the partition.
+    A cache key has 16 hex digits. It is a hash of the weights that are clustered, the layer number,
+    and all settings that determine the partition.
     """
     ffns = find_ffns(model)
     settings = json.dumps(
@@ -78,6 +78,7 @@ def partition_keys(model: nn.Module, config: EMoEConfig) -> dict[int, str]:
     layers = resolve_layers(config.layers, len(ffns))
     cache_keys = {}
     for layer in layers:
+        # the rows of the in-projection's weight, which the paper calls the keys of the neurons
         neuron_keys = ffns[layer].keys()  # [neurons, width]
         digest_of_keys = tensor_digest(neuron_keys)
         content = f"{settings}{layer}:{digest_of_keys}"
@@ -108,6 +109,7 @@ def load_partition(path: Path) -> Partition:
     tensors = read_tensors(path)
     permutations = {}
     for name, tensor in tensors.items():
+        # the name of a tensor ends with the number of its layer
         layer = name.removeprefix(_LAYER)
         if not layer.isdecimal() or not is_permutation(tensor, tensor.numel()):
             raise CheckpointError(f"{path} is damaged: {name} is not the permutation of a layer")

@@ -95,7 +95,8 @@ class Prefix:
     def __init__(self, model: nn.Module, network: nn.Module, layers: int) -> None:
         self._model = model
         self._network = network
-        self._states: Tensor | None = None  # of the present call of the model
+        # the prefix states that were passed to the current call of the model, if any
+        self._states: Tensor | None = None
         self.seconds = 0.0
 
         frozen_paths = _frozen_paths(network, layers)
@@ -104,10 +105,11 @@ class Prefix:
 
         modules = dict(network.named_modules())
         self._frozen_layers = [modules[path] for path in frozen_paths.layers]
-        # other paths are those of parameters, such as timm's cls_token
+        # a path may also lead to a parameter, such as timm's cls_token, which is no module
         self._prefix_modules = [modules[path] for path in paths if path in modules]
-        # Part of the digest. It may contain irrelevant settings, such as the path of the weights.
-        # If only these differ, the states are needlessly computed again, but never wrong.
+        # The description becomes part of the digest. It may contain irrelevant settings, such as
+        # the path of the weights. If only these differ, the states are computed again for nothing,
+        # but they are never wrong.
         config = getattr(network, "config", "")  # models of timm have none
         lines = [type(network).__name__, str(config)]
         for module in self._prefix_modules:
@@ -279,8 +281,8 @@ def _frozen_paths(network: nn.Module, layers: int) -> _FrozenPaths:
         raise DefinitionError(
             f"training.frozen_layers is {layers}, but the model has {len(ffns)} layers"
         )
-    # The paths before the layers begin like the paths of the layers: with ``bert.`` if the first
-    # layer is ``bert.encoder.layer.0``.
+    # The constant has paths inside the module `parent`, which contains the layers too. If the first
+    # layer is ``bert.encoder.layer.0``, `parent` is ``bert.``.
     path_of_first_layer = f"{ffns[0].spec.layers}.0"
     parent = ffns[0].name.removesuffix(path_of_first_layer)
     before = [f"{parent}{name}" for name in _PATHS_BEFORE_LAYERS[architecture]]
@@ -368,6 +370,7 @@ def _is_intact(file: Path, num_tokens: int) -> bool:
         return False
     has_form = values.ndim == 2 and len(values) == num_tokens and values.flags.c_contiguous
     has_type = values.dtype == np.float32
+    # the values begin after a header of `offset` bytes
     has_size = file.stat().st_size == values.offset + values.nbytes
     if not (has_form and has_type and has_size):
         print_warning(

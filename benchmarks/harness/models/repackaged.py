@@ -124,7 +124,8 @@ def _linear_weights(
         match = re.fullmatch(r"/backbone/(.+)/MatMul", node)
         if match is None:
             continue
-        # the second input is the weight, unless both are activations, which the file does not have
+        # The second input is the weight. In attention, both inputs are activations, which are not
+        # among the tensors of the file.
         weight_name = inputs[1]
         if weight_name in tensors:
             module = match[1].replace("/", ".")

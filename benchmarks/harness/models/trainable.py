@@ -71,7 +71,8 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
             full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
         )
         state = get_model_state_dict(model, options=options)
-    # a state dict also has second names of tied weights, and states of quantised weights
+    # A state dict has more tensors: frozen parameters, tied weights under a second name, and the
+    # states of quantised weights. These are left out.
     names = _trained_names(model)
     trained = {}
     for name, tensor in state.items():
@@ -122,6 +123,7 @@ def load_trained_state_(model: nn.Module, state: Mapping[str, Tensor], source: s
         # a tensor that one side lacks has no shape there
         if shapes.get(name) != expected_shapes.get(name):
             raise DataError(f"{source} belongs to another model: they differ in '{name}'")
-    # each process of a sharded model takes its shard of the whole tensors
+    # Each process of a sharded model takes its shard of the whole tensors. The state has only the
+    # trained tensors, so the load is not strict.
     options = StateDictOptions(full_state_dict=True, strict=False)
     set_model_state_dict(model, dict(state), options=options)

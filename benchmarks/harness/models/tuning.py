@@ -194,7 +194,7 @@ def _add_adapters_(
         lora_dropout=lora.dropout,
         target_modules=list(lora.targets[architecture]),
         exclude_modules=sorted(frozen_modules),
-        fan_in_fan_out=architecture == "gpt2",  # its layers are Conv1D
+        fan_in_fan_out=architecture == "gpt2",  # its Conv1D layers store transposed weights
     )
     # all methods start with equal adapters
     torch.manual_seed(derive_seed("adapters", seed))

@@ -92,7 +92,10 @@ def claim_artifacts(suite: Suite) -> Artifacts:
 
 
 def claimed_in_points(suite: Suite) -> list[str]:
-    """Return a suite's benchmarks with a score in percent that a claim compares."""
+    """List a suite's benchmarks for which a claim compares scores in percent.
+
+    The differences of such scores are in points.
+    """
     metrics = load_metrics()
     in_points = set()
     for claim in load_claims().values():
@@ -116,7 +119,9 @@ def artifacts_of(benchmark: str, data_set: str | None = None) -> Artifacts:
 
 
 def all_artifacts() -> list[Artifacts]:
-    """List the tables and figures of all benchmarks and their sets, even if no suite runs them.
+    """List the tables and figures of all benchmarks, even if no suite runs them.
+
+    Some benchmarks also have tables of each of their data sets, which are listed apart.
 
     Raises:
         DefinitionError: A benchmark has the target name of another benchmark's set, so the

@@ -12,11 +12,11 @@ from benchmarks.harness.report.artifacts import CLAIMS, remake_advice
 
 
 def read_claim_rows(suite_name: str, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Read the table of the claims of a suite: for each test, its cells by column.
+    """Read the CSV table of a suite's claims: one dictionary per test, with its texts by column.
 
     Args:
         suite_name: The name of the suite.
-        columns: The columns of which each test must have a cell. The others are not checked.
+        columns: The columns in which each test must have a text. The others are not checked.
 
     Raises:
         DataError: The file cannot be read, or a test lacks a cell.

@@ -30,7 +30,7 @@ _LOSS_DIRECTIONS = {"higher": "lower", "lower": "higher", "same": "same"}
 class PaperEffect(Strict):
     """The effect that the paper reports."""
 
-    together = (
+    key_requirements = (
         ("error", "effect"),
         ("error", "seeds"),
         ("error", "reference"),
@@ -241,9 +241,9 @@ def check_comparison(comparison: Comparison, where: Location) -> None:
     tunings = getattr(benchmark.definition, "finetuning", ())
     check_names(where.at("tunings"), comparison.tunings or (), tunings)
 
-    # a comparison names a selection exactly if its domain has several
+    # a comparison must name a selection if its domain has several, and none otherwise
     if domain.selections or comparison.selection:
-        # a missing selection is checked as an empty name, which does not exist
+        # a missing selection becomes an empty name, which the check refuses
         selection = comparison.selection or ""
         check_names(where.at("selection"), [selection], domain.selections)
 

@@ -81,9 +81,10 @@ class ClaimsCheck:
 
 
 def check_claims(suite: Suite, finished: Mapping[str, Sequence[Record]]) -> ClaimsCheck:
-    """Find the tests of claims whose means have moved between blessed and finished runs.
+    """Find the tests of claims whose means have moved from the blessed runs to the finished ones.
 
-    Both sides use the runs that are finished here and have a blessed record with the same id.
+    The blessed records of a suite are stored as its reference. Only runs that are finished here
+    and have a blessed record with the same id are compared.
 
     Args:
         suite: The suite. If all its models have random weights, no claim is tested.
@@ -94,8 +95,8 @@ def check_claims(suite: Suite, finished: Mapping[str, Sequence[Record]]) -> Clai
     """
     if has_random_weights(suite.runs):
         return ClaimsCheck(0, [])
-    before = {}
-    after = {}
+    numbers_before = {}
+    numbers_after = {}
     for name in claimed_benchmarks(suite):
         if name not in finished:
             continue
@@ -106,9 +107,9 @@ def check_claims(suite: Suite, finished: Mapping[str, Sequence[Record]]) -> Clai
         new_records = [record for record in finished[name] if record.run.folder in blessed.records]
         old_records = [blessed.records[record.run.folder] for record in new_records]
         if new_records:
-            before[name] = claim_numbers(name, old_records)
-            after[name] = claim_numbers(name, new_records)
-    return compare_tests(suite, before, after)
+            numbers_before[name] = claim_numbers(name, old_records)
+            numbers_after[name] = claim_numbers(name, new_records)
+    return compare_tests(suite, numbers_before, numbers_after)
 
 
 def compare_tests(
@@ -116,18 +117,22 @@ def compare_tests(
 ) -> ClaimsCheck:
     """Find the tests of claims whose mean differences have moved.
 
-    A mean has moved if it changed by more than its standard error over the pairs, and if rounding
-    errors do not explain the change: all pairs changed alike, or the paired t-test of the changes
-    has a p below 0.1 %. Counts, times, and tests without a standard error are not compared. A
-    standard error needs two pairs, and older differences that are not all the same, unless all
-    are 0.
+    A mean has moved if two conditions hold:
+
+    - It changed by more than its standard error over the pairs, before the change.
+    - Rounding errors do not explain the change. Either all pairs changed by the same amount, or
+      the paired t-test of the changes has a p below 0.1 %.
+
+    Tests of counts and times are not compared. Nor are tests without a standard error: those with
+    a single pair, or with the same difference in all pairs, unless that is 0.
 
     Args:
         suite: The suite.
-        before: The older numbers that claims compare, a frame by benchmark. Its columns are
+        before: The older numbers that claims compare, one frame per benchmark. Its columns are
             ``COMPARED`` of :mod:`.common`.
         after: The newer numbers of the same runs.
     """
+    # the newer minus the older value of each number
     changes = {name: _subtract(before[name], after[name]) for name in before}
     # both frames have a row for each test, in the same order
     tests_before = judge_claims(suite, before).itertuples()
@@ -138,6 +143,7 @@ def compare_tests(
         if old.evidence is None or new.evidence is None or not old.comparison.is_paired:
             continue
         limit = old.evidence.difference.standard_error()
+        # tests if the difference between the two methods has changed
         change = find_evidence(changes[old.benchmark], old.comparison)
         if math.isnan(limit) or change is None:
             continue

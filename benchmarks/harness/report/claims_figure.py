@@ -58,8 +58,9 @@ def draw_all_claims(suite: Suite, rows: pd.DataFrame, folder: Path) -> None:
 def draw_claims(rows: pd.DataFrame, path: Path, *, narrow: bool = False) -> None:
     """Draw a forest plot of the tests in points, with one panel per claim.
 
-    Crosses mark the paper's effects. Tests whose pairs are not trainings are apart, at the bottom,
-    because the noise of training is not in their intervals.
+    Crosses mark the paper's effects. Some tests compare two methods by questions instead of by
+    trainings. Their panels are at the bottom, below a heading, because their intervals do not
+    cover the noise of training.
 
     Args:
         rows: Rows of :func:`.claims_table.judge_claims`. Tests in other units, and claims without
@@ -75,17 +76,17 @@ def draw_claims(rows: pd.DataFrame, path: Path, *, narrow: bool = False) -> None
         return
 
     headings = [_heading(pair) for pair in shown["pair"]]
-    # trainings have no heading, and an empty text comes first
+    # panels with the same heading are a group; trainings have an empty one, which is sorted first
     grouped = shown.assign(group=headings).sort_values("group", kind="stable")
 
     marks = pd.concat([_our_marks(grouped), _paper_marks(grouped)])
-    titles = list(marks["test"])
-    # in a wide figure, the titles of lines are beside the marks, where there is little room
+    line_titles = list(marks["test"])
+    # a wide figure has the titles of lines beside the marks, where there is little room
     if not narrow:
-        titles = [wrap_text(title, inches=_LABEL_WIDTH, size=7) for title in titles]
+        line_titles = [wrap_text(title, inches=_LABEL_WIDTH, size=7) for title in line_titles]
     placed_marks = marks.assign(
         panel=marks["claim_title"],
-        line=titles,
+        line=line_titles,
         style=marks["series"].map(_STYLES),
     )
     draw_forest(_points_to_shares(placed_marks), path, _axis_label(shown), narrow=narrow)

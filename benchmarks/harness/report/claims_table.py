@@ -207,7 +207,8 @@ def read_claim_numbers(suite: Suite) -> dict[str, pd.DataFrame]:
             entries = [_NUMBER.validate_json(line) for line in lines]
         except ValidationError as error:
             raise DataError(f"{path} is damaged: {first_problem(error)}; {advice}") from error
-        rows = entries[1:]  # without the count
+        # the first line has the count of the numbers, and each other line is a number
+        rows = entries[1:]
         if not entries or entries[0].get(_COUNT) != len(rows):
             raise DataError(f"{path} is damaged: it was cut or is of an older form; {advice}")
         numbers[name] = pd.DataFrame(rows, columns=COMPARED)
@@ -222,23 +223,28 @@ def judge_claims(suite: Suite, numbers: Mapping[str, pd.DataFrame]) -> pd.DataFr
         numbers: The numbers that claims compare, by benchmark, from :func:`read_claim_numbers`.
 
     Returns:
-        One row per test, in the order of ``claims.yaml``, each followed by its test of the loss if
-        it has one. The columns are the fields of :class:`ClaimRow`, then ``p_holm`` (p, corrected
-        over the tests of an endpoint), ``verdict``, ``gap_p_holm`` (corrected over all gaps),
-        ``gain`` (``smaller``, ``larger``, ``not shown`` or a dash) and ``against_paper`` (our
-        difference next to the paper's, as text). The verdict is a dash if all models have random
-        weights.
+        One row per test, in the order of ``claims.yaml``. If a test is repeated with the loss, the
+        row of the repetition comes next. The columns are the fields of :class:`ClaimRow` and:
+
+        - ``p_holm``: ``p``, corrected over all tests with the same endpoint.
+        - ``verdict``: the verdict. It is a dash if all models have random weights.
+        - ``gap_p_holm``: ``gap_p``, corrected over all tests.
+        - ``gain``: how our gain compares with the paper's: ``smaller``, ``larger``, ``not shown``,
+          or a dash if that was not tested.
+        - ``against_paper``: ``gain``, ``gap`` and ``gap_p_holm`` as text.
     """
     claim_rows = []
     for name, claim in load_claims().items():
         for test in claim.tests:
             claim_rows.append(_claim_row(name, claim, test, numbers))
             if test.loss and test.compare is not None:
-                repeated = loss_test(test, test.compare)
-                claim_rows.append(_claim_row(name, claim, repeated, numbers))
+                test_of_loss = loss_test(test, test.compare)
+                claim_rows.append(_claim_row(name, claim, test_of_loss, numbers))
 
     frame = pd.DataFrame([vars(row) for row in claim_rows])  # a column per field
+    # main tests are corrected apart from those of losses; the result has the order of the rows
     p_holm = frame.groupby("endpoint", sort=False)["p"].transform(holm)
+    # only main tests have a gap to the paper, because the paper reports no losses
     gap_p_holm = holm(frame["gap_p"])
 
     is_random = has_random_weights(suite.runs)
@@ -344,7 +350,7 @@ def _with_comparison(row: ClaimRow, comparison: Comparison, paper_effect: PaperE
     other_title = benchmark.row_titles[comparison.against]
     contrast = f"{title} against {other_title}"
 
-    # the noun for what n counts: numbers of parameters are compared run by run
+    # what n counts: a kind of pairs, or the runs if numbers of parameters are compared
     pair = benchmark.domains[comparison.domain].pair
     if comparison.direction == "equal":
         pair = "run"
@@ -387,19 +393,20 @@ def _margin(
 ) -> float:
     """Return the largest negligible difference in the unit of the row; nan for equal counts.
 
-    If a number is claimed to be higher or lower, the margin is below ``effects``: the paper's
-    effect, and the difference that is the paper's share of our errors. Unknown effects are nan.
+    This is the margin of the metric. If a number is claimed to be higher or lower, it is also at
+    most half of each of ``effects``: the paper's effect, and ``expected`` of :class:`ErrorShares`.
+    Unknown effects are nan.
     """
     if comparison.direction == "equal":
         return math.nan
-    margin = metric.margin(evidence.reference_mean) * comparison.scale
+    margin_of_metric = metric.margin(evidence.reference_mean) * comparison.scale
     if comparison.direction not in ("higher", "lower"):
-        return margin
+        return margin_of_metric
     # An equivalent difference must be smaller than the paper's effect, in points and as a share of
     # the errors. So the margin is at most half of each.
     known_effects = [effect for effect in effects if not math.isnan(effect)]
     halves = [abs(effect) / 2 for effect in known_effects]
-    return min([margin, *halves])
+    return min([margin_of_metric, *halves])
 
 
 def _margin_text(margin: float, unit: str) -> str:
@@ -496,7 +503,7 @@ def _error_shares(
     metric: Metric,
     paper_effect: PaperEffect,
 ) -> ErrorShares:
-    """Express our difference and the paper's as shares of the errors.
+    """Express our difference and the paper's as shares of the reference method's errors.
 
     Args:
         difference: Our difference in points.
@@ -509,15 +516,18 @@ def _error_shares(
     if metric.unit == "%":
         our_errors = 100 - reference
     if our_errors == 0:
-        # without errors, there is no share of them
+        # without errors, there is no share of them: all numbers become nan
         our_share = difference.scaled(math.nan)
     else:
         our_share = difference.scaled(1 / our_errors)
 
     if paper_effect.reference is None:
         return ErrorShares(ours=our_share, of_paper=math.nan, expected=math.nan)
-    paper_share = effect / (100 - paper_effect.reference)
-    return ErrorShares(ours=our_share, of_paper=paper_share, expected=paper_share * our_errors)
+    paper_errors = 100 - paper_effect.reference
+    paper_share = effect / paper_errors
+    # our difference, if our method also removed this share of the errors
+    expected = paper_share * our_errors
+    return ErrorShares(ours=our_share, of_paper=paper_share, expected=expected)
 
 
 def _error_share_text(shares: ErrorShares) -> str:

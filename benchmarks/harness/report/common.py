@@ -128,17 +128,19 @@ class Outcomes:
         self.methods = benchmark.methods()
         self.baseline = benchmark.definition.baseline
 
-        model_titles = {name: model.title for name, model in load_models().items()}
         method_titles = {name: method.title for name, method in self.methods.items()}
-        # the names that ran come first, in the order of the grid
-        tasks_in_order = _in_order(benchmark.task_titles, [run.task for run in runs])
+        all_model_titles = {name: model.title for name, model in load_models().items()}
+        # models and tasks with runs come first, in the order of the runs
+        model_titles = _in_order(all_model_titles, [run.model for run in runs])
+        task_titles = _in_order(benchmark.task_titles, [run.task for run in runs])
         titles_by_column = {
-            "model": _in_order(model_titles, [run.model for run in runs]),
+            "model": model_titles,
             "method": method_titles,
-            "task": tasks_in_order,
-            "eval_task": tasks_in_order,
+            "task": task_titles,
+            "eval_task": task_titles,
             **titles,
         }
+        # a kind of benchmark has only some of these columns
         self.titles = {key: titles_by_column[key] for key in keys}
 
     def title(self, key: str, name: str) -> str:
@@ -274,28 +276,29 @@ def spread_over_columns(
     std: str = "std",
     joint: str = " ",
 ) -> tuple[pd.DataFrame, list[Column]]:
-    """Spread numbers over printed columns, one column per name, such as one per data set.
+    """Join numbers to the rows of a table, with one printed column per name, such as per data set.
 
     Args:
         frame: The rows of the table.
         on: The columns that link a row to its numbers.
-        numbers: The numbers, with the columns ``name_column``, ``on``, ``mean`` and ``std``.
+        numbers: One row per name and table row. The columns are ``on``, ``name_column``, ``mean``
+            and the deviation ``std``.
         name_column: The column of ``numbers`` whose names become printed columns, such as ``task``.
         headings: The heading of each name, in the order of the printed columns.
         metric: The metric of the numbers.
         std: The column of ``numbers`` with the standard deviation to print.
-        joint: The text between the name and ``mean`` in the names of the frame's new columns.
+        joint: The text between a name and ``mean`` in the names of the frame's new columns.
 
     Returns:
-        The extended frame, and the printed columns.
+        The frame with the new columns, and the printed columns.
     """
     extended = frame
     columns = []
     for name, heading in headings.items():
         has_name = numbers[name_column] == name
-        of_name = numbers[has_name].drop(columns=name_column)
+        numbers_of_name = numbers[has_name].drop(columns=name_column)
         prefix = f"{name}{joint}"
-        extended = with_numbers(extended, on, of_name, prefix)
+        extended = with_numbers(extended, on, numbers_of_name, prefix)
         column = Column(metric, f"{prefix}mean", heading, std=f"{prefix}{std}", marks_best=True)
         columns.append(column)
     return extended, columns
@@ -386,7 +389,7 @@ def our_means(values: pd.Series[float], cell_columns: Sequence[str]) -> pd.DataF
             low, high = confidence_interval(cell_values.to_numpy())
         lows.append(low)
         highs.append(high)
-    # arrays with a type, because both lists may be empty
+    # without cells, the lists are empty, and only arrays with a type give columns of floats
     return means.assign(low=np.array(lows, float), high=np.array(highs, float)).reset_index()
 
 
@@ -439,16 +442,19 @@ def format_counts(
     A cell is a combination of values of ``cell_columns``. If all its counts are nan, its text is a
     dash. Returns these columns and ``count``.
     """
-    ends = rows.groupby(list(cell_columns), sort=False)[count].agg(["min", "max"])
+    by_cell = rows.groupby(list(cell_columns), sort=False)
+    extremes = by_cell[count].agg(["min", "max"])
     texts = []
-    for low, high in zip(ends["min"], ends["max"], strict=True):
-        if math.isnan(low):
+    for fewest, most in zip(extremes["min"], extremes["max"], strict=True):
+        if math.isnan(fewest):
             texts.append(MISSING)
-        elif low == high:
-            texts.append(f"{low:.0f}")
+        elif fewest == most:
+            texts.append(f"{fewest:.0f}")
         else:
-            texts.append(f"{low:.0f}–{high:.0f}")
-    return ends.assign(**{count: texts})[[count]].reset_index()
+            texts.append(f"{fewest:.0f}–{most:.0f}")
+    # the new column has the name that `count` holds
+    with_texts = extremes.assign(**{count: texts})
+    return with_texts[[count]].reset_index()
 
 
 def name_or_count(names: Sequence[str], noun: str) -> str:
@@ -467,8 +473,8 @@ def average_over_seeds(
     the mean of each number, its sample deviation ``<number>_std``, and the count of rows ``n``. If
     a row lacks a number, the mean and the deviation are nan, because ``n`` counts this row, too.
     """
-    types = dict.fromkeys(numbers, float)
-    by_cell = frame.astype(types).groupby(list(cell_columns), sort=False)
+    as_floats = frame.astype(dict.fromkeys(numbers, float))
+    by_cell = as_floats.groupby(list(cell_columns), sort=False)
     values = by_cell[list(numbers)]
     means = values.mean(skipna=False)
     deviations = values.std(skipna=False).add_suffix("_std")  # nan for a single row

@@ -129,12 +129,13 @@ def _compare_pairs(
 ) -> Evidence | None:
     """Compare the scores of two methods seed by seed, or question by question.
 
-    The score of a seed (or question) is its mean over all models, training tasks, test sets,
-    tunings and settings. A seed that lacks one of them is left out. The number of a run that
-    diverged is nan. Returns None if the methods share no seed or question.
+    A pair is one seed (or question), with a score of each method. The score is its mean over all
+    cells. A cell is a combination of a model, a training task, a test set, a tuning and a setting.
+    A pair that lacks a score in one of the cells is left out. Returns None if the methods share no
+    seed or question.
 
     Args:
-        ours: The scores of the method of the claim.
+        ours: The scores of the method of the claim. The score of a run that diverged is nan.
         others: The scores of the reference method.
         chance: The score of a guess; None if it is unknown.
     """
@@ -142,13 +143,14 @@ def _compare_pairs(
     if both.empty:
         return None
 
-    # a complete pair has a score for every cell: every model, task, set and setting
     cells = both[[*_COMPARED_COLUMNS, "setting"]].drop_duplicates()
     has_diverged = both[["our_score", "other_score"]].isna().any(axis=1)
     by_pair = both.assign(has_diverged=has_diverged).groupby(_PAIR_COLUMNS, sort=True)
-    pair_diverged = by_pair["has_diverged"].any()
-    num_cells_of_pair = by_pair.size()  # a pair has one row per cell
+
+    # from here on, one value per pair
+    num_cells_of_pair = by_pair.size()  # `both` has one row per pair and cell
     has_all_cells = num_cells_of_pair == len(cells)
+    pair_diverged = by_pair["has_diverged"].any()
     is_complete = has_all_cells & ~pair_diverged
     mean_scores = by_pair[["our_score", "other_score"]].mean()
     complete = mean_scores[is_complete].astype(float)
@@ -204,22 +206,23 @@ def _compare_counts(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None
     ``n`` counts our runs. Returns None if no counts can be compared.
     """
     same = ["model", "task", "tuning"]
-    our_counts = ours.groupby(same, sort=False)["value"].agg(least="min", most="max", runs="size")
-    other_counts = others.groupby(same, sort=False)["value"].agg(
-        other_least="min", other_most="max"
-    )
-    both = our_counts.join(other_counts, how="inner").reset_index()
+    our_values = ours.groupby(same, sort=False)["value"]
+    other_values = others.groupby(same, sort=False)["value"]
+    our_extremes = our_values.agg(our_least="min", our_most="max", num_runs="size")
+    other_extremes = other_values.agg(other_least="min", other_most="max")
+    # the combinations of model, task and tuning that both methods have
+    both = our_extremes.join(other_extremes, how="inner").reset_index()
     if both.empty:
         return None
 
-    # either our largest count is farthest from their smallest, or our smallest from their largest
-    upward = both["most"] - both["other_least"]
-    downward = both["least"] - both["other_most"]
-    differences = np.concatenate([upward, downward])
+    # in each combination, the highest and the lowest difference between two counts
+    highest = both["our_most"] - both["other_least"]
+    lowest = both["our_least"] - both["other_most"]
+    differences = np.concatenate([highest, lowest])
     place_of_largest = np.abs(differences).argmax()
     largest = float(differences[place_of_largest])  # with its sign
 
-    num_runs = int(both["runs"].sum())
+    num_runs = int(both["num_runs"].sum())
     return Evidence(
         difference=Difference(mean=largest, low=largest, high=largest, p=math.nan, n=num_runs),
         reference_mean=math.nan,
@@ -320,14 +323,14 @@ def find_gap(difference: Difference, effect: float, paper_effect: PaperEffect) -
 def compare_gains(
     comparison: Comparison, difference: Difference, gap: float, p_holm: float, expected: float
 ) -> str:
-    """Say if our gain is smaller or larger than the paper's.
+    """Return whether our gain is smaller or larger than the paper's.
 
     A gain is a difference in the claimed direction. If the claim has no direction, it is the
     difference itself. Smaller or larger needs two facts:
 
     - Our difference differs significantly from the paper's.
-    - Our whole interval lies on one side of ``expected``, the side on which our difference lies
-      next to the paper's.
+    - Our interval excludes ``expected``. If our difference is below the paper's, the whole
+      interval must be below ``expected``, otherwise above it.
 
     Args:
         comparison: The comparison.
@@ -347,17 +350,16 @@ def compare_gains(
 
     # the second fact; an unknown `expected`, which is nan, is never excluded
     is_below_paper = gap < 0
-    excludes_expected = difference.low > expected
-    if is_below_paper:
-        excludes_expected = difference.high < expected
-    if not excludes_expected:
+    is_all_below = is_below_paper and difference.high < expected
+    is_all_above = not is_below_paper and difference.low > expected
+    if not (is_all_below or is_all_above):
         return "not shown"
 
-    is_larger_gain = not is_below_paper
-    # if a lower number is claimed, the lower difference is the larger gain
+    # the lower difference is the smaller gain, unless a lower number is claimed
+    is_smaller_gain = is_below_paper
     if comparison.direction == "lower":
-        is_larger_gain = is_below_paper
-    return "larger" if is_larger_gain else "smaller"
+        is_smaller_gain = not is_below_paper
+    return "smaller" if is_smaller_gain else "larger"
 
 
 def judge(comparison: Comparison, evidence: Evidence, p: float, margin: float) -> Verdict:
@@ -408,6 +410,7 @@ def _judge_by_interval(comparison: Comparison, difference: Difference, margin: f
     """
     if math.isnan(difference.low):
         return Verdict.UNTESTABLE
+    # the smallest and largest difference that each claim allows
     bounds = {
         "same": (-margin, margin),
         "not_lower": (-margin, math.inf),

@@ -30,12 +30,12 @@ def suite_rows(runs: Iterable[Run]) -> list[Row]:
 
     rows = []
     for (benchmark, model), members in groups.items():
-        # A measurement has no method, and many runs have no variant. An evaluation trains nothing,
-        # so its learning rate of 0 is not listed.
+        # an evaluation trains nothing, so its learning rate of 0 is not listed
         trained = [run for run in members if run.trains_model]
         row = {
             "benchmark": benchmark,
             "model": model,
+            # a measurement has no method, and many runs have no variant
             "methods": distinct(run.method for run in members if run.method),
             "tasks": distinct(run.task for run in members),
             "settings": distinct(run.variant for run in members if run.variant),
@@ -157,10 +157,10 @@ def list_names() -> dict[str, list[str]]:
 
 
 def check_list(word: str) -> None:
-    """Check that the command ``list`` takes a word.
+    """Check that ``word`` is a valid argument of the command ``list``: a kind or a suite.
 
     Raises:
-        DefinitionError: It does not. The error has all words, and the most similar one first.
+        DefinitionError: It is not. The message suggests the most similar word, then lists all.
     """
     names = list_names()
     words = [*names["Kinds"], *names["Suites"]]

@@ -230,7 +230,8 @@ class _Page:
 
         figures = self.results / "figures"
         narrow = figures / CLAIMS.stem(NARROW)
-        main_caption = load_paper().items[main_item()].caption or ""
+        figure_of_averages = load_paper().items[main_item()]
+        main_caption = figure_of_averages.caption or ""
         return {
             "sentences": sentences,
             "tests": tests_by_claim,
@@ -242,8 +243,8 @@ class _Page:
     def paper_items(self) -> list[dict[str, Any]]:
         """List the paper's tables and figures with links to our versions.
 
-        The rows have the keys of :func:`.paper_index.paper_index`, such as ``title`` and
-        ``status``, and ``links``: for each of the ``files``, its name and the link to it. The link
+        Each item is a row of :func:`.paper_index.paper_index`, with the additional key ``links``.
+        It has a pair for each of the row's ``files``: the file's name, and the link to it. The link
         is empty for a missing file. The list is empty if the suite makes none of our versions.
         """
         rows = paper_index(self.suite)

@@ -109,8 +109,8 @@ def _select_protocol(frame: pd.DataFrame, benchmark: str, suite: Suite) -> pd.Da
     # a table without this column has no numbers of the paper
     if "is_ours" not in frame:
         return frame[is_chosen]
-    is_paper = frame["is_ours"].eq(False)
-    return frame[is_chosen | is_paper]
+    is_only_in_paper = ~frame["is_ours"].astype(bool)
+    return frame[is_chosen | is_only_in_paper]
 
 
 def _protocol_with_all_rows(suite: Suite, benchmark: str) -> str:
@@ -153,11 +153,12 @@ def _our_rows(average: MainAverage, model: str, numbers: pd.DataFrame) -> list[d
 
     ``numbers`` are the claim numbers of the model.
     """
+    source = average.of
     evidence_by_method: dict[Literal["gmoe", "emoe"], Evidence] = {}
     for method in _MAIN_TITLES:
-        # the fields `gmoe` and `emoe` have the names of the two methods in the benchmark
-        name_in_benchmark = getattr(average.of, method)
-        comparison = average.of.comparison(name_in_benchmark)
+        # `gmoe` and `emoe` are fields with the names of the two methods in the benchmark
+        name_in_benchmark = getattr(source, method)
+        comparison = source.comparison(name_in_benchmark)
         evidence = find_evidence(numbers, comparison)
         if evidence is not None:
             evidence_by_method[method] = evidence

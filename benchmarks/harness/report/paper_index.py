@@ -55,7 +55,7 @@ def _shown_files(item: PaperItem, files: Sequence[str]) -> tuple[list[str], str]
         benchmarks = ", ".join(item_benchmarks(item))
         return [], f"not in this suite (benchmark {benchmarks})"
 
-    # one format of each table and figure
+    # a table is shown as Markdown and a figure as PNG; their files in other formats are not shown
     shown = [file for file in files if file.endswith((".md", ".png"))]
     num_existing = sum(Path(file).exists() for file in files)
     if num_existing < len(files):

@@ -234,7 +234,7 @@ def paper_outputs() -> Iterator[PaperOutput]:
         sources = item.parts or []
         stems = _stems_of_outputs(name, len(sources))
         for stem, source in zip(stems, sources, strict=True):
-            # `set_table` names a kind of table, of which each data set has one
+            # every data set has its own table of the kind that `set_table` names
             if source.set_table:
                 for data_set in load_benchmark(source.benchmark).tasks:
                     yield PaperOutput(f"{stem}_{data_set}", name, source, data_set)

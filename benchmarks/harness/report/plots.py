@@ -112,8 +112,8 @@ class _ForestShape:
         title_height: The space for a title in inches.
         line_height: The height of a line in inches.
         panel_border: The space above and below the lines of a panel, together, in lines.
-        marks_middle: How far the marks of a line are below its middle, as a part of its height.
-        marks_share: The part of a line's height where its marks are spread.
+        marks_shift: How far the marks of a line are below its middle, as a share of its height.
+        marks_spread: The share of a line's height over which its marks are spread.
         labels_above: True to print the titles of lines, and texts, above the marks. False to print
             them beside the marks.
         legend_columns: The largest number of columns of the legend.
@@ -125,8 +125,8 @@ class _ForestShape:
     title_height: float
     line_height: float
     panel_border: float
-    marks_middle: float
-    marks_share: float
+    marks_shift: float
+    marks_spread: float
     labels_above: bool
     legend_columns: int
     style: Any
@@ -138,8 +138,8 @@ _WIDE = _ForestShape(
     title_height=0.3,
     line_height=0.26,
     panel_border=0.6,
-    marks_middle=0.0,
-    marks_share=0.8,
+    marks_shift=0.0,
+    marks_spread=0.8,
     labels_above=False,
     legend_columns=3,
     style=STYLE,
@@ -156,17 +156,17 @@ def _narrow_shape(rows: pd.DataFrame) -> _ForestShape:
     line_height = label_height + _ABOVE_MARKS_HEIGHT
     # the label takes the upper part of a line, so the middle of the marks is half of the label's
     # height below the middle of the line
-    marks_middle = 0.5 * label_height / line_height
+    marks_shift = 0.5 * label_height / line_height
     # not the whole space under the label, so that marks keep a distance from the next label
-    marks_share = 0.9 * _ABOVE_MARKS_HEIGHT / line_height
+    marks_spread = 0.9 * _ABOVE_MARKS_HEIGHT / line_height
     return _ForestShape(
         width=_NARROW_WIDTH,
         title_width=_NARROW_WIDTH,
         title_height=0.38,  # titles often have two lines
         line_height=line_height,
         panel_border=0.2,
-        marks_middle=marks_middle,
-        marks_share=marks_share,
+        marks_shift=marks_shift,
+        marks_spread=marks_spread,
         labels_above=True,
         legend_columns=2,
         style=_NARROW_STYLE,
@@ -179,13 +179,18 @@ def draw_forest(
     """Draw a forest plot: marks with 95 % intervals, one panel below the other.
 
     Args:
-        rows: One row per mark. ``panel``, ``line`` (the vertical position) and ``series`` (the
-            entry of the legend) are titles. ``style`` is the style of the mark, and ``delta`` its
-            value. The interval from ``low`` to ``high`` is drawn if ``n`` is at least :data:`FEW`.
-            Three columns are optional. ``margin`` shades the space around zero behind the mark, if
-            it is not nan. ``text`` is printed beside the line of the mark. ``group`` is a heading
-            above the first of its panels, if it is not empty. Numbers are shares and are drawn in
-            points.
+        rows: One row per mark. Numbers are shares, and are drawn in points. The columns:
+
+            - ``panel``, ``line`` and ``series``: the titles of the mark's panel, of its line in the
+              panel, and of its entry in the legend.
+            - ``style``: the style of the mark.
+            - ``delta``: the value of the mark.
+            - ``low``, ``high``, ``n``: its interval, drawn if ``n`` is at least :data:`FEW`.
+            - ``margin`` (optional): shades the space from ``-margin`` to ``margin`` behind the
+              mark; nan for none.
+            - ``text`` (optional): a text beside the line.
+            - ``group`` (optional): a heading above the first panel with this heading; empty for
+              none.
         path: The path without ending.
         label: The label of the axis.
         zero: True to draw a line at zero.
@@ -194,6 +199,7 @@ def draw_forest(
     """
     shape = _narrow_shape(rows) if narrow else _WIDE
     grouped = rows if "group" in rows else rows.assign(group="")
+    # each panel is a pair: its heading and title, and its rows
     panels = list(grouped.groupby(["group", "panel"], sort=False))
     panel_heights = []  # in lines
     for _names, panel in panels:
@@ -260,14 +266,15 @@ def draw_heading(axis: Any, title: Any, heading: str, side: str) -> None:
 
     Args:
         axis: The first panel.
-        title: The drawn title with the most lines, of this panel or of one beside it.
+        title: The drawn title of this panel, or of one beside it if that has more lines.
         heading: The heading.
         side: Where the heading is along the first panel: ``left`` or ``center``.
     """
-    place = 0 if side == "left" else 0.5
+    # x is a share of the panel's width: its left end or its middle
+    x = 0 if side == "left" else 0.5
     options: Any = {
-        # x is a share of the panel's width, and y a share of the drawn title's height: 1 is its top
-        "xy": (place, 1),
+        # y is a share of the height of the drawn title, so 1 is the top of the title
+        "xy": (x, 1),
         "xycoords": ("axes fraction", title),
         "xytext": (0, 7),  # 7 points above
         "textcoords": "offset points",
@@ -307,11 +314,12 @@ def _draw_labels_above(axis: Any, rows: pd.DataFrame) -> None:
     """Print the title and the text of each line above its marks, from the left border."""
     axis.set_yticks([])
     axis.spines["left"].set_visible(False)
+    # x is a share of the axis' width, and y has the unit of the data: lines
     above: Any = {"xycoords": ("axes fraction", "data"), "va": "top", "fontsize": 7}
     # the white box hides the grid
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     for y, label in enumerate(_labels_above(rows)):
-        top_of_line = y - _LINE_TO_BORDER  # the first line begins at the border
+        top_of_line = y - _LINE_TO_BORDER  # of the first line: the upper border of the panel
         axis.annotate(label, (0, top_of_line), bbox=box, linespacing=1.1, **above)
 
 
@@ -326,19 +334,27 @@ def _labels_above(rows: pd.DataFrame) -> list[str]:
 
 
 def _mark_positions(lines: Sequence[str], shape: _ForestShape) -> list[float]:
-    """Return the vertical position ``y`` of each mark of a panel, given the title of its line.
+    """Return the vertical position ``y`` of each mark of a panel, counted in lines from the top.
 
-    The first line is at 0, the second at 1, and so on. The marks of a line are spread evenly.
+    The middle of the first line is at 0, that of the second at 1, and so on. The marks of a line
+    are spread evenly around this position, or below it if labels are above the marks.
+
+    Args:
+        lines: For each mark, the title of its line.
+        shape: The sizes of the plot.
     """
-    num_marks = Counter(lines)
-    y_of_line = {line: y for y, line in enumerate(num_marks)}
+    num_marks_of_line = Counter(lines)
+    # lines have the order in which their titles occur
+    y_of_line = {line: y for y, line in enumerate(num_marks_of_line)}
 
     positions = []
     num_placed: Counter[str] = Counter()
     for line in lines:
-        middle = y_of_line[line] + shape.marks_middle
-        place_in_line = (num_placed[line] + 0.5) / num_marks[line]  # from 0 to 1
-        positions.append(middle + shape.marks_share * (place_in_line - 0.5))
+        middle_of_marks = y_of_line[line] + shape.marks_shift
+        # between 0 and 1: a single mark is at 0.5, two are at 0.25 and 0.75
+        place_in_line = (num_placed[line] + 0.5) / num_marks_of_line[line]
+        distance = shape.marks_spread * (place_in_line - 0.5)
+        positions.append(middle_of_marks + distance)
         num_placed[line] += 1
     return positions
 
@@ -386,7 +402,8 @@ def _draw_series_legend(figure: Any, axis: Any, rows: pd.DataFrame, shape: _Fore
 def _legend_style(styles: pd.Series) -> MethodStyle:
     """Return the style of a series in the legend: grey if its marks have several colours.
 
-    Crosses are the paper's numbers, so the style is that of another mark if there is one.
+    ``styles`` are those of its marks. Crosses are the paper's numbers, so the legend shows another
+    marker of the series if there is one.
     """
     shown: MethodStyle = styles.iloc[0]
     for style in styles:
@@ -437,12 +454,17 @@ def legend_below(figure: Any, axes: Iterable[Any], columns: int) -> float:
 def curve_figure(
     path: Path, titles: Sequence[str], labels: Sequence[str], panel_height: float
 ) -> Iterator[Any]:
-    """Yield the axes ``[labels, titles]`` for curves; save the figure on exit.
+    """Yield the axes ``[labels, titles]`` of a figure with curves; save the figure on exit.
 
-    The figure has a column of panels for each title, and a row of panels for each label of a
-    vertical axis. Panels of a column share the steps, and panels of a row share the values. One
-    legend names the lines of all panels. The label of a column's steps, from :func:`label_steps`,
-    is given to the panel in the last row. ``panel_height`` is in inches.
+    The caller draws the curves, and calls :func:`label_steps` on the axes of the last row. On exit,
+    titles, labels, and one legend for all panels are added. Panels without data are hidden.
+
+    Args:
+        path: The path without ending.
+        titles: The titles of the columns. The panels of a column share the horizontal axis, which
+            has steps.
+        labels: The labels of the rows. The panels of a row share the vertical axis.
+        panel_height: The height of a panel in inches.
     """
     width = min(_CURVES_WIDTH * len(titles) + _LABELS_WIDTH, WIDTH)
     height = panel_height * len(labels) + _LEGEND_HEIGHT
@@ -465,12 +487,15 @@ def curve_figure(
             shown = [axis for axis in column if axis.has_data()]
             if shown:
                 shown[0].set_title(wrap_text(title, inches=title_width), fontsize=8)
-                shown[-1].set_xlabel(column[-1].get_xlabel())
+                # the caller labelled the steps of the last row, where the panel may be hidden
+                label_of_steps = column[-1].get_xlabel()
+                shown[-1].set_xlabel(label_of_steps)
         for row, label in zip(axes, labels, strict=True):
             shown = [axis for axis in row if axis.has_data()]
             if shown:
                 # shorter than the panel, so that labels of neighbours do not touch
                 shown[0].set_ylabel(wrap_text(label, inches=0.9 * panel_height))
+                # matplotlib labels the ticks of the first column only, which may be hidden
                 shown[0].tick_params(labelleft=True)
         legend_columns = len(titles) + 1  # the labels at the left have room for one more
         legend_below(figure, axes.flat, legend_columns)
@@ -587,7 +612,7 @@ def panel_figure(
         for column in axes.T:
             shown = [axis for axis in column if axis.has_data()]
             for axis in column:
-                axis.set_visible(axis in shown)
+                axis.set_visible(axis.has_data())
             # matplotlib labels the ticks of the lowest axis only, which may be hidden
             if shown and "sharex" in options:
                 shown[-1].tick_params(labelbottom=True)

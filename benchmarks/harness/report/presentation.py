@@ -149,7 +149,7 @@ class Presentation:
 
 
 def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
-    """Add the column :data:`~.table.RUNS_COLUMN`, the folders of the runs behind each table row.
+    """Add the column :data:`~.table.RUNS_COLUMN`: the folders of the runs that a row describes.
 
     A run belongs to a row if both have the same names in every shared column, such as model and
     method. An empty name in the table matches every run. A row without runs, such as one with only
@@ -157,7 +157,7 @@ def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
 
     Args:
         table: The table. It is returned as it is if it has the column, or no shared column.
-        origins: The ``run_id`` and the names of each run, one or more rows per run.
+        origins: The ``run_id`` and the names of each run, in one or more rows per run.
         benchmark: The name of the benchmark, the first part of the folders.
     """
     shared_columns = []
@@ -168,37 +168,45 @@ def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
     if RUNS_COLUMN in table.frame or not shared_columns:
         return table
 
-    # one row per run and combination of names; a table of single runs has `run_id`, too
+    # `run_id` is also a shared column if each row of the table is a single run
     candidate_columns = distinct(["run_id", *shared_columns])
+    # one row per run and combination of names
     candidates = origins[candidate_columns].astype(str).drop_duplicates(ignore_index=True)
-    # For each column, map each name to the candidates that have it. This is done once for all rows
-    # of the table, because there are many.
-    rows_with_name = {column: candidates.groupby(column).indices for column in shared_columns}
+    # Map each name of a column to the candidates with this name, as an array of row numbers. Each
+    # row of the table then only looks up its names, which is faster than comparing all candidates.
+    rows_by_name = {column: candidates.groupby(column).indices for column in shared_columns}
 
     folders_of_rows = []
     names_of_rows = table.frame[shared_columns].fillna("").astype(str)
     for names_of_row in names_of_rows.to_dict("records"):
-        runs = _matching_runs(names_of_row, candidates, rows_with_name)
-        folders_of_rows.append(" ".join(f"{benchmark}/{run}" for run in runs))
-    return replace(table, frame=table.frame.assign(**{RUNS_COLUMN: folders_of_rows}))
+        run_ids = _matching_runs(names_of_row, candidates, rows_by_name)
+        folders = [f"{benchmark}/{run_id}" for run_id in run_ids]
+        folders_of_rows.append(" ".join(folders))
+    frame = table.frame.assign(**{RUNS_COLUMN: folders_of_rows})
+    return replace(table, frame=frame)
 
 
 def _matching_runs(
     names_of_row: Mapping[Any, str],
     candidates: pd.DataFrame,
-    rows_with_name: Mapping[str, Mapping[Any, Any]],
+    rows_by_name: Mapping[str, Mapping[Any, Any]],
 ) -> Iterable[str]:
-    """Return the ``run_id`` of the runs that have the same names as a row of a table, each once.
+    """Return the ids of the runs whose names match a row of a table, each id once.
 
     Args:
         names_of_row: The names in the row, by column. An empty name matches every run.
-        candidates: The ``run_id`` and the names of the runs.
-        rows_with_name: For each column and name, the numbers of the rows of ``candidates``.
+        candidates: The ``run_id`` and the names of each run. The index counts from 0.
+        rows_by_name: For each column, a map from a name to the row numbers of the ``candidates``
+            that have it.
     """
+    # each name of the row rules out the candidates that do not have it
     matching = set(candidates.index)
     for column, name in names_of_row.items():
-        if name:
-            matching.intersection_update(rows_with_name[column].get(name, ()))
+        if not name:
+            continue
+        if name not in rows_by_name[column]:
+            return []
+        matching.intersection_update(rows_by_name[column][name])
     in_order = sorted(matching)
     return candidates["run_id"].iloc[in_order].unique()
 

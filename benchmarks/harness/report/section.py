@@ -119,7 +119,7 @@ def make_section(
     mixed_sets: Sequence[MixedSet],
     suite_name: str,
 ) -> Section:
-    """Collect what a page says about a benchmark or set, from its presentation and its runs.
+    """Collect what a page shows of a benchmark, or of one of its data sets.
 
     The figures must be written already, because placeholders are marked as empty.
 
@@ -131,7 +131,6 @@ def make_section(
     """
     runs = [record.run for record in records]
     is_random = has_random_weights(runs)
-    has_methods = any(run.method for run in runs)
     costs = [record.metrics.cost for record in records]
 
     verdicts: list[str] = []  # scores of random weights mean nothing
@@ -143,7 +142,9 @@ def make_section(
     if is_training:
         training = _training_settings(records)
 
+    # runs without a method measure something else, so their weights do not matter
     random_weights = None
+    has_methods = any(run.method for run in runs)
     if has_methods:
         random_weights = is_random
     return Section(
@@ -208,19 +209,20 @@ def _data_rows(records: Sequence[Record]) -> list[DataRow]:
                 continue
             task_and_split = (row.task, row.split)
             known = largest.get(task_and_split)
-            # of runs with the same number of rows, the last one is listed
+            # among runs that read equally many rows, the last one is listed
             if known is None or row.rows >= known.rows:
                 largest[task_and_split] = row
     return [largest[task_and_split] for task_and_split in sorted(largest)]
 
 
 def find_mixed_sets(records: Sequence[Record]) -> list[MixedSet]:
-    """List the data sets of which some runs of a benchmark evaluated other rows than the others.
+    """List the data sets whose evaluated rows differ between the runs of a benchmark.
 
-    For example, a user changed the data after some runs were finished. Training rows may differ,
-    because they depend on the seed. The records of images and instructions have no digest of the
-    rows, so these are not compared.
+    For example, a user changed the data after some runs were finished. Training rows are not
+    compared, because they depend on the seed. Nor are images and instructions, because their
+    records have no digest of the rows.
     """
+    # runs with equal `_ExpectedRows` should have evaluated the same rows of a data set
     summaries_by_expected_rows: dict[_ExpectedRows, list[DataSummary]] = {}
     for record in records:
         for expected, summary in _evaluated_rows(record):
@@ -228,7 +230,7 @@ def find_mixed_sets(records: Sequence[Record]) -> list[MixedSet]:
 
     mixed = []
     for expected, summaries in summaries_by_expected_rows.items():
-        # these runs should have read the same rows, so all their digests should be equal
+        # equal rows have equal digests
         by_digest: dict[str, list[DataSummary]] = {}
         for summary in summaries:
             by_digest.setdefault(str(summary.digest), []).append(summary)
@@ -249,13 +251,15 @@ class _ExpectedRows(NamedTuple):
 
 
 def _evaluated_rows(record: Record) -> Iterator[tuple[_ExpectedRows, DataSummary]]:
-    """Yield each evaluated split of a run: what determines its rows, and a summary of those read.
+    """Yield two things for each evaluated split: what determines its rows, and their summary.
 
-    Splits without a digest of the rows are left out.
+    The summary is of the rows that the run has read. Splits without a digest of the rows are left
+    out.
     """
     run = record.run
     data = record.metrics.data or {}
     for key, summary in data.items():
+        # the key is a split, or `split:task` if the run reads several data sets
         split, _, task = key.partition(":")
         is_evaluated = split in ("test", "ood")
         if not is_evaluated or summary.digest is None:
@@ -347,9 +351,10 @@ def _training_settings(records: Sequence[Record]) -> list[Setting]:
         hyper_parameters = spec.get("hparams", {})  # only runs on images (DomainBed) have them
         rows.append({**spec["training"], **hyper_parameters})
 
-    # A dash stands for a setting that a run lacks, or that is null. The columns are columns of
-    # objects: one of numbers cannot hold a dash, and would turn 960 beside null into 960.0.
+    # Columns of objects keep the values as they are. In a column of numbers, 960 beside null would
+    # become 960.0.
     settings = pd.DataFrame(rows, dtype=object)
+    # a setting that a run lacks, or that is null, becomes a dash
     with_dashes = settings.where(settings.notna(), MISSING)
     texts = with_dashes.astype(str)
 

@@ -73,8 +73,8 @@ def style_of(method: Method) -> MethodStyle:
 def _filled_style(method: Method) -> MethodStyle:
     """Return the style of a method with a filled marker.
 
-    The kind of the method decides. If it is an EMoE, its first difference to the default settings
-    decides.
+    GMoE and dense models have their own styles. All others are EMoE. Their settings are checked one
+    after the other, and the first that differs from the default decides.
     """
     if method.kind == "gmoe":
         return GMOE
@@ -83,7 +83,7 @@ def _filled_style(method: Method) -> MethodStyle:
             return _OTHER_DENSE
         return DENSE
 
-    # the method is an EMoE, so its first difference to the default settings decides
+    # the settings of an EMoE; those that are left out have their defaults
     config = method.config_values()
     partition = config.get("partition", "kmeans")
     if partition == "random":

@@ -313,8 +313,8 @@ class Table:
     def _constant_texts(self, texts: pd.DataFrame) -> dict[str, str]:
         """Return the texts that are the same in all rows, by heading, to print them only once.
 
-        ``texts`` is the result of :meth:`texts`. Numbers, and at least one of the columns ``keys``,
-        are left out.
+        ``texts`` is the result of :meth:`texts`. Only the text columns ``keys`` and ``notes`` are
+        compared. If all ``keys`` are constant, the last one is not returned.
         """
         if len(texts) < 2:
             return {}
@@ -323,7 +323,7 @@ class Table:
         for heading in (*key_headings, *self.notes.values()):
             if texts[heading].nunique() == 1:
                 constants[heading] = texts[heading].iloc[0]
-        # a table must keep a column that names its rows
+        # the table must keep a column that names its rows
         if all(heading in constants for heading in key_headings):
             del constants[key_headings[-1]]
         return constants

@@ -24,9 +24,10 @@ from benchmarks.harness.results.records import Record
 def write_tables(suite: Suite, benchmark: str, data_set: str | None = None) -> str:
     """Write the tables and figures of a benchmark, or of one data set, from available records.
 
-    Also writes our versions of the paper's tables and figures. If all runs are finished, it writes
-    two more files: the section file that pages are written from, and, for a whole benchmark, the
-    numbers that claims compare. Otherwise it deletes them, because they describe older tables.
+    Also writes our versions of the paper's tables and figures, and two files for later steps: the
+    section file, from which pages are written, and for a whole benchmark the numbers that claims
+    compare. These two are written only if all runs are finished. Otherwise they are deleted,
+    because older ones would not fit the new tables.
 
     Args:
         suite: The suite.
@@ -47,8 +48,10 @@ def write_tables(suite: Suite, benchmark: str, data_set: str | None = None) -> s
     note = _join_notes(benchmark, found.note, mixed_sets)
 
     of_benchmark = present(load_benchmark(benchmark), found.records)
-    without_note = of_benchmark.presentations_of_sets[data_set] if data_set else of_benchmark
-    presentation = replace(without_note, caption_note=note)
+    asked = of_benchmark
+    if data_set:
+        asked = of_benchmark.presentations_of_sets[data_set]
+    presentation = replace(asked, caption_note=note)
 
     folder = RESULTS / suite.name
     for table in presentation.tables:
@@ -59,14 +62,14 @@ def write_tables(suite: Suite, benchmark: str, data_set: str | None = None) -> s
     write_paper_items(suite, presentation)
 
     section_file = Path(presentation.artifacts.section_file(suite.name))
-    # the note says which runs are missing
+    # the note is empty only if all runs are finished
     is_complete = not found.note
     if is_complete:
         # also after the figures, to see which of them are placeholders
         section = make_section(presentation, found.records, mixed_sets, suite.name)
         write_json(section_file, section.model_dump())
     else:
-        # a page would not say which records it is made from
+        # an older section would not fit the new tables, and its page would not show that
         section_file.unlink(missing_ok=True)
 
     # claims compare numbers of all sets, so they are not written for a single set
@@ -75,13 +78,13 @@ def write_tables(suite: Suite, benchmark: str, data_set: str | None = None) -> s
             numbers = of_benchmark.outcomes.claim_numbers()
             write_claim_numbers(suite.name, benchmark, numbers)
         else:
-            # the table of the claims would not say which records it is made from either
+            # older numbers would not fit them either
             Path(numbers_file(suite.name, benchmark)).unlink(missing_ok=True)
     return note
 
 
 def _join_notes(benchmark: str, note: str, mixed_sets: Sequence[MixedSet]) -> str:
-    """Add the names of data sets with different rows, if there are any, to a benchmark's note."""
+    """Add to a benchmark's note that runs evaluated different rows of some data sets, if any."""
     if not mixed_sets:
         return note
     # a set is listed twice if it was evaluated in two ways

@@ -52,19 +52,20 @@ def find_finished(suite: Suite, benchmark: str, data_set: str | None = None) -> 
     num_missing = len(runs) - len(finished)
     if not num_missing:
         return FoundRecords(records)
-    if not finished:
-        planned = f"'{suite.name}'"
-        if data_set:  # runs on the other data sets may be finished
-            planned += f" on {data_set}"
-        return FoundRecords([], f"{benchmark}: no run of {planned} is finished here")
-    return FoundRecords(records, f"{benchmark}: {missing_text(suite, num_missing, len(runs))}")
+    if finished:
+        note = f"{benchmark}: {missing_text(suite, num_missing, len(runs))}"
+        return FoundRecords(records, note)
+    planned = f"'{suite.name}'"
+    if data_set:  # runs on the other data sets may be finished
+        planned += f" on {data_set}"
+    return FoundRecords([], note=f"{benchmark}: no run of {planned} is finished here")
 
 
 def find_records(suite: Suite, benchmark: str, data_set: str | None = None) -> FoundRecords:
     """Find the records of the runs that are finished here; without any, the blessed records.
 
-    The arguments and errors are those of :func:`find_finished`. There may be no records. The note
-    then gives the ways to get some.
+    The arguments and errors are those of :func:`find_finished`. If there are no
+    records of either kind, the note says how to get some.
     """
     found = find_finished(suite, benchmark, data_set)
     if found.records:
@@ -72,18 +73,20 @@ def find_records(suite: Suite, benchmark: str, data_set: str | None = None) -> F
 
     blessed = read_blessed_records(suite, benchmark)
     if blessed is None:
-        ways = _ways(suite, benchmark)
-        return FoundRecords([], f"{found.note}, and no records of it are blessed; {ways}")
+        advice = _how_to_get_records(suite, benchmark)
+        note = f"{found.note}, and no records of it are blessed; {advice}"
+        return FoundRecords([], note)
     runs = suite.runs_of(benchmark, data_set)
     records = []
     for run in runs:
         if run.folder in blessed.records:
             records.append(blessed.records[run.folder])
     if not records:
-        ways = _ways(suite, benchmark)
-        return FoundRecords([], f"{found.note}, and none of the planned runs is blessed; {ways}")
-    text = _describe_blessed(blessed, num_planned=len(runs), num_used=len(records))
-    return FoundRecords(records, f"{found.note}; {text}")
+        advice = _how_to_get_records(suite, benchmark)
+        note = f"{found.note}, and none of the planned runs is blessed; {advice}"
+        return FoundRecords([], note)
+    description = _describe_blessed(blessed, num_planned=len(runs), num_used=len(records))
+    return FoundRecords(records, note=f"{found.note}; {description}")
 
 
 def missing_text(suite: Suite, num_missing: int, num_planned: int) -> str:
@@ -112,7 +115,7 @@ def _describe_blessed(blessed: BlessedRecords, num_planned: int, num_used: int) 
     return text
 
 
-def _ways(suite: Suite, benchmark: str) -> str:
+def _how_to_get_records(suite: Suite, benchmark: str) -> str:
     """Say how to get records of a benchmark: make the runs, or take a suite with blessed ones."""
     text = f"`make run SUITE={suite.name}` makes the runs"
     others = [name for name in suites_with_records(benchmark) if name != suite.name]

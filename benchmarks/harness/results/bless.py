@@ -19,8 +19,9 @@ from benchmarks.harness.results.verify import Rerun, Say, make_inputs, run_again
 def bless(suite: Suite, benchmarks: Sequence[str], say: Say) -> list[Path]:
     """Write the present records of benchmarks as the blessed ones, if reruns repeat them exactly.
 
-    Runs of a benchmark may have been made by different code. For each benchmark and code, the
-    fastest run is repeated by the code of this checkout, with partitions that are made again.
+    Runs of a benchmark may have been made by different versions of the code. For each benchmark and
+    version, the fastest run is repeated with the code of this checkout. Its partitions are made
+    again.
 
     Args:
         suite: The suite.
@@ -35,7 +36,7 @@ def bless(suite: Suite, benchmarks: Sequence[str], say: Say) -> list[Path]:
         DefinitionError: The folder is not a clean checkout, a run is not finished, or a rerun fails
             or has other numbers.
         DataError: A ``metrics.json`` is damaged, or a package could not be downloaded.
-        RunError: A model could not be rebuilt, or its neurons not be clustered.
+        RunError: A model could not be rebuilt, or its neurons could not be clustered.
     """
     commit = clean_commit()
     runs = [run for run in suite.runs if run.benchmark in benchmarks]
@@ -55,7 +56,7 @@ def bless(suite: Suite, benchmarks: Sequence[str], say: Say) -> list[Path]:
 
 
 def _fastest_of_each_code(records: Sequence[Record]) -> list[Record]:
-    """Return the fastest run of each code that made some of the runs."""
+    """Return the fastest run of each version of the code that made some of the runs."""
     fastest: dict[str | None, Record] = {}
     for record in records:
         environment = record.metrics.environment
@@ -74,7 +75,7 @@ def _check_repeatable(suite: Suite, records: Sequence[Record], say: Say) -> None
     Raises:
         DefinitionError: A run fails or has other numbers.
         DataError: A package could not be downloaded.
-        RunError: A model could not be rebuilt, or its neurons not be clustered.
+        RunError: A model could not be rebuilt, or its neurons could not be clustered.
     """
     reruns = []
     for record in records:

@@ -136,10 +136,17 @@ def tolerance_of(metric: str, benchmark: str) -> float | None:
     """Return the tolerance of a metric between machines; None if the metric is not compared."""
     metrics = load_metrics()
     if metric in metrics:
-        by_benchmark = metrics[metric].tolerance_by_benchmark
-        return by_benchmark.get(benchmark, metrics[metric].tolerance)
-    by_metric = _TOLERANCES_BY_BENCHMARK.get(benchmark, {})
-    return by_metric.get(metric, _TOLERANCES.get(metric))
+        definition = metrics[metric]
+        # a benchmark may have its own tolerance for the metric
+        if benchmark in definition.tolerance_by_benchmark:
+            return definition.tolerance_by_benchmark[benchmark]
+        return definition.tolerance
+
+    # metrics.yaml lacks the numbers that runs record only for this check
+    tolerances_of_benchmark = _TOLERANCES_BY_BENCHMARK.get(benchmark, {})
+    if metric in tolerances_of_benchmark:
+        return tolerances_of_benchmark[metric]
+    return _TOLERANCES.get(metric)
 
 
 def values_agree(before: str, after: str, tolerance: float) -> bool:
@@ -193,12 +200,13 @@ def compare(
     rows = joined.assign(tolerance=tolerance)
 
     agrees = _rows_agree(rows)
-    equal = rows.loc[agrees, "benchmark"].value_counts().to_dict()
+    num_equal_by_benchmark = rows.loc[agrees, "benchmark"].value_counts().to_dict()
+    # exact if no number that exists on both sides was compared with a tolerance
     has_both_numbers = rows["status"] == "compared"
     is_exact = bool(must_be_equal[has_both_numbers].all())
     return CheckResult(
         differences=_differences(rows[~agrees]),
-        equal=equal,
+        equal=num_equal_by_benchmark,
         shifts=find_shifts(rows),
         machine_sentences=_machine_sentences(rows, before, after, elsewhere=elsewhere),
         is_exact=is_exact,
@@ -217,14 +225,20 @@ def _differences(disagreeing: pd.DataFrame) -> pd.DataFrame:
 
 
 def _join_numbers(before: Numbers, after: Numbers, suite_name: str) -> pd.DataFrame:
-    """Join old and new numbers of metrics that are compared, with their tolerance.
+    """Put old and new numbers side by side, with their tolerance.
 
-    The columns are :data:`KEY_COLUMNS`, ``benchmark``, ``value_before``, ``value_after``,
-    ``machine_before``, ``machine_after``, ``tolerance``, and ``status``. The status is ``missing``
-    if there is no new number, ``new`` if there is no old one, and ``compared`` with both numbers.
-    The absent number and its machine are empty texts.
+    Metrics that are not compared, such as times, are left out.
+
+    Returns:
+        One row per number. Besides :data:`KEY_COLUMNS`, the columns are
+
+        - ``benchmark`` and ``tolerance``,
+        - ``value_before``, ``value_after``, ``machine_before`` and ``machine_after``: an absent
+          number and its machine are empty texts, and
+        - ``status``: ``compared`` with both numbers, ``missing`` without a new number, or ``new``
+          without an old one.
     """
-    # the column "sides" says which of the two frames have the number
+    # An outer join also keeps numbers of one side only. The column "sides" says where a number is.
     joined = before.rows.merge(
         after.rows, on=KEY_COLUMNS, how="outer", suffixes=("_before", "_after"), indicator="sides"
     )
@@ -237,10 +251,11 @@ def _join_numbers(before: Numbers, after: Numbers, suite_name: str) -> pd.DataFr
     for metric, benchmark in zip(joined["metric"], benchmarks, strict=True):
         tolerances.append(tolerance_of(metric, benchmark))
     suite_scale = _SUITE_SCALES.get(suite_name, 1)
+    # the type float turns None into nan
     scaled = pd.Series(tolerances, joined.index, float) * suite_scale
     without_sides = joined.drop(columns="sides")
     with_tolerance = without_sides.assign(benchmark=benchmarks, tolerance=scaled, status=status)
-    # metrics that are not compared, such as times, have no tolerance
+    # metrics that are not compared have no tolerance
     compared = with_tolerance.dropna(subset="tolerance")
     # only an absent number and its machine are still missing
     return compared.fillna("")
@@ -343,15 +358,14 @@ def _machine_name(fingerprint: Mapping[str, str]) -> str:
 
 
 def name_without_seed(run: Run) -> str:
-    """Join the settings of a run in one text. The seed is left out."""
+    """Join the settings of a run in one text, without the seed and empty settings."""
     settings = settings_of_run(run)
     texts = []
     for key in GROUP_KEYS:
         value = settings[key]
         if key == "learning_rate":
             texts.append(f"{value:g}")
-        # a measurement has no method, for example
-        elif value:
+        elif value:  # some settings may be empty, such as the method of a measurement
             texts.append(str(value))
     return " ".join(texts)
 
@@ -413,8 +427,9 @@ def _probe_numbers(probe: Probe, logits_metric: str) -> Iterator[RunNumber]:
     if probe.logits:
         logits = probe.logits
         values = [logits.deviation, logits.mean, logits.projection, logits.rms]
-        digits = [repr(value) for value in values]
-        yield RunNumber("probe", "", logits_metric, " ".join(digits))
+        texts = [repr(value) for value in values]  # with all digits
+        # one number of the check, whose value is a text with four numbers
+        yield RunNumber("probe", "", logits_metric, " ".join(texts))
     for layer, loads in probe.loads.items():
         counts = [str(count) for count in loads]
         yield RunNumber("probe", f"layer {layer}", "loads", " ".join(counts))

@@ -26,11 +26,11 @@ class Recorded(BaseModel):
         for key, field in cls.model_fields.items():
             if key not in content or content[key] is not None:
                 continue
-            # The key is null. If None is the default, it stands for a missing key, and the type
-            # includes it only for this reason: pydantic would accept null. For all other fields,
-            # pydantic decides by the type.
-            stands_for_missing_key = not field.is_required() and field.default is None
-            if stands_for_missing_key:
+            # The key is null. If the field's default is None, its type allows None, but only for a
+            # missing key. Pydantic would accept null, so it is refused here. For any other field,
+            # pydantic refuses null unless the type allows it.
+            none_means_missing = not field.is_required() and field.default is None
+            if none_means_missing:
                 raise refusal(f"'{key}' is null")
         return content
 
@@ -179,7 +179,7 @@ class ModelNumbers(Recorded):
 
 
 # the keys that only the summary of a set of instructions has
-_OF_INSTRUCTIONS = (
+_INSTRUCTION_KEYS = (
     "template",
     "broken_rows",
     "tokens",
@@ -219,21 +219,21 @@ class DataSummary(Recorded):
     def content(self) -> str:
         """Return the counts, labels and digest in one text, which ``check`` compares."""
         texts = []
-        # pydantic models iterate over (key, value)
-        for key, value in sorted(self):
-            if isinstance(value, int):
-                texts.append(f"{key} {value}")
-        for label, count in self.labels.items():
-            texts.append(f"{label}: {count}")
+        # iterating over a pydantic model yields a (name, value) tuple for each field
+        for name, value in sorted(self):
+            if isinstance(value, int):  # all counts, and no other field
+                texts.append(f"{name} {value}")
+        for label, num_rows in self.labels.items():
+            texts.append(f"{label}: {num_rows}")
         if self.digest is not None:
             texts.append(self.digest)
         return ", ".join(texts)
 
     def model_post_init(self, _context: Any, /) -> None:
         """Raise if a key is missing that this kind of data must have."""
-        is_of_instructions = any(getattr(self, key) is not None for key in _OF_INSTRUCTIONS)
-        if is_of_instructions:
-            self._check_given(_OF_INSTRUCTIONS)
+        given_keys = [key for key in _INSTRUCTION_KEYS if getattr(self, key) is not None]
+        if given_keys:  # instructions
+            self._check_given(_INSTRUCTION_KEYS)
             return
         # texts and images: classes have labels, and scores of a regression have a range
         self._check_given(["dropped"])
@@ -340,8 +340,11 @@ class Usage(Recorded):
     """Experts that some data set uses more than by chance."""
 
     def model_post_init(self, _context: Any, /) -> None:
-        """Raise if only some of the keys are given, if sets have other numbers of experts, or if a
-        named expert does not exist."""
+        """Raise if the keys do not fit together.
+
+        Either all keys are given or none. All data sets have the same number of experts. The lists
+        ``shared`` and ``specialised`` name only experts that exist.
+        """
         given = self.model_fields_set
         # dense models and runs on one data set give none of the keys
         if given:
@@ -349,9 +352,12 @@ class Usage(Recorded):
                 if key not in given:
                     raise refusal(f"'{key}' is missing")
 
-        shares = [use.shares for use in self.tasks.values()]
-        _check_same_lengths(shares)
-        num_experts = len(shares[0]) if shares else 0
+        # for each data set, a list with the share of each expert
+        shares_of_data_sets = [usage.shares for usage in self.tasks.values()]
+        _check_same_lengths(shares_of_data_sets)
+        num_experts = 0
+        if shares_of_data_sets:
+            num_experts = len(shares_of_data_sets[0])
         for expert in (*self.shared, *self.specialised):
             if expert >= num_experts:
                 raise refusal(

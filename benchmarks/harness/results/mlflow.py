@@ -36,9 +36,9 @@ _POSTGRESQL = "postgresql"
 # Names the lock of this module in a PostgreSQL database. Any number works that no other program
 # locks.
 _LOCK_NUMBER = 231_010_908
-# Says that the experiment trains models. A server with a menu of workflows ignores it and opens an
-# experiment on its traces, so `run_links` has the links to the runs.
-_KIND = {"mlflow.experimentKind": "custom_model_development"}
+# Tags of a new experiment. They say that it trains models. A server with a menu of workflows
+# ignores them and opens an experiment on its traces, so `run_links` has the links to the runs.
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 # The tag of an experiment with the columns of its table of runs. The address of a page chooses it
 # by the name after the last full stop.
 _VIEW = "scores"
@@ -51,9 +51,15 @@ _FILES = ("run.json", "metrics.json", paths.LOG)
 def mirror(records: Sequence[Record], uri: str) -> dict[str, int]:
     """Write the runs that are new or have changed numbers to an MLflow store.
 
-    A benchmark is an experiment. Runs that differ only in their seed have the same tag ``setting``,
-    by which MLflow's page can group them to show means. Two calls at the same time wait for each
-    other if they have the same results folder, SQLite file or PostgreSQL database.
+    Each benchmark becomes an experiment. Runs that differ only in their seed have the same value of
+    the tag ``setting``. MLflow's page can group runs by this tag, and then shows their means.
+
+    While another process writes to the same results folder, SQLite file or PostgreSQL database,
+    this function waits.
+
+    Args:
+        records: The runs to write.
+        uri: The address of the store: an SQLite file, a PostgreSQL database or a server of MLflow.
 
     Returns:
         The counts of the ``added``, ``replaced`` and ``unchanged`` runs.
@@ -61,20 +67,20 @@ def mirror(records: Sequence[Record], uri: str) -> dict[str, int]:
     Raises:
         RunError: MLflow failed. The message names the store without its password.
     """
-    # The lock file of a SQLite store is beside the database: `.x.db.lock` for `x.db`. The lock file
-    # of any other store is in the results folder.
+    is_server = uri.startswith("http")
+    # an SQLite file is locked by a file beside it, and any other store by one in the results folder
     database: Path | None = None
-    locked = paths.RESULTS / "mlflow"
+    lock_file = paths.RESULTS / ".mlflow.lock"
     if uri.startswith(_SQLITE):
-        # without options, such as "?timeout=30"
+        # make_url separates the path from options, such as "?timeout=30"
         database = Path(str(make_url(uri).database))
-        locked = database
-    locked.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(locked.with_name(f".{locked.name}.lock")):
+        lock_file = database.with_name(f".{database.name}.lock")
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock_file):
         if database is not None:
             database.touch()  # so that the file has the permissions of the umask
         with _open_store(uri) as client:
-            return _write_all(records, client, has_files=not uri.startswith("http"))
+            return _write_all(records, client, is_server=is_server)
 
 
 @contextmanager
@@ -103,32 +109,34 @@ def _open_store(uri: str) -> Iterator[MlflowClient]:
 
 
 def _write_all(
-    records: Sequence[Record], client: MlflowClient, *, has_files: bool
+    records: Sequence[Record], client: MlflowClient, *, is_server: bool
 ) -> dict[str, int]:
     """Write the runs of all benchmarks.
 
     Args:
         records: The runs.
         client: The store.
-        has_files: True if the store's files are on this machine, False for a server.
+        is_server: True if the store is a server of MLflow, which keeps the files of the runs
+            itself.
 
     Returns:
         The counts of the ``added``, ``replaced`` and ``unchanged`` runs.
     """
-    by_benchmark: dict[str, list[Record]] = {}
+    records_by_benchmark: dict[str, list[Record]] = {}
     for record in records:
-        by_benchmark.setdefault(record.run.benchmark, []).append(record)
+        records_by_benchmark.setdefault(record.run.benchmark, []).append(record)
 
     counts = Counter(added=0, replaced=0, unchanged=0)
-    for benchmark, of_benchmark in by_benchmark.items():
-        experiment_id = _experiment_id(client, benchmark, has_files=has_files)
+    for benchmark, benchmark_records in records_by_benchmark.items():
+        experiment_id = _experiment_id(client, benchmark, is_server=is_server)
         stored_runs = client.search_runs([experiment_id], max_results=_MOST_RUNS)
         stored_by_name = {run.info.run_name: run for run in stored_runs}
-        client.set_experiment_tag(experiment_id, _VIEW_TAG, _view(of_benchmark))
-        for record in of_benchmark:
+        # the tag chooses the columns of MLflow's table of runs
+        client.set_experiment_tag(experiment_id, _VIEW_TAG, _view(benchmark_records))
+        for record in benchmark_records:
             stored = stored_by_name.get(name_in_mlflow(record.run))
             if stored is None:
-                # an older mirror gave this name, so that run is replaced
+                # older versions of this module used another name; _write replaces such a run
                 stored = stored_by_name.get(record.run.name)
             outcome = _write(client, experiment_id, record, stored)
             counts[outcome] += 1
@@ -161,13 +169,13 @@ def _problem(error: Exception) -> str:
     return first_line(error).strip()
 
 
-def _experiment_id(client: MlflowClient, benchmark: str, *, has_files: bool) -> str:
+def _experiment_id(client: MlflowClient, benchmark: str, *, is_server: bool) -> str:
     """Return the identifier of a benchmark's experiment.
 
     The experiment is created if it is missing, and restored if someone deleted it in MLflow.
 
-    ``has_files`` is True for a store on this machine, whose files are below ``results/mlflow``. A
-    server chooses its own location.
+    A server (``is_server``) chooses where it keeps the files of runs. For any other store, they are
+    below ``results/mlflow`` on this machine.
     """
     experiment = client.get_experiment_by_name(benchmark)
     if experiment:
@@ -176,14 +184,15 @@ def _experiment_id(client: MlflowClient, benchmark: str, *, has_files: bool) -> 
             _restore(client, experiment_id)
         return experiment_id
     location = None
-    if has_files:
+    if not is_server:
         location = (paths.RESULTS / "mlflow" / benchmark).resolve().as_uri()
-    return str(client.create_experiment(benchmark, location, _KIND))
+    return str(client.create_experiment(benchmark, location, _EXPERIMENT_TAGS))
 
 
 def _restore(client: MlflowClient, experiment_id: str) -> None:
-    """Restore a deleted experiment, and of each name only the newest run."""
-    # This also restores replaced runs. They have the same names as the runs that replaced them.
+    """Restore a deleted experiment. Of several runs with the same name, keep only the newest."""
+    # MLflow also restores runs that were replaced earlier. Such a run has the same name as the run
+    # that replaced it, so it is deleted again below.
     client.restore_experiment(experiment_id)
     newest_first = client.search_runs(
         [experiment_id], max_results=_MOST_RUNS, order_by=["attributes.end_time DESC"]
@@ -269,15 +278,16 @@ def _write(client: MlflowClient, experiment_id: str, record: Record, stored: Any
         client: The store.
         experiment_id: The identifier of the benchmark's experiment.
         record: The run.
-        stored: The same run in the store, or None. It may have the name of an older mirror.
+        stored: The same run in the store, or None. It may have a name that an older version of this
+            module gave it.
 
     Returns:
         ``added``, ``replaced`` or ``unchanged``.
     """
     if stored:
-        has_name = stored.info.run_name == name_in_mlflow(record.run)
-        has_numbers = stored.data.tags.get(_DIGEST) == record.digest
-        if has_name and has_numbers:
+        has_same_name = stored.info.run_name == name_in_mlflow(record.run)
+        has_same_numbers = stored.data.tags.get(_DIGEST) == record.digest
+        if has_same_name and has_same_numbers:
             return "unchanged"
         client.delete_run(stored.info.run_id)
     _create(client, experiment_id, record)
@@ -305,7 +315,7 @@ def _create(client: MlflowClient, experiment_id: str, record: Record) -> None:
         params.append(Param(_plain(key), str(value)))
     client.log_batch(stored_id, metrics=list(_numbers(record, ended)), params=params)
     client.set_terminated(stored_id, end_time=ended)
-    # the tag comes last, so that the next mirror writes a run again that was cut off
+    # The tag comes last. Without it, the next call replaces this run, which may be incomplete.
     client.set_tag(stored_id, _DIGEST, record.digest)
 
 
@@ -336,7 +346,7 @@ def _numbers(record: Record, time: int) -> Iterator[Metric]:
     metrics = record.metrics
     for number in run_numbers(record.run, metrics):
         name = _number_name(number.part, number.data_set, number.metric)
-        yield Metric(name, float(number.value), time, 0)
+        yield Metric(name, float(number.value), time, step=0)
     for point in metrics.records or ():
         numbers = {"epoch": point.epoch, "loss": point.loss, **point.numbers()}
         yield from _point("record", point.step, numbers, time)

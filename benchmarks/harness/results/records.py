@@ -139,13 +139,21 @@ def read_record(run: Run, root: Path = RUNS) -> Record:
 def collect(suite: Suite, benchmark: str, data_set: str | None = None) -> list[Path]:
     """Read each run's ``metrics.json``, and write the records of a benchmark or of one data set.
 
-    ``data_set`` is None for all. Returns the paths of the written files. A file has one line of
-    JSON per run, in the order of the grid.
+    A file has one line of JSON per run, in the order of the grid.
+
+    Args:
+        suite: The suite.
+        benchmark: The name of the benchmark.
+        data_set: The name of one of its data sets; None for all.
+
+    Returns:
+        The paths of the written files.
     """
     files = []
-    for set_of_file in sets_with_files(suite, benchmark, data_set):
-        path = records_file(suite.name, benchmark, set_of_file)
-        runs = suite.runs_of(benchmark, set_of_file)
+    # a file has the runs on one data set, or on all data sets (None)
+    for set_in_file in sets_with_files(suite, benchmark, data_set):
+        path = records_file(suite.name, benchmark, set_in_file)
+        runs = suite.runs_of(benchmark, set_in_file)
         # a generator, so that only one record at a time is in memory
         write_lines(path, (format_record(read_record(run)) for run in runs))
         files.append(path)
@@ -185,15 +193,16 @@ def read_records(suite: Suite, benchmark: str, data_set: str | None = None) -> l
         DataError: A file of records is damaged. The message names the file.
     """
     records_by_folder: dict[str, Record] = {}
-    for set_of_file in sets_with_files(suite, benchmark, data_set):
-        path = records_file(suite.name, benchmark, set_of_file)
+    # a file has the runs on one data set, or on all data sets (None)
+    for set_in_file in sets_with_files(suite, benchmark, data_set):
+        path = records_file(suite.name, benchmark, set_in_file)
         if not path.exists():
             return None
         # without --force, Snakemake keeps the existing file
         advice = (
             f"`snakemake --cores all --force {path} --config suite={suite.name}` collects it again"
         )
-        runs = suite.runs_of(benchmark, set_of_file)
+        runs = suite.runs_of(benchmark, set_in_file)
         parsed = parse_records(read_bytes(path, advice), runs, path, advice)
         records_by_folder.update(parsed.records)
 
@@ -375,12 +384,12 @@ def tabulate_numbers(records: Iterable[Record]) -> pd.DataFrame:
         main_metrics = _main_metrics(run)
         for number in run_numbers(run, record.metrics):
             # a part such as "test as emoe" has the main metrics of "test"
-            part_before_conversion, _separator, _method = number.part.partition(AS)
-            # numbers without a main metric are costs and the like, or the mean over the sets out
-            # of domain, which is a score
-            main_metric = main_metrics.get((part_before_conversion, number.data_set))
+            base_part, _separator, _method = number.part.partition(AS)
+            # None for costs and the like, which are no scores
+            main_metric = main_metrics.get((base_part, number.data_set))
             is_main = number.metric == main_metric
-            is_ood_mean = part_before_conversion == OOD_MEAN
+            # the mean over several data sets has no main metric, but it is a score
+            is_ood_mean = base_part == OOD_MEAN
             row = {
                 **settings_of_run(run),
                 "run_id": run.id,
@@ -399,7 +408,8 @@ def tabulate_numbers(records: Iterable[Record]) -> pd.DataFrame:
 def _main_metrics(run: Run) -> dict[tuple[str, str], str]:
     """Map each (part, data set) to its main metric.
 
-    It is the task's own metric in domain, and the paper's metric out of domain.
+    It is the task's own metric in domain, and the paper's metric out of domain. It is empty for a
+    task without a metric of its own.
     """
     metrics = {}
     for task in run.trained_sets:
@@ -438,11 +448,12 @@ def run_numbers(run: Run, metrics: Metrics) -> Iterator[RunNumber]:
     for method, transformed in metrics.transformed.items():
         yield from _score_numbers(run, transformed.scores, AS + method)
 
-    # the best epoch on the dev split; tasks without a test split report the dev split itself
+    # The best score of any epoch on the dev split. A task without a test split has no such number,
+    # because its scores are already those of the dev split.
     if metrics.epochs and run.task_spec["splits"]["test"] is not None:
         metric = run.task_spec["metric"]
-        scores: list[Any] = [epoch.numbers()[metric] for epoch in metrics.epochs]
-        yield RunNumber("dev_best", run.task, metric, max(scores))
+        dev_scores: list[Any] = [epoch.numbers()[metric] for epoch in metrics.epochs]
+        yield RunNumber("dev_best", run.task, metric, max(dev_scores))
 
     yield from _numbers_of_section("cost", metrics.cost, COST)
     yield from _numbers_of_section("model", metrics.model, MODEL)
@@ -462,20 +473,24 @@ def _numbers_of_section(
 def _score_numbers(run: Run, scores: Scores, suffix: str = "") -> Iterator[RunNumber]:
     """Yield all scores, and the mean of the paper's metric over the data sets out of domain.
 
-    The suffix is appended to each part.
+    Args:
+        run: The run.
+        scores: Its scores by part, data set and metric.
+        suffix: A text that is appended to the name of each part.
     """
-    for part, by_data_set in scores.items():
-        for data_set, values in by_data_set.items():
-            for metric, value in values.items():
-                # any other missing value is yielded, so that `check_metrics` raises an error
+    for part, scores_of_part in scores.items():
+        for data_set, scores_of_set in scores_of_part.items():
+            for metric, value in scores_of_set.items():
+                # A diverged model has no such score. Any other None is an error: it is yielded, and
+                # `check_metrics` refuses it.
                 has_diverged = value is None and metric in MAY_DIVERGE
                 if not has_diverged:
                     yield RunNumber(part + suffix, data_set, metric, value)
 
     ood_scores: list[Any] = []
-    for other in run.ood_sets:
-        by_metric = scores["ood"][other["name"]]
-        ood_scores.append(by_metric[_paper_metric(other)])
+    for ood_set in run.ood_sets:
+        scores_of_set = scores["ood"][ood_set["name"]]
+        ood_scores.append(scores_of_set[_paper_metric(ood_set)])
     if ood_scores:
         mean = sum(ood_scores) / len(ood_scores)
         yield RunNumber(OOD_MEAN + suffix, "", "score", mean)

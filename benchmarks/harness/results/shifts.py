@@ -54,17 +54,20 @@ def find_shifts(rows: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame(columns=SHIFT_COLUMNS)
 
     numbers = _read_numbers(rows[is_compared])
-    of_runs = numbers.assign(group=numbers["run"])
-    of_methods = numbers.assign(group=numbers["benchmark"] + ", all runs of " + numbers["method"])
-    # with the same settings in all runs, the group would be one of `of_runs`
-    has_several_settings = of_methods.groupby("group")["run"].transform("nunique") > 1
-    differences = _differences_of_methods(numbers)
+    # the three kinds of groups: the column "group" names the group of each number
+    by_run = numbers.assign(group=numbers["run"])
+    by_method = numbers.assign(group=numbers["benchmark"] + ", all runs of " + numbers["method"])
+    by_pair_of_methods = _differences_of_methods(numbers)
+
+    # if all runs of a method have the same settings, `by_run` has the same group already
+    num_settings = by_method.groupby("group")["run"].transform("nunique")  # for each row
+    by_method_and_not_by_run = by_method[num_settings > 1]
 
     means = pd.concat(
         [
-            _group_means(of_runs),
-            _group_means(of_methods[has_several_settings]),
-            _group_means(differences),
+            _group_means(by_run),
+            _group_means(by_method_and_not_by_run),
+            _group_means(by_pair_of_methods),
         ],
         ignore_index=True,
     )
@@ -75,13 +78,18 @@ def find_shifts(rows: pd.DataFrame) -> pd.DataFrame:
 def _read_numbers(compared: pd.DataFrame) -> pd.DataFrame:
     """Convert the texts of numbers, and add the settings of their runs.
 
-    Rows with an absent, damaged or infinite number are left out. The added columns are ``model``,
-    ``task``, ``method``, ``before``, ``after`` and ``scatter``. The method of a converted model is
-    the one that it was converted to. Three columns change:
+    Rows with an absent, damaged or infinite number are left out.
 
-    - ``part`` loses its conversion, such as `` as emoe``.
-    - ``run`` gets this conversion at its end.
-    - ``tolerance`` becomes absolute.
+    Returns:
+        The rows with these new columns:
+
+        - ``model``, ``task`` and ``method``. A converted model has the method to which it was
+          converted.
+        - ``before`` and ``after``: the values as numbers.
+        - ``scatter``: see :func:`_scatter`.
+
+        Three columns change: the conversion, such as `` as emoe``, moves from the end of ``part``
+        to the end of ``run``, and ``tolerance`` becomes absolute.
     """
     # "test as emoe" is split into "test", the separator " as " and "emoe", the method to which the
     # model was converted. Without a conversion, the last two are empty.
@@ -96,6 +104,7 @@ def _read_numbers(compared: pd.DataFrame) -> pd.DataFrame:
     model = words.str[1]
     task = words.str[2]
     trained_method = words.str[3]
+    # `where` keeps the conversion if there is one, and else takes the trained method
     method = converted_to.where(converted_to != "", trained_method)
 
     # absent and damaged texts become nan
@@ -120,21 +129,25 @@ def _read_numbers(compared: pd.DataFrame) -> pd.DataFrame:
 
 
 def _scatter(numbers: pd.DataFrame) -> pd.Series[float]:
-    """Return for each number how much the differences (new - old) of single numbers scatter.
+    """Estimate how much the difference (new - old) of a single number varies from seed to seed.
 
-    It is the standard deviation of the differences over the seeds. All numbers of a benchmark with
-    the same part and metric are a pool, and share one estimate. A shift of all seeds does not
-    enlarge it.
+    The estimate is a standard deviation around the mean of the seeds, so a shift of all seeds does
+    not enlarge it. All numbers of a benchmark with the same part and metric share one estimate.
+
+    Returns:
+        The estimate for each row. It is nan if each run of the benchmark has one seed.
     """
-    # rows that differ only in the seed form a group
     with_difference = numbers.assign(difference=numbers["after"] - numbers["before"])
-    over_seeds = with_difference.groupby(["run", "part", "eval_task", "metric"])["difference"]
-    mean_of_group = over_seeds.transform("mean")
-    num_seeds = over_seeds.transform("size")
+    # Rows that differ only in the seed form a group. `transform` gives each row the value of its
+    # group.
+    groups = with_difference.groupby(["run", "part", "eval_task", "metric"])["difference"]
+    mean_of_group = groups.transform("mean")
+    num_seeds = groups.transform("size")
     deviation = with_difference["difference"] - mean_of_group
 
-    # n seeds have n - 1 degrees of freedom, because their mean is estimated. Each of the n rows
-    # gets an equal share, (n - 1) / n, so the sum over a pool is the freedom of all its groups.
+    # The variance over several groups is the sum of squares, divided by the degrees of freedom. A
+    # group of n seeds has n - 1 of them, because its mean is estimated. Each of its n rows gets
+    # the share (n - 1) / n, so that the rows add up to n - 1.
     terms = numbers.assign(squared_deviation=deviation**2, freedom=1 - 1 / num_seeds)
     pools = terms.groupby(["benchmark", "part", "metric"])
     sum_of_squares = pools["squared_deviation"].transform("sum")
@@ -172,7 +185,8 @@ def _group_means(numbers: pd.DataFrame) -> pd.DataFrame:
 
     The columns are :data:`SHIFT_COLUMNS`. Groups with one seed are left out.
     """
-    # seeds may have different counts of numbers, so the mean of a group is that of its seeds' means
+    # Seeds may have different counts of numbers. To give them equal weight, numbers are averaged
+    # first within each seed, and then over the seeds.
     seed_means = numbers.groupby([*_GROUP, "seed"])[["before", "after"]].mean()
     seed_means_by_group = seed_means.groupby(_GROUP)
     num_seeds = seed_means_by_group.size()
@@ -181,7 +195,7 @@ def _group_means(numbers: pd.DataFrame) -> pd.DataFrame:
     # the three rules of find_shifts, one value per group
     numbers_by_group = numbers.groupby(_GROUP)
     num_numbers = numbers_by_group.size()
-    standard_error_of_mean = seed_means_by_group["before"].sem()
+    standard_error_of_mean = seed_means_by_group["before"].sem()  # over the seeds
     standard_error_of_shift = numbers_by_group["scatter"].mean() / np.sqrt(num_numbers)
     tolerance_of_one_number = numbers_by_group["tolerance"].mean()
     limits = pd.DataFrame(

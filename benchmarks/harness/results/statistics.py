@@ -142,6 +142,7 @@ def paired_differences(
         :attr:`Difference.COLUMNS`, the count ``n`` of seeds and the count ``values`` of scores. The
         difference is nan if a score is nan, such as the loss of a diverged model.
     """
+    # rows with all of the given values
     is_reference = pd.Series(True, scores.index)
     for column, name in reference.items():
         is_reference &= scores[column] == name
@@ -151,10 +152,10 @@ def paired_differences(
     may_differ = ("value", *reference, *averaged)
     must_agree = [column for column in scores if column not in may_differ]
     matching = scores[is_reference].groupby(must_agree, sort=False)
-    # a mean without a missing score would be one over other scores, so the mean is nan
+    # with skipna=False, a mean is nan if one of its scores is missing
     reference_means = matching["value"].mean(skipna=False)
     references = reference_means.rename("reference_score").reset_index()
-    # put the reference score beside each score; scores without one are left out
+    # put the reference score beside each score; the merge drops scores without a reference score
     with_reference = scores[~is_reference].merge(references, on=must_agree)
 
     # one row per cell and seed: both mean scores, and how many scores they average
@@ -189,10 +190,11 @@ def shared_pairs(
         pair: The column that pairs the scores of different methods, such as ``seed``.
     """
     is_shared = np.zeros(len(scores), dtype=bool)
+    # `indices` has the positions of each group's rows in the frame
     row_numbers_by_group = scores.groupby(list(within), sort=False).indices
     for row_numbers in row_numbers_by_group.values():
         group = scores.iloc[row_numbers]
-        seeds_of_methods = []
+        seeds_of_methods = []  # one set of seeds for each method
         for _method, scores_of_method in group.groupby(list(compared), sort=False):
             seeds_of_methods.append(set(scores_of_method[pair]))
         shared_seeds = set.intersection(*seeds_of_methods)
@@ -301,20 +303,24 @@ def expected_maximum(count: int) -> float:
 
 
 def mutual_information(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Compute the mutual information of expert and label in bits, one value per leading index.
+    """Compute the mutual information of expert and label in bits.
 
     Even if experts and labels are independent, the value is above 0 by chance. It is larger with
     more experts and labels, and with fewer rows. :func:`shuffled_information` estimates the value
     by chance.
 
     Args:
-        counts: The choices by label and expert, ``[..., labels, experts]``.
+        counts: How often each expert was chosen for each label, ``[..., labels, experts]``.
+
+    Returns:
+        The information for each of the leading dimensions, ``[...]``.
     """
     totals = counts.sum((-2, -1), keepdims=True)
     shares = counts / np.maximum(totals, 1)  # without choices, all shares are 0
     label_shares = shares.sum(-1)
     expert_shares = shares.sum(-2)
 
+    # entr(x) is -x * log(x), and 0 for x = 0
     label_entropy = special.entr(label_shares).sum(-1)
     expert_entropy = special.entr(expert_shares).sum(-1)
     joint_entropy = special.entr(shares).sum((-2, -1))
@@ -341,23 +347,25 @@ def shuffled_information(
         Bits, ``[1 + PERMUTATIONS, layers]``; the first row is unshuffled.
     """
     random = np.random.default_rng(seed)
-    # the numbers of the rows, one stratum after the other
+    # the row numbers, sorted by stratum
     rows_by_stratum = np.argsort(strata, kind="stable")
 
-    counts = [_sum_by_label(loads, labels)]
+    counts = [_sum_by_label(loads, labels)]  # without a shuffle
     for _ in range(PERMUTATIONS):
-        # again one stratum after the other (the last key of lexsort comes first), but in random
-        # order within each stratum
+        # The row numbers, sorted by stratum and in random order within each stratum. lexsort sorts
+        # by its last key first.
         random_keys = random.random(len(labels))
-        shuffled_rows_by_stratum = np.lexsort((random_keys, strata))
-        # each row gets the label of the row at the same place of the other order, which is in the
-        # same stratum
+        shuffled_rows = np.lexsort((random_keys, strata))
+        # At the same position, both lists have a row of the same stratum. The row of the first list
+        # gets the label of the row of the second list.
         shuffled_labels = np.empty_like(labels)
-        shuffled_labels[rows_by_stratum] = labels[shuffled_rows_by_stratum]
+        shuffled_labels[rows_by_stratum] = labels[shuffled_rows]
         counts.append(_sum_by_label(loads, shuffled_labels))
 
-    stacked = np.stack(counts)  # [1 + PERMUTATIONS, labels, layers, experts]
-    return mutual_information(np.moveaxis(stacked, 1, 2))
+    counts_by_label = np.stack(counts)  # [1 + PERMUTATIONS, labels, layers, experts]
+    # [1 + PERMUTATIONS, layers, labels, experts]
+    counts_by_layer = np.moveaxis(counts_by_label, 1, 2)
+    return mutual_information(counts_by_layer)
 
 
 def _sum_by_label(loads: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.int64]:

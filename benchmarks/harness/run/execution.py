@@ -70,7 +70,7 @@ def execute(
     """
     if start_time is None:
         start_time = time.time()
-    _end_with_launcher()
+    _end_with_launcher()  # does nothing unless `launch_distributed` started this process
     folder = path.parent
     output = folder / "metrics.json"
     run = read_run(path)
@@ -89,7 +89,7 @@ def execute(
         lock = nullcontext()
         own_log = log.with_name(f"{log.stem}-{rank()}{log.suffix}")
 
-    with lock:  # it is held already; the end of the block releases it
+    with lock:  # _lock_run has locked it already, and the end of the block releases it
         # the other processes wait here until the first one has locked the run
         init_process_group()
         # while this process waited for the lock, another one may have finished the run
@@ -162,7 +162,8 @@ def _compute_metrics(
     """
     captured = environment.capture()
     pipeline = benchmark.pipeline()
-    # compiled before the first run, because later runs would otherwise use other kernels than it
+    # The compiled kernels of the CPU are made before the run starts. Otherwise the first run on a
+    # machine would use other kernels than later runs.
     if not torch.cuda.is_available():
         prepare_kernels()
     startup_seconds = time.time() - start_time
@@ -272,6 +273,7 @@ def _redirect_output(path: Path) -> Iterator[TextIO]:
 
     This redirects the file descriptors, because native libraries write to them directly.
     """
+    # file descriptors: 1 is the standard output, and 2 is the standard error
     saved_output = os.dup(1)
     saved_errors = os.dup(2)
     with os.fdopen(os.dup(2), "w") as terminal, path.open("a") as log:

@@ -68,8 +68,8 @@ def run_in_fork(arguments: Sequence[str]) -> int | None:
         arguments: The arguments of ``python -m benchmarks``.
 
     Returns:
-        The exit status. None if there is no server with the same environment and files; then the
-        command was not run.
+        The exit status. None if there is no server, or if the server has another environment or
+        older files; the command was then not run.
     """
     address = os.environ.get(ADDRESS)
     if not address:
@@ -81,7 +81,8 @@ def run_in_fork(arguments: Sequence[str]) -> int | None:
     ):
         try:
             server.connect(address)
-            # the fork uses the standard streams of this process
+            # The fork uses the standard streams of this process: 0, 1 and 2. They must be sent
+            # together with a byte, which means nothing.
             socket.send_fds(server, [b"\n"], [0, 1, 2])
             server.sendall(f"{json.dumps(request)}\n".encode())
             if answer.read(1) != _ACCEPTED:
@@ -114,7 +115,8 @@ class Server:
         The commands of later callers wait until the server has imported everything. If the server
         cannot start, print a warning. Each command then runs in its own process.
         """
-        # torch counts accelerators without starting their driver, which would not work in a fork
+        # With this variable, torch counts accelerators without starting their driver. A driver that
+        # the server has started would not work in its forks.
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         try:
             folder = Path(tempfile.mkdtemp(prefix="emoe-"))
@@ -197,7 +199,7 @@ def serve(
                 break
             caller, _ = listener.accept()
             with caller:
-                if os.fork() == 0:
+                if os.fork() == 0:  # the following is run in the fork only
                     listener.close()
                     # never returns: it ends the fork
                     _run_for_caller(caller, is_current, work)
@@ -219,7 +221,7 @@ def _run_for_caller(
         with caller.makefile() as content:
             request = json.loads(content.readline())
         if not _fits(request["environment"]) or not is_current():
-            # decline: end here, without an answer, and so without the block `finally`
+            # decline: os._exit ends the fork without an answer, because it skips `finally`
             os._exit(0)
         caller.sendall(_ACCEPTED)
         _become_like_caller(streams, request["folder"], request["environment"])

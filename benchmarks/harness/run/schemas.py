@@ -23,7 +23,7 @@ def write_schemas() -> list[Path]:
 
     The files are ``benchmarks/schemas/<name>.schema.json``.
     """
-    # the model of each kind of file, by the name of the schema
+    # the pydantic model of each kind of file, by the name of the schema
     models: dict[str, type[Strict]] = {
         "models": ModelFile,
         "metrics": MetricFile,
@@ -31,6 +31,7 @@ def write_schemas() -> list[Path]:
         "claims": ClaimFile,
         "paper": PaperFile,
     }
+    # each kind of benchmark has a schema for benchmark.yaml, and may have other YAML files
     for name, kind in KINDS.items():
         models[name] = kind.definition_model
     for kind in KINDS.values():
@@ -50,7 +51,7 @@ def write_schemas() -> list[Path]:
 def _suite_schema() -> dict[str, Any]:
     """Make the JSON schema of ``config/<suite>.yaml``, with a section for each benchmark."""
     section_models = {name: load_benchmark(name).part_model for name in benchmark_names()}
-    # pydantic puts the schemas of all sections, and of their parts, into one dictionary: "$defs"
+    # one call makes the schemas of all sections, with their shared definitions in "$defs"
     requested: list[tuple[type[SuitePart], Literal["validation"]]] = [
         (model, "validation") for model in section_models.values()
     ]

@@ -94,7 +94,8 @@ class UpdateBestPath(TrainerCallback):
 def resume(trainer: Trainer, origin: Origin, warn: Callable[[str], None]) -> str | None:
     """Restore the state and the callbacks of a trainer from its last complete checkpoint.
 
-    Checkpoints of another origin are removed, because rows or models would be mixed.
+    A checkpoint of other rows or weights (another origin) is removed, because the training must not
+    go on from it.
 
     Args:
         trainer: The trainer, before training.
@@ -107,15 +108,15 @@ def resume(trainer: Trainer, origin: Origin, warn: Callable[[str], None]) -> str
         The checkpoint, for ``trainer.train(resume_from_checkpoint=…)``; None if there is none.
     """
     folder = Path(str(trainer.args.output_dir))
-    # the other processes wait for the main one, in keep_complete_checkpoints
     if is_main():
         _set_origin(folder, origin, warn)
+    # here, the other processes wait for the main one
     checkpoint = keep_complete_checkpoints(folder, warn)
     if checkpoint is None:
         return None
     trainer.state = _read_state(checkpoint)
-    # `train` reads the state again, so UpdateBestPath repeats this. A run that had already stopped
-    # does not train again, and loads its best weights from this state.
+    # A run that had already stopped does not train again, and finds its best weights by this path.
+    # If the run does train, `train` reads the state again, and UpdateBestPath repeats this.
     _update_best_path(trainer.args, trainer.state)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, SavedCallback):
@@ -214,7 +215,8 @@ def _find_fault(checkpoint: Path) -> str | None:
     except DataError as error:
         return str(error)
     missing = [name for name in _NEEDED if name not in digests]
-    # the number of processes may differ from that of the killed run
+    # Each process saved a file with its random state. The number of processes may have changed
+    # since, so one such file is enough.
     if not any(name.startswith(_RNG_STATE) for name in digests):
         missing.append(_RNG_STATE)
     if missing:

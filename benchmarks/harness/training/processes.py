@@ -118,15 +118,17 @@ def _sharding_plan(model: PreTrainedModel) -> dict[str, str]:
 
     The keys are module names with a wildcard in place of the layer number.
     """
-    blocks = {ffn.name for ffn in find_ffns(model)}
+    # the names of the layers that contain an FFN
+    block_names = {ffn.name for ffn in find_ffns(model)}
     plan = {}
     for name, module in model.named_modules():
         # Parameters that are sharded together must have the same dtype. So modules with another
         # dtype than the model, such as trained adapters in float32, are sharded by themselves.
         parameters = module.parameters(recurse=False)
         has_other_dtype = any(parameter.dtype != model.dtype for parameter in parameters)
-        if name in blocks or has_other_dtype:
+        if name in block_names or has_other_dtype:
             # replaces every number in the name: `model.layers.0` becomes `model.layers.*`
             pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+            # the complete weights are gathered before use, and freed afterwards
             plan[pattern] = "free_full_weight"
     return plan

@@ -156,12 +156,14 @@ class RoutingTrace(SavedCallback):
 
     def _end_window(self, step: int) -> None:
         """Store the loads of the window that ends with a step. The next step begins a new one."""
-        # the window already ended in this step, or the model is dense
+        # nothing is recorded if the model is dense, or if this step has already ended the window
         if self._record is None:
             return
         self.ends.append(step)
-        for number, layer in self._record.layers.items():
-            self.loads.setdefault(str(number), []).append(layer.loads.tolist())
+        for number, layer_record in self._record.layers.items():
+            loads_of_windows = self.loads.setdefault(str(number), [])
+            loads_of_windows.append(layer_record.loads.tolist())
+        # on_step_begin starts a new recording
         self._record = None
         self._recording.close()
 

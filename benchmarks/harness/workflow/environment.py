@@ -40,6 +40,7 @@ def job_environment(suite: Suite) -> dict[str, str]:
         "HF_UPDATE_DOWNLOAD_COUNTS": "0",
         paths.OVERRIDES: canonical_json(suite.overrides),
     }
+    # a value that the user has set stays
     for name, value in _GLIBC.items():
         variables[name] = os.environ.get(name, value)
     settings = suite.settings

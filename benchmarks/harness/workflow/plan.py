@@ -99,7 +99,7 @@ def find_run(folder: str, suite: Suite) -> Run:
     """
     if folder in suite.runs_by_folder:
         return suite.runs_by_folder[folder]
-    # only now, because planning the other suites takes time
+    # the other suites are planned only for the error message, because planning takes time
     for other in suite_names():
         if other == suite.name:
             continue
@@ -259,7 +259,7 @@ def _write_rows(path: Path, row_model: type[_Row], rows: Sequence[_Row]) -> None
 
 
 def _read_rows(path: Path, row_model: type[_Row]) -> Iterator[_Row]:
-    """Yield each row below the names of the columns.
+    """Yield the rows of a tab-separated file. Its first line must name the columns of the model.
 
     Raises:
         DataError: The file cannot be read, or a line is damaged. The error names the line.

@@ -76,6 +76,7 @@ def _rules_of_benchmark(
     if all_keep or none_keeps:
         return [RunRule(name, benchmark, keeps_weights=all_keep, ids=RUN_ID, priority=priority)]
     ids_without_weights = [run_id for run_id, keeps in keeps_weights.items() if not keeps]
+    # a regular expression that matches these ids
     without_weights = "|".join(ids_without_weights)
     with_weights_rule = RunRule(
         name,

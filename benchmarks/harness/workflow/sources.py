@@ -44,10 +44,16 @@ _FILES_OF_NO_TABLE = (
 def table_sources(*benchmarks: str) -> list[str]:
     """List the files that shape the benchmarks' tables, besides the records of runs.
 
-    These are the code of the harness (its own modules and the folders ``_TABLE_FOLDERS``), of the
-    benchmarks' kinds and of plugins, the definitions, the published numbers, and the lists of
-    models, methods, metrics and paper items.
+    These are:
+
+    - the code of the harness, of the benchmarks' kinds, and of plugins
+    - the definitions of the benchmarks, and the published numbers
+    - the lists of models, methods, metrics and paper items
+
+    Args:
+        *benchmarks: The names of the benchmarks.
     """
+    # folders with code or published numbers
     folders = {*_TABLE_FOLDERS, *benchmarks}
     for name in benchmarks:
         folders.update(_code_folders(name))
@@ -55,8 +61,9 @@ def table_sources(*benchmarks: str) -> list[str]:
     for folder in sorted(folders):
         patterns.append(f"{folder}/*.py")
         patterns.append(f"{folder}/**/*.csv")
-    shape_no_table = set(_files(*_CLAIM_FILES, *_FILES_OF_NO_TABLE))
-    sources = [file for file in _files(*patterns) if file not in shape_no_table]
+    # the patterns also match code for other outputs, such as the page and the claims
+    files_for_other_outputs = set(_files(*_CLAIM_FILES, *_FILES_OF_NO_TABLE))
+    sources = [file for file in _files(*patterns) if file not in files_for_other_outputs]
     for name in benchmarks:
         sources += _definition_files(name)
     plugins = [os.path.relpath(file) for file in plugin_files()]
@@ -85,10 +92,10 @@ def page_sources() -> list[str]:
 
 
 def file_times(plugins: Iterable[Path]) -> dict[Path, int]:
-    """Return the time of the last change of each file that a process keeps after reading it.
+    """Return the time of the last change, in nanoseconds, of each code and YAML file.
 
-    These are the code and the YAML files of the benchmarks, the suites and the library, and the
-    files ``plugins``. The times are in nanoseconds.
+    These are the files of the benchmarks, the suites and the library, and the files ``plugins``. A
+    process that has read them does not notice a later change by itself.
     """
     files = list(plugins)
     for folder in (BENCHMARKS, CONFIG, Path(emoe.__file__).parent):

@@ -218,15 +218,15 @@ def explain_missing_target(target: str, suite: Suite) -> str:
         target: The name of the target.
         suite: The suite.
     """
-    # a table or figure of the paper that no suite can make
-    missing = missing_items()
-    if target in missing:
-        return f"{target}: {missing[target]}"
-    # another table or figure of the paper
+    # the tables and figures of the paper that no suite can make, with the reasons
+    reasons_by_item = missing_items()
+    if target in reasons_by_item:
+        return f"{target}: {reasons_by_item[target]}"
+    # the paper's other tables and figures
     items = load_paper().items
     if target in items:
         return _explain_not_run(target, item_benchmarks(items[target]), suite)
-    # a benchmark, or one of its data sets
+    # the benchmarks, and their data sets with tables of their own
     for artifacts in all_artifacts():
         if target == artifacts.name:
             return _explain_not_run(
@@ -252,7 +252,8 @@ def _explain_not_run(
 ) -> str:
     """Explain that a suite does not run what a target needs, and name suites that do.
 
-    If only the values of the command line are the reason, this is the suite itself.
+    The command line may have left it out of a suite that otherwise runs it. Then the advice is to
+    use this suite without those values.
 
     Args:
         target: The name of the target.
@@ -261,6 +262,7 @@ def _explain_not_run(
         data_set: The data set that the target needs; None if it is not for a single data set.
     """
     wanted = data_set or " or ".join(benchmarks)
+    # the same suite without the values of the command line
     if _makes_any(plain_suite(suite.name), benchmarks, data_set):
         return (
             f"--config leaves {wanted} out of the suite '{suite.name}': "
