@@ -44,6 +44,8 @@ def executed(notebook: Any, folder: Path) -> Any:
             notebook,
             timeout=600,
             kernel_name="python3",
+            # on a busy machine, printed text may arrive in several pieces
+            coalesce_streams=True,
             resources={"metadata": {"path": str(folder)}},
         )
         client.execute()
