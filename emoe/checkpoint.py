@@ -153,9 +153,9 @@ def _save_config_and_extra_state(model: nn.Module, folder: Path) -> None:
     if extra:
         files.write_tensors(extra, folder / EXTRA_FILE)
     # all layers have the same configuration
-    any_layer = next(iter(layers.values()))
+    first, *_ = layers.values()
     layer_numbers = sorted(layers)
-    content = {"config": any_layer.config.to_dict(), "layers": layer_numbers}
+    content = {"config": first.config.to_dict(), "layers": layer_numbers}
     (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -197,8 +197,8 @@ def save_partition_file(model: nn.Module, folder: Path, *, write: bool = True) -
     """
     layers = numbered_layers(model)
     # all layers have the same configuration
-    any_layer = next(iter(layers.values()))
-    tensors = {"num_experts": torch.tensor(any_layer.config.num_experts)}
+    first, *_ = layers.values()
+    tensors = {"num_experts": torch.tensor(first.config.num_experts)}
     for number, layer in layers.items():
         with weights_loaded(layer.ffn.proj_in):
             tensors[f"key_norms.{number}"] = _key_norms(layer.ffn)

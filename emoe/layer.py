@@ -347,7 +347,7 @@ class RoutedActivation(nn.Module):
         chooses_highest = config.selection == "top"
         return kernels.mask_neurons(hidden, x, keys, config.top_k, chooses_highest)
 
-    def choose_mask_quickly(self, x: Tensor, kernels: ModuleType) -> Tensor | None:
+    def choose_mask_with_kernel(self, x: Tensor, kernels: ModuleType) -> Tensor | None:
         """Choose the experts of inputs ``[T, h]`` with one compiled kernel.
 
         Args:

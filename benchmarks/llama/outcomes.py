@@ -17,7 +17,7 @@ from benchmarks.harness.config.method_specs import setting_text
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import Outcomes, join_claim_numbers, parameter_counts
 from benchmarks.harness.results.content import Metrics, QuestionResult
-from benchmarks.harness.results.records import Record, settings_of_run, tabulate_numbers
+from benchmarks.harness.results.records import Record, tabulate_numbers
 from benchmarks.harness.results.statistics import (
     Difference,
     paired_differences,
@@ -313,41 +313,11 @@ def _tabulate_by_cell(records: Sequence[Record]) -> pd.DataFrame:
     cell_rows = [{"run_id": record.run.id, **cell_of(record.run)} for record in records]
     cells = pd.DataFrame(cell_rows, columns=["run_id", *CELL])
 
-    frames = [tabulate_numbers(records)]
-    # tabulate_numbers leaves out the missing scores of a diverged run. They are added as nan, so
-    # that the mean of the cell is nan, instead of a mean over its other seeds.
-    missing_rows: list[dict[str, Any]] = []
-    for record in records:
-        missing_rows.extend(_missing_scores(record))
-    if missing_rows:
-        frames.append(pd.DataFrame(missing_rows))
-    numbers = pd.concat(frames, ignore_index=True)
-
     # replace the names of runs by those of cells: the variant of a run begins with the fine-tuning,
     # and a cell has these in two columns
+    numbers = tabulate_numbers(records)
     without_names = numbers.drop(columns=["task", "model", "method", "variant"])
     return without_names.merge(cells, on="run_id", sort=False)
-
-
-def _missing_scores(record: Record) -> Iterator[dict[str, Any]]:
-    """Yield a row with the value nan for each score that a run lacks because its model diverged.
-
-    The columns are those of :func:`tabulate_numbers`.
-    """
-    scores = record.metrics.scores or {}
-    for part, scores_by_task in scores.items():
-        for eval_task, scores_of_task in scores_by_task.items():
-            for metric, score in scores_of_task.items():
-                if score is None:
-                    yield {
-                        **settings_of_run(record.run),
-                        "run_id": record.run.id,
-                        "part": part,
-                        "eval_task": eval_task,
-                        "metric": metric,
-                        "value": math.nan,
-                        "is_score": False,
-                    }
 
 
 def _first_results(records: Sequence[Record]) -> dict[str, QuestionResult]:

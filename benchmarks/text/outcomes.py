@@ -508,7 +508,7 @@ class TextOutcomes(Outcomes):
         tasks: Mapping[str, TaskEntry] = self.benchmark.tasks
         regressions = [name for name, task in tasks.items() if not task.labels]
         is_loss = records["metric"].isin(LOSSES) & ~records["eval_task"].isin(regressions)
-        losses = _add_diverged(records[is_loss], records)
+        losses = records[is_loss]
         columns = [*_KEYS_OF_RUN, "eval_task", "domain", "metric", "value"]
         frames = []
         if self._shows_in_domain:
@@ -620,26 +620,6 @@ def _protocols_of(frame: pd.DataFrame) -> list[str]:
     """List the protocols that a frame contains, in the order of :data:`PROTOCOL_TITLES`."""
     contained = set(frame["protocol"])
     return [protocol for protocol in PROTOCOL_TITLES if protocol in contained]
-
-
-def _add_diverged(losses: pd.DataFrame, records: pd.DataFrame) -> pd.DataFrame:
-    """Add a loss of nan for each data set on which a run diverged.
-
-    A diverged run has a score on the set, but no loss. Other runs with the same model and task have
-    the loss. If no run has it, the set has no losses, and nothing is added.
-
-    Args:
-        losses: The losses of the runs.
-        records: All numbers of the runs.
-    """
-    keys_of_set = ["protocol", "model", "task", "part", "eval_task"]
-    losses_of_set = losses[[*keys_of_set, "metric"]].drop_duplicates()
-    evaluations = records[[*_KEYS_OF_RUN, "part", "eval_task"]].drop_duplicates()
-    # a row for each loss that an evaluation would have if the run did not diverge
-    expected = evaluations.merge(losses_of_set, on=keys_of_set)
-    # the left join gives nan to the losses that are missing
-    keys_of_loss = [*_KEYS_OF_RUN, "part", "eval_task", "metric"]
-    return expected.merge(losses, on=keys_of_loss, how="left")
 
 
 def add_transformed_rows(records: pd.DataFrame) -> pd.DataFrame:

@@ -228,7 +228,7 @@ class SparseFFN(_Replacement):
         layer = self._layer[0]
         # A choice without weights. It is None unless all chosen experts have weight 1 and share one
         # output bias.
-        mask = layer.choose_mask_quickly(rows, layout.kernels)
+        mask = layer.choose_mask_with_kernel(rows, layout.kernels)
         weights = None
         if mask is None:
             scores = layer.linear_scores(rows)

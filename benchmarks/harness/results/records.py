@@ -375,14 +375,15 @@ def tabulate_numbers(records: Iterable[Record]) -> pd.DataFrame:
 
     The columns are :data:`RUN_KEYS`, ``run_id``, ``part``, ``eval_task``, ``metric``, ``value`` and
     ``is_score``. ``part`` is one of the groups that the module lists. ``eval_task`` is a data set,
-    or a candidate that a measurement compares. ``is_score`` is True for the main metric of a text
-    task, and for ``ood_mean``.
+    or a candidate that a measurement compares. ``value`` is nan for a loss that a run lacks because
+    its model diverged. ``is_score`` is True for the main metric of a text task, and for
+    ``ood_mean``.
     """
     rows = []
     for record in records:
         run = record.run
         main_metrics = _main_metrics(run)
-        for number in run_numbers(run, record.metrics):
+        for number in _numbers_and_lost_losses(run, record.metrics):
             # a part such as "test as emoe" has the main metrics of "test"
             base_part, _separator, _method = number.part.partition(AS)
             # None for costs and the like, which are no scores
@@ -437,6 +438,18 @@ def run_numbers(run: Run, metrics: Metrics) -> Iterator[RunNumber]:
     Raises:
         LookupError: A score is missing that the run must have.
     """
+    for number in _numbers_and_lost_losses(run, metrics):
+        is_lost = number.metric in MAY_DIVERGE and math.isnan(number.value)
+        if not is_lost:
+            yield number
+
+
+def _numbers_and_lost_losses(run: Run, metrics: Metrics) -> Iterator[RunNumber]:
+    """Yield the numbers of :func:`run_numbers`, and nan for each loss of a model that diverged.
+
+    Raises:
+        LookupError: A score is missing that the run must have.
+    """
     # a measurement has only its measured numbers
     if metrics.measured is not None:
         for candidate, values in metrics.measured.items():
@@ -473,6 +486,8 @@ def _numbers_of_section(
 def _score_numbers(run: Run, scores: Scores, suffix: str = "") -> Iterator[RunNumber]:
     """Yield all scores, and the mean of the paper's metric over the data sets out of domain.
 
+    A loss of a model that diverged is nan.
+
     Args:
         run: The run.
         scores: Its scores by part, data set and metric.
@@ -481,11 +496,10 @@ def _score_numbers(run: Run, scores: Scores, suffix: str = "") -> Iterator[RunNu
     for part, scores_of_part in scores.items():
         for data_set, scores_of_set in scores_of_part.items():
             for metric, value in scores_of_set.items():
-                # A diverged model has no such score. Any other None is an error: it is yielded, and
-                # `check_metrics` refuses it.
                 has_diverged = value is None and metric in MAY_DIVERGE
-                if not has_diverged:
-                    yield RunNumber(part + suffix, data_set, metric, value)
+                # any other None is an error: it is yielded, and `check_metrics` refuses it
+                number = math.nan if has_diverged else value
+                yield RunNumber(part + suffix, data_set, metric, number)
 
     ood_scores: list[Any] = []
     for ood_set in run.ood_sets:
