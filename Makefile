@@ -1,6 +1,6 @@
 # Two commands on a fresh machine with Python 3.11 to 3.13, git and make:
 #   make run     set up, run the suite (SUITE=mini; its sets from the hub, packages or DATA_ROOT), say what to open next
-#   make test    set up, run every check and test; CI calls exactly this
+#   make test    set up, run every check and all tests but the slow ones, which `make test-slow` runs; CI calls both
 SUITE ?= mini
 # the versions by which the numbers were blessed; `make setup CONSTRAINTS=` installs the newest that pyproject.toml allows
 CONSTRAINTS ?= constraints.txt
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup constraints run test test-paper-size coverage oldest test-oldest lint docs check bless ui
+.PHONY: help setup constraints run test test-slow test-paper-size coverage oldest test-oldest lint docs check bless ui
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,9 +46,14 @@ run: $(STAMP) ## run a suite: make run, make run SUITE=smoke, make run SUITE=ful
 	@echo
 	@$(BIN)/python -m benchmarks status --suite $(SUITE)
 
-test: lint ## every check and test
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: lint ## every check, and all tests but the slow ones
 	@echo "Running the tests"
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@$(PYTEST) -m "not slow and not paper_size"
+
+test-slow: $(STAMP) ## the slow tests: whole suites and runs, killed and resumed, several processes, compilers, a browser
+	@echo "Running the slow tests"
+	@$(PYTEST) -m "slow and not paper_size"
 
 coverage: $(STAMP) ## lines and branches that no test runs; fails where the library has more than 5 %, the benchmarks more than 10 %
 	@$(BIN)/coverage erase

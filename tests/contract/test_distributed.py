@@ -19,6 +19,8 @@ import emoe
 from emoe.architectures import find_ffns
 from tests import converted, forked, tiny_models
 
+pytestmark = pytest.mark.slow
+
 WORLD, ROWS, STEPS = 2, 4, 2
 
 

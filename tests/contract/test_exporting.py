@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("always_sparse")
 COMPILED_WHOLE = ("bert", "llama", "t5") if torch.__version__ >= "2.9" else ("bert",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(tiny_models.BUILDERS))
 def test_every_architecture_compiles_without_a_graph_break(name: str) -> None:
     values, network = tiny_models.inputs(name), model(name)

@@ -199,6 +199,7 @@ def test_the_text_of_a_model_shows_its_last_path(monkeypatch: pytest.MonkeyPatch
     assert path_after(too_short, x).startswith("masked: no gain is expected for 5 tokens")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(("gated", "weighting"), [(False, "softmax"), (True, "binary")])
 def test_compiled_code_computes_the_sparse_products(

@@ -200,6 +200,7 @@ def test_claims_leave_out_a_benchmark_without_records(
     assert "trial" in output
 
 
+@pytest.mark.slow
 def test_claims_are_tested_on_the_present_runs_although_older_numbers_are_written(
     suite: Suite, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,6 +213,7 @@ def test_claims_are_tested_on_the_present_runs_although_older_numbers_are_writte
     assert before == f"{claims_table(suite, judge_claims(suite, numbers)).markdown()}\n"
 
 
+@pytest.mark.slow
 def test_tables_of_some_runs_delete_the_section_and_the_numbers_of_all(
     suite: Suite, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,6 +247,7 @@ def test_claims_that_are_written_need_the_numbers_of_tables(
     assert errors[0].startswith(f"error: {numbers_file('mini', 'glue')} cannot be read")
 
 
+@pytest.mark.slow
 def test_tables_of_blessed_records_say_so_and_write_no_numbers_or_section(
     blessed: Suite, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -274,6 +277,7 @@ def test_tables_of_blessed_records_say_so_and_write_no_numbers_or_section(
 SMOKE = load_suite({"suite": "smoke"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("benchmark", SMOKE.settings.benchmarks)
 @pytest.mark.parametrize("place", [0, -1])
 def test_one_finished_run_has_tables_and_figures(

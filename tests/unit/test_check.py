@@ -255,6 +255,7 @@ def test_a_single_number_within_its_tolerance_is_no_shift() -> None:
         assert result.passed, str(result)
 
 
+@pytest.mark.slow
 def test_the_tolerant_check_sees_swapped_methods_and_scores() -> None:
     blessed = blessed_numbers("smoke")
     records, scores = (

@@ -45,6 +45,7 @@ def shifted(numbers: pd.DataFrame, shift: float, rounding: float) -> pd.DataFram
     return numbers.assign(value=changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shift", "rounding"),
     [
@@ -64,6 +65,7 @@ def test_rounding_errors_and_small_shifts_move_no_test(
     assert result.moved == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shift", "rounding"), [(0.002, 0.0), (-0.004, 0.0011), (0.029, 0.0011)])
 def test_a_shift_of_one_method_moves_its_tests(
     blessed: pd.DataFrame, shift: float, rounding: float

@@ -205,6 +205,7 @@ cli({list(arguments)!r})
     )
 
 
+@pytest.mark.slow
 def test_a_check_is_offline_before_plugins_are_imported(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +215,7 @@ def test_a_check_is_offline_before_plugins_are_imported(
     assert "HF_HUB_OFFLINE: 1" in done.stdout.splitlines(), done.stderr
 
 
+@pytest.mark.slow
 def test_plugins_are_imported_before_a_partition_is_computed(root: Path) -> None:
     """A plugin may register the architecture of the model."""
     done = run_with_plugin(root, "partition", "{}", "--output", str(root / "partition"))

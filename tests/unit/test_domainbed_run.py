@@ -128,6 +128,7 @@ def test_all_experts_train_exactly_like_the_dense_model_on_the_same_images(recor
         assert ours == pytest.approx(theirs, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_numbers_also_with_worker_processes(
     recorded, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

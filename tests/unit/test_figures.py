@@ -26,6 +26,7 @@ from tests.drawn import drawn_texts, faults, saved_figures, watched
 from tests.planned import plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suite", "benchmark"),
     [

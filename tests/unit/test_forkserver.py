@@ -24,6 +24,7 @@ from tests import executed
 from tests.checkout import Checkout, wait_for
 from tests.executed import numbers, prepare
 
+pytestmark = pytest.mark.slow
 Process = subprocess.Popen[str]
 Forks = Callable[[], list[psutil.Process]]
 _OF_PYTEST = "PYTEST_CURRENT_TEST"  # another value in a fixture than in its test

@@ -107,6 +107,7 @@ def assert_close(result: Any, expected: Any) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_is_the_same_without_cache_and_after_a_kill(
     name: str, monkeypatch: pytest.MonkeyPatch

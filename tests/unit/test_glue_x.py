@@ -48,6 +48,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", sorted({name for name, _ in PAIRS}))
 def test_every_pair_is_evaluated_as_the_libraries_would(hub_here: Path, task: str) -> None:
     """Compare: scores are scikit-learn's and scipy's on predictions of the plain model, labels those of the sets'

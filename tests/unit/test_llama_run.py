@@ -227,6 +227,7 @@ def test_a_copied_checkout_asks_its_own_questions(
     assert ANATOMY not in asked_about_anatomy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [

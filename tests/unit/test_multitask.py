@@ -99,6 +99,7 @@ def test_an_epoch_mixes_tasks_up_to_a_limit_and_large_ones_go_through_all_rows()
     assert sorted(epoch(order(None), 0)) == list(range(13))
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_numbers(
     workdir: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,8 @@ from tests.image_sets import pacs_run
 from tests.instruction_runs import tiny_run
 from tests.planned import paper_spec
 
+pytestmark = pytest.mark.slow
+
 
 class Change(NamedTuple):
     """A change of the data or the model of a killed run."""

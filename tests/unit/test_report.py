@@ -24,6 +24,8 @@ from tests import fake_runs
 from tests.drawn import undraw
 from tests.planned import plan
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 

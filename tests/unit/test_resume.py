@@ -18,6 +18,8 @@ from benchmarks.text.training import TextTrainer
 from tests.executed import finish, killed_and_resumed, killed_at, prepare
 from tests.planned import plan
 
+pytestmark = pytest.mark.slow
+
 SMOKE = {run.spec["method"]["name"]: run.spec for run in plan(["glue"], "smoke")}
 FILES = (
     "complete",

@@ -216,6 +216,7 @@ def test_a_wrong_section_is_named_with_the_way_to_make_it_again(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [

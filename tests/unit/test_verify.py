@@ -43,6 +43,8 @@ from tests.fake_runs import edit
 from tests.planned import plan
 from tests.programs import call
 
+pytestmark = pytest.mark.slow
+
 VERIFY = ("verify", "--suite", "smoke")
 
 
