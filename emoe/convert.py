@@ -122,7 +122,8 @@ def convert_(
         config: configuration of the experts.
         partition: permutations ``[d]`` by layer number, EMoE only. If None, :func:`emoe.partition`
             computes them.
-        calibration: batches for a co-activation partition, see :func:`emoe.partition`.
+        calibration: batches for a co-activation partition, see :func:`emoe.partition`. Not together
+            with ``partition``.
         progress: show a progress bar during the partition.
 
     Returns:
@@ -153,6 +154,10 @@ def convert_(
     elif partition is None:
         permutations = build_partition(model, config, calibration=calibration, progress=progress)
     else:
+        if calibration is not None:
+            raise ConversionError(
+                "convert_ takes a partition, or calibration to compute one, but not both"
+            )
         _check_permutations(partition, chosen)
         permutations = partition
 
@@ -341,7 +346,7 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
     """
     layers = converted_layers(model, "to_dense_", "it is dense already")
     # a model that is dense in part could not be described, so it would load as a dense model
-    check_holds_described_experts(model)
+    check_holds_described_experts(model, "to_dense_")
     # check all layers before the first one is changed
     for layer in layers:
         _check_foldable(layer)

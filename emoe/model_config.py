@@ -163,11 +163,11 @@ def update_description_(model: nn.Module) -> None:
         _write_description(config, experts)
 
 
-def check_holds_described_experts(model: nn.Module) -> None:
+def check_holds_described_experts(model: nn.Module, caller: str) -> None:
     """Raise :class:`ConversionError` if a configuration in a model describes experts outside it.
 
     An example is a single layer of a transformers model: its attention holds the configuration of
-    the whole model.
+    the whole model. The message contains ``caller``.
     """
     num_held = len(routed_layers(model))
     for config in described_configs(model):
@@ -175,7 +175,7 @@ def check_holds_described_experts(model: nn.Module) -> None:
         if num_held < num_described:
             raise ConversionError(
                 f"{type(model).__name__} holds {num_held} of the {num_described} FFNs with experts "
-                "that its configuration describes: call to_dense_ for the whole model"
+                f"that its configuration describes: call {caller} for the whole model"
             )
 
 

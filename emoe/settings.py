@@ -13,7 +13,7 @@ from emoe.compiled.build import prepare_kernels
 from emoe.convert import converted_layers
 from emoe.errors import ConfigError, ConversionError
 from emoe.layer import RoutedActivation, check_distinct_numbers, routed_layers
-from emoe.model_config import update_description_
+from emoe.model_config import check_holds_described_experts, update_description_
 from emoe.routers import FixedRouter
 from emoe.sparse.module import NOT_CALLED, SparseFFN, check_supported, install_, probe_output
 
@@ -32,9 +32,13 @@ def set_top_k_(model: nn.Module, top_k: int) -> nn.Module:
 
     Raises:
         ConfigError: the number is out of range.
-        ConversionError: the model is not converted.
+        ConversionError: the model is not converted, or is a part of a transformers model that has
+            experts elsewhere.
     """
-    _configure_(model, converted_layers(model, "set_top_k_"), top_k=top_k)
+    layers = converted_layers(model, "set_top_k_")
+    # the model's configuration has one `top_k` for all its experts
+    check_holds_described_experts(model, "set_top_k_")
+    _configure_(model, layers, top_k=top_k)
     return model
 
 
@@ -182,11 +186,14 @@ def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> nn.Module:
         The same model.
 
     Raises:
-        ConversionError: the model is not converted or has another router, two of its layers have
-            the same number because its parts were converted separately, or counts are not valid.
-            The model is unchanged.
+        ConversionError: the model is not converted, has another router, or is a part of a
+            transformers model that has experts elsewhere; two of its layers have the same number
+            because its parts were converted separately; or counts are not valid. The model is
+            unchanged.
     """
     layers = converted_layers(model, "fix_experts_")
+    # the model's configuration has one router for all its experts
+    check_holds_described_experts(model, "fix_experts_")
     # one layer's counts would be used for all layers with its number
     check_distinct_numbers(layers, "fix_experts_")
     # check all counts before the first layer changes

@@ -263,6 +263,9 @@ def test_coactivation_groups_neurons_that_fire_together() -> None:
     for calibration in (None, []):
         with pytest.raises(emoe.ConversionError, match="calibration"):
             emoe.convert_(net, config, calibration=calibration)
+    permutations = emoe.partition(net, config, calibration=[x])
+    with pytest.raises(emoe.ConversionError, match="a partition, or calibration to"):
+        emoe.convert_(net, config, partition=permutations, calibration=[x])
 
 
 def test_calibration_leaves_padding_out() -> None:

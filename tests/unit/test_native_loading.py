@@ -167,6 +167,19 @@ def test_settings_of_a_list_of_layers_are_saved_with_the_model(tmp_path: Path) -
     assert emoe.config_of(AutoModel.from_pretrained(tmp_path)).top_k == 5
 
 
+def test_settings_of_a_single_layer_are_refused() -> None:
+    """The configuration of the model has one number of experts for all its layers."""
+    model = converted.model("bert")
+    num_layers = len(routed_layers(model))
+    held = f"BertLayer holds 1 of the {num_layers} FFNs .*: call set_top_k_ for the whole model"
+    with pytest.raises(emoe.ConversionError, match=held):
+        emoe.set_top_k_(model.encoder.layer[0], 5)
+    usage = {0: torch.arange(emoe.config_of(model).num_experts)}
+    with pytest.raises(emoe.ConversionError, match="call fix_experts_ for the whole model"):
+        emoe.fix_experts_(model.encoder.layer[0], usage)
+    assert emoe.config_of(model) == emoe.config_of(converted.model("bert"))
+
+
 def test_the_base_model_is_changed_after_the_whole_was_saved(tmp_path: Path) -> None:
     model = bert(None)
     emoe.convert_(model.bert, METHODS["emoe"])
@@ -229,6 +242,7 @@ assert emoe.is_converted({LOAD})
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [WITHOUT_AND_WITH, EMOE_FIRST], ids=["emoe last", "emoe first"])
 def test_transformers_refuses_the_folder_until_emoe_is_imported(
     program: str, tmp_path: Path

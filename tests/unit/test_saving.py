@@ -467,7 +467,8 @@ def test_a_part_is_not_folded_if_the_configuration_describes_experts_elsewhere(
     model = converted.model("bert")
     num_layers = len(routed_layers(model))
     message = (
-        f"BertLayer holds 1 of the {num_layers} FFNs with experts that its configuration describes"
+        f"BertLayer holds 1 of the {num_layers} FFNs with experts that its configuration describes: "
+        "call to_dense_ for the whole model"
     )
     with pytest.raises(emoe.ConversionError, match=message):
         emoe.to_dense_(model.encoder.layer[0])
