@@ -138,12 +138,14 @@ def run(
     `torchrun --nnodes 2 … -m -- benchmarks run SPEC --parallel fsdp` on each.
     """
     # `start_time` is the time at which the process started, from _run_command
+    from benchmarks.harness.config.runs import read_run
     from benchmarks.harness.run.devices import reserve_devices
     from benchmarks.harness.run.execution import execute, launch_distributed
     from benchmarks.harness.training.processes import exit_worker
 
     log = log or spec.parent / "log.txt"
-    with reserve_devices(gpus, spec.parent.name, processes):
+    name = read_run(spec).name  # for the messages
+    with reserve_devices(gpus, name, processes):
         if processes > 1:
             launch_distributed(
                 spec, threads=threads, log=log, processes=processes, parallel=parallel
@@ -330,12 +332,12 @@ def ui(suite: str, port: int) -> None:
     Prints a link for each benchmark that leads to its runs and scores. Ctrl-C ends the page.
     """
     from benchmarks.harness.base import RunError
-    from benchmarks.harness.results.mlflow import run_links
+    from benchmarks.harness.results.mlflow import page_of_server, run_links
 
     uri = _load_suite(suite).tracking_uri
     # the store may be a server of MLflow, which has its own page
     is_server = uri.startswith("http")
-    page = uri if is_server else f"http://127.0.0.1:{port}"
+    page = page_of_server(uri) if is_server else f"http://127.0.0.1:{port}"
     links = run_links(uri, page)
     if not links:
         raise RunError(

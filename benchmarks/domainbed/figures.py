@@ -133,7 +133,7 @@ def step_values(outcomes: DomainOutcomes, data_set: str) -> pd.DataFrame:
                     "method": run.method,
                     "run_id": run.id,
                     "environment": env_name,
-                    "trial": run.seed,
+                    "seed": run.seed,
                     "pair": f"{env_name}, trial {run.seed}",
                     "step": record.step,
                     "quantity": quantity,
@@ -146,7 +146,7 @@ def step_values(outcomes: DomainOutcomes, data_set: str) -> pd.DataFrame:
         "method",
         "run_id",
         "environment",
-        "trial",
+        "seed",
         "pair",
         "step",
         "quantity",
@@ -243,10 +243,10 @@ def step_differences(outcomes: DomainOutcomes, values: pd.DataFrame) -> pd.DataF
     after_first = values[values["step"] > values["step"].min()]
     cell = ["model", "quantity", "method", "step"]
     differences = paired_differences(
-        after_first[[*cell, "environment", "trial", "value"]],
+        after_first[[*cell, "environment", "seed", "value"]],
         cell_columns=cell,
         reference={"method": outcomes.baseline},
-        pair="trial",
+        pair="seed",
     )
     # no figure shows the column ``values``, which counts runs
     return outcomes.order(differences.drop(columns=["p", "values"]), cell)
@@ -323,7 +323,7 @@ def _steps_label(outcomes: DomainOutcomes, values: pd.DataFrame, differences: pd
     """Return the label of the steps of one model, with the counts of trials and the intervals."""
     lines = ["step"]
     if not values.empty:
-        num_trials = values.groupby("method")["trial"].nunique()
+        num_trials = values.groupby("method")["seed"].nunique()
         lines.append(f"lines without Δ: {plots.count_text(num_trials, 'trials')}")
     # a model that diverged has no loss, so its difference is not drawn
     drawn = differences[differences["delta"].notna()]

@@ -13,6 +13,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 
+from benchmarks.harness.base import DefinitionError, first_line
 from benchmarks.harness.config.methods import CONTROL
 from benchmarks.harness.report import plots
 from benchmarks.harness.report.common import Outcomes, average_over_seeds
@@ -306,6 +307,9 @@ def published_traces(outcomes: TextOutcomes) -> dict[str, pd.DataFrame]:
 
     Returns:
         The trace of each method, by name; empty if the definition has no ``published_traces``.
+
+    Raises:
+        DefinitionError: A file is not a table of numbers.
     """
     definition = outcomes.benchmark.definition.published_traces
     if definition is None:
@@ -313,8 +317,11 @@ def published_traces(outcomes: TextOutcomes) -> dict[str, pd.DataFrame]:
     published = {}
     for name, file in definition.rows.items():
         path = outcomes.benchmark.folder / file
-        # with ndmin, a file with a single line is a matrix, too
-        shares = np.loadtxt(path, delimiter=",", ndmin=2)  # [windows, experts]
+        try:
+            # with ndmin, a file with a single line is a matrix, too
+            shares = np.loadtxt(path, delimiter=",", ndmin=2)  # [windows, experts]
+        except ValueError as error:
+            raise DefinitionError(f"{path} has no numbers: {first_line(error)}") from error
         # the file has rounded shares, which do not quite sum to 1
         normalised = shares / shares.sum(axis=1, keepdims=True)
         # the last step of each window: 100, 200, and so on

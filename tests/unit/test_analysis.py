@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from benchmarks.glue_ood.ranks import ranked_scores, ranks
-from benchmarks.harness.base import RUNS
+from benchmarks.harness.base import RUNS, DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.report.claims import Comparison
@@ -26,6 +26,7 @@ from benchmarks.text.tables import tests_table as paired_tests_table
 from benchmarks.text.traces import trace_numbers
 from tests import fake_runs
 from tests.drawn import saved_figures
+from tests.planned import edited_benchmark
 
 
 @pytest.fixture(scope="module")
@@ -328,6 +329,14 @@ def test_the_papers_traces_have_the_numbers_that_are_known_of_them(
     assert numbers["load_entropy"] == pytest.approx(entropy, abs=6e-4)
     assert numbers["load_max_over_mean"] == pytest.approx(busiest, abs=6e-3)
     assert numbers["load_change"] == pytest.approx(change, abs=6e-4)
+
+
+def test_a_damaged_trace_of_the_paper_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "trace.csv"
+    file.write_text("0.5,0.5\n0.25,many\n")
+    benchmark = edited_benchmark("glue_lora", {"published_traces.rows.lora_emoe": str(file)})
+    with pytest.raises(DefinitionError, match=f"^{file} has no numbers: could not convert"):
+        published_traces(TextOutcomes(benchmark, []))
 
 
 def test_a_row_of_traces_has_a_heading_and_a_label_of_one_line(

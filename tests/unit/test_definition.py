@@ -20,7 +20,7 @@ from benchmarks.harness.config.benchmark import KINDS, benchmark_names, load_ben
 from benchmarks.harness.config.catalogue import ModelEntry
 from benchmarks.harness.config.methods import Method, MethodFile, load_methods
 from benchmarks.harness.config.runs import canonical_json, run_from_spec
-from benchmarks.harness.config.yaml import Strict, parse, read
+from benchmarks.harness.config.yaml import Location, Strict, check_csv, parse, read
 from benchmarks.harness.workflow.sources import table_sources
 from benchmarks.llama.definition import InstructionSpec
 from benchmarks.multitask.definition import MultitaskSpec
@@ -295,6 +295,35 @@ def test_runs_that_keep_no_weights_cannot_be_evaluated() -> None:
         DefinitionError, match=r"do not keep their weights; set training\.keep_weights: true there"
     ):
         specs(load_benchmark("glue_ood"), "smoke", plan(["glue"], "smoke"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        ("scope", "scopes", "the columns are ['model', 'scopes', "),
+        ("x\n", "x,y\n", "line 2 has 8 cells, but must have 7"),
+        ("MRPC", "MRPC\udcff", "cannot be read as a csv in UTF-8: 'utf-8' codec can't decode "),
+    ],
+)
+def test_a_damaged_file_of_published_numbers_is_one_line_before_any_run(
+    tmp_path: Path, old: str, new: str, text: str
+) -> None:
+    content = (
+        "model,scope,method,setting,value,status,source\n"
+        "bert-large,CoLA,lora,,60,published,x\n"
+        "bert-large,MRPC,lora,,80,published,x\n"
+    )
+    file = tmp_path / "paper.csv"
+    columns = ("model", "scope", "method", "setting")
+    where = Location(tmp_path / "benchmark.yaml", "paper")
+    file.write_text(content)
+    check_csv(where, "paper.csv", tmp_path, columns)
+    file.write_text(content.replace(old, new, 1), errors="surrogateescape")
+    with pytest.raises(DefinitionError) as caught:
+        check_csv(where, "paper.csv", tmp_path, columns)
+    assert str(caught.value).startswith(f"{file}")
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def ids(edits: dict[str, object], part_edits: dict[str, object]) -> set[str]:

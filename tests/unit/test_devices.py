@@ -123,7 +123,13 @@ def test_a_suite_of_gpus_does_not_start_on_a_machine_without_any(
 
 
 @pytest.mark.parametrize(
-    ("value", "reserved"), [("", ""), ("NoDevFiles", "NoDevFiles"), ("MIG-1/2,GPU-8f", "MIG-1/2")]
+    ("value", "reserved"),
+    [
+        ("", ""),
+        ("NoDevFiles", "NoDevFiles"),
+        ("-1,0", "-1,0"),
+        ("MIG-1/2,GPU-8f", "MIG-1/2"),
+    ],
 )
 def test_devices_may_have_names_and_none_is_no_error(
     value: str, reserved: str, monkeypatch: pytest.MonkeyPatch
@@ -133,11 +139,11 @@ def test_devices_may_have_names_and_none_is_no_error(
         assert os.environ[VISIBLE] == reserved
 
 
-@pytest.mark.parametrize("value", ["0,0", "0, 0"])
-def test_a_device_that_is_named_twice_is_one_device(
+@pytest.mark.parametrize("value", ["0,0", "0, 0", "0,", "0,-1,1"])
+def test_a_device_that_is_named_twice_and_those_that_cuda_ignores_are_not_counted(
     value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process would otherwise wait for a lock that it holds itself."""
+    """For a device that is named twice, a process would wait for a lock that it holds itself."""
     monkeypatch.setenv(VISIBLE, value)
     with pytest.raises(RunError, match="and 1 are visible"):
         reserve_devices(2, "a run")

@@ -44,6 +44,7 @@ def prepare(method: str, folder: str = "runs", **training: object) -> Path:
     return write_run(run, folder)
 
 
+@pytest.mark.slow
 def test_a_second_process_waits_for_a_run_and_keeps_its_numbers(workdir: Path) -> None:
     path = prepare("emoe")
     command = [sys.executable, "-m", "benchmarks", "run", str(path)]
@@ -90,6 +91,7 @@ def test_all_experts_train_exactly_like_the_dense_model(
             assert routed["scores"][part][task] == pytest.approx(scores, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "keep", "sampling", "incomplete", "resumed_at"),
     [
@@ -254,9 +256,14 @@ def test_a_diverged_run_is_recorded_as_such(workdir: Path, monkeypatch: pytest.M
     assert made["scores"] == {part: metrics["scores"][part] for part in ("test", "ood")}
 
 
-def test_a_truncated_file_is_not_taken_for_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_truncated_file_is_not_taken_for_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / SMOKE[0].id / "run.json"
+    path.parent.mkdir()
+    path.write_text(SMOKE[0].to_json())
     monkeypatch.setattr(execution, "execute", mock.Mock(side_effect=EOFError("Ran out of input")))
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "run", "run.json"])
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "run", str(path)])
     with pytest.raises(EOFError, match="Ran out of input"):
         main()
 

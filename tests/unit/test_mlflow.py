@@ -122,6 +122,17 @@ def test_runs_have_their_numbers_and_a_second_mirror_changes_only_new_numbers(
     assert len(mirrored(uri)) == 4
 
 
+def test_a_named_pipe_beside_the_numbers_is_left_out(runs: list[Run], tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/m.db"
+    log = RUNS / runs[0].folder / "log.txt"
+    log.unlink(missing_ok=True)
+    os.mkfifo(log)
+    mirror(records(runs[:1]), uri)
+    (copy,) = mirrored(uri).values()
+    files = MlflowClient(uri).list_artifacts(copy.info.run_id)
+    assert [file.path for file in files] == ["metrics.json"]
+
+
 def test_dev_scores_of_several_tasks_and_held_out_losses_have_their_steps(
     here: Path, tmp_path: Path
 ) -> None:
@@ -167,6 +178,13 @@ def test_the_command_prints_the_links_and_opens_the_page(
     assert arguments[1:] == ["-m", "mlflow", "ui", "--port", "5123"]
     assert environment["MLFLOW_BACKEND_STORE_URI"] == uri
     assert environment.items() >= os.environ.items()
+
+
+def test_links_to_a_server_have_no_password(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"https://lab:{KEPT_QUIET}@mlflow.org/team")
+    monkeypatch.setattr(mlflow, "run_links", lambda _uri, server: [f"glue: {server}"])
+    text = call("ui", "--suite", "mini")
+    assert text.splitlines()[1:] == ["glue: https://mlflow.org/team"]
 
 
 @pytest.mark.parametrize(
@@ -277,6 +295,7 @@ def test_the_page_of_an_empty_store_says_how_runs_get_there(
         call("ui", "--suite", "mini")
 
 
+@pytest.mark.slow
 def test_a_server_that_refuses_connections_is_one_line_within_a_minute(runs: list[Run]) -> None:
     start = time.monotonic()
     with pytest.raises(RunError) as refused:
@@ -295,6 +314,7 @@ def test_the_options_of_a_sqlite_address_are_no_part_of_its_file(
     assert {file.name for file in folder.iterdir()} == {"m.db", ".m.db.lock"}
 
 
+@pytest.mark.slow
 def test_a_locked_file_is_one_line_with_the_way_out(runs: list[Run], tmp_path: Path) -> None:
     file = tmp_path / "m.db"
     other = sqlite3.connect(file, isolation_level=None)

@@ -214,6 +214,10 @@ def test_a_complete_suite_has_the_spec_of_each_finished_run(here: Path) -> None:
     assert targets.spec_files_to_restore(SMOKE) == []
     finished.spec_file.unlink()
     assert targets.spec_files_to_restore(SMOKE) == [str(finished.spec_file)]
+    # every target that needs the run restores it, and no other one
+    assert str(finished.spec_file) in targets.suite_files(SMOKE)
+    assert str(finished.spec_file) in targets.benchmark_files(SMOKE, "glue")
+    assert str(finished.spec_file) not in targets.benchmark_files(SMOKE, "llama")
 
 
 def test_folders_of_older_versions_are_refused_in_one_line(here: Path) -> None:

@@ -341,7 +341,7 @@ def check_names(location: Location, names: Iterable[str], valid: Collection[str]
 
 
 def check_csv(location: Location, name: str, folder: Path, columns: Sequence[str] = ()) -> None:
-    """Check that a CSV exists and has the columns of published numbers.
+    """Check that a CSV exists and is a table with the columns of published numbers.
 
     Args:
         location: The file that names the CSV, and the key of the name.
@@ -350,7 +350,8 @@ def check_csv(location: Location, name: str, folder: Path, columns: Sequence[str
         columns: The columns before value, status and source. Empty if any columns are allowed.
 
     Raises:
-        DefinitionError: The CSV does not exist, or has other columns.
+        DefinitionError: The CSV does not exist, is no text in UTF-8, or has other columns or a row
+            with another number of cells.
     """
     known = [str(path.relative_to(folder)) for path in folder.glob("**/*.csv")]
     check_names(location, [name], known)
@@ -358,8 +359,18 @@ def check_csv(location: Location, name: str, folder: Path, columns: Sequence[str
         return
     file = folder / name
     # spreadsheets begin a file with a byte order mark, which utf-8-sig drops
-    with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-        header = next(csv.reader(lines), [])
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            rows = list(csv.reader(lines))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DefinitionError(f"{file} cannot be read as a csv in UTF-8: {error}") from error
+    header = rows[0] if rows else []
     wanted = [*columns, *NUMBER_COLUMNS]
     if header != wanted:
         raise DefinitionError(f"{file}: the columns are {header}, but must be {wanted}")
+    for number, row in enumerate(rows, start=1):
+        # blank lines are left out when the numbers are read
+        if row and len(row) != len(wanted):
+            raise DefinitionError(
+                f"{file}: line {number} has {len(row)} cells, but must have {len(wanted)}"
+            )

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock
 from mlflow.entities import LifecycleStage, Metric, Param
@@ -246,6 +247,17 @@ def _score_names(records: Sequence[Record]) -> list[str]:
     return distinct(names)[:_MOST_COLUMNS]
 
 
+def page_of_server(uri: str) -> str:
+    """Return the address of an MLflow server's page: without a user's name and password.
+
+    >>> page_of_server("https://lab:secret@mlflow.org/team")
+    'https://mlflow.org/team'
+    """
+    parts = urlsplit(uri)
+    _user, _at, host = parts.netloc.rpartition("@")
+    return urlunsplit(parts._replace(netloc=host))
+
+
 def run_links(uri: str, server: str) -> list[str]:
     """Return a line for each experiment in a store: its name and the link to its table of runs.
 
@@ -308,7 +320,8 @@ def _create(client: MlflowClient, experiment_id: str, record: Record) -> None:
     stored_id = created.info.run_id
     for file in _FILES:
         path = paths.RUNS / run.folder / file
-        if path.exists():
+        # a folder is no file, and MLflow would wait forever for the content of a named pipe
+        if path.is_file():
             client.log_artifact(stored_id, str(path))
     params = []
     for key, value in _flatten(run.spec).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import sys
@@ -16,7 +17,7 @@ from benchmarks.harness.base import RunError, distinct
 from benchmarks.harness.config.runs import Run
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"  # ROCm's torch reads it too
-# values of the variable that hide all accelerators; the last one is Slurm's
+# names of no accelerator; the last one is Slurm's
 _NO_DEVICES = ("", "-1", "NoDevFiles")
 # the variables with the id of a cluster's job
 _JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
@@ -92,10 +93,11 @@ def visible_devices() -> list[str]:
         import torch
 
         return [str(number) for number in range(torch.cuda.device_count())]
-    if visible in _NO_DEVICES:
-        return []
+    names = [name.strip() for name in visible.split(",")]
+    # CUDA uses the devices before the first name that is not valid
+    usable = itertools.takewhile(lambda name: name not in _NO_DEVICES, names)
     # a device that is named twice is one device; its second lock would never become free
-    return distinct(name.strip() for name in visible.split(","))
+    return distinct(usable)
 
 
 def _lock_devices(locks: ExitStack, devices: list[str], count: int, name: str) -> list[str]:

@@ -36,7 +36,6 @@ def suite_files(suite: Suite) -> list[str]:
     return [
         str(paths.RESULTS / suite.name / "report.html"),
         str(paths.RESULTS / suite.name / "mlflow.txt"),
-        *spec_files_to_restore(suite),
         *made_files(suite),
         *number_files(suite),
         *page_files(suite),
@@ -49,13 +48,14 @@ def intermediate_files(
 ) -> list[str]:
     """Return the files between runs and tables: of all benchmarks, of one, or of one data set.
 
-    These are the numbers and the kept weights of runs, the collected runs, and the sections of the
-    report. A target that has them as inputs makes a deleted one again. Snakemake does not, if the
-    tables that were made from it exist.
+    These are the numbers and the kept weights of runs, the lost ``run.json`` of finished runs, the
+    collected runs, and the sections of the report. A target that has them as inputs makes a deleted
+    one again. Snakemake does not, if the tables that were made from it exist.
     """
     return [
         *metric_files(suite, benchmark, data_set),
         *weight_files(suite, benchmark, data_set),
+        *spec_files_to_restore(suite, benchmark, data_set),
         *record_files(suite, benchmark, data_set),
         *section_files(suite, benchmark, data_set),
     ]
@@ -83,12 +83,15 @@ def _runs(suite: Suite, benchmark: str | None, data_set: str | None) -> Sequence
     return suite.runs_of(benchmark, data_set)
 
 
-def spec_files_to_restore(suite: Suite) -> list[str]:
-    """Return the ``run.json`` files that finished runs have lost.
+def spec_files_to_restore(
+    suite: Suite, benchmark: str | None = None, data_set: str | None = None
+) -> list[str]:
+    """Return the ``run.json`` files that finished runs of a suite, or of a part of it, have lost.
 
     An unfinished run writes this file itself.
     """
-    finished = [run for run in suite.runs if run.has_all_results]
+    runs = _runs(suite, benchmark, data_set)
+    finished = [run for run in runs if run.has_all_results]
     return [str(run.spec_file) for run in finished if not run.spec_file.exists()]
 
 
