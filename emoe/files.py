@@ -444,22 +444,27 @@ def _check_num_classes(folder: Path, options: Mapping[str, Any]) -> None:
     if "num_classes" in options:
         return
     settings = read_settings(folder)
-    num_classes = settings.get("num_classes")
     pretrained_settings = settings.get("pretrained_cfg")
     head_name = None
     if isinstance(pretrained_settings, dict):
         head_name = pretrained_settings.get("classifier")
-    # without these entries, or with several heads, there is nothing to compare
-    if num_classes is None or not isinstance(head_name, str):
+    # without this entry, or with several heads, there is nothing to compare
+    if not isinstance(head_name, str):
         return
 
     num_stored = _rows_of_weight(Weights(folder), head_name)
-    if num_classes != num_stored:
-        path = folder / STOCK_CONFIG_FILE
-        raise CheckpointError(
-            f"{path}: num_classes is {num_classes!r:.80}, "
-            f"but the weights have a head of {num_stored}"
-        )
+    # timm prefers the number among the model's arguments
+    arguments = settings.get("model_args")
+    places = {"num_classes": settings}
+    if isinstance(arguments, dict):
+        places["model_args: num_classes"] = arguments
+    for key, values in places.items():
+        num_classes = values.get("num_classes")
+        if num_classes is not None and num_classes != num_stored:
+            path = folder / STOCK_CONFIG_FILE
+            raise CheckpointError(
+                f"{path}: {key} is {num_classes!r:.80}, but the weights have a head of {num_stored}"
+            )
 
 
 def requested_head_names(model: nn.Module, options: Mapping[str, Any]) -> set[str]:
@@ -620,22 +625,25 @@ def check_layers(model: nn.Module, stored: Iterable[str], folder: Path) -> None:
     """Raise :class:`CheckpointError` if the weights have more or fewer layers than the model.
 
     Args:
-        model: the model that the configuration describes.
+        model: the model that the configuration describes, or that the user's function builds.
         stored: names of the stored tensors.
-        folder: folder of the configuration, for the message.
+        folder: folder of the checkpoint, for the message.
     """
     # The weights may be a base model's, whose names lack the prefix "bert.", for example. So names
     # are compared without this prefix.
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     stored_names = {name.removeprefix(prefix) for name in stored}
     model_names = {name.removeprefix(prefix) for name in model.state_dict()}
-    path = folder / STOCK_CONFIG_FILE
+    config_file = folder / STOCK_CONFIG_FILE
+    source = str(config_file)
+    if not config_file.exists():  # a plain PyTorch model
+        source = f"{folder}: the function that builds the model"
     name = _name_in_absent_layer(stored_names, model_names)
     if name is not None:
-        raise CheckpointError(f"{path} counts fewer layers than the weights, which have {name}")
+        raise CheckpointError(f"{source} counts fewer layers than the weights, which have {name}")
     name = _name_in_absent_layer(model_names, stored_names)
     if name is not None:
-        raise CheckpointError(f"{path} counts more layers than the weights, which lack {name}")
+        raise CheckpointError(f"{source} counts more layers than the weights, which lack {name}")
 
 
 def _name_in_absent_layer(names: Iterable[str], others: Collection[str]) -> str | None:
@@ -681,10 +689,13 @@ def load_state_(
 ) -> None:
     """Load stored tensors into a plain or timm model.
 
-    Raise :class:`CheckpointError` if a tensor of the model is missing or has another shape.
-    Tensors whose names are in ``may_be_missing`` may be missing or have another shape; they keep
-    their values. They are new, or the caller loads them later.
+    Raise :class:`CheckpointError` if a tensor of the model is missing or has another shape, or if
+    the weights have more layers than the model. Tensors whose names are in ``may_be_missing`` may
+    be missing or have another shape; they keep their values. They are new, or the caller loads them
+    later.
     """
+    expected = {*stored, *may_be_missing}
+    check_layers(model, expected, folder)
     state = model.state_dict()
     fitting = {}
     for name, tensor in stored.items():

@@ -350,6 +350,7 @@ def test_tables_depend_on_the_files_of_all_benchmarks_but_only_on_their_own_code
         "benchmarks/glue/tasks.yaml",
         "benchmarks/glue_lora/benchmark.yaml",
         "benchmarks/metrics.yaml",
+        "emoe/config.py",
     }
     assert {
         *needed,

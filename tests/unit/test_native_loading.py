@@ -358,10 +358,40 @@ def test_the_layers_of_each_stage_are_counted(tmp_path: Path) -> None:
         emoe.files.check_layers(model, names[:-2], tmp_path)
 
 
+@pytest.mark.parametrize(("layers", "wrong"), [(1, "fewer"), (9, "more")])
+def test_a_timm_folder_with_another_number_of_layers_than_the_weights_is_refused(
+    layers: int, wrong: str, tmp_path: Path
+) -> None:
+    emoe.save_pretrained(converted.model("VisionTransformer", layers=[0]), tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    edit_json(tmp_path / "config.json", model_args={**settings["model_args"], "depth": layers})
+    with pytest.raises(
+        emoe.CheckpointError, match=rf"config\.json counts {wrong} layers than the weights"
+    ):
+        model_folders.loaded(tmp_path)
+
+
+@pytest.mark.parametrize(("layers", "wrong"), [(1, "fewer"), (9, "more")])
+def test_a_plain_model_with_another_number_of_layers_than_the_weights_is_refused(
+    layers: int, wrong: str, tmp_path: Path
+) -> None:
+    def build(num_layers: int) -> nn.TransformerEncoder:
+        layer = nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=16, batch_first=True)
+        return nn.TransformerEncoder(layer, num_layers)
+
+    model = build(2)
+    emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=2, layers=[0]))
+    emoe.save_pretrained(model, tmp_path)
+    assert emoe.is_converted(emoe.from_pretrained(lambda: build(2), tmp_path))
+    with pytest.raises(
+        emoe.CheckpointError, match=f"function that builds the model counts {wrong} layers"
+    ):
+        emoe.from_pretrained(lambda: build(layers), tmp_path)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
-        {"model_args": {"num_classes": 7}},
         {"model_args": {"num_classes": 7}, "pretrained_cfg": {"classifier": ["head"]}},
         {"pretrained_cfg": {"num_classes": 7}},
     ],
@@ -396,6 +426,18 @@ def test_a_timm_folder_with_another_number_of_classes_is_refused(
         edit_json(folder / "config.json", num_classes=classes)
         with pytest.raises(
             emoe.CheckpointError, match=rf"num_classes is {classes}, but the weights have a head of"
+        ):
+            load_folder(folder)
+        # timm builds the model with the number among its arguments, if there are two
+        settings = json.loads((folder / "config.json").read_text())
+        arguments = settings.get("model_args", {})
+        edit_json(
+            folder / "config.json",
+            num_classes=1000,
+            model_args={**arguments, "num_classes": classes},
+        )
+        with pytest.raises(
+            emoe.CheckpointError, match=rf"model_args: num_classes is {classes}, but the weights"
         ):
             load_folder(folder)
     edit_json(source / "config.json", pretrained_cfg="x")

@@ -273,6 +273,27 @@ def test_a_target_that_only_the_command_line_leaves_out_is_named_as_such(
     )
 
 
+def test_the_advice_repeats_the_folders_of_the_command_line(tmp_path: Path) -> None:
+    sets, models = tmp_path / "my sets", tmp_path / "models"
+    sets.mkdir()
+    models.mkdir()
+    places = {
+        "data_root": str(sets),
+        "model_root": str(models),
+        "tracking_uri": "postgresql://me:secret@host/runs",
+    }
+    repeated = (
+        f"'data_root={sets}' model_root={models} 'tracking_uri=postgresql://me:***@host/runs'`"
+    )
+    suite = suites.load_suite({**places, "benchmarks": ["glue"], "seeds": 1})
+    text = targets.explain_missing_target("llama", suite)
+    assert text.endswith(f"`snakemake --cores all llama --config suite=mini {repeated}")
+    text = targets.explain_missing_target("smoke", suite)
+    assert text.endswith(f"`snakemake --cores all --config suite=smoke {repeated}")
+    text = targets.explain_missing_target("multitask", suite)
+    assert text.endswith(f"(`snakemake --cores all multitask --config suite=smoke {repeated})")
+
+
 def test_the_advice_to_leave_out_missing_sets_keeps_those_that_are_left_out_already() -> None:
     suite = suites.load_suite({"exclude": ["movie", "amazon"]})
     text = targets.warn_of_missing_sets(["tweets"], suite)

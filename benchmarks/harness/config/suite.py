@@ -39,6 +39,8 @@ DEFAULT_SUITE = "mini"
 DEFAULT_TRACKING_URI = "sqlite:///results/mlflow.db"
 _NumSeeds = Annotated[int, Field(ge=1, le=10_000)]  # more would fill the memory
 _SUITES_LISTED_FIRST = ("mini", "full", "smoke", "paper")  # the most used ones
+# the keys of the command line that say where things are, and so change no run and no partition
+PLACE_KEYS = ("data_root", "model_root", "tracking_uri")
 
 
 class SuiteSettings(Strict):

@@ -29,12 +29,10 @@ from benchmarks.harness.base import (
     write_text,
 )
 from benchmarks.harness.config.runs import PartitionJob, Run, canonical_json, run_from_spec
-from benchmarks.harness.config.suite import Suite, plain_suite, suite_names
+from benchmarks.harness.config.suite import PLACE_KEYS, Suite, plain_suite, suite_names
 from benchmarks.harness.config.yaml import Strict
 
 _ADVICE = "start the workflow again"  # which writes both files
-# the values of the command line that change no run and no partition
-_CHANGE_NO_RUN = ("suite", "data_root", "model_root", "tracking_uri")
 
 
 class _RunRow(Strict):
@@ -235,7 +233,8 @@ def _file(suite: Suite, name: str) -> Path:
     The digits are a digest of the command line's values that change runs, if it has some.
     """
     folder = paths.RESULTS / suite.name
-    changes = {key: value for key, value in suite.overrides.items() if key not in _CHANGE_NO_RUN}
+    change_no_run = ("suite", *PLACE_KEYS)
+    changes = {key: value for key, value in suite.overrides.items() if key not in change_no_run}
     if not changes:
         return folder / f"{name}.tsv"
     digest = short_digest(canonical_json(changes), 8)

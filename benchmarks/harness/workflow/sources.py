@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-import emoe
+import emoe.config
 from benchmarks.harness.base import BENCHMARKS, CONFIG, distinct
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.methods import plugin_files
@@ -49,6 +49,7 @@ def table_sources(*benchmarks: str) -> list[str]:
     - the code of the harness, of the benchmarks' kinds, and of plugins
     - the definitions of the benchmarks, and the published numbers
     - the lists of models, methods, metrics and paper items
+    - the library's configurations and routers, which the rows and colours of methods depend on
 
     Args:
         *benchmarks: The names of the benchmarks.
@@ -67,8 +68,9 @@ def table_sources(*benchmarks: str) -> list[str]:
     for name in benchmarks:
         sources += _definition_files(name)
     plugins = [os.path.relpath(file) for file in plugin_files()]
+    library = os.path.relpath(emoe.config.__file__)
     # two benchmarks may share a file of tasks
-    return [*distinct(sources), *plugins]
+    return [*distinct(sources), library, *plugins]
 
 
 def record_sources() -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import short_digest
+from benchmarks.harness.base import hide_passwords, short_digest
 from benchmarks.harness.config.benchmark import benchmark_names
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.suite import Suite, plain_suite, suite_names
+from benchmarks.harness.config.suite import PLACE_KEYS, Suite, plain_suite, suite_names
 from benchmarks.harness.report.artifacts import (
     Artifacts,
     all_artifacts,
@@ -236,7 +237,7 @@ def explain_missing_target(target: str, suite: Suite) -> str:
                 target, [artifacts.benchmark], suite, data_set=artifacts.data_set
             )
     if target in suite_names():
-        return f"'{target}' is a suite: `snakemake --cores all --config suite={target}`"
+        return f"'{target}' is a suite: `{_command('', target, suite)}`"
     known = ["all", "tables", *benchmark_names(), *items, *suite_names()]
     return f"there is no target '{target}'{did_you_mean(target, known)}"
 
@@ -256,7 +257,7 @@ def _explain_not_run(
     """Explain that a suite does not run what a target needs, and name suites that do.
 
     The command line may have left it out of a suite that otherwise runs it. Then the advice is to
-    use this suite without those values.
+    use this suite without the values that choose runs.
 
     Args:
         target: The name of the target.
@@ -269,14 +270,36 @@ def _explain_not_run(
     if _makes_any(plain_suite(suite.name), benchmarks, data_set):
         return (
             f"--config leaves {wanted} out of the suite '{suite.name}': "
-            f"`snakemake --cores all {target} --config suite={suite.name}`"
+            f"`{_command(target, suite.name, suite)}`"
         )
     others = [name for name in suite_names() if _makes_any(plain_suite(name), benchmarks, data_set)]
     problem = f"the suite '{suite.name}' does not run {wanted}"
     if not others:
         return f"{problem}; no suite does"
-    command = f"snakemake --cores all {target} --config suite={others[0]}"
+    command = _command(target, others[0], suite)
     return f"{problem}; suites that do: {', '.join(others)} (`{command}`)"
+
+
+def _command(target: str, suite_name: str, suite: Suite) -> str:
+    """Write the command that makes a target with a suite.
+
+    It repeats the folders and the store that the user gave on the command line. A password in the
+    store's address is hidden.
+
+    Args:
+        target: The name of the target; empty for the whole suite.
+        suite_name: The name of the suite that makes the target.
+        suite: The suite that the user gave, with the values of the command line.
+    """
+    words = ["snakemake", "--cores", "all"]
+    if target:
+        words.append(target)
+    words += ["--config", f"suite={suite_name}"]
+    for key in PLACE_KEYS:
+        if key in suite.overrides:
+            value = hide_passwords(str(suite.overrides[key]))
+            words.append(shlex.quote(f"{key}={value}"))
+    return " ".join(words)
 
 
 def warn_of_missing_sets(missing: Sequence[str], suite: Suite) -> str:
