@@ -168,6 +168,11 @@ def test_mistakes_in_a_benchmark_are_named_with_the_nearest_valid_value(
         ),
         (
             "methods.vanilla",
+            {"layers": [1]},
+            r"method 'vanilla' is dense and takes no 'layers'",
+        ),
+        (
+            "methods.vanilla",
             {"as_published": "llama"},
             r"method 'vanilla' is dense and takes no 'as_published'",
         ),

@@ -336,8 +336,8 @@ def _config(method: Method, model: str, seed: int, where: str) -> dict[str, Any]
 def _check_dense(method: Method, where: str) -> None:
     """Refuse settings of experts in a dense method, because they have no effect."""
     settings_of_experts = {*CONFIG_FIELDS, "as_published", "top_k_fraction"}
-    # a dense model uses `layers` to choose the trained blocks
-    settings_of_experts.remove("layers")
+    if method.tune is not None:  # the tuning chooses the trained parameters by `layers`
+        settings_of_experts.remove("layers")
     unused = [name for name in method.given() if name in settings_of_experts]
     if unused:
         raise DefinitionError(f"{where} is dense and takes no '{min(unused)}'")
