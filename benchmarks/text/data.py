@@ -39,6 +39,8 @@ _BUILDERS = {
     "json": "json",
     "csv": "csv",
 }
+# values of a csv's column `split`
+_CSV_SPLITS = ("train", "dev", "test")
 # shares of the rows of a csv without a column `split`
 _DEV_SHARE = 0.15
 _TEST_SHARE = 0.15
@@ -580,12 +582,15 @@ def _csv_rows(file: Path, task: RunTask, splits: Sequence[str]) -> _Table:
     chooses the split.
 
     Raises:
-        DataError: The csv cannot be read, lacks the column of the text, or has no row of a split.
+        DataError: The csv cannot be read, lacks the column of the text, has no row of a split, or
+            names an unknown split.
     """
     table = _Table(str(file), read_csv(file))
     cells = table.cells
     if "split" in cells:
-        split_of_row = cells["split"]
+        # a row may end before this cell
+        split_of_row = cells["split"].fillna("")
+        _check_csv_splits(file, split_of_row)
     else:
         first_text = table.column(task.fields[0], task)
         # a row that ends before its text has no text to hash; it is dropped and counted later
@@ -599,6 +604,21 @@ def _csv_rows(file: Path, task: RunTask, splits: Sequence[str]) -> _Table:
             raise DataError(f"{file} has no row of the split '{split}'{near}")
         parts.append(cells[is_in_split])
     return replace(table, cells=pd.concat(parts))
+
+
+def _check_csv_splits(file: Path, split_of_row: pd.Series) -> None:
+    """Check that a csv assigns each row to a known split, so that no row is left out silently.
+
+    Raises:
+        DataError: A row names an unknown split.
+    """
+    is_known = split_of_row.isin(_CSV_SPLITS)
+    if is_known.all():
+        return
+    first_unknown = split_of_row[~is_known].iloc[0]
+    number = int((~is_known).sum())
+    near = did_you_mean(first_unknown, _CSV_SPLITS)
+    raise DataError(f"{file}: rows with an unknown split: {number}, first '{first_unknown}'{near}")
 
 
 def _split_by_hash(text: str) -> str:

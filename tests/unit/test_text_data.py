@@ -310,6 +310,13 @@ def test_one_csv_holds_all_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         DataError, match=r"rows\.csv has no row of the split 'dev'; choose from train"
     ):
         texts("sentence,label,split", "a,1,train")
+    with pytest.raises(
+        DataError,
+        match=r"rows\.csv: rows with an unknown split: 2, first 'tset'; did you mean 'test'\?$",
+    ):
+        texts(
+            "sentence,label,split", *(f"{part} text,1,{part}" for part in splits), "a,1,tset", "b,0"
+        )
 
 
 def test_rows_of_a_csv_that_end_before_their_text_are_dropped(
