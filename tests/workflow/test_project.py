@@ -142,6 +142,13 @@ def test_make_run_hands_its_words_to_snakemake() -> None:
     assert "--config suite=mini\n" in planned_by_make("run")
 
 
+def test_make_run_counts_the_runs_of_its_seeds_only() -> None:
+    status = ".venv/bin/python -m benchmarks status --suite full\n"
+    with_seeds = planned_by_make("run", "SUITE=full", "SEEDS=2")
+    assert f"""EMOE_OVERRIDES='{{"suite": "full", "seeds": 2}}' {status}""" in with_seeds
+    assert f"\n{status}" in planned_by_make("run", "SUITE=full")
+
+
 def test_snakemake_plans_a_part_of_the_paper(tmp_path: Path) -> None:
     command = [SNAKEMAKE, "--snakefile", ROOT / "Snakefile", "--directory", tmp_path]
     command += [
