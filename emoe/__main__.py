@@ -81,7 +81,7 @@ def _parse_field(text: str) -> tuple[str, Any]:
         raise ConfigError(f"--set {text}: write name=value, for example --set selection=bottom")
     try:
         return name, json.loads(value)
-    except ValueError:  # not JSON, or a number with too many digits
+    except (ValueError, RecursionError):  # not JSON, or too many digits or brackets
         return name, value
 
 

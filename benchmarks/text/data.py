@@ -426,8 +426,9 @@ def _read_hub(task: RunTask, split: str) -> _Table:
             source.hub, source.config, split=split, revision=source.revision
         )
     except Exception as error:  # the hub raises many types
+        configuration = f" ({source.config})" if source.config else ""
         raise DataError(
-            f"could not load '{source.hub}' ({source.config}) from the hub: "
+            f"could not load '{source.hub}'{configuration} from the hub: "
             f"{type(error).__name__}: {error}\n"
             f"Without the hub, put its files into {folder} (config/README.md)"
         ) from error

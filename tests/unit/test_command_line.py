@@ -116,6 +116,7 @@ def test_wrong_settings_and_folders_are_named(bert: Path, tmp_path: Path) -> Non
         ),
         (("convert", bert, "--output", out, *SIZE, "--layers", UNREADABLE), "is invalid"),
         (("convert", bert, "--output", out, *SIZE, "--set", f"version={UNREADABLE}"), "version is"),
+        (("convert", bert, "--output", out, *SIZE, "--set", "score=" + "[" * 100_000), "score is"),
         (("convert", "no/such-model", "--output", out, *SIZE), "the hub gave no model"),
         (("convert", converted, "--output", out, *SIZE), "holds experts already"),
         (("to-dense", bert, "--output", out), "holds no experts"),

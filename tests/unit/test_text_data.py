@@ -268,6 +268,10 @@ def test_local_files_need_no_network_and_copy_no_rows(
 def test_a_set_that_is_missing_says_where_it_belongs(root: Path) -> None:
     with pytest.raises(DataError, match=rf"could not load 'nyu-mll/glue'(.|\n)*{root / 'CoLA'}"):
         load_whole_part(task("cola"), "dev")
+    spec = task("cola").spec()
+    plain = {**spec, "source": {**spec["source"], "config": None}}
+    with pytest.raises(DataError, match=r"could not load 'nyu-mll/glue' from the hub"):
+        load_whole_part(RunTask.model_validate(plain), "dev")
     write_glue(root, "rte", raw=True)
     with pytest.raises(
         DataError,
