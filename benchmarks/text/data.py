@@ -421,19 +421,19 @@ def _read_hub(task: RunTask, split: str) -> _Table:
             f"{folder} is missing; `python -m benchmarks data --check` says how to get "
             f"'{task.name}'"
         )
+    configuration = f" ({source.config})" if source.config else ""
     try:
         dataset = datasets.load_dataset(
             source.hub, source.config, split=split, revision=source.revision
         )
     except Exception as error:  # the hub raises many types
-        configuration = f" ({source.config})" if source.config else ""
         raise DataError(
             f"could not load '{source.hub}'{configuration} from the hub: "
             f"{type(error).__name__}: {error}\n"
             f"Without the hub, put its files into {folder} (config/README.md)"
         ) from error
     name = hub_name(source.hub, source.revision, commit_of(dataset))
-    return _to_table(dataset, f"{name} ({source.config}), split {split}", task)
+    return _to_table(dataset, f"{name}{configuration}, split {split}", task)
 
 
 def _read_saved(folder: Path, task: RunTask, splits: Sequence[str]) -> list[_Table]:

@@ -282,6 +282,20 @@ def test_a_set_that_is_missing_says_where_it_belongs(root: Path) -> None:
     assert load_whole_part(task("snli"), "test").labels == [1, 0, 2]
 
 
+@pytest.mark.parametrize(("config", "named"), [("rte", " (rte)"), (None, "")])
+def test_an_error_names_the_set_of_the_hub_and_its_configuration(
+    root: Path, config: str | None, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = task("rte").spec()
+    source = {**spec["source"], "config": config, "revision": None}
+    write_rows(root, "rte", [2], "hub", monkeypatch)
+    with pytest.raises(DataError) as caught:
+        load_whole_part(RunTask.model_validate({**spec, "source": source}), "dev")
+    assert str(caught.value).startswith(
+        f"nyu-mll/glue@newest (not pinned){named}, split validation, row 1: '2' is no label"
+    )
+
+
 # one csv
 
 
