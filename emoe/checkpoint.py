@@ -4,8 +4,8 @@ A transformers model is an ordinary checkpoint: ``config.json`` describes the ex
 (:mod:`emoe.model_config`), the weights include routers and experts' own biases, and
 ``AutoModel.from_pretrained`` loads it once emoe is imported.
 
-A timm or plain PyTorch model, and a quantised one, are written as the dense model, with small files
-beside it:
+A timm or plain PyTorch model, and a quantised one, are written as the dense model (in a GMoE, with
+the wider projections of all its copies), with small files beside it:
 
 - ``emoe_config.json``: the experts' configuration, and the numbers of the converted FFNs;
 - ``emoe_extra.safetensors``, if there is state that the dense model lacks: learned routers, running
@@ -100,7 +100,8 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         (folder / CONFIG_FILE).unlink(missing_ok=True)
         (folder / EXTRA_FILE).unlink(missing_ok=True)
     else:
-        # the weights of the dense model, with the experts' configuration and state beside them
+        # the weights of the dense model (a GMoE's projections stay wider), with the experts'
+        # configuration and state beside them
         files.save_weights(model, folder, _dense_state(model))
         _save_config_and_extra_state(model, folder)
     save_partition_file(model, folder)
@@ -485,7 +486,7 @@ def _load_plain(
 def _names_loaded_later(model: nn.Module, layers: Sequence[RoutedActivation]) -> set[str]:
     """Return the names of the tensors in a converted model that :func:`load_extra_` sets.
 
-    The folder holds the weights of the dense model. These lack such tensors, or have other values.
+    The original library builds a dense model first. It lacks such tensors, or has other values.
     """
     module_names = {module: name for name, module in model.named_modules()}
 
