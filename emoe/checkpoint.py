@@ -486,7 +486,8 @@ def _load_plain(
 def _names_loaded_later(model: nn.Module, layers: Sequence[RoutedActivation]) -> set[str]:
     """Return the names of the tensors in a converted model that :func:`load_extra_` sets.
 
-    The original library builds a dense model first. It lacks such tensors, or has other values.
+    The folder's weight file lacks such tensors, has other values for them (folded output biases),
+    or holds a second copy (GMoE's projections).
     """
     module_names = {module: name for name, module in model.named_modules()}
 
