@@ -40,15 +40,15 @@ constraints: ## write constraints.txt anew: the newest versions that pyproject.t
 	cp "$$folder/constraints.txt" constraints.txt
 
 SUITE_CONFIG = $(strip suite=$(SUITE) $(if $(SEEDS),seeds=$(SEEDS)) $(if $(DATA_ROOT),data_root=$(DATA_ROOT)))
-# `status` counts the runs of these seeds only
+# `status` and `check` expect the runs of these seeds only
 ifdef SEEDS
-STATUS_SEEDS = EMOE_OVERRIDES='{"suite": "$(SUITE)", "seeds": $(SEEDS)}'
+WITH_SEEDS = EMOE_OVERRIDES='{"suite": "$(SUITE)", "seeds": $(SEEDS)}'
 endif
 run: $(STAMP) ## run a suite: make run, make run SUITE=smoke, make run SUITE=full SEEDS=2 DATA_ROOT=/folder/of/sets
 	@echo "Running the suite '$(SUITE)': snakemake --cores all --config $(SUITE_CONFIG)"
 	@$(BIN)/snakemake --cores all --quiet reason host rules --config $(SUITE_CONFIG)
 	@echo
-	@$(STATUS_SEEDS) $(BIN)/python -m benchmarks status --suite $(SUITE)
+	@$(WITH_SEEDS) $(BIN)/python -m benchmarks status --suite $(SUITE)
 
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: lint ## every check, and all tests but the slow ones
@@ -96,8 +96,8 @@ docs: $(STAMP) ## write the documentation as a site, site/index.html
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "Documentation: site/index.html"
 
-check: $(STAMP) ## compare a suite's numbers with the blessed ones
-	@$(BIN)/python -m benchmarks check --suite $(SUITE)
+check: $(STAMP) ## compare a suite's numbers with the blessed ones: make check SUITE=full SEEDS=2
+	@$(WITH_SEEDS) $(BIN)/python -m benchmarks check --suite $(SUITE)
 
 bless: $(STAMP) ## make a suite's present numbers the blessed ones
 	@$(BIN)/python -m benchmarks bless --suite $(SUITE)

@@ -549,14 +549,60 @@ def test_new_runs_and_runs_that_are_no_longer_planned_fail(suite: Suite) -> None
     assert set(differences(checked)["status"]) == {"new"}
     fake_runs.bless(suite)
 
-    run = suite.runs_of("speed")[-1]
-    fewer = replace(suite)
-    fewer.__dict__["runs"] = [other for other in suite.runs if other != run]
-    checked = check(fewer)
+    csv = reference_file("smoke", "speed", "csv")
+    name = checking.name_without_seed(suite.runs_of("speed")[-1])
+    rows = pd.read_csv(csv, dtype=str, keep_default_na=False)
+    old_run = rows[rows["run"] == name].assign(run="speed of an earlier grid")
+    pd.concat([rows, old_run]).to_csv(csv, index=False, lineterminator="\n")
+    checked = check(suite)
     assert not checked.passed
     assert differences(checked).empty
-    line = f"blessed, but not planned: 1 run of {checking.name_without_seed(run)} (seed 0)"
+    line = "blessed, but not planned: 1 run of speed of an earlier grid (seed 0)"
     assert line in str(checked).splitlines()
+
+
+def test_a_suite_with_fewer_seeds_is_compared_with_the_blessed_numbers_of_these_seeds(
+    suite: Suite,
+) -> None:
+    fewer = load_suite({"suite": "smoke", "benchmarks": ["glue"], "seeds": 1})
+    left_out = {run.id for run in suite.runs_of("glue")} - {run.id for run in fewer.runs}
+    assert len(left_out) == 2
+    for run in suite.runs_of("glue"):
+        if run.id in left_out:
+            run.metrics_file.unlink()
+    assert not check_benchmarks(suite, ["glue"]).passed
+    checked = check(fewer)
+    assert checked.passed, str(checked)
+    assert "(13 of 13 runs)" in str(checked)
+
+    fewer.runs[0].metrics_file.unlink()
+    assert not check(fewer).passed
+    fake_runs.write_runs(fewer.runs)
+    more = load_suite({"suite": "smoke", "benchmarks": ["glue"], "seeds": 3})
+    fake_runs.write_runs(more.runs)
+    assert set(differences(check(more))["status"]) == {"new"}
+
+
+def test_evaluations_that_choose_among_fewer_models_are_not_compared(suite: Suite) -> None:
+    names = ["glue_lora", "glue_ood"]
+    every_seed = load_suite({"suite": "mini", "benchmarks": names})
+    fake_runs.write_runs(every_seed.runs)
+    fake_runs.bless(every_seed)
+    fewer = load_suite({"suite": "mini", "benchmarks": names, "seeds": 1})
+    fake_runs.write_runs(fewer.runs)
+    checked = check(fewer)
+    assert checked.passed, str(checked)
+    lines = str(checked).splitlines()
+    assert lines[-1] == "glue_ood: nothing to compare (8 of 8 runs)"
+    group = checking.name_without_seed(fewer.runs_of("glue_ood")[0])
+    assert f"not compared, chooses among other trained models: 1 run of {group} (seed 0)" in lines
+
+    message = (
+        "^the finished runs of glue_ood choose among other trained models than the blessed runs of "
+        "the suite 'mini', so they are not compared; run all seeds$"
+    )
+    with pytest.raises(DefinitionError, match=message):
+        check_benchmarks(fewer, ["glue_ood"])
 
 
 def test_a_number_that_a_finished_run_lacks_or_has_in_addition_is_listed(suite: Suite) -> None:

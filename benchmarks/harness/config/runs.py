@@ -107,6 +107,12 @@ class Run:
         return all_sets(self.spec)
 
     @property
+    def candidates(self) -> list[str]:
+        """Return the folders of the trained runs that an evaluation chooses from; else empty."""
+        folders: list[str] = self.spec.get("candidates", [])
+        return folders
+
+    @property
     def files(self) -> dict[str, str]:
         """Return the sha256 of each file that data sets or a rebuilt model come from, by name."""
         files: dict[str, str] = self.spec["files"]
@@ -396,7 +402,7 @@ def run_inputs(run: Run) -> list[str]:
     """
     packages = _packages_of_sets(run)
     candidates: list[str] = []
-    for folder in run.spec.get("candidates", ()):
+    for folder in run.candidates:
         candidates += _candidate_files(paths.RUNS / folder)
     partitions = [job.file for job in partition_jobs(run)]
     return [*packages, *model_files(run.model_spec), *candidates, *partitions]

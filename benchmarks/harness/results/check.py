@@ -408,8 +408,7 @@ def _other_numbers(run: Run, metrics: Metrics) -> Iterator[RunNumber]:
     if metrics.probe:
         # A run with candidates (trained runs to choose from) is an evaluation. Its logits are those
         # of a model that another run trained.
-        is_evaluation = "candidates" in run.spec
-        logits_metric = "trained_logits" if is_evaluation else "logits"
+        logits_metric = "trained_logits" if run.candidates else "logits"
         yield from _probe_numbers(metrics.probe, logits_metric)
     if metrics.model:
         yield from _model_numbers(metrics.model)

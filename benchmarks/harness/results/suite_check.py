@@ -9,7 +9,7 @@ import pandas as pd
 
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.config.suite import Suite, plain_suite
 from benchmarks.harness.results.available import find_finished
 from benchmarks.harness.results.check import (
     CheckResult,
@@ -55,7 +55,9 @@ class BenchmarkCheck:
         num_different: How many numbers do not agree.
         num_planned: How many runs the suite plans.
         missing: The planned runs that are not finished.
-        unplanned: The blessed runs that the suite does not plan.
+        unplanned: The blessed runs that the suite does not plan even with all its seeds.
+        with_other_choices: The finished evaluations that choose among other trained models than the
+            blessed ones. They are not compared.
     """
 
     num_equal: int
@@ -63,11 +65,12 @@ class BenchmarkCheck:
     num_planned: int
     missing: Sequence[NameAndSeed]
     unplanned: Sequence[NameAndSeed]
+    with_other_choices: Sequence[NameAndSeed]
 
     def __str__(self) -> str:
         num_finished = self.num_planned - len(self.missing)
         runs = f"{num_finished:,} of {self.num_planned:,} runs"
-        if not num_finished:
+        if not num_finished - len(self.with_other_choices):
             return f"nothing to compare ({runs})"
         text = f"{self.num_equal:,} numbers agree"
         if self.num_different:
@@ -103,18 +106,26 @@ class SuiteCheck:
 
     @property
     def unplanned(self) -> list[NameAndSeed]:
-        """Return the blessed runs that the suite does not plan."""
+        """Return the blessed runs that the suite does not plan even with all its seeds."""
         unplanned: list[NameAndSeed] = []
         for counts in self.benchmarks.values():
             unplanned += counts.unplanned
         return unplanned
 
     @property
+    def with_other_choices(self) -> list[NameAndSeed]:
+        """Return the finished evaluations that choose among other trained models."""
+        runs: list[NameAndSeed] = []
+        for counts in self.benchmarks.values():
+            runs += counts.with_other_choices
+        return runs
+
+    @property
     def passed(self) -> bool:
         """Return True if the check shows that this checkout's code gives the blessed numbers.
 
         All numbers must agree. Planned, finished and blessed runs must be the same, and made by
-        this checkout's code.
+        this checkout's code. Evaluations that choose among other trained models are ignored.
         """
         all_agree = all(result.passed for result in self.results)
         same_runs = not self.missing and not self.unplanned and not self.unblessed
@@ -124,18 +135,25 @@ class SuiteCheck:
         results = [str(result) for result in self.results]
         missing = _group_lines("missing", self.missing)
         unplanned = _group_lines("blessed, but not planned", self.unplanned)
+        not_compared = _group_lines(
+            "not compared, chooses among other trained models", self.with_other_choices
+        )
         stale = _group_lines("made by other code", self.stale)
         if stale:
             stale.append(_STALE_ADVICE)
         summary = [f"{name}: {counts}" for name, counts in self.benchmarks.items()]
         unblessed = [f"{name}: not blessed" for name in self.unblessed]
-        return "\n".join([*results, *missing, *unplanned, *stale, *summary, *unblessed])
+        return "\n".join(
+            [*results, *missing, *unplanned, *not_compared, *stale, *summary, *unblessed]
+        )
 
 
 def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -> SuiteCheck:
     """Compare the finished runs of some benchmarks with their blessed numbers.
 
-    Benchmarks without blessed numbers are only listed.
+    Benchmarks without blessed numbers are only listed. The command line may limit the seeds. Then
+    the suite plans fewer runs than are blessed, and an evaluation chooses among fewer trained
+    models. Such an evaluation is not compared.
 
     Args:
         suite: The suite.
@@ -143,8 +161,8 @@ def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -
         elsewhere: True to apply tolerances even on the same machine.
 
     Raises:
-        DefinitionError: No run of the benchmarks is finished, none of the benchmarks is blessed, or
-            a csv of blessed numbers is damaged.
+        DefinitionError: No run of the benchmarks is finished or can be compared, none of the
+            benchmarks is blessed, or a csv of blessed numbers is damaged.
         DataError: A ``metrics.json`` or a file of records is damaged, or a json with the origin of
             blessed numbers is missing or damaged.
     """
@@ -152,7 +170,7 @@ def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -
     if not any(run.metrics_file.exists() for run in runs):
         raise DefinitionError(
             f"no run of {', '.join(benchmarks)} in the suite '{suite.name}' is finished: "
-            f"`make run SUITE={suite.name}`"
+            f"`make run SUITE={suite.name}`; give `make check` the same SEEDS as `make run`"
         )
     all_blessed = blessed_benchmarks(suite)
     unblessed = [name for name in benchmarks if name not in all_blessed]
@@ -169,27 +187,64 @@ def check(suite: Suite, benchmarks: Sequence[str], *, elsewhere: bool = False) -
             blessed[name] = read_reference(suite.name, name)
 
     # by benchmark
-    finished = {}
+    compared = {}
+    with_other_choices = {}
     old_and_new = {}
     stale: list[NameAndSeed] = []
     for name, before in blessed.items():
-        records = _finished_records(suite, name)
+        finished = _finished_records(suite, name)
+        runs_with_other_choices = _with_other_choices(suite, name, finished)
+        records = [
+            record
+            for record in finished
+            if name_and_seed(record.run) not in runs_with_other_choices
+        ]
         after = collect_numbers(records)
         # Only the blessed numbers of finished runs are compared. Those of the other runs would be
         # listed one by one as missing.
         before_of_finished = rows_of_runs(before, [record.run for record in records])
-        finished[name] = records
+        compared[name] = records
+        with_other_choices[name] = runs_with_other_choices
         old_and_new[name] = OldAndNew(before_of_finished, after)
         # `after.code` is the digest of this checkout's code
         stale += _runs_of_other_code(records, after.code)
+    if any(with_other_choices.values()) and not any(compared.values()):
+        raise DefinitionError(
+            f"the finished runs of {', '.join(benchmarks)} choose among other trained models than "
+            f"the blessed runs of the suite '{suite.name}', so they are not compared; run all seeds"
+        )
     results = compare_benchmarks(suite, old_and_new.values(), elsewhere=elsewhere)
 
     counts = {}
     for name, before in blessed.items():
-        counts[name] = _count(suite, name, before, old_and_new[name].after, results)
+        counts[name] = _count(
+            suite, name, before, old_and_new[name].after, with_other_choices[name], results
+        )
     return SuiteCheck(
-        results=results, benchmarks=counts, finished=finished, stale=stale, unblessed=unblessed
+        results=results, benchmarks=counts, finished=compared, stale=stale, unblessed=unblessed
     )
+
+
+def _with_other_choices(
+    suite: Suite, benchmark: str, records: Iterable[Record]
+) -> list[NameAndSeed]:
+    """Return the evaluations that choose among other trained models than in the plain suite.
+
+    The plain suite has no values of the command line. The blessed runs are its runs.
+    """
+    candidates_of_blessed = {}
+    for run in plain_suite(suite.name).runs_of(benchmark):
+        candidates_of_blessed[name_and_seed(run)] = run.candidates
+
+    evaluations = []
+    for record in records:
+        key = name_and_seed(record.run)
+        # a run that the plain suite lacks is new, and compare() reports it
+        if key not in candidates_of_blessed:
+            continue
+        if record.run.candidates != candidates_of_blessed[key]:
+            evaluations.append(key)
+    return evaluations
 
 
 def _finished_records(suite: Suite, benchmark: str) -> list[Record]:
@@ -209,7 +264,12 @@ def _runs_of_other_code(records: Iterable[Record], code: str) -> list[NameAndSee
 
 
 def _count(
-    suite: Suite, benchmark: str, blessed: Numbers, after: Numbers, results: Sequence[CheckResult]
+    suite: Suite,
+    benchmark: str,
+    blessed: Numbers,
+    after: Numbers,
+    with_other_choices: Sequence[NameAndSeed],
+    results: Sequence[CheckResult],
 ) -> BenchmarkCheck:
     """Count the compared numbers and runs of a benchmark.
 
@@ -217,7 +277,8 @@ def _count(
         suite: The suite.
         benchmark: The name of the benchmark.
         blessed: All its blessed numbers.
-        after: The numbers of its finished runs.
+        after: The numbers of its compared runs.
+        with_other_choices: Its finished runs that are not compared.
         results: The comparisons of all benchmarks.
     """
     num_equal = 0
@@ -228,14 +289,18 @@ def _count(
         num_different += int(is_of_benchmark.sum())
 
     planned = [name_and_seed(run) for run in suite.runs_of(benchmark)]
-    finished = set(names_and_seeds(after))
+    planned_with_all_seeds = {
+        name_and_seed(run) for run in plain_suite(suite.name).runs_of(benchmark)
+    }
+    finished = {*names_and_seeds(after), *with_other_choices}
     all_blessed = set(names_and_seeds(blessed))
     return BenchmarkCheck(
         num_equal=num_equal,
         num_different=num_different,
         num_planned=len(planned),
         missing=[run for run in planned if run not in finished],
-        unplanned=sorted(all_blessed - set(planned)),
+        unplanned=sorted(all_blessed - planned_with_all_seeds),
+        with_other_choices=with_other_choices,
     )
 
 

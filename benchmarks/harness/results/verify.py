@@ -164,11 +164,10 @@ def _repeatable_runs(suite: Suite, threads_by_run: Mapping[NameAndSeed, str]) ->
 def _is_repeatable(suite: Suite, run: Run) -> bool:
     """Return True if a run can be repeated alone, after the trained run that it evaluates."""
     is_measurement = not run.method
-    folders_of_trained_runs = _folders_of_trained_runs(run)
-    if is_measurement or len(folders_of_trained_runs) > 1:
+    if is_measurement or len(run.candidates) > 1:
         return False
     needed_runs = [run]
-    for folder in folders_of_trained_runs:
+    for folder in run.candidates:
         needed_runs.append(suite.runs_by_folder[folder])
     return not any(_is_parallel(needed_run) for needed_run in needed_runs)
 
@@ -176,12 +175,6 @@ def _is_repeatable(suite: Suite, run: Run) -> bool:
 def _is_parallel(run: Run) -> bool:
     """Return True if a run has several processes or GPUs, which it does not get here."""
     return run.resources.get("processes", 1) > 1 or run.resources["gpu"] > 1
-
-
-def _folders_of_trained_runs(run: Run) -> list[str]:
-    """Return the folders of the trained runs that an evaluation chooses from; none for others."""
-    folders: list[str] = run.spec.get("candidates", [])
-    return folders
 
 
 def _plan_reruns(
@@ -202,7 +195,7 @@ def _plan_reruns(
     for run in chosen:
         threads = threads_by_run[name_and_seed(run)]
         # an evaluation has one such folder, and any other run has none
-        for folder in _folders_of_trained_runs(run):
+        for folder in run.candidates:
             trained_run = suite.runs_by_folder[folder]
             if trained_run not in chosen:
                 say(f"also {trained_run.name}, because {run.name} evaluates it")
