@@ -357,15 +357,13 @@ def paper_table(outcomes: InstructionOutcomes) -> Table:
         sort=False,
         suffixes=("_published", "_ours"),  # both sides have N and k
     )
-    # rows that only the paper has lack our task and our variant
-    filled = merged.fillna({"eval_task_title": "MMLU (shots unknown)", "variant": ""})
+    # rows that only the paper has lack these; the paper's training set is unknown
+    filled = merged.fillna({"eval_task_title": "MMLU (shots unknown)", "variant": "", "task": ""})
     # other tasks, such as "MMLU-dev (…)", have other questions, so they get no difference
     is_mmlu = filled["eval_task_title"].str.startswith("MMLU (")
     is_comparable = is_mmlu & _has_published_experts(filled)
     differences = filled["ours"] - filled["value"]
-    comparable_differences = differences.where(is_comparable)
-    # the training set of the paper's rows is unknown, so it is left empty in our rows too
-    compared = filled.assign(difference=comparable_differences, task="")
+    compared = filled.assign(difference=differences.where(is_comparable))
     return common.published_table(
         title="The paper's MMLU accuracies beside ours",
         caption=f"{_PAPER_CAPTION} {outcomes.shared_note} {common.SEEDS_COVER}",

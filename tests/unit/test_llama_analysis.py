@@ -170,6 +170,22 @@ def test_the_papers_numbers_are_beside_ours(runs: list[Run]) -> None:
     assert (row["difference"] == row["ours"] - row["value"]).all()
 
 
+def test_rows_of_the_paper_table_name_their_set_if_there_are_several(runs: list[Run]) -> None:
+    of_another_set = []
+    for run in runs:
+        task = {**run.spec["task"], "name": "alpaca"}
+        of_another_set.append(run_from_spec({**run.spec, "task": task}))
+    write_runs(of_another_set)
+    table = paper_table(outcomes_of([*runs, *of_another_set]))
+    assert table.keys["task_title"] == "Set"
+    is_ours = table.frame["ours"].notna()
+    titles = {LLAMA.tasks[run.task].title for run in (*runs, *of_another_set)}
+    assert len(titles) == 2
+    assert set(table.frame["task_title"][is_ours]) == titles
+    assert not table.frame[list(table.keys)].duplicated().any()
+    assert set(table.frame["task_title"][~is_ours]) == {""}  # the paper's set is unknown
+
+
 def test_only_the_papers_numbers_of_experts_have_a_difference() -> None:
     """The paper's LoRA value is for k/N = 1/4. Its k with full tuning is unknown."""
     runs = [run for run in paper_runs("llama") if run.spec["seed"] == 0]
