@@ -91,7 +91,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     describe_experts_(model)
     config = getattr(model, "config", None)
-    # a plain module around a transformers model may also have a configuration
+    # a plain module around a transformers model may carry its configuration too
     is_transformers = files.is_transformers_class(type(model))
     if is_transformers and is_ours(getattr(config, QUANTIZATION_CONFIG, None)):
         # a transformers checkpoint: config.json describes the experts
@@ -497,15 +497,15 @@ def _names_loaded_later(model: nn.Module, layers: Sequence[RoutedActivation]) ->
         if isinstance(layer.config, GMoEConfig):
             for _, projection in layer.ffn.projections():
                 prefixes_of_copies.append(f"{module_names[projection]}.")
-    copies = _names_with_prefixes(model, prefixes_of_copies)
+    names_of_copies = _names_with_prefixes(model, prefixes_of_copies)
 
     # the folder's weights have one output bias, into which the experts' biases were folded
-    folded_biases = set()
+    names_of_folded_biases = set()
     for layer in layers:
         if layer.output_bias is not None:
-            folded_biases.add(f"{module_names[layer.ffn.proj_out]}.bias")
+            names_of_folded_biases.add(f"{module_names[layer.ffn.proj_out]}.bias")
 
-    return routing_names(model) | copies | folded_biases
+    return routing_names(model) | names_of_copies | names_of_folded_biases
 
 
 def build_experts_(

@@ -494,7 +494,7 @@ def config_from_dict(values: Mapping[str, Any]) -> EMoEConfig | GMoEConfig:
     """Build the configuration that ``values["kind"]`` names (``emoe`` or ``gmoe``).
 
     Args:
-        values: output of :meth:`EMoEConfig.to_dict`, or the ``config`` of an ``emoe_config.json``.
+        values: output of ``to_dict`` of either class, or the ``config`` of an ``emoe_config.json``.
 
     Raises:
         ConfigError: the kind or a field does not exist, a field is missing, or a value is out of

@@ -536,7 +536,8 @@ def _warn_of_other_order(ffn: FFN, weight: Tensor) -> None:
     present_directions = F.normalize(present_keys, dim=1)
     cosines = sampled_directions @ present_directions.t()  # [sampled, d]
     highest_cosines = cosines.max(1).values
-    if float(highest_cosines.mean()) > _SAME_NEURON_COSINE:
+    are_same_neurons = float(highest_cosines.mean()) > _SAME_NEURON_COSINE
+    if are_same_neurons:
         logging.getLogger("emoe").warning(
             "%s: the loaded neurons have another order. If the state dict is a dense model's, the "
             "experts are now random: load it before emoe.convert_",

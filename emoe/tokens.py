@@ -322,7 +322,8 @@ def _parent_name(name: str) -> str:
 def _hook_padding_mask(module: nn.Module, *, rows_first: bool) -> PaddingMaskHook | None:
     """Register a hook that reads the padding mask of a module.
 
-    Return None if the module takes no mask, or a mask of pixels or sound.
+    Return None if the module takes no mask. Also return None if it has transformers' mask but takes
+    no token ids: this mask may cover pixels or sound.
     """
     arguments = _argument_names(module)
     # torch's own mask, if there is one
@@ -335,7 +336,7 @@ def _hook_padding_mask(module: nn.Module, *, rows_first: bool) -> PaddingMaskHoo
     takes_text = _TEXT_INPUT in arguments
     takes_other_input = not set(_OTHER_INPUTS).isdisjoint(arguments)
     if takes_other_input and not takes_text:
-        return None  # the mask of pixels or sound does not fit the layers' tokens
+        return None  # a mask of pixels or sound does not fit the layers' tokens
     # the mask of a text model also covers the tokens in a key-value cache
     return PaddingMaskHook(module, _TRANSFORMERS_MASK, cached=takes_text, rows_first=rows_first)
 

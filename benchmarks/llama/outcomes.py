@@ -290,8 +290,10 @@ def _best_rate_runs(finished: Sequence[Record]) -> list[Record]:
     # a row per cell and learning rate, with the mean over seeds
     mean_losses = losses.groupby([*CELL, "rate"], sort=False)["loss"].mean().reset_index()
     # the row with the lowest loss of each cell; idxmin returns the first of equal losses
-    best_rows = mean_losses.groupby(CELL, sort=False)["loss"].idxmin()
-    best_rate_of_cell = mean_losses.loc[best_rows].set_index(CELL)["rate"].to_dict()
+    index_of_best = mean_losses.groupby(CELL, sort=False)["loss"].idxmin()
+    best_rows = mean_losses.loc[index_of_best]
+    # a cell is a tuple of the values of CELL
+    best_rate_of_cell = best_rows.set_index(CELL)["rate"].to_dict()
 
     chosen = []
     for record in finished:

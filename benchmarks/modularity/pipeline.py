@@ -338,7 +338,8 @@ def sample_matrix(
         token_counts: The number of tokens of each task, in the order of the other arguments.
         magnitudes: The magnitudes ``[tokens of all tasks, d]``.
         active: The active neurons ``[tokens of all tasks, d]``, bool.
-        num_shown: The number of tokens to sample.
+        num_shown: The most tokens to sample. Each task has an equal share, and a task with fewer
+            tokens is sampled whole.
 
     Returns:
         - ``tasks``: the task of each sampled token.

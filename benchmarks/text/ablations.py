@@ -59,26 +59,15 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
         A frame with these columns:
 
         - the five keys and their titles
-        - ``mean`` and ``std`` over the ``n`` seeds that all compared rows have, and
-          ``active_neurons``; without such seeds, ``n`` is 0 and there is no mean
-        - ``delta``, ``low``, ``high``, ``p``, ``p_holm`` and ``verdict``: the paired difference to
-          the baseline, or to the row above if the ablation has ``steps``, over ``pairs`` seeds
+        - the columns of :func:`_tested_rows`
+        - ``active_neurons``: the mean share over runs
         - ``paper``, ``paper_delta``, ``status`` and ``source``: the paper's numbers
         - ``is_ours``: False for rows that only the paper has
         - ``is_average``: True if the scope is an average
     """
     # `ablated` has a row for every setting of a method; `outcomes` has only the best setting
     ablated = outcomes.ablated
-    seeds = _compared_seeds(ablated, ablation)
-    summaries = _summarise(seeds)
-    # compare each row with the row above, or all rows with the baseline
-    if ablation.steps:
-        differences = _differences_to_row_above(ablation, seeds)
-    else:
-        differences = _differences_to(ablated.baseline, seeds)
-    # the left join keeps the rows without a difference, such as the baseline
-    with_differences = summaries.merge(differences, on=_KEYS_OF_ROW, how="left")
-    tested = with_verdicts(with_differences, family=_KEYS_OF_GROUP)
+    tested = _tested_rows(ablated, ablation)
 
     # Add the active neurons, a mean over runs. Runs on other tasks than those of the ablation are
     # left out, because a main row may have other settings there.
@@ -91,6 +80,28 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     titled = ablated.with_titles(in_order)
     main_settings = _main_settings(ablated, records)
     return _add_titles(ablated, titled, main_settings)
+
+
+def _tested_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
+    """Compute the mean score of each row of an ablation, and test its difference.
+
+    Returns:
+        A frame with the five keys of a row and these columns:
+
+        - ``mean`` and ``std`` over the ``n`` seeds that all compared rows have; without such seeds,
+          ``n`` is 0 and there is no mean
+        - ``delta``, ``low``, ``high``, ``p``, ``p_holm`` and ``verdict``: the paired difference to
+          the baseline, or to the row above if the ablation has ``steps``, over ``pairs`` seeds
+    """
+    seeds = _compared_seeds(outcomes, ablation)
+    summaries = _summarise(seeds)
+    if ablation.steps:
+        differences = _differences_to_row_above(ablation, seeds)
+    else:
+        differences = _differences_to(outcomes.baseline, seeds)
+    # the left join keeps the rows without a difference, such as the baseline
+    with_differences = summaries.merge(differences, on=_KEYS_OF_ROW, how="left")
+    return with_verdicts(with_differences, family=_KEYS_OF_GROUP)
 
 
 def _row_names(outcomes: TextOutcomes, ablation: Ablation) -> list[str]:

@@ -91,11 +91,12 @@ def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> 
     """Draw expert use as heatmaps, one panel below the other.
 
     Lines are data sets, columns are experts. Each set is followed by a line for each of its
-    classes. If the figure would have more than 40 lines, the classes are left out.
+    classes. If the figure would have more than :data:`_MOST_LINES` lines, the classes are left out.
     """
     if not panels:
         plots.placeholder_figure(path)
         return
+    # the heights of the panels, in lines
     heights = [_count_lines(panel.usage, with_classes=True) for panel in panels]
     shows_classes = sum(heights) <= _MOST_LINES
     if not shows_classes:

@@ -406,8 +406,12 @@ class Benchmark(ABC, Generic[D, E, P]):
     ) -> Any:
         """Return one section of the benchmark's settings, merged with the changes of a suite.
 
-        The suite overrides the benchmark. The section's ``by_model`` overrides both, and its
-        ``by_task`` overrides these three.
+        Later layers override earlier ones:
+
+        1. the section in ``benchmark.yaml``
+        2. the section in the suite
+        3. the changes for ``model`` in the section's ``by_model``
+        4. the changes for ``task`` in its ``by_task``
 
         Args:
             key: The name of the section, such as ``training``.

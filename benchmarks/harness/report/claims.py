@@ -162,10 +162,10 @@ class ClaimFile(Strict):
 
 @functools.cache
 def load_claims() -> dict[str, Claim]:
-    """Read the paper's claims, by name, and check every name in their comparisons.
+    """Read the paper's claims, by name, and check their comparisons.
 
     Raises:
-        DefinitionError: The file is damaged, or a comparison has a name that does not exist.
+        DefinitionError: The file is damaged, or :func:`check_comparison` finds a wrong name.
     """
     file = BENCHMARKS / "claims.yaml"
     claims = read(file, ClaimFile).claims
@@ -212,6 +212,9 @@ def claimed_benchmarks(suite: Suite) -> list[str]:
 
 def check_comparison(comparison: Comparison, where: Location) -> None:
     """Check that the names in a comparison exist, and that they fit its benchmark.
+
+    Its ``settings`` and ``questions`` are not checked. They are names of measured rows, which only
+    the results have.
 
     Args:
         comparison: The comparison.

@@ -393,17 +393,21 @@ def _margin(
 ) -> float:
     """Return the largest negligible difference in the unit of the row; nan for equal counts.
 
-    This is the margin of the metric. If a number is claimed to be higher or lower, it is also at
-    most half of each of ``effects``: the paper's effect, and ``expected`` of :class:`ErrorShares`.
-    Unknown effects are nan.
+    Args:
+        comparison: The comparison.
+        evidence: The measured difference. The margin of some metrics is a share of its reference.
+        metric: The metric, which has a margin.
+        effects: The paper's effect, and ``expected`` of :class:`ErrorShares`, in the unit of the
+            row. Unknown effects are nan.
     """
+    # counts are equal or not
     if comparison.direction == "equal":
         return math.nan
     margin_of_metric = metric.margin(evidence.reference_mean) * comparison.scale
     if comparison.direction not in ("higher", "lower"):
         return margin_of_metric
-    # An equivalent difference must be smaller than the paper's effect, in points and as a share of
-    # the errors. So the margin is at most half of each.
+    # A claim of a higher or lower number has an effect. An equivalent difference must be smaller
+    # than it, in points and as a share of the errors. So the margin is at most half of each.
     known_effects = [effect for effect in effects if not math.isnan(effect)]
     halves = [abs(effect) / 2 for effect in known_effects]
     return min([margin_of_metric, *halves])

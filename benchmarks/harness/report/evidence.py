@@ -129,10 +129,10 @@ def _compare_pairs(
 ) -> Evidence | None:
     """Compare the scores of two methods seed by seed, or question by question.
 
-    A pair is one seed (or question), with a score of each method. The score is its mean over all
+    A pair is a seed (or question) with a score of each method: the mean of its scores over all
     cells. A cell is a combination of a model, a training task, a test set, a tuning and a setting.
-    A pair that lacks a score in one of the cells is left out. Returns None if the methods share no
-    seed or question.
+    A pair is left out if it lacks a score in one of the cells, or if a training diverged. Returns
+    None if the methods have no pair and cell in common.
 
     Args:
         ours: The scores of the method of the claim. The score of a run that diverged is nan.
@@ -143,17 +143,17 @@ def _compare_pairs(
     if both.empty:
         return None
 
+    # `both` has one row for each pair and cell
     cells = both[[*_COMPARED_COLUMNS, "setting"]].drop_duplicates()
     has_diverged = both[["our_score", "other_score"]].isna().any(axis=1)
     by_pair = both.assign(has_diverged=has_diverged).groupby(_PAIR_COLUMNS, sort=True)
 
-    # from here on, one value per pair
-    num_cells_of_pair = by_pair.size()  # `both` has one row per pair and cell
-    has_all_cells = num_cells_of_pair == len(cells)
+    # from here on, one value per pair; only pairs with a score in every cell are comparable
+    num_cells = by_pair.size()
     pair_diverged = by_pair["has_diverged"].any()
-    is_complete = has_all_cells & ~pair_diverged
+    is_complete = (num_cells == len(cells)) & ~pair_diverged
     mean_scores = by_pair[["our_score", "other_score"]].mean()
-    complete = mean_scores[is_complete].astype(float)
+    complete = mean_scores[is_complete]
 
     differences = complete["our_score"] - complete["other_score"]
     return Evidence(

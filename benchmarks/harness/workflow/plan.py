@@ -199,6 +199,9 @@ def keeps_weights_by_run(suite: Suite, *, in_job: bool) -> dict[str, dict[str, b
 
     Returns:
         For each benchmark, a dictionary from the id of a run to True if it keeps its weights.
+
+    Raises:
+        DataError: The plan is damaged.
     """
     keeps_weights: dict[str, dict[str, bool]] = {name: {} for name in suite.settings.benchmarks}
     if not in_job:
