@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import emoe
 from benchmarks.harness.base import PREFIXES, QUESTIONS, DefinitionError
+from benchmarks.harness.config.methods import tuning_spec
 from benchmarks.harness.config.runs import run_from_spec
 from benchmarks.harness.models.build import build_language_model
 from benchmarks.harness.models.loading import load_tokenizer
@@ -163,6 +164,18 @@ def test_exports_equal_the_trained_model(tuning: str) -> None:
     assert changed == (adapted if tuning == "lora" else set(after))
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Say 1."}], tokenize=False)
     assert prompt.endswith("### Instruction:\nSay 1.\n\n### Response:\n")
+
+
+def test_a_killed_run_that_trains_only_converted_blocks_resumes(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    tune = tuning_spec("blocks", "2::1")
+    run = tiny_run("emoe", "full", {"method": {"tune": {**tune, "head": False}}})
+    whole = finish(prepare(run))
+    assert set(whole["model"]["trained"]) == {"blocks"}
+    capfd.readouterr()
+    assert killed_and_resumed(run, 5) == whole
+    assert "resumed at step 4" in "".join(capfd.readouterr())
 
 
 def test_the_held_out_curve_changes_no_other_number_and_a_kill_none(

@@ -141,10 +141,15 @@ class RoutedTrainer(Trainer):
             others = [parameter for parameter in group["params"] if parameter not in slow]
             if not slow_parameters:
                 continue
+            slow_learning_rate = group["lr"] * self._base_lr_ratio
+            # a group without parameters could not be loaded from a checkpoint
+            if not others:
+                group["lr"] = slow_learning_rate
+                continue
             group["params"] = others
             # a copy of the group, with the same weight decay and other settings
-            learning_rate = group["lr"] * self._base_lr_ratio
-            optimizer.add_param_group({**group, "params": slow_parameters, "lr": learning_rate})
+            slow_group = {**group, "params": slow_parameters, "lr": slow_learning_rate}
+            optimizer.add_param_group(slow_group)
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
