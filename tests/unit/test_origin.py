@@ -170,3 +170,21 @@ def test_checkpoints_of_unknown_origin_are_not_used(
     (warning,) = [line for line in warnings_in(capfd) if "origin.json" in line]
     assert warning.startswith(f"warning: {origin} {problem}")
     assert warning.endswith("; the run starts again from the beginning")
+
+
+def test_checkpoints_of_other_code_are_not_used(
+    own_roots: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tiny_run("emoe", "lora")
+    whole = finish(prepare(run, "whole"))
+    path = kill(run, 5)
+    origin = path.parent / "checkpoints" / "origin.json"
+    content = json.loads(origin.read_text())
+    origin.write_text(json.dumps({**content, "files of the code": "0" * 64}))
+    capfd.readouterr()
+    assert finish(path) == whole
+    warning = (
+        f"warning: files of the code have changed since {origin} was written; "
+        "the run starts again from the beginning"
+    )
+    assert warning in warnings_in(capfd)

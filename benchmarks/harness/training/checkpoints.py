@@ -14,11 +14,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from benchmarks.harness.base import TRAINED_FILE, DataError, check_is_file, read_json, write_json
+from benchmarks.harness.results.code import code_digest
 from benchmarks.harness.sources.packages import sha256
 from benchmarks.harness.training.processes import broadcast, is_main
 
-# What determines a training besides the run's settings: the digests of its rows and of the
-# pre-trained weights, by the names that a warning prints. Neither is a part of the run's id.
+# What determines a training besides the run's settings: the digests of its rows, of the pre-trained
+# weights and of the code, by the names that a warning prints. None is a part of the run's id.
 Origin = Mapping[str, str]
 
 # the file with the origin of all checkpoints, in their folder
@@ -94,13 +95,13 @@ class UpdateBestPath(TrainerCallback):
 def resume(trainer: Trainer, origin: Origin, warn: Callable[[str], None]) -> str | None:
     """Restore the state and the callbacks of a trainer from its last complete checkpoint.
 
-    A checkpoint of other rows or weights (another origin) is removed, because the training must not
-    go on from it.
+    A checkpoint of other rows, weights or code (another origin) is removed, because the training
+    must not go on from it.
 
     Args:
         trainer: The trainer, before training.
-        origin: The digests of the training's rows and weights. It is written beside the
-            checkpoints.
+        origin: The digests of the training's rows and weights. They are written beside the
+            checkpoints, with the digest of this checkout's code.
         warn: The function that prints a warning. It is called if the origin has changed, and for
             each unusable checkpoint.
 
@@ -109,7 +110,7 @@ def resume(trainer: Trainer, origin: Origin, warn: Callable[[str], None]) -> str
     """
     folder = Path(str(trainer.args.output_dir))
     if is_main():
-        _set_origin(folder, origin, warn)
+        _set_origin(folder, {**origin, "files of the code": code_digest()}, warn)
     # here, the other processes wait for the main one
     checkpoint = keep_complete_checkpoints(folder, warn)
     if checkpoint is None:
@@ -129,7 +130,7 @@ def _set_origin(folder: Path, origin: Origin, warn: Callable[[str], None]) -> No
 
     Args:
         folder: The folder of the checkpoints.
-        origin: The digests of the training's rows and weights.
+        origin: The digests of the training's rows, weights and code.
         warn: The function that prints the warning.
     """
     checkpoints = list(folder.glob("checkpoint-*"))
