@@ -107,6 +107,21 @@ def assert_close(result: Any, expected: Any) -> None:
         )
 
 
+def test_states_are_computed_again_with_another_implementation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = text_run("vanilla")
+    monkeypatch.delenv("MKL_CBWR", raising=False)
+    finish(prepare(run, "first"))
+    files = set(PREFIXES.glob("*.npy"))
+    assert files
+    finish(prepare(run, "second"))
+    assert set(PREFIXES.glob("*.npy")) == files
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    finish(prepare(run, "third"))
+    assert len(set(PREFIXES.glob("*.npy")) - files) == len(files)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_is_the_same_without_cache_and_after_a_kill(

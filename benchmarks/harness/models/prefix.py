@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import json
 import os
 import time
@@ -34,6 +35,7 @@ from benchmarks.harness.base import (
 )
 from benchmarks.harness.config.methods import is_below
 from benchmarks.harness.models.loading import architecture_of
+from benchmarks.harness.models.machine import implementation_variables, read_processor
 from emoe.architectures import find_ffns
 from emoe.files import tensor_digest
 
@@ -295,8 +297,9 @@ class PrefixStates:
 
     All runs with the same prefix and rows read the same memory-mapped file below
     ``resources/prefixes/``. Its name is a digest of everything that determines the numbers: weights
-    and settings of the prefix, rows, processor, threads and torch. The first run computes the file
-    in large batches of rows of similar length; other runs wait.
+    and settings of the prefix, rows, processor, variables that choose its kernels, threads, torch,
+    transformers and timm. The first run computes the file in large batches of rows of similar
+    length; other runs wait.
 
     Args:
         prefix: The prefix of the model.
@@ -385,9 +388,18 @@ def _states_key(prefix_digest: str, rows_digest: str) -> str:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
-        device = torch.backends.cpu.get_cpu_capability()
-    threads = torch.get_num_threads()
-    determinants = [_VERSION, prefix_digest, rows_digest, device, threads, torch.__version__]
+        device = read_processor().flags_digest
+    packages = ("torch", "transformers", "timm")
+    versions = [importlib.metadata.version(name) for name in packages]
+    determinants = [
+        _VERSION,
+        prefix_digest,
+        rows_digest,
+        device,
+        implementation_variables(),
+        torch.get_num_threads(),
+        versions,
+    ]
     return short_digest(json.dumps(determinants), 24)
 
 

