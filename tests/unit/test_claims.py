@@ -133,6 +133,8 @@ def test_the_difference_is_scipys_paired_one_and_the_corrected_p_decides() -> No
         ({"emoe": [1, 0, 0, 0], "vanilla": [0, 0, 1, 0]}, "untestable"),
         # one method is better than a guess
         ({"emoe": [1, 1, 1, 0.9], "vanilla": [0, 0, 1, 0]}, "undecided"),
+        # the same, with equal scores
+        ({"emoe": [1, 1, 1, 1], "vanilla": [0, 0, 1, 0]}, "undecided"),
     ],
 )
 def test_two_methods_that_only_guess_have_no_verdict(

@@ -107,6 +107,20 @@ def test_a_number_that_is_missing_once_is_left_out(blessed: pd.DataFrame) -> Non
     assert test_of_loss in [test.title for test in moved]
 
 
+@pytest.mark.parametrize("num_shared", [0, 1])
+def test_a_change_of_fewer_than_two_pairs_moves_no_test(
+    blessed: pd.DataFrame, num_shared: int
+) -> None:
+    shared_seeds = sorted(blessed["seed"].unique())[:num_shared]
+    # the other seeds have no number that both sides know
+    others = blessed["metric"].where(blessed["seed"].isin(shared_seeds), "of_older_code")
+    before = pd.concat([blessed, blessed.assign(metric=others)], ignore_index=True)
+    after = shifted(blessed, 0.029, 0.0)
+    is_shared = after["seed"].isin(shared_seeds)
+    after = after.assign(value=after["value"].where(is_shared))
+    assert compare_tests(FULL, {"glue_lora": before}, {"glue_lora": after}).moved == []
+
+
 @pytest.fixture
 def blessed_runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Suite]:
     """Return a function that writes and blesses the text runs of a suite, then shifts EMoE's scores."""

@@ -120,6 +120,13 @@ def test_wrong_arguments_and_missing_runs_are_one_line(
     assert (end.value.code, len(shown.splitlines())) == (1, 1)
 
 
+def test_each_listed_model_says_where_its_weights_come_from() -> None:
+    sources = ("hub", "package", "rebuilt", "timm")
+    for model in listing.LISTS["models"]():
+        has_source = any(model[source] for source in sources)
+        assert has_source or "random weights" in model["title"], model["name"]
+
+
 def test_lists_have_every_name() -> None:
     for kind in listing.LISTS:
         text = call("list", kind)

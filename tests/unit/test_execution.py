@@ -17,6 +17,7 @@ from filelock import FileLock
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from benchmarks.__main__ import main
+from benchmarks.harness.base import WEIGHTS
 from benchmarks.harness.config.runs import read_run, run_from_spec
 from benchmarks.harness.run import execution
 from benchmarks.harness.training import progress as progress_module
@@ -206,6 +207,15 @@ def test_a_clean_run_of_a_task_without_a_test_split_holds_rows_out_to_choose_by(
     ]
     dev = load_whole_part(RunTask.model_validate(spec["task"]), "dev").sample(30, "tweets/dev")
     assert metrics["data"]["test"] == dev.summary()
+
+
+def test_a_run_that_lost_the_weights_that_it_keeps_is_computed_again(workdir: Path) -> None:
+    path = prepare("emoe", keep_weights=True)
+    whole = finish(path)
+    weights = path.parent / WEIGHTS
+    weights.unlink()
+    assert finish(path) == whole
+    assert weights.exists()
 
 
 def test_each_seed_draws_its_own_training_rows_and_all_are_scored_on_the_same(

@@ -85,6 +85,9 @@ def test_a_mean_over_seeds_is_missing_if_one_of_its_n_values_is_missing() -> Non
     ours = our_means(scores.set_index(cell)["value"], cell)
     assert list(ours["n"]) == [3, 2]
     assert list(ours["ours"].isna()) == [True, False]
+    # two equal values do not show that the mean has no error
+    equal = our_means(scores.assign(value=0.5).set_index(cell)["value"], cell)
+    assert equal[["low", "high"]].isna().to_numpy().all()
     averages = average_over_seeds(scores, cell, ["value"])
     assert list(averages["n"]) == [3, 2]
     assert list(averages["value"].isna()) == [True, False]

@@ -40,7 +40,7 @@ TABLE = Table(
 def test_cells_and_the_best_by_number() -> None:
     texts = TABLE.texts()
     assert texts["Accuracy (%)"].tolist() == ["100.0 ± 1.0", "10.0", "50.0 ± 0.0"]
-    assert texts["Δ (%)"].tolist() == ["+0.0 [-1.0, +1.0]", "+2.0", "–"]
+    assert texts["Δ (points)"].tolist() == ["+0.0 [-1.0, +1.0]", "+2.0", "–"]
     best = TABLE.best_cells()
     assert best["Accuracy (%)"].tolist() == [True, False, False]  # a group of one has no best
     assert best["Loss"].tolist() == [
@@ -53,6 +53,16 @@ def test_cells_and_the_best_by_number() -> None:
     )
     bare = judged.with_random_weights_note()
     assert (bare.best_cells().to_numpy().any(), set(bare.texts()["Verdict"])) == (False, {"–"})
+
+
+def test_an_end_of_an_interval_that_is_rounded_to_0_keeps_its_sign() -> None:
+    ends = TABLE.frame.assign(d=[-0.02, 0.02, -0.0001], lo=-0.0402, hi=[-0.0001, 0.0001, -0.0001])
+    texts = replace(TABLE, frame=ends).texts()
+    assert texts["Δ (points)"].tolist() == [
+        "-2.0 [-4.0, -0.0]",
+        "+2.0 [-4.0, +0.0]",
+        "+0.0 [-4.0, -0.0]",
+    ]
 
 
 def test_every_format_escapes() -> None:

@@ -238,6 +238,8 @@ def test_folders_of_older_versions_are_refused_in_one_line(here: Path) -> None:
     [
         ("table_99", "there is no target 'table_99'; did you mean 'table_"),
         ("gleu", "there is no target 'gleu'; did you mean 'glue'"),
+        ("domainbed_pac", "there is no target 'domainbed_pac'; did you mean 'domainbed_pacs'"),
+        ("reprot", "there is no target 'reprot'; did you mean 'report'"),
         ("smoke", "'smoke' is a suite: `snakemake --cores all --config suite=smoke`"),
         ("multitask", "the suite 'mini' does not run multitask; suites that do: smoke, paper"),
         (

@@ -124,7 +124,7 @@ def compare_tests(
       the paired t-test of the changes has a p below 0.1 %.
 
     Tests of counts and times are not compared. Nor are tests without a standard error: those with
-    a single pair, or with the same difference in all pairs, unless that is 0.
+    fewer than two pairs, or with the same difference in all pairs, unless that is 0.
 
     Args:
         suite: The suite.
@@ -145,7 +145,8 @@ def compare_tests(
         limit = old.evidence.difference.standard_error()
         # tests if the difference between the two methods has changed
         change = find_evidence(changes[old.benchmark], old.comparison)
-        if math.isnan(limit) or change is None:
+        # without two pairs on both sides, nothing tells a change from chance
+        if math.isnan(limit) or change is None or change.difference.n < 2:
             continue
         num_compared += 1
         if _has_moved(change.difference, limit):

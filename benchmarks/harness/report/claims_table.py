@@ -293,7 +293,10 @@ def _against_paper(row: Any) -> str:
         return MISSING
     if row.gain == MISSING:
         return "the paper's error is unknown"
-    return f"{row.gain} (gap {row.gap:+z.2f}, p {row.gap_p_holm:.3f})"
+    p = f"p {row.gap_p_holm:.3f}"
+    if row.gap_p_holm < 0.001:
+        p = "p < 0.001"
+    return f"{row.gain} (gap {row.gap:+z.2f}, {p})"
 
 
 def _claim_row(

@@ -16,10 +16,7 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import NUMBER_COLUMNS
 from benchmarks.harness.report.style import MethodStyle, distinct_styles, style_of
 from benchmarks.harness.report.table import MISSING, Column, Table
-from benchmarks.harness.results.statistics import (
-    confidence_interval,
-    information_metrics,
-)
+from benchmarks.harness.results.statistics import information_metrics, mean_difference
 
 # separates a row's name from its setting, if each setting is a separate row
 SETTING_SEPARATOR = "|"
@@ -53,7 +50,7 @@ _TESTS_CAPTION = (
     "Intervals are 95 % confidence intervals (Student's t). p is from the paired t-test; p (Holm) "
     "is corrected with Holm's procedure over all {num_tests} tests of this table. The verdict uses "
     "p (Holm) at 5 %. “equal”: every difference is zero. A dash: untestable, because there is one "
-    "pair, or all differences are the same and not zero."
+    "pair, all differences are the same and not zero, or a run diverged."
 )
 # the end of the caption of cost_table
 _COST_CAPTION = (
@@ -374,7 +371,8 @@ def our_means(values: pd.Series[float], cell_columns: Sequence[str]) -> pd.DataF
 
     A cell is a combination of names in the index levels ``cell_columns``. Returns one row per cell:
     these columns, the mean ``ours``, the 95 % interval ``low`` and ``high`` (nan for a single
-    value), and the count ``n``. If a value is nan, the mean and the interval are nan.
+    value and for equal values), and the count ``n``. If a value is nan, the mean and the interval
+    are nan.
     """
     by_cell = values.groupby(list(cell_columns), sort=False)
     means = pd.DataFrame({"ours": by_cell.mean(skipna=False), "n": by_cell.size()})
@@ -383,12 +381,10 @@ def our_means(values: pd.Series[float], cell_columns: Sequence[str]) -> pd.DataF
     lows = []
     highs = []
     for _, cell_values in by_cell:
-        low = math.nan
-        high = math.nan
-        if len(cell_values) > 1:
-            low, high = confidence_interval(cell_values.to_numpy())
-        lows.append(low)
-        highs.append(high)
+        # the interval of a mean is that of the differences to 0
+        interval = mean_difference(cell_values.to_numpy())
+        lows.append(interval.low)
+        highs.append(interval.high)
     # without cells, the lists are empty, and only arrays with a type give columns of floats
     return means.assign(low=np.array(lows, float), high=np.array(highs, float)).reset_index()
 

@@ -6,12 +6,16 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
-import numpy as np
 import pandas as pd
 from scipy import special
 
 from benchmarks.harness.report.claims import Comparison, PaperEffect
-from benchmarks.harness.results.statistics import SIGNIFICANCE, Difference, mean_difference
+from benchmarks.harness.results.statistics import (
+    SIGNIFICANCE,
+    Difference,
+    confidence_interval,
+    mean_difference,
+)
 
 # two scores are compared if they are equal in these columns: the model, and what it was trained and
 # tested on
@@ -44,9 +48,9 @@ class Evidence:
         reference_mean: The mean of the reference method over the same pairs. It is nan for counts
             and ratios.
         is_at_chance: True if neither method is better than a guess.
-        num_incomplete: The number of pairs that are left out, because they lack a score of a model,
-            training task, test set, tuning or setting.
-        num_diverged: The number of these pairs that lack a score because training diverged.
+        num_incomplete: The number of pairs that are left out: they lack a score of a model,
+            training task, test set, tuning or setting, or a training diverged.
+        num_diverged: The number of these pairs whose training diverged.
         models: The models that both methods have.
         tasks: The tasks that both methods have.
     """
@@ -189,11 +193,12 @@ def _are_at_chance(scores: pd.DataFrame, chance: float) -> bool:
     """Return True if no method is better than a guess.
 
     A method is better if the whole 95 % interval of its mean score lies above the score of a guess.
-    The columns of ``scores`` are the methods, and its rows are pairs.
+    Scores that are all equal have an interval of width 0. The columns of ``scores`` are the
+    methods, and its rows are pairs.
     """
     for method in scores:
-        above_chance = mean_difference(scores[method].to_numpy() - chance)
-        if above_chance.low > 0:
+        low, _high = confidence_interval(scores[method].to_numpy())
+        if low > chance:
             return False
     return True
 
@@ -218,9 +223,7 @@ def _compare_counts(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None
     # in each combination, the highest and the lowest difference between two counts
     highest = both["our_most"] - both["other_least"]
     lowest = both["our_least"] - both["other_most"]
-    differences = np.concatenate([highest, lowest])
-    place_of_largest = np.abs(differences).argmax()
-    largest = float(differences[place_of_largest])  # with its sign
+    largest = float(max([*highest, *lowest], key=abs))  # with its sign
 
     num_runs = int(both["num_runs"].sum())
     return Evidence(

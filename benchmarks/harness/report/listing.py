@@ -111,6 +111,7 @@ def _models() -> list[Row]:
             "modality": model.modality,
             "hub": model.hub,
             "package": model.package,
+            "rebuilt": model.rebuilt,
             "timm": model.timm,
         }
         rows.append(row)

@@ -174,12 +174,14 @@ def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
     candidates = origins[candidate_columns].astype(str).drop_duplicates(ignore_index=True)
     # Map each name of a column to the candidates with this name, as an array of row numbers. Each
     # row of the table then only looks up its names, which is faster than comparing all candidates.
-    rows_by_name = {column: candidates.groupby(column).indices for column in shared_columns}
+    candidate_rows_by_name = {
+        column: candidates.groupby(column).indices for column in shared_columns
+    }
 
     folders_of_rows = []
     names_of_rows = table.frame[shared_columns].fillna("").astype(str)
     for names_of_row in names_of_rows.to_dict("records"):
-        run_ids = _matching_runs(names_of_row, candidates, rows_by_name)
+        run_ids = _matching_runs(names_of_row, candidates, candidate_rows_by_name)
         folders = [f"{benchmark}/{run_id}" for run_id in run_ids]
         folders_of_rows.append(" ".join(folders))
     frame = table.frame.assign(**{RUNS_COLUMN: folders_of_rows})
@@ -189,24 +191,24 @@ def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
 def _matching_runs(
     names_of_row: Mapping[Any, str],
     candidates: pd.DataFrame,
-    rows_by_name: Mapping[str, Mapping[Any, Any]],
+    candidate_rows_by_name: Mapping[str, Mapping[Any, Any]],
 ) -> Iterable[str]:
     """Return the ids of the runs whose names match a row of a table, each id once.
 
     Args:
         names_of_row: The names in the row, by column. An empty name matches every run.
         candidates: The ``run_id`` and the names of each run. The index counts from 0.
-        rows_by_name: For each column, a map from a name to the row numbers of the ``candidates``
-            that have it.
+        candidate_rows_by_name: For each column, a map from a name to the row numbers of the
+            ``candidates`` that have it.
     """
     # each name of the row rules out the candidates that do not have it
     matching = set(candidates.index)
     for column, name in names_of_row.items():
         if not name:
             continue
-        if name not in rows_by_name[column]:
+        if name not in candidate_rows_by_name[column]:
             return []
-        matching.intersection_update(rows_by_name[column][name])
+        matching.intersection_update(candidate_rows_by_name[column][name])
     in_order = sorted(matching)
     return candidates["run_id"].iloc[in_order].unique()
 

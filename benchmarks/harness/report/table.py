@@ -92,12 +92,15 @@ class Column:
 
     @property
     def heading(self) -> str:
-        """Return the label with its unit."""
+        """Return the label with its unit. The unit of a difference of percentages is points."""
         metric = load_metrics()[self.metric]
         label = self.label or metric.label
         if not metric.unit:
             return label
-        return f"{label} ({metric.unit})"
+        unit = metric.unit
+        if self.signed and unit == "%":
+            unit = "points"
+        return f"{label} ({unit})"
 
     def text(self, row: pd.Series) -> str:
         """Format the cell of a row: the number, with the deviation or the interval if known."""
@@ -110,19 +113,24 @@ class Column:
         low_column, high_column = self.interval
         if math.isnan(row[low_column]):
             return number
-        low = self._number_text(row[low_column], signed=self.signed)
-        high = self._number_text(row[high_column], signed=self.signed)
+        # an end of a difference that is rounded to 0 keeps its sign, which says if 0 lies inside
+        low = self._number_text(row[low_column], signed=self.signed, keeps_sign=self.signed)
+        high = self._number_text(row[high_column], signed=self.signed, keeps_sign=self.signed)
         return f"{number} [{low}, {high}]"
 
-    def _number_text(self, value: float, *, signed: bool) -> str:
-        """Format a number with the scale of the metric and the decimals; a dash for nan."""
+    def _number_text(self, value: float, *, signed: bool, keeps_sign: bool = False) -> str:
+        """Format a number with the scale of the metric and the decimals; a dash for nan.
+
+        With ``keeps_sign``, a negative number that is rounded to 0 has a minus sign.
+        """
         if pd.isna(value):
             return MISSING
         metric = load_metrics()[self.metric]
         decimals = metric.decimals if self.decimals is None else self.decimals
         sign = "+" if signed else ""
         # z: no minus sign for a number that is rounded to 0
-        return f"{value * metric.scale:{sign}z.{decimals}f}"
+        zero = "" if keeps_sign else "z"
+        return f"{value * metric.scale:{sign}{zero}.{decimals}f}"
 
 
 @dataclass(frozen=True)

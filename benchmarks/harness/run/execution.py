@@ -93,7 +93,10 @@ def execute(
         # the other processes wait here until the first one has locked the run
         init_process_group()
         # while this process waited for the lock, another one may have finished the run
-        if broadcast(output.exists()):
+        is_finished = output.exists()
+        if run.keeps_weights:
+            is_finished = is_finished and (folder / paths.WEIGHTS).exists()
+        if broadcast(is_finished):
             return output
         with _redirect_output(own_log) as terminal:
             # the first process reports to the terminal, and each of the others to its own log

@@ -55,7 +55,7 @@ def _suite_schema() -> dict[str, Any]:
     requested: list[tuple[type[SuitePart], Literal["validation"]]] = [
         (model, "validation") for model in section_models.values()
     ]
-    _, combined_schema = models_json_schema(requested)
+    references, combined_schema = models_json_schema(requested)
     definitions = combined_schema["$defs"]
     # no key is required, because a suite may give a block's keys in ``grid_defaults`` instead
     for definition in definitions.values():
@@ -63,7 +63,7 @@ def _suite_schema() -> dict[str, Any]:
 
     sections = {}
     for name, model in section_models.items():
-        sections[name] = {"$ref": f"#/$defs/{model.__name__}"}
+        sections[name] = references[model, "validation"]
 
     schema = SuiteSettings.model_json_schema()
     schema["$defs"] = definitions

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import hide_passwords, short_digest
-from benchmarks.harness.config.benchmark import benchmark_names
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import PLACE_KEYS, Suite, plain_suite, suite_names
 from benchmarks.harness.report.artifacts import (
@@ -238,7 +237,8 @@ def explain_missing_target(target: str, suite: Suite) -> str:
             )
     if target in suite_names():
         return f"'{target}' is a suite: `{_command('', target, suite)}`"
-    known = ["all", "tables", *benchmark_names(), *items, *suite_names()]
+    artifact_names = [artifacts.name for artifacts in all_artifacts()]
+    known = ["all", "tables", "report", *artifact_names, *items, *suite_names()]
     return f"there is no target '{target}'{did_you_mean(target, known)}"
 
 
