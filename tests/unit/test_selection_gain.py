@@ -123,7 +123,7 @@ def test_differences_under_both_selections_stand_side_by_side(
         assert row[f"{protocol}_delta"] == pytest.approx(np.mean(gaps))
     # the suite searches k under the authors' selection alone
     searched = table.texts().set_index(["Trained on", "Method"]).loc[("MRPC", SEARCHED)]
-    assert searched["Δ, clean selection (%)"] == "–"
+    assert searched["Δ, clean selection (points)"] == "–"
     assert searched["Δ, authors' selection (%)"] != "–"
 
 
@@ -168,7 +168,7 @@ def test_clean_runs_alone_show_the_clean_choice(records: list[Record]) -> None:
     assert set(table.frame["selection"]) == {"clean"}
     assert len(table.frame) == 4  # two rows on two tasks
     headings = [column.heading for column in table.printed]
-    assert "Δ, clean selection (%)" in headings
+    assert "Δ, clean selection (points)" in headings
     assert "Δ, authors' selection (%)" not in headings
 
 
