@@ -164,8 +164,9 @@ class InstructionOutcomes(Outcomes):
         to_baseline = paired_differences(
             values, cell_columns, reference=self._references[BASELINE], pair="question"
         )
-        # The answers of an untuned model do not depend on the seed, because tasks of lm-eval do not
-        # use the template that the seed may draw. So every seed is compared with its mean answers.
+        # The answers of an untuned model depend on the seed only if its experts are a random
+        # partition, because tasks of lm-eval do not use the template that the seed may draw. So
+        # every seed is compared with the mean of the untuned answers.
         to_untuned = paired_differences(
             values,
             cell_columns,
@@ -193,8 +194,9 @@ class InstructionOutcomes(Outcomes):
     def loss_differences(self, against: str) -> pd.DataFrame:
         """Compare the held-out loss of each cell with its reference, paired by shared seed.
 
-        The loss of an untuned model depends on the seed only if the seed draws the template.
-        Otherwise every seed is compared with the same untuned loss.
+        The loss of an untuned model depends on the seed only if the seed draws the template or a
+        random partition. Unless it draws the template, every seed is compared with the mean of the
+        untuned losses.
 
         Args:
             against: The reference: ``baseline`` (of the same tuning) or ``untuned`` (the same
@@ -205,7 +207,6 @@ class InstructionOutcomes(Outcomes):
         """
         losses = self.numbers("dev", "loss").reset_index()
         averaged = []
-        # the untuned model has one loss for all seeds, so it is averaged over its seeds
         if against == UNTUNED and not self.draws_templates:
             averaged = ["seed"]
         differences = paired_differences(

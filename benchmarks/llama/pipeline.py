@@ -209,9 +209,12 @@ def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> RunR
         batch_size = spec.training.batch_size
     learned, held_out = _split_rows(len(encoded), spec, batch_size)
     if not learned:
+        taken = "all of it"
+        if spec.data.train_rows is not None:
+            taken = f"at most data.train_rows: {spec.data.train_rows}"
         raise DataError(
             f"{instructions.source} has {len(encoded)} usable rows: {len(held_out)} are held out, "
-            f"and the rest does not fill a step of {batch_size}"
+            f"and the rest ({taken}) does not fill a step of {batch_size}"
         )
 
     train_rows = encoded.select(learned)

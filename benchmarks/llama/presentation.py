@@ -289,14 +289,14 @@ _COUNT_HEADINGS = {
 
 def data_table(outcomes: InstructionOutcomes) -> Table:
     """Make a table of the rows and tokens of each set: learned, held out, cut and broken."""
-    # all runs of a model on a set have the same counts
+    # runs with the same model, set and drawn rows have the same counts
     distinct = pd.DataFrame(_data_rows(outcomes)).drop_duplicates().reset_index(drop=True)
     task_titles = [outcomes.title("task", name) for name in distinct["task"]]
     return Table(
         title="Instructions",
         caption="Only the tokens of responses are learned. Responses are cut at the maximum "
         "length. A row is broken if its prompt alone is longer, or if it lacks a field, is empty, "
-        "or is not UTF-8.",
+        "or is not UTF-8. If seeds draw different rows, each draw has a row of its own.",
         keys={"task_title": "Set", "model": "Tokens of", "part": "Part", "template": "Template"},
         columns=[Column("count", name, heading) for name, heading in _COUNT_HEADINGS.items()],
         frame=distinct.assign(task_title=task_titles),

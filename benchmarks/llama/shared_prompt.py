@@ -13,6 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from benchmarks.harness.models.prefix import STATES, Prefix, PrefixStates, columns_digest
+from emoe import config_of, is_converted
 
 # lm-eval's form: the texts of prompt and choice, the prompt's tokens, the choice's tokens
 Request = tuple[tuple[str, str], list[int], list[int]]
@@ -31,7 +32,7 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
     :data:`MAX_CHOICE_TOKENS` tokens, the question has several rows. A choice attends to the prompt
     and to itself. Only positions that predict a token of a choice get logits. Likelihoods equal
     lm-eval's up to rounding. lm-eval's own code answers on an accelerator, if the model does not
-    support such masks, or if the question is too long.
+    support such masks, if its experts have a capacity, or if the question is too long.
 
     Args:
         prefix: The frozen layers of the model, whose output is kept for all runs; None if no layer
@@ -84,9 +85,11 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
     def _can_share_prompt(self, question: _Question) -> bool:
         """Return True if the choices of a question can share its prompt.
 
-        This needs a CPU, SDPA, and a prompt that fits with each choice into the model's window.
+        This needs a CPU, SDPA, experts without a capacity, and a prompt that fits with each choice
+        into the model's window.
         """
-        config = cast(Any, self.model).config
+        model = cast(Any, self.model)
+        config = model.config
         is_on_cpu = self.device.type == "cpu"
         # other implementations of attention take no mask for each row
         takes_mask = config._attn_implementation == "sdpa"
@@ -96,7 +99,9 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             window = min(window, sliding_window)
         longest_choice = max(len(choice) for choice in question.choices)
         fits = len(question.prompt) + longest_choice <= window
-        return is_on_cpu and takes_mask and fits
+        # with a capacity, a choice could take an expert from the tokens of another choice
+        has_capacity = is_converted(model) and config_of(model).capacity_factor is not None
+        return is_on_cpu and takes_mask and fits and not has_capacity
 
     def _states(self, questions: Sequence[_Question]) -> PrefixStates | None:
         """Return the output of the frozen layers for each question.

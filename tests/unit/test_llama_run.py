@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import emoe
-from benchmarks.harness.base import PREFIXES, QUESTIONS, DefinitionError
+from benchmarks.harness.base import PREFIXES, QUESTIONS, DataError, DefinitionError
 from benchmarks.harness.config.methods import tuning_spec
 from benchmarks.harness.config.runs import run_from_spec
 from benchmarks.harness.models.build import build_language_model
@@ -81,6 +81,13 @@ def test_all_experts_train_exactly_like_the_dense_model() -> None:
     assert same["scores"]["dev"]["own"]["loss"] == pytest.approx(
         dense["scores"]["dev"]["own"]["loss"], abs=1e-4
     )
+
+
+def test_rows_that_do_not_fill_a_step_name_the_setting_that_limits_them() -> None:
+    run = typed(tiny_run("dense", "full", data={"train_rows": 3}))
+    limit = re.escape("(at most data.train_rows: 3) does not fill a step of 4")
+    with pytest.raises(DataError, match=limit):
+        read_data(run, load_tokenizer(run.model))
 
 
 def test_seeds_draw_other_training_rows_and_share_the_held_out_rows() -> None:
@@ -373,6 +380,20 @@ def test_active_parameters_count_a_fused_up_projection(model_type: str) -> None:
     inactive_weights = (1 - summary["active_neurons"]) * ffn_weights
     assert inactive_weights > 0
     assert summary["active_parameters"] == summary["parameters"] - inactive_weights
+
+
+def test_choices_do_not_share_the_capacity_of_experts() -> None:
+    config = {**tiny_run("emoe", "full").config, "capacity_factor": 0.5}
+    run = typed(tiny_run("emoe", "full", {"method": {"config": config}}))
+    model = build_language_model(run).model.eval()
+    assert emoe.config_of(model).capacity_factor == 0.5
+    tokenizer = load_tokenizer(run.model)
+    (prompt,) = tokenizer("a", add_special_tokens=False)["input_ids"][:1]
+    asked = [(("a", str(token)), [prompt], [token, token + 1]) for token in range(20, 28)]
+    settings: dict[str, Any] = {"pretrained": model, "tokenizer": tokenizer, "batch_size": 1}
+    theirs = HFLM(**settings)._loglikelihood_tokens(asked, disable_tqdm=True)
+    ours = SharedPromptLM(**settings)._loglikelihood_tokens(asked, disable_tqdm=True)
+    assert ours == theirs
 
 
 def test_many_choices_with_one_prompt_share_rows_of_limited_length() -> None:
