@@ -510,8 +510,7 @@ def _first_runs(outcomes: DomainOutcomes, data_set: str) -> _FirstRuns | None:
     """Return the first run of each method on an image set.
 
     Only runs of the first model that hold out one environment alone are considered. All returned
-    runs hold out the same environment: the one with the lowest number. The result is None if there
-    is no such run.
+    runs hold out the same environment: the one with the lowest number. None if there is none.
     """
     single_runs = _single_runs(outcomes, data_set)
     if not single_runs:

@@ -133,7 +133,7 @@ def _variant(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
     """Name the settings that differ from their defaults, such as ``tokens=64-threads=2``."""
     changed = []
     for key, value in settings.items():
-        # candidates are no part of the name, because each run measures several of them
+        # candidates are not part of the name, because each run measures several of them
         if key != "candidates" and value != defaults[key]:
             changed.append(f"{key}={value}")
     return "-".join(changed)

@@ -6,8 +6,8 @@ Without these, PyTorch computes one expert after another.
 Shapes: T tokens, N experts of s neurons, h width, P pairs of a token and a chosen expert.
 
 The grouped product is one call of PyTorch for all experts. The rows of its tensors must have a
-multiple of 16 bytes. For that, neurons of zeros are appended. A width h that is no such multiple is
-not padded. On a GPU a token's outputs are summed in varying order unless
+multiple of 16 bytes. For that, neurons of zeros are appended. The width h is never padded. On a
+GPU, a token's outputs are summed in varying order unless
 ``torch.use_deterministic_algorithms(True)`` is set. The grouped product is tested on a CPU and not
 timed on a GPU.
 """

@@ -59,7 +59,7 @@ with one_line_errors():
         runs.refuse_old_folders()
     # By benchmark and id of the run, True if the run keeps its weights. This plans the
     # runs, so that errors in a grid are reported here.
-    KEPT_WEIGHTS = plan.keeps_weights_by_run(SUITE, in_job=IN_JOB)
+    KEEPS_WEIGHTS = plan.keeps_weights_by_run(SUITE, in_job=IN_JOB)
 
 RESULTS = f"results/{SUITE.name}"
 
@@ -175,7 +175,7 @@ def run_resource(name, usual=None):
     return lambda wildcards: run_of(wildcards).resources.get(name, usual)
 
 
-def grown(name):
+def growing_resource(name):
     # Make the function of a resource that grows each time that a job is tried again. It matters
     # only on clusters.
     return lambda wildcards, attempt: run_of(wildcards).resources[name] * attempt

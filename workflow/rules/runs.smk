@@ -62,7 +62,7 @@ rule partition_neurons:
 
 # A rule for each benchmark, so that small benchmarks can come first. If only some runs of a
 # benchmark keep their weights, its other runs have a second rule.
-for run_rule in run_rules(KEPT_WEIGHTS):
+for run_rule in run_rules(KEEPS_WEIGHTS):
 
     rule:
         name:
@@ -81,8 +81,8 @@ for run_rule in run_rules(KEPT_WEIGHTS):
             ENVIRONMENT
         threads: run_threads
         resources:
-            mem_mb=grown("mem_mb"),
-            runtime=grown("runtime"),
+            mem_mb=growing_resource("mem_mb"),
+            runtime=growing_resource("runtime"),
             gpu=run_resource("gpu"),
             # how torchrun distributes a run of instruction tuning
             processes=run_resource("processes", 1),

@@ -375,7 +375,7 @@ def _top_k(fraction: float, num_experts: int | None, where: str) -> int:
         raise DefinitionError(f"{where} sets 'top_k_fraction' but no 'num_experts', which it needs")
     product = fraction * num_experts
     top_k = round(product)
-    # a rounding error is no fault: 0.28 * 25 is 7.000000000000001
+    # allow for rounding: 0.28 * 25 is 7.000000000000001
     if top_k < 1 or not math.isclose(product, top_k):
         raise DefinitionError(
             f"{where}: top_k_fraction {fraction} of the experts is {product:g} experts"

@@ -350,7 +350,7 @@ def check_csv(location: Location, name: str, folder: Path, columns: Sequence[str
         columns: The columns before value, status and source. Empty if any columns are allowed.
 
     Raises:
-        DefinitionError: The CSV does not exist, is no text in UTF-8, or has other columns or a row
+        DefinitionError: The CSV does not exist, is not UTF-8 text, or has other columns or a row
             with another number of cells.
     """
     known = [str(path.relative_to(folder)) for path in folder.glob("**/*.csv")]

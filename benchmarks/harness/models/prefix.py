@@ -107,7 +107,7 @@ class Prefix:
 
         modules = dict(network.named_modules())
         self._frozen_layers = [modules[path] for path in frozen_paths.layers]
-        # a path may also lead to a parameter, such as timm's cls_token, which is no module
+        # a path may also lead to a parameter, such as timm's cls_token, which is not a module
         self._prefix_modules = [modules[path] for path in paths if path in modules]
         # The description becomes part of the digest. It may contain irrelevant settings, such as
         # the path of the weights. If only these differ, the states are computed again for nothing,

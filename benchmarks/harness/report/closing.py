@@ -14,7 +14,7 @@ from benchmarks.harness.report.claims import claimed_benchmarks
 
 _COLUMNS = ("claim_title", "endpoint", "verdict")  # of the table of the claims
 _WIDTH = 100  # letters of a line
-# Cells of the column `verdict` that are no verdicts. `evidence.Verdict` is not imported, because
+# Cells of the column `verdict` that are not verdicts. `evidence.Verdict` is not imported, because
 # its module imports pandas, which takes long.
 _NO_VERDICTS = ("missing", "–")
 

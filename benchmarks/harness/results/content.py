@@ -20,7 +20,7 @@ class Recorded(BaseModel):
     @classmethod
     def _refuse_null(cls, content: Any) -> Any:
         """Return the content unchanged, or raise if an optional key is null."""
-        # if it is no dictionary, pydantic refuses it after this validator
+        # if it is not a dictionary, pydantic refuses it after this validator
         if not isinstance(content, dict):
             return content
         for key, field in cls.model_fields.items():

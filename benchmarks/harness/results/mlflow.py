@@ -320,7 +320,7 @@ def _create(client: MlflowClient, experiment_id: str, record: Record) -> None:
     stored_id = created.info.run_id
     for file in _FILES:
         path = paths.RUNS / run.folder / file
-        # a folder is no file, and MLflow would wait forever for the content of a named pipe
+        # a folder is not a file, and MLflow would wait forever for the content of a named pipe
         if path.is_file():
             client.log_artifact(stored_id, str(path))
     params = []

@@ -386,7 +386,7 @@ def tabulate_numbers(records: Iterable[Record]) -> pd.DataFrame:
         for number in _numbers_and_lost_losses(run, record.metrics):
             # a part such as "test as emoe" has the main metrics of "test"
             base_part, _separator, _method = number.part.partition(AS)
-            # None for costs and the like, which are no scores
+            # None for costs and the like, which are not scores
             main_metric = main_metrics.get((base_part, number.data_set))
             is_main = number.metric == main_metric
             # the mean over several data sets has no main metric, but it is a score

@@ -205,7 +205,7 @@ def shared_pairs(
 def holm(p: pd.Series[float]) -> pd.Series[float]:
     """Correct the p values of one family by Holm's step-down procedure.
 
-    Values of nan are no tests. They are not counted, and they stay nan.
+    Values of nan do not count as tests, and they stay nan.
     """
     # statsmodels' multipletests collects garbage at every call, which takes longer than the rest
     ordered = p.dropna().sort_values()

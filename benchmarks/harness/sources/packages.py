@@ -230,7 +230,7 @@ def check_sha256(path: Path, checksum: str, advice: str = "") -> None:
     Args:
         path: The path of the file.
         checksum: The expected sha256.
-        advice: The end of the message if the path is no regular file or has other content.
+        advice: The end of the message if the path is not a regular file or has other content.
     """
     if not path.exists():
         raise DataError(f"{path} does not exist")

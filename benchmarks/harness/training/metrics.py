@@ -34,7 +34,7 @@ def _pearson_spearman(labels: NDArray[Any], predictions: NDArray[Any]) -> float:
     """
     if not np.isfinite(predictions).all() or np.ptp(predictions) == 0:
         return 0.0
-    # nearly constant predictions, as before training, are no reason for a warning
+    # do not warn of nearly constant predictions: an untrained model makes them
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.NearConstantInputWarning)
         pearson = stats.pearsonr(labels, predictions).statistic
