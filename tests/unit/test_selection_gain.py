@@ -124,7 +124,7 @@ def test_differences_under_both_selections_stand_side_by_side(
     # the suite searches k under the authors' selection alone
     searched = table.texts().set_index(["Trained on", "Method"]).loc[("MRPC", SEARCHED)]
     assert searched["Δ, clean selection (points)"] == "–"
-    assert searched["Δ, authors' selection (%)"] != "–"
+    assert searched["Δ, authors' selection (points)"] != "–"
 
 
 def test_a_row_links_to_its_runs_of_both_selections(runs: list[Run], records: list[Record]) -> None:
@@ -169,7 +169,7 @@ def test_clean_runs_alone_show_the_clean_choice(records: list[Record]) -> None:
     assert len(table.frame) == 4  # two rows on two tasks
     headings = [column.heading for column in table.printed]
     assert "Δ, clean selection (points)" in headings
-    assert "Δ, authors' selection (%)" not in headings
+    assert "Δ, authors' selection (points)" not in headings
 
 
 def test_a_single_seed_tells_no_luck(records: list[Record]) -> None:
