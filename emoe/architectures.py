@@ -173,8 +173,10 @@ def register_ffn(key: str, *specs: FFNSpec) -> None:
             skipped.
 
     Raises:
-        ConversionError: ``between`` or ``fused`` of a spec is invalid.
+        ConversionError: there is no spec, or ``between`` or ``fused`` of a spec is invalid.
     """
+    if not specs:
+        raise ConversionError(f"register_ffn: '{key}' needs at least one FFNSpec")
     for spec in specs:
         if not isinstance(spec.between, tuple) or spec.fused not in (None, "first", "last"):
             raise ConversionError(
@@ -602,7 +604,7 @@ def bias_of(module: nn.Module) -> Tensor | None:
 def is_local_tensor(weight: Any) -> bool:
     """Check if a weight is an ordinary tensor whose values this process holds.
 
-    A sharded weight is not, nor is a quantised one of another class, or one on the meta device.
+    False for a sharded weight, a quantised weight of another class, or one on the meta device.
     """
     return type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
 

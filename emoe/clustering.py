@@ -33,6 +33,8 @@ _SMALLEST_ABSOLUTE_GAIN = 1e-5
 _SMALL_RELATIVE_GAIN = 1e-4
 # If a round raises the score by less than this share, the search ends.
 _NEGLIGIBLE_RELATIVE_GAIN = 2e-5
+# The inertia of equal rows of length 1 is 0, except for rounding. It is less than this per row.
+_ROUNDING_PER_ROW = 1e-12
 
 
 class _Stage(NamedTuple):
@@ -130,10 +132,10 @@ def explained_variance_ratio(points: Tensor, labels: Tensor, num_clusters: int) 
     rows = F.normalize(points.detach().float(), dim=1)
     # all rows in one cluster, numbered 0
     total = inertia(rows, torch.zeros_like(labels), 1)
-    if total > 0:
-        return 1.0 - inertia(rows, labels, num_clusters) / total
-    # equal rows have no variance to explain
-    return 0.0
+    # equal rows have no variance to explain, only a tiny one from rounding
+    if total < _ROUNDING_PER_ROW * len(rows):
+        return 0.0
+    return 1.0 - inertia(rows, labels, num_clusters) / total
 
 
 def _cluster_sums(rows: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
@@ -406,9 +408,9 @@ def _find_candidates(labels: Tensor, products: Tensor) -> _Candidates:
     count = min(_EXCHANGE_CANDIDATES, size)
     # both [own cluster, other cluster, count]; this overwrites `gains`
     largest_gains, positions = _largest_(gains, count)
-    # Convert positions among a cluster's members into row numbers. `gather` needs a matrix, so the
-    # last two dimensions are flattened and then restored.
-    candidate_rows = members.gather(1, positions.flatten(1)).view_as(positions)
+    # convert positions among a cluster's members into row numbers
+    own_clusters = torch.arange(num_clusters, device=members.device).view(-1, 1, 1)
+    candidate_rows = members[own_clusters, positions]
     return _Candidates(rows=candidate_rows, gains=largest_gains)
 
 

@@ -58,9 +58,9 @@ class Bounds:
     """The bounds of a number; None for no bound.
 
     Attributes:
-        at_least: smallest allowed value.
-        above: largest value that is too small.
-        below: smallest value that is too large.
+        at_least: inclusive lower bound.
+        above: exclusive lower bound.
+        below: exclusive upper bound.
     """
 
     at_least: float | None = None
@@ -119,7 +119,8 @@ class RoutingConfig:
 
     Attributes:
         num_experts: number of experts N. EMoE: N must divide the number of the FFN's neurons.
-        top_k: number of experts that each token uses.
+        top_k: number of experts that each token uses. With ``selection="not_top"``, a token uses
+            all experts but these.
         layers: FFNs to convert: ``[8, 10]``, ``"all"``, ``"last:2"`` (the last two),
             ``"last-half:2"`` (every second one of the last half), ``"last-quarter:2"`` or a slice
             such as ``"8:12:2"``.
@@ -272,20 +273,22 @@ class RoutingConfig:
             raise self._error(field.name, wanted)
 
     def _normalise_layers(self) -> None:
-        """Make a list of ``layers`` a tuple. Check that it holds whole numbers only.
+        """Convert a list of ``layers`` to a tuple, after checking that it holds whole numbers.
 
         A string stays as it is.
         """
         # resolve_layers checks strings, because they depend on the model's number of layers
         if isinstance(self.layers, str):
             return
+        wanted = "a list of layer numbers, 'all', 'last:2', 'last-half:2' or a slice"
         is_bytes = isinstance(self.layers, bytes | bytearray | memoryview)  # sequences of numbers
         is_list = isinstance(self.layers, Sequence) and not is_bytes
-        # not isinstance(), for which booleans are whole numbers
-        has_numbers = is_list and all(type(layer) is int for layer in self.layers)
-        if not has_numbers or len(self.layers) == 0:
-            wanted = "a list of layer numbers, 'all', 'last:2', 'last-half:2' or a slice"
+        if not is_list or len(self.layers) == 0:
             raise self._error("layers", wanted)
+        for layer in self.layers:
+            # not isinstance(), for which booleans are whole numbers
+            if type(layer) is not int:
+                raise self._error("layers", wanted)
         # the dataclass is frozen, so an ordinary assignment would fail
         object.__setattr__(self, "layers", tuple(self.layers))
 

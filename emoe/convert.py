@@ -49,9 +49,9 @@ class LayerReport:
         neurons: number of neurons of all experts.
         experts: number of experts.
         expert_size: number of neurons of an expert.
-        top_k: experts that each token uses.
-        explained: share of the variance between keys that the partition explains. None for GMoE,
-            and for a partition that :func:`emoe.partition` has not computed.
+        top_k: the configuration's ``top_k``.
+        explained: share of the normalised keys' variance that the partition explains. None for
+            GMoE, and for a partition that :func:`emoe.partition` has not computed.
         seconds: time that the partition took. None if ``explained`` is None.
     """
 
@@ -73,8 +73,8 @@ class ConversionReport:
         layers: one report for each converted FFN.
         total_layers: number of FFNs in the model.
         active_neurons: number of FFN neurons that a token uses in all layers, divided by the number
-            of FFN neurons of the dense model. Below 1 for EMoE, above 1 for GMoE with more than one
-            active copy.
+            of FFN neurons of the dense model. At most 1 for EMoE, above 1 for GMoE with more than
+            one active copy.
         added_parameters: number of parameters that the dense model does not have.
     """
 
@@ -317,10 +317,11 @@ def widen(ffn: FFN, copies: int) -> None:
 def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
     """Fold the experts back into the dense FFN, in place, by removing the routing (EMoE2Dense).
 
-    The weights stay as they are, bit by bit, and adapters stay in place. The outputs change unless
-    every expert was in use (``top_k == num_experts``). The experts' output biases become one: their
-    mean, times the number of experts that a token used when the model was converted. Before
-    training this is the dense FFN's bias.
+    The weights stay as they are, bit by bit, and adapters stay in place. The outputs stay the same
+    only if every expert was in use with the weight 1 (``top_k == num_experts`` and
+    ``weighting="binary"``). The experts' output biases become one: their mean, times the number of
+    experts that a token used when the model was converted. Before training this is the dense FFN's
+    bias.
 
     >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
@@ -510,7 +511,9 @@ def _check_order_(layer: RoutedActivation, weight: Tensor) -> None:
 
     # if the permutation is 0, 1, 2, …, the two similarities differ only by rounding
     changes_order = bool((permutation.diff() != 1).any())
-    if changes_order and similarity_permuted > max(similarity, _SAME_MODEL_COSINE):
+    is_same_model = similarity_permuted > _SAME_MODEL_COSINE
+    fits_better_permuted = similarity_permuted > similarity
+    if changes_order and is_same_model and fits_better_permuted:
         raise CheckpointError(
             f"{layer.ffn.name}: the state dict has a dense model's order of neurons; "
             "load it before emoe.convert_, or after emoe.to_dense_(model, restore_order=True)"

@@ -189,9 +189,9 @@ class RoutedActivation(nn.Module):
         # an integer tensor, which a cast of the model to bfloat16 does not round
         self.output_bias_parts = torch.tensor(num_parts, device=bias.device)
 
-        # compute both before the next step, which changes `bias` itself
-        zeros = torch.zeros_like(bias)
-        expert_bias = bias.detach() / num_parts
+        # a copy, because resize_parameter_ changes `bias` itself
+        dense_bias = bias.detach().clone()
+        expert_bias = dense_bias / num_parts
         expert_biases = expert_bias.repeat(self.config.num_experts, 1)  # [N, h]
 
         # An optimizer may hold the bias parameter. So the same object becomes the experts' biases:
@@ -202,7 +202,7 @@ class RoutedActivation(nn.Module):
 
         # The projection gets a bias of zeros instead, because not every projection works without a
         # bias (GPT-2's Conv1D). A buffer is not trained.
-        proj_out.register_buffer("bias", zeros)
+        proj_out.register_buffer("bias", torch.zeros_like(dense_bias))
         # a hook adds the biases of the chosen experts to the projection's output
         self._handles.append(proj_out.register_forward_hook(self._output_bias_hook))
 
@@ -499,7 +499,7 @@ class RoutedActivation(nn.Module):
         noise_std = 0.0
         if divides_by_noise:
             noise_std = config.router_noise / config.num_experts
-        # aux_loss prefers a loss of compiled code, which would be older than this one
+        # aux_loss returns a loss of compiled code first: an earlier one must not hide this loss
         self._traced.loss = None
         self._call_state.loss = balance_loss(
             clean, noisy, chosen, noise_std, config.balance_loss, token_mask

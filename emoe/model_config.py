@@ -136,11 +136,12 @@ def describe_experts_(model: nn.Module) -> None:
 def _share_config_with_base_(model: Any) -> None:
     """Give the base model inside a transformers model, such as ``model.bert``, its configuration.
 
-    In transformers both are one object. Converting only the base model has made two of them.
+    In transformers both are one object. If only the base model was converted, they became two.
     """
-    base = getattr(model, "base_model", model)
+    base = getattr(model, "base_model", None)
     base_config = getattr(base, "config", None)
-    if base_config is model.config:
+    # there is no base model, or it shares the configuration already
+    if base_config is None or base_config is model.config:
         return
     # another kind of configuration has other fields
     if type(base_config) is type(model.config):

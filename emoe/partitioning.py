@@ -32,8 +32,8 @@ class Partition(Mapping[int, Tensor]):
 
     Attributes:
         permutations: permutation of each layer, by layer number.
-        explained: share of the variance between normalised keys that the experts explain, by layer;
-            0 for one expert.
+        explained: share of the normalised keys' variance that the experts explain, by layer; 0 for
+            one expert.
         seconds: build time by layer.
     """
 

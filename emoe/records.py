@@ -306,7 +306,12 @@ def record_routing(model: nn.Module, *, window: int | None = None) -> Iterator[R
     Raises:
         ConversionError: the model has no routed FFN, its parts were converted separately, it is
             already being recorded, or it passes its tokens in chunks (``chunk_size_feed_forward``).
+            Or ``window`` is not a whole number of at least 1.
     """
+    if window is not None and (type(window) is not int or window < 1):
+        raise ConversionError(
+            f"record_routing: window is {window!r}; it must be a whole number >= 1, or None"
+        )
     layers = routed_layers(model)
     if not layers:
         raise ConversionError("record_routing: the model has no routed FFN; convert it first")

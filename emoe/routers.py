@@ -25,8 +25,8 @@ _INITIAL_SCALE = 2.0
 _EMBEDDING_DEVIATION = 0.01
 # elements of a weight that are averaged together on a CPU
 _CHUNK_ELEMENTS = 1 << 19
-# About this many elements of a weight are compared to detect changes. They are fewer if the weight
-# has fewer rows.
+# At least this many elements of a weight are compared to detect changes, and fewer than twice as
+# many. A weight with fewer rows has one for each row.
 _COMPARED_ELEMENTS = 512
 
 
@@ -197,12 +197,12 @@ class Stamp:
         self._weight = weight
         self._version = _version(weight)
         self._address = weight.data_ptr()
-        elements = weight.new_empty(0)  # none are compared if the caller has no copy
+        self._current_elements: Tensor | None = None
+        self._old_elements: Tensor | None = None
         if has_copy:
-            elements = _compared_elements(weight)
-        # a view of the weight, which shows later changes, and a copy, which does not
-        self._current_elements = elements
-        self._old_elements = elements.clone()
+            # a view of the weight, which shows later changes, and a copy, which does not
+            self._current_elements = _compared_elements(weight)
+            self._old_elements = self._current_elements.clone()
 
     def still_matches(self, projection: nn.Module) -> bool:
         """Check if a projection is the stamped one, and its weight unchanged."""
@@ -216,7 +216,7 @@ class Stamp:
         if _version(weight) != self._version:
             return False
         # no elements are compared if the caller has no copy of the weight
-        if len(self._old_elements) == 0:
+        if self._current_elements is None or self._old_elements is None:
             return True
         return torch.equal(self._current_elements, self._old_elements)
 
@@ -226,7 +226,8 @@ def _compared_elements(weight: Tensor) -> Tensor:
     rows, columns = weight.shape
     num_compared = min(rows, _COMPARED_ELEMENTS)
     # The elements lie on diagonals: from each to the next, some rows down and some columns along.
-    # So all experts have some, whether neurons are rows or, as in GPT-2's Conv1D, columns.
+    # So each of up to 512 experts has some, whether neurons are rows or, as in GPT-2's Conv1D,
+    # columns.
     rows_down = rows // num_compared
     columns_along = max(columns // num_compared, 1)
     # in the flat matrix, the next row is `columns` elements further, and the next column is one
@@ -338,8 +339,11 @@ class AvgKRouter(Router):
         # training changes the weights in every step
         if self.training:
             return False
-        # kept mean weights have no gradient, and a graph would contain them as constants
-        return not (torch.is_grad_enabled() or is_traced())
+        # kept mean weights have no gradient
+        if torch.is_grad_enabled():
+            return False
+        # a graph would contain them as constants
+        return not is_traced()
 
     def _kept_mean_weight(self) -> Tensor | None:
         """Return the mean weights ``[N, h]`` that an earlier call kept.

@@ -17,11 +17,11 @@ from emoe.model_config import check_holds_described_experts, update_description_
 from emoe.routers import FixedRouter
 from emoe.sparse.module import NOT_CALLED, SparseFFN, check_supported, install_, probe_output
 
+_INTEGER_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 def set_top_k_(model: nn.Module, top_k: int) -> nn.Module:
-    """Change the configuration's ``top_k``, the number of experts that each token uses, in place.
-
-    It holds for evaluation and training.
+    """Change the configuration's ``top_k`` in place, for evaluation and training.
 
     Args:
         model: converted model.
@@ -215,7 +215,7 @@ def _read_usage(layer: RoutedActivation, usage: Mapping[int, Tensor]) -> Tensor:
 
     Raises:
         ConversionError: the layer has another router than ``avg_k`` or ``fixed``, or its counts are
-            missing, have another shape, are not integers or are all 0.
+            missing, have another shape, are not integers, are negative or are all 0.
     """
     name = f"fix_experts_: {layer.ffn.name}"
     config = layer.config
@@ -236,10 +236,10 @@ def _read_usage(layer: RoutedActivation, usage: Mapping[int, Tensor]) -> Tensor:
 
 
 def _are_counts(tensor: Tensor, num_experts: int) -> bool:
-    """Check if a tensor has an integer for each expert, and they are not all 0."""
-    if tensor.shape != (num_experts,) or tensor.is_floating_point():
+    """Check if a tensor has an integer of at least 0 for each expert, and they are not all 0."""
+    if tensor.shape != (num_experts,) or tensor.dtype not in _INTEGER_TYPES:
         return False
-    return bool(tensor.any())
+    return bool((tensor >= 0).all() and tensor.any())
 
 
 def _configure_(model: nn.Module, layers: list[RoutedActivation], **changes: Any) -> None:

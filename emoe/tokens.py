@@ -125,7 +125,7 @@ class _ArgumentHook:
         no_call = _Call(None, is_running=False)
         call: _Call = getattr(self._thread, "call", no_call)
         # Checkpointing may repeat a forward pass in a thread of the backward pass, which has not
-        # called the model and so has no value. The value of the latest call stands in.
+        # called the model and so has no value. The value of the latest call is used instead.
         if call.value is None and is_recomputed():
             latest = self._latest
             return _Call(
@@ -197,7 +197,8 @@ class PaddingMaskHook(_ArgumentHook):
         tokens_per_row = columns
         if self._cached and rows > 0:
             tokens_per_row = tokens // rows
-        if rows * tokens_per_row != tokens or tokens_per_row > columns:
+        fits = rows * tokens_per_row == tokens and tokens_per_row <= columns
+        if not fits:
             raise RuntimeError(
                 f"{self._argument} {[rows, columns]} does not fit the {tokens} tokens of a layer"
             )

@@ -184,12 +184,16 @@ def read_file(file: Path, split: str, layout: Section, task: Section) -> list[Ro
     """Return the rows of a split, see :func:`yield_rows`.
 
     Raises:
-        UnreadableError: The file is damaged or has another layout.
+        UnreadableError: The file is damaged, has another layout, or has no rows of the split.
     """
     try:
-        return list(yield_rows(file, split, layout, task))
-    except (OSError, ValueError, csv.Error) as error:
+        rows = list(yield_rows(file, split, layout, task))
+    # TypeError: a cell of JSON is a list or a dictionary
+    except (OSError, TypeError, ValueError, csv.Error) as error:
         raise UnreadableError(f"{file} cannot be read: {error}") from error
+    if not rows:
+        raise UnreadableError(f"{file} has no rows of the split '{split}'")
+    return rows
 
 
 def yield_rows(file: Path, split: str, layout: Section, task: Section) -> Iterator[Row]:

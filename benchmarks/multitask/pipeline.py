@@ -198,7 +198,7 @@ class MixedOrder(EpochOrder):
     Args:
         lengths_by_task: The number of tokens of each row, by task.
         max_rows: The maximum number of rows of a task in an epoch; None for all rows.
-        batch_size: The number of rows of a step.
+        batch_size: The number of rows of a batch.
         seed: The seed of the run.
         by_length: True to batch rows of similar length.
     """

@@ -63,7 +63,7 @@ class EpochTraining(Training):
     epochs: Positive
     """Passes over the training set."""
     batch_size: Count
-    """Rows per step."""
+    """Training rows per batch."""
     eval_batch_size: Count
     """Rows per evaluation batch."""
     max_length: Annotated[int, Field(ge=4)]
@@ -80,7 +80,7 @@ class EpochTraining(Training):
     checkpoint_selection: Literal["last", "best"]
     """The epoch whose weights are evaluated."""
     gradient_accumulation_steps: Count
-    """Batches per step, whose gradients are summed."""
+    """Batches per step; their gradients are averaged."""
     precision: Precision
     """Arithmetic on accelerators: float32 or mixed. A CPU always computes in float32, and the
     record says so."""
@@ -100,9 +100,9 @@ class TextTraining(EpochTraining):
     """Share of the training rows, drawn per class with the run's seed. A larger share contains the
     rows of a smaller one. Default: all."""
     dev_rows: Count | None = optional()
-    """Rows that choose epoch and hyper-parameters, the same in every run: of the dev split if the
-    task has a test split, else of the held-out training rows. Null or omitted: `eval_rows`. Not
-    used if a published run chooses with the reported split."""
+    """Number of rows that choose epoch and hyper-parameters, the same rows in every run. They come
+    from the dev split if the task has a test split, else from the held-out training rows. Null or
+    omitted: `eval_rows`. Ignored if a published run chooses with the reported split."""
     ood_rows: Count | None = optional()
     """Rows of every OOD set; null or omitted: `eval_rows`."""
     patience: Count | None

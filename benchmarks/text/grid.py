@@ -560,12 +560,12 @@ def _advice(name: str, task: TaskEntry, problem: str) -> str:
     if task.download_instructions:
         solution = f"by hand. {task.download_instructions.strip()}"
     else:
-        hub = f"{task.source.hub} ({task.source.config})"
+        hub = str(task.source.hub)
+        if task.source.config:
+            hub = f"{hub} ({task.source.config})"
         solution = f"on the hub as {hub}; `python -m benchmarks data` or the first run downloads it"
-    files = "its files"
-    file_names = _raw_files(task)
-    if file_names:
-        files = ", ".join(file_names)
+    # without known names, say only "its files"
+    files = ", ".join(_raw_files(task)) or "its files"
     columns = ", ".join([*task.fields, task.label])
     folder = f"{expected_path(source)} ({files}; hub columns {columns})"
     return f"{name}: {solution}.\n    Folder: {folder}. Without it: `exclude: [{name}]`"

@@ -256,7 +256,8 @@ class RoutingRecorder:
         if not emoe.is_converted(self._model):
             yield
             return
-        # the sample depends only on the name and size of the set, so all runs have the same rows
+        # The sample depends only on the name and size of the set. Rows are sorted by length, so
+        # runs with the same tokenizer and `max_length` have the same rows.
         random = np.random.default_rng(derive_seed("rows by their routing", name))
         shuffled = random.permutation(len(classes))
         sampled = np.sort(shuffled[:_SAMPLED_ROWS])

@@ -584,9 +584,9 @@ def _can_probe(layer: RoutedActivation) -> bool:
     ffn = layer.ffn
     module = ffn.parents[ffn.spec.proj_in]
     # A probe has only the FFN's input. The module might need others, such as a residual.
-    parameters = inspect.signature(module.forward).parameters.values()
-    required = [parameter for parameter in parameters if parameter.default is parameter.empty]
-    if len(required) != 1:
+    try:
+        inspect.signature(module.forward).bind(torch.empty(0))
+    except TypeError:
         return False
     # The module must contain the whole FFN. The out-projection may belong to the module above.
     if any(parent is not module for parent in ffn.parents.values()):

@@ -268,7 +268,7 @@ def test_all_tokens_have_the_neurons_of_the_most_used_experts(
         torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["missing layer", "shares", "learned router"])
+@pytest.mark.parametrize("case", ["missing layer", "shares", "negative", "learned router"])
 def test_unsuitable_counts_are_rejected(case: str) -> None:
     values = tiny_models.inputs("bert")
     model = converted.model(
@@ -278,6 +278,7 @@ def test_unsuitable_counts_are_rejected(case: str) -> None:
     unsuitable = {
         "missing layer": {},
         "shares": {number: loads / loads.sum() for number, loads in counts.items()},
+        "negative": {number: -loads for number, loads in counts.items()},
     }
     with pytest.raises(emoe.ConversionError, match=r"layer.0"):
         emoe.fix_experts_(model, unsuitable.get(case, counts))

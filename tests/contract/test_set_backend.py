@@ -7,6 +7,7 @@ import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import pytest
@@ -199,6 +200,20 @@ CUSTOM: dict[str, Callable[[], FFN]] = {
 def test_an_ffn_that_does_more_than_its_row_says_is_rejected(case: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = PlainNet(CUSTOM[case]()).to(dtype)
+    emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[0]))
+    assert_rejected(model)
+
+
+class KeywordFFN(CustomFFN):
+    """Take further arguments, as many modules of transformers do."""
+
+    def forward(self, x: Tensor, *_args: Any, scale: float = 1.0, **_kwargs: Any) -> Tensor:
+        return scale * super().forward(x)
+
+
+def test_further_arguments_do_not_hide_what_an_ffn_does() -> None:
+    torch.manual_seed(0)
+    model = PlainNet(KeywordFFN(lambda hidden: hidden * 2))
     emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[0]))
     assert_rejected(model)
 

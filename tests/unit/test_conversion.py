@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import emoe
+from emoe.clustering import explained_variance_ratio
 from tests import tiny_models
 from tests.model_folders import assert_same
 from tests.plain_net import plain_net
@@ -193,6 +194,13 @@ def test_chunks_of_tokens_are_refused_in_a_calibration_and_else_change_nothing()
     torch.testing.assert_close(*outputs)
 
 
+def test_a_partition_of_equal_neurons_explains_nothing() -> None:
+    labels = torch.arange(12) % 3
+    for seed in range(20):  # rounding differs from draw to draw
+        key = torch.randn(13, generator=torch.Generator().manual_seed(seed))
+        assert explained_variance_ratio(key.expand(12, 13), labels, 3) == 0
+
+
 def test_pruned_and_equal_neurons_are_split_too() -> None:
     model: Any = tiny_models.build("bert")
     with torch.no_grad():
@@ -213,6 +221,8 @@ def test_models_and_rows_that_do_not_fit_are_named() -> None:
     for change in ({"between": "dropout"}, {"fused": "frist"}):
         with pytest.raises(emoe.ConversionError, match="register_ffn"):
             emoe.register_ffn("Net", dataclasses.replace(ROW, **change))
+    with pytest.raises(emoe.ConversionError, match="'Net' needs at least one FFNSpec"):
+        emoe.register_ffn("Net")
 
 
 def test_two_lists_of_layers_need_a_choice_or_a_star() -> None:

@@ -128,6 +128,13 @@ def test_other_layouts_of_the_makers(
             "",
             r"snli_1\.0_test\.jsonl cannot be read",
         ),
+        (
+            "snli",
+            "snli_1.0_test.jsonl",
+            '"entailment"',
+            '["entailment"]',
+            r"snli_1\.0_test\.jsonl cannot be read",
+        ),
         ("imdb", "test/neg/0_2.txt", None, None, r"test/neg holds no \.txt file"),
     ],
 )
@@ -141,6 +148,12 @@ def test_files_that_are_not_as_described_are_named(
         path.write_text(path.read_text().replace(old, new))
     with pytest.raises(SystemExit, match=message):
         convert(root, [name])
+
+
+def test_a_file_without_rows_is_named(root: Path) -> None:
+    write_glue(root, "cola", raw=True).write_text("")
+    with pytest.raises(SystemExit, match="has no rows of the split 'validation'"):
+        convert(root, ["cola"])
 
 
 def test_one_wrong_file_does_not_stop_the_others(root: Path) -> None:

@@ -26,6 +26,7 @@ def used_names() -> Iterator[str]:
         yield from re.findall(r"(?m)^rule (\w+):$", file.read_text())
     yield from ("runs", "logs", "reference", "mlflow", "harness", "text", "schemas")
     yield from ("run_glue", "run_glue_without_weights", "tables_of_glue")
+    yield from ("null", "on", "yes")  # not texts in YAML
     yield from LISTS
     yield from load_paper().items
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,19 @@ def test_drops_windows_and_the_table() -> None:
     assert record.summary()["drop_rate"] == pytest.approx(
         (layer.drop_rate + record.layers[2].drop_rate) / 2
     )
+
+
+@pytest.mark.parametrize("window", [0, -2, 1.5])
+def test_a_window_that_no_pass_could_end_is_rejected(window: Any) -> None:
+    model = converted.model("bert", layers=[1])
+    message = "window is .*; it must be a whole number >= 1"
+    with (
+        pytest.raises(emoe.ConversionError, match=message),
+        emoe.record_routing(model, window=window),
+    ):
+        pass
+    with emoe.record_routing(model, window=1):  # nothing is left of the rejected record
+        model(**tiny_models.inputs("bert"))
 
 
 def test_a_mask_that_a_static_cache_prepares_gives_a_warning() -> None:

@@ -32,6 +32,9 @@ _CODE_FOLDERS = ("harness", "schemas", "text")
 # a suite has this name.
 _LISTS = ("benchmarks", "claims", "methods", "metrics", "models", "suites", "tasks")
 
+# YAML reads these words as another value than a text
+_YAML_VALUES = ("null", "true", "false", "yes", "no", "on", "off")
+
 
 def check_name(name: str, file: Path | None = None) -> None:
     """Raise an error if a name is not valid for a benchmark or suite.
@@ -77,6 +80,8 @@ def _reason_against(name: str) -> str | None:
             return f"names of rules of the workflow begin with '{prefix}'"
     if name in _CODE_FOLDERS:
         return f"benchmarks/{name} is not the folder of a benchmark"
+    if name in _YAML_VALUES:
+        return "YAML does not read it as a text"
     if name in _LISTS:
         return f"`python -m benchmarks list {name}` lists something else"
     return None
