@@ -303,6 +303,7 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
     if given_config is None and is_ours(stored_quantization):
         # transformers calls emoe.loader, which builds the experts before the weights load
         return files.load_stock(loader, folder, **options)
+    # the caller's own configuration, or a folder of emoe 0.1
     return _load_with_description(loader, folder, experts, options)
 
 
@@ -746,7 +747,7 @@ def stored_routing(
     matches: dict[tuple[RoutedActivation, str], str] = {}
     for ending, tensors in tensors_of_ending.items():
         stored_names = [stored_name for stored_name in stored if stored_name.endswith(ending)]
-        stored_names.sort(key=_layer_numbers)
+        stored_names.sort(key=_layer_numbers)  # in the order of the layers, like `tensors`
         # if a layer's tensor is missing, the others cannot be assigned to their layers
         if len(stored_names) != len(tensors):
             continue

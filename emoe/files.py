@@ -445,9 +445,9 @@ def _check_num_classes(folder: Path, options: Mapping[str, Any]) -> None:
         return
     settings = read_settings(folder)
     pretrained_settings = settings.get("pretrained_cfg")
-    head_name = None
-    if isinstance(pretrained_settings, dict):
-        head_name = pretrained_settings.get("classifier")
+    if not isinstance(pretrained_settings, dict):
+        return
+    head_name = pretrained_settings.get("classifier")
     # without this entry, or with several heads, there is nothing to compare
     if not isinstance(head_name, str):
         return
@@ -455,15 +455,16 @@ def _check_num_classes(folder: Path, options: Mapping[str, Any]) -> None:
     num_stored = _rows_of_weight(Weights(folder), head_name)
     # timm prefers the number among the model's arguments
     arguments = settings.get("model_args")
-    places = {"num_classes": settings}
+    settings_by_name = {"num_classes": settings}
     if isinstance(arguments, dict):
-        places["model_args: num_classes"] = arguments
-    for key, values in places.items():
+        settings_by_name["model_args: num_classes"] = arguments
+    for name, values in settings_by_name.items():
         num_classes = values.get("num_classes")
         if num_classes is not None and num_classes != num_stored:
             path = folder / STOCK_CONFIG_FILE
             raise CheckpointError(
-                f"{path}: {key} is {num_classes!r:.80}, but the weights have a head of {num_stored}"
+                f"{path}: {name} is {num_classes!r:.80}, but the weights have a head of "
+                f"{num_stored}"
             )
 
 
@@ -501,7 +502,10 @@ def _check_stored_heads_are_loaded(model: nn.Module, folder: Path) -> None:
             continue
         stored = weights[name]
         loaded = state.get(name)
-        is_loaded = loaded is not None and _are_same(loaded.cpu(), stored.to(loaded.dtype))
+        is_loaded = False
+        if loaded is not None:
+            stored_as_loaded = stored.to(loaded.dtype)
+            is_loaded = _are_same(loaded.cpu(), stored_as_loaded)
         if not is_loaded:
             path = folder / STOCK_CONFIG_FILE
             raise CheckpointError(
@@ -581,9 +585,9 @@ def _load_with_transformers(
     _check_complete(not_loaded - accepted, folder)
 
     # the folder has all of the model's tensors that are not missing, and some that the model lacks
-    loaded = set(model.state_dict()) - missing
-    unused = set(info["unexpected_keys"])
-    check_layers(model, loaded | unused, folder)
+    stored_in_model = set(model.state_dict()) - missing
+    not_in_model = set(info["unexpected_keys"])
+    check_layers(model, stored_in_model | not_in_model, folder)
 
     if options.get("output_loading_info"):
         return model, info
@@ -658,9 +662,9 @@ def _name_in_absent_layer(names: Iterable[str], others: Collection[str]) -> str 
     # the same text for all tensors whose names differ only in the layer's number
     patterns_of_others = {_without_numbers(other) for other in others}
     for name in sorted(names):
-        is_in_another_layer = _without_numbers(name) in patterns_of_others
         absent_layers = set(_layers_of(name)) - layers_of_others
-        if absent_layers and is_in_another_layer:
+        others_have_pattern = _without_numbers(name) in patterns_of_others
+        if absent_layers and others_have_pattern:
             return name
     return None
 
@@ -694,8 +698,9 @@ def load_state_(
     be missing or have another shape; they keep their values. They are new, or the caller loads them
     later.
     """
-    expected = {*stored, *may_be_missing}
-    check_layers(model, expected, folder)
+    # tensors that may be missing count as stored, so that their layers are not reported
+    stored_or_allowed = {*stored, *may_be_missing}
+    check_layers(model, stored_or_allowed, folder)
     state = model.state_dict()
     fitting = {}
     for name, tensor in stored.items():

@@ -96,7 +96,8 @@ class ExpertsLoader(HfQuantizer):
         # Folders of emoe 0.1 have the routers in the extra file. If a Trainer wrote such a folder,
         # the routers are among the weights instead.
         has_extra_file = (folder / EXTRA_FILE).exists()
-        self._uses_extra_file = has_extra_file and not stored_routing(self._layers, file_of_tensor)
+        has_routing_in_weights = bool(stored_routing(self._layers, file_of_tensor))
+        self._uses_extra_file = has_extra_file and not has_routing_in_weights
         if not self._uses_extra_file:
             check_routing_is_stored(self._layers, file_of_tensor, folder)
         return model

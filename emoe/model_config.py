@@ -138,7 +138,7 @@ def _share_config_with_base_(model: Any) -> None:
 
     In transformers both are one object. If only the base model was converted, they became two.
     """
-    base = getattr(model, "base_model", None)
+    base: Any = getattr(model, "base_model", None)
     base_config = getattr(base, "config", None)
     # there is no base model, or it shares the configuration already
     if base_config is None or base_config is model.config:

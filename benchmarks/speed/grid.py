@@ -53,10 +53,11 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
         The measure ``partition`` compares ways to cluster the neurons. The other measures compare
         ways to compute layers and models.
         """
-        # by default, `partition` compares all clusterings that there are
         clusterings: list[str] = []
-        if "partition" in self.definition.measures:
-            clusterings = self.definition.measures["partition"].settings.given()["candidates"]
+        partition = self.definition.measures.get("partition")
+        if partition is not None:
+            # by default, it compares all clusterings that there are
+            clusterings = partition.settings.given()["candidates"]
         if measure == "partition":
             return clusterings
         # the dense model is always measured, so it is not listed

@@ -207,7 +207,9 @@ def describe_rows(name: str, part: str, split: TextSplit, entry: TaskEntry) -> S
     if split.has_classes:
         counts = Counter(split.labels)
         # such as "negative 428, positive 444"
-        class_counts = [f"{name} {counts[number]:,}" for number, name in enumerate(entry.labels)]
+        class_counts = []
+        for number, class_name in enumerate(entry.labels):
+            class_counts.append(f"{class_name} {counts[number]:,}")
         labels = ", ".join(class_counts)
     else:
         # the scores of a regression
@@ -735,15 +737,14 @@ def _complete_rows(table: _Table, task: RunTask) -> Iterator[tuple[tuple[str, ..
         if texts is None or label in reader.unlabelled:
             continue
         number = reader.number(label)
-        if number is None:
-            # the label is not one of the task's; one such as "null" means that there is no label
-            if label.casefold() in _NO_LABEL:
-                continue
+        if number is not None:
+            yield texts, number
+        # a label such as "null" means in every set that there is none; others are errors
+        elif label.casefold() not in _NO_LABEL:
             raise DataError(
                 f"{table.source}, row {index + 1}: '{label}' is no label of task '{task.name}'"
                 f"{reader.hint(label)}"
             )
-        yield texts, number
 
 
 def _row_texts(cells: Sequence[object]) -> tuple[str, ...] | None:

@@ -104,8 +104,10 @@ class TextSets(Benchmark[D, TaskEntry, P]):
             parts = ["train", "dev", "test"]
         names_and_parts = []
         for task in run.trained_sets:
-            names_and_parts += [(task["name"], part) for part in parts]
-        names_and_parts += [(other["name"], "test") for other in run.ood_sets]
+            for part in parts:
+                names_and_parts.append((task["name"], part))
+        for other in run.ood_sets:
+            names_and_parts.append((other["name"], "test"))
 
         readers = []
         for name, wanted_part in names_and_parts:

@@ -294,8 +294,8 @@ class TextOutcomes(Outcomes):
         names_with_setting = methods + SETTING_SEPARATOR + settings
         # without a setting, the name is only the method
         names = names_with_setting.where(has_setting, methods)
-        # Later, the best variant of each row is chosen. A row with a single setting has nothing to
-        # choose, so its variant becomes an empty text.
+        # Later, the best variant of each row is chosen. Rows of ablations, and rows with a setting
+        # in their name, have nothing to choose. So their variant becomes an empty text.
         is_ablation = methods.map(self.role) == ABLATION
         shows_one_setting = is_ablation | has_setting
         variants = records["variant"].mask(shows_one_setting, "")
@@ -655,6 +655,7 @@ def add_transformed_rows(records: pd.DataFrame) -> pd.DataFrame:
 
     # a run has many numbers, but was converted to one method, so it has one row here
     new_method_of_run = renamed[["run_id", "method"]].drop_duplicates()
-    dev = trained[trained["part"] == "dev"].drop(columns="method")
-    copied_dev = dev.merge(new_method_of_run, on="run_id")
+    dev = trained[trained["part"] == "dev"]
+    # the join gives each copy its new method, and leaves out runs without a conversion
+    copied_dev = dev.drop(columns="method").merge(new_method_of_run, on="run_id")
     return pd.concat([trained, copied_dev, renamed], ignore_index=True)

@@ -85,14 +85,18 @@ def _gains_by_row(tried: pd.DataFrame) -> pd.DataFrame:
         tried: The choices from :func:`_tried_choices`.
     """
     rows = []
-    for key_values, choices_of_row in tried.groupby(_KEYS_OF_ROW, sort=False):
+    for keys_of_row, choices_of_row in tried.groupby(_KEYS_OF_ROW, sort=False):
+        protocol, model, task, method = keys_of_row
         scores = choices_of_row["mean"]
         deviation = _pooled_deviation(choices_of_row)
         # The score of a choice is a mean over n seeds, so its variance is 1/n of that of a seed.
         # Choices may have different n, so 1/n is averaged.
         variance_factor = (1 / choices_of_row["n"]).mean()
         row = {
-            **dict(zip(_KEYS_OF_ROW, key_values, strict=True)),
+            "protocol": protocol,
+            "model": model,
+            "task": task,
+            "method": method,
             "num_choices": len(choices_of_row),
             "best_gain": scores.max() - scores.mean(),
             "deviation": deviation,
@@ -181,7 +185,7 @@ def selection_gain_table(outcomes: TextOutcomes) -> Table:
         keys={**HEADINGS, "selection": "Selection", "n": "n"},
         columns=columns,
         frame=frame,
-        # A row uses the runs of both protocols. Without the column, it is linked to all of them.
+        # A row uses the runs of both protocols. Without the column `protocol`, it is linked to all.
         origins=outcomes.recorded_numbers.drop(columns="protocol"),
     )
 

@@ -63,7 +63,9 @@ def pays_off(x: Tensor, expert_size: int, active: float) -> bool:
     tokens, width = x.shape
     dtype = dtype_of_products(x)
     if x.device.type != "cpu":
-        return can_group(x.new_empty(0, width, dtype=dtype))
+        # can_group reads only the device, dtype and width of its argument
+        example = x.new_empty(0, width, dtype=dtype)
+        return can_group(example)
     ratio = predicted_time_ratio(
         tokens,
         width,

@@ -220,7 +220,8 @@ def expert_sums(a: Tensor, pairs: Pairs, num_experts: int) -> Tensor:
     """
     sum_dtype = torch.promote_types(a.dtype, torch.float32)
     sums = torch.zeros(num_experts, a.shape[1], dtype=sum_dtype, device=a.device)
-    return sums.index_add_(0, pairs.expert, a.to(sum_dtype)).to(a.dtype)
+    sums.index_add_(0, pairs.expert, a.to(sum_dtype))
+    return sums.to(a.dtype)
 
 
 def can_group(x: Tensor) -> bool:
@@ -237,7 +238,7 @@ def can_group(x: Tensor) -> bool:
 
 
 def pad_neurons(x: Tensor) -> Tensor:
-    """Append neurons of zeros until dimension 1 has a multiple of 16 bytes.
+    """Append neurons of zeros until the neurons of a row have a multiple of 16 bytes.
 
     The result is contiguous.
 

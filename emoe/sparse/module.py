@@ -99,8 +99,7 @@ class SparseFFN(_Replacement):
         serves: True after :func:`emoe.for_inference_`: few tokens without gradient use the layout
             of :mod:`emoe.sparse.serving`.
         always: use the sparse products even if they do not pay off.
-        last_path: products of the last forward pass. If it computed the masked products, also the
-            reason.
+        last_path: how the last forward pass computed the FFN: sparse, or masked with the reason.
     """
 
     def __init__(self, layer: RoutedActivation) -> None:
@@ -226,8 +225,8 @@ class SparseFFN(_Replacement):
     def _compute_few(self, rows: Tensor, layout: Layout) -> Tensor:
         """Compute the FFN ``[T, h]`` for a few tokens ``[T, h]``, with the kernels of a layout."""
         layer = self._layer[0]
-        # A choice without weights. It is None unless all chosen experts have weight 1 and share one
-        # output bias.
+        # The kernel's choice. It is None unless all chosen experts have weight 1 and share one
+        # output bias. Then no weights are needed.
         mask = layer.choose_mask_with_kernel(rows, layout.kernels)
         weights = None
         if mask is None:
@@ -545,9 +544,8 @@ def probe_output(layer: RoutedActivation) -> Tensor | None:
     The comparison detects code between the projections, which the sparse backend would skip.
 
     Returns:
-        Output ``[1, 4, h]``. None if the module needs more than one input, contains only part of
-        the FFN, chooses experts at random, reads a padding mask, has a weight that this process
-        does not hold as an ordinary tensor, or fails.
+        Output ``[1, 4, h]``. None if :func:`_can_probe` rejects the module, if the call fails, or
+        if the output is not a tensor.
     """
     if not _can_probe(layer):
         return None

@@ -180,7 +180,7 @@ def _save_for_outer_mm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 
 def _outer_mm_backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-    # second derivatives of the FFN
+    # the FFN's backward pass calls outer_mm, so this gives second derivatives of the FFN
     a, x, token, expert, starts = ctx.saved_tensors
     pairs = Pairs(token, expert, starts, x.shape[0])
     d_a = gather_mm(x, d_out, None, pairs)

@@ -18,7 +18,8 @@ rule collect:
     conda:
         ENVIRONMENT
     params:
-        # A suite with fewer runs collects again. Snakemake would not notice that from the inputs.
+        # Changes when a run is removed, so that the records are collected again. The inputs alone
+        # would not show this.
         runs=lambda wildcards: targets.digest_of_runs(
             SUITE, *RECORDS[wildcards.records]
         ),
