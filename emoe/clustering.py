@@ -132,10 +132,10 @@ def explained_variance_ratio(points: Tensor, labels: Tensor, num_clusters: int) 
     rows = F.normalize(points.detach().float(), dim=1)
     # all rows in one cluster, numbered 0
     total = inertia(rows, torch.zeros_like(labels), 1)
+    if total > _ROUNDING_PER_ROW * len(rows):
+        return 1.0 - inertia(rows, labels, num_clusters) / total
     # equal rows have no variance to explain, only a tiny one from rounding
-    if total < _ROUNDING_PER_ROW * len(rows):
-        return 0.0
-    return 1.0 - inertia(rows, labels, num_clusters) / total
+    return 0.0
 
 
 def _cluster_sums(rows: Tensor, labels: Tensor, num_clusters: int) -> Tensor:

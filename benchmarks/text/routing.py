@@ -469,13 +469,8 @@ def _draw_trace_row(axes: Sequence[Any], row: Sequence[_TraceGroup], panel_width
     axes[0].set_ylabel("step")
 
     # all groups have their titles at the same height: above the panel title with the most lines
-    highest_title = axes[0].title
-    most_breaks = highest_title.get_text().count("\n")
-    for axis in axes[1:]:
-        breaks = axis.title.get_text().count("\n")
-        if breaks > most_breaks:
-            highest_title = axis.title
-            most_breaks = breaks
+    panel_titles = [axis.title for axis in axes]
+    highest_title = max(panel_titles, key=lambda title: title.get_text().count("\n"))
     for axis, group in zip(first_axes, row, strict=True):
         group_width = panel_width * len(group.panels)
         heading = plots.wrap_text(group.title, inches=group_width)

@@ -238,7 +238,7 @@ def can_group(x: Tensor) -> bool:
 
 
 def pad_neurons(x: Tensor) -> Tensor:
-    """Append neurons of zeros until the neurons of a row have a multiple of 16 bytes.
+    """Append neurons of zeros until dimension 1, over the neurons, has a multiple of 16 bytes.
 
     The result is contiguous.
 

@@ -582,8 +582,9 @@ def _can_probe(layer: RoutedActivation) -> bool:
     ffn = layer.ffn
     module = ffn.parents[ffn.spec.proj_in]
     # A probe has only the FFN's input. The module might need others, such as a residual.
+    # For a call without these, bind() raises TypeError; it does not look at the argument itself.
     try:
-        inspect.signature(module.forward).bind(torch.empty(0))
+        inspect.signature(module.forward).bind(None)
     except TypeError:
         return False
     # The module must contain the whole FFN. The out-projection may belong to the module above.

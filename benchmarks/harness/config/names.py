@@ -40,7 +40,8 @@ def check_name(name: str, file: Path | None = None) -> None:
     """Raise an error if a name is not valid for a benchmark or suite.
 
     A valid name begins with a letter and has only lower-case letters, digits and ``_``. It must not
-    clash with another folder, with the rules of the workflow, or with an argument of a command.
+    clash with another folder, with the rules of the workflow, or with an argument of a command, and
+    YAML must read it as a text.
 
     Args:
         name: The name of a benchmark or suite.
